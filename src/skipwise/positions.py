@@ -1,0 +1,372 @@
+"""Position samplers: simulate a long context inside a short training window.
+
+A sampler decides, for one example, how the window is cut into chunks, at which position each chunk
+stands, and from which stretch of the document its tokens come. Everything is drawn from the `rng`
+it is given, so example k of a run is a pure function of `default_rng([seed, k])`.
+
+Shapes:  L = train_length,  T = target_length,  N = num_chunks,  L_x = tokens in the document
+Source:  PoSE, Zhu et al. 2024, arXiv 2309.10400, section 3.2; RandPos, Ruoss et al. 2023,
+         arXiv 2305.16843; CREAM, Wu et al. 2024, arXiv 2406.07138, section 3
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from skipwise.errors import SkipwiseError
+
+IGNORE_INDEX = -100  # the label that transformers' and torch's cross entropy skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Where the L tokens of one training example stand, chunk by chunk; all arrays are int64."""
+
+    lengths: np.ndarray  # (N,) tokens in each chunk, sum L
+    position_starts: np.ndarray  # (N,) position of each chunk's first token, increasing
+    text_starts: np.ndarray  # (N,) index in the document of each chunk's first token
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def position_ids(self) -> np.ndarray:
+        """(L,) int64, strictly increasing, within 0 .. T-1."""
+        return _expand(self.lengths, self.position_starts)
+
+    def jumps(self) -> np.ndarray:
+        """(N,) bool: the chunk's text does not go on from the chunk before it."""
+        ends = self.text_starts[:-1] + self.lengths[:-1]
+        return np.concatenate([[False], self.text_starts[1:] != ends])
+
+    def take(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cut the example out of a document.
+
+        Args:
+            tokens: (L_x,) token ids of the document, L_x >= the reach of `text_starts`.
+
+        Returns:
+            `input_ids` and `labels`, both (L,) int64. Labels are not shifted (the model does that);
+            the first label after a jump in the text is -100, for nothing before it predicts it.
+        """
+        jumps = self.jumps()
+        if not jumps.any():  # one stretch of text: a slice
+            start = int(self.text_starts[0])
+            input_ids = tokens[start : start + self.num_tokens].astype(np.int64)
+        elif len(self.lengths) <= 64:
+            input_ids = np.empty(self.num_tokens, np.int64)
+            at = 0
+            for length, start in zip(self.lengths.tolist(), self.text_starts.tolist(), strict=True):
+                input_ids[at : at + length] = tokens[start : start + length]
+                at += length
+        else:
+            input_ids = tokens[_expand(self.lengths, self.text_starts)].astype(np.int64)
+        labels = input_ids.copy()
+        if jumps.any():
+            labels[_offsets(self.lengths)[jumps]] = IGNORE_INDEX
+        return input_ids, labels
+
+    def chunk_ids(self) -> np.ndarray:
+        """(L,) int64: which chunk each token is in."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    def log_weights(self) -> np.ndarray:
+        """(N,) float32: what the keys of a chunk weigh when a later chunk looks at them.
+
+        The l_i keys of chunk i stand for every position from its start to the next chunk's start,
+        so log((start_{i+1} - start_i) / l_i) on their attention logits gives back the softmax
+        denominator of the full-length sequence in expectation. The last chunk has no later one: 0.
+        """
+        weights = np.zeros(len(self.lengths), np.float32)
+        weights[:-1] = np.log(np.diff(self.position_starts) / self.lengths[:-1])
+        return weights
+
+
+class Sampler(Protocol):
+    """What the data set needs of a sampler."""
+
+    @property
+    def train_length(self) -> int: ...
+    @property
+    def target_length(self) -> int: ...
+    def sample(self, rng: np.random.Generator, num_tokens: int) -> Example: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoSE:
+    """Positional skip-wise sampler: N chunks, each moved on by its own skipping bias.
+
+    Cut:      `random` is the paper's text (any cut), `first-half` the authors' released code for
+              N = 2 (first chunk of 1 .. (L+1)//2 tokens).
+    Gaps:     `sequential` is the paper's u_i ~ U{u_{i-1} .. T-L}; `sorted` takes N-1 sorted
+              uniforms on 0 .. T-L, which for N > 2 does not pile up at the far end.
+    Content:  `uniform` moves the text on by biases of its own (the paper), `contiguous` reads on
+              without a jump, `aligned` takes the text that stands at the chunk's positions.
+    The paper reads a document from its start. Here the T tokens that the example may read begin at
+    a random place, so that a document longer than T is used whole; up to T tokens that is the same.
+    """
+
+    train_length: int
+    target_length: int
+    num_chunks: int = 2  # N, the paper's choice
+    cut: Literal["random", "first-half"] = "random"
+    gaps: Literal["sequential", "sorted"] = "sequential"
+    content: Literal["uniform", "contiguous", "aligned"] = "uniform"
+    plain_fraction: float = 0.0  # share of examples left at positions 0 .. L-1
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.train_length, self.target_length)
+        _check_choice("cut", self.cut, ("random", "first-half"))
+        _check_choice("gaps", self.gaps, ("sequential", "sorted"))
+        _check_choice("content", self.content, ("uniform", "contiguous", "aligned"))
+        if not 1 <= self.num_chunks <= self.train_length:
+            raise SkipwiseError(
+                f"num_chunks is {self.num_chunks}: a window of {self.train_length} tokens is cut "
+                f"into 1 .. {self.train_length} chunks; the paper takes 2"
+            )
+        if self.cut == "first-half" and self.num_chunks != 2:
+            raise SkipwiseError(
+                f"cut=first-half is defined for num_chunks=2, not {self.num_chunks}: "
+                "type cut=random"
+            )
+        if not 0.0 <= self.plain_fraction <= 1.0:
+            raise SkipwiseError(f"plain_fraction is {self.plain_fraction}: give a share, 0 .. 1")
+
+    def sample(self, rng: np.random.Generator, num_tokens: int) -> Example:
+        """Draw one example from a document of `num_tokens` >= L tokens."""
+        L, T = self.train_length, self.target_length
+        _check_document(num_tokens, L)
+        if self.plain_fraction and rng.random() < self.plain_fraction:
+            return _plain(rng, L, num_tokens)
+        lengths = self._lengths(rng)
+        biases = self._biases(rng, T - L)
+        window = min(T, num_tokens)
+        base = int(rng.integers(num_tokens - window + 1))
+        if self.content == "uniform":
+            text_biases = self._biases(rng, window - L)
+        elif self.content == "contiguous":
+            text_biases = np.full_like(biases, rng.integers(window - L + 1))
+        else:
+            text_biases = np.minimum(biases, window - L)
+        offsets = _offsets(lengths)
+        return Example(
+            lengths=lengths,
+            position_starts=offsets + biases,
+            text_starts=base + offsets + text_biases,
+        )
+
+    def _lengths(self, rng: np.random.Generator) -> np.ndarray:
+        L, N = self.train_length, self.num_chunks
+        if self.cut == "first-half":
+            first = int(rng.integers(1, (L + 1) // 2 + 1))
+            return np.array([first, L - first])
+        if N == 2:
+            first = int(rng.integers(1, L))
+            return np.array([first, L - first])
+        cuts = np.sort(rng.choice(L - 1, N - 1, replace=False)) + 1
+        return np.diff(np.concatenate([[0], cuts, [L]]))
+
+    def _biases(self, rng: np.random.Generator, room: int) -> np.ndarray:
+        """(N,) int64 skipping biases, u_0 = 0, non-decreasing, at most `room`."""
+        biases = np.zeros(self.num_chunks, np.int64)
+        if self.gaps == "sorted":
+            biases[1:] = np.sort(rng.integers(0, room + 1, self.num_chunks - 1))
+        else:
+            for i in range(1, self.num_chunks):
+                biases[i] = rng.integers(biases[i - 1], room + 1)
+        return biases
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandPos:
+    """Baseline: L of the T positions, drawn without replacement and sorted; the text reads on."""
+
+    train_length: int
+    target_length: int
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.train_length, self.target_length)
+
+    def sample(self, rng: np.random.Generator, num_tokens: int) -> Example:
+        L = self.train_length
+        _check_document(num_tokens, L)
+        positions = np.sort(rng.choice(self.target_length, L, replace=False))
+        start = int(rng.integers(num_tokens - L + 1))
+        return Example(
+            lengths=np.ones(L, np.int64),
+            position_starts=positions,
+            text_starts=start + np.arange(L),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullLength:
+    """Baseline: T tokens at plain positions, what PoSE is measured against."""
+
+    target_length: int
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.target_length, self.target_length)
+
+    @property
+    def train_length(self) -> int:
+        return self.target_length
+
+    def sample(self, rng: np.random.Generator, num_tokens: int) -> Example:
+        _check_document(num_tokens, self.target_length)
+        return _plain(rng, self.target_length, num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CREAM:
+    """Head, middle and tail: the two ends of the window are always shown, the middle moves.
+
+    Head and tail have L//3 or 4f tokens each, by a coin. The middle ends at x L - tail, where x is
+    drawn from a Gaussian cut off to [1, f] and centred on (f+2)/2, so that it follows the factor;
+    its sigma is `sigma` at f = 8 and grows with f.
+    """
+
+    train_length: int
+    target_length: int
+    content: Literal["contiguous", "aligned"] = "contiguous"
+    sigma: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.train_length, self.target_length)
+        _check_choice("content", self.content, ("contiguous", "aligned"))
+        if self.train_length < 9:
+            raise SkipwiseError(f"train_length is {self.train_length}: CREAM needs 9 or more")
+        if self.sigma <= 0:
+            raise SkipwiseError(f"sigma is {self.sigma}: give a number above 0")
+
+    def sample(self, rng: np.random.Generator, num_tokens: int) -> Example:
+        L, T = self.train_length, self.target_length
+        _check_document(num_tokens, L)
+        f = T / L
+        ends = L // 3 if rng.random() < 0.5 else min(round(4 * f), L // 3)
+        normal = statistics.NormalDist((f + 2) / 2, self.sigma * f / 8)
+        low, high = normal.cdf(1.0), normal.cdf(f)
+        x = normal.inv_cdf(low + (high - low) * rng.random()) if high > low else 1.0
+        middle_end = min(max(round(x * L) - ends, L - ends), T - ends)
+        lengths = np.array([ends, L - 2 * ends, ends])
+        positions = np.array([0, middle_end - (L - 2 * ends), T - ends])
+        window = min(T, num_tokens)
+        base = int(rng.integers(num_tokens - window + 1))
+        offsets = _offsets(lengths)
+        if self.content == "contiguous":
+            text_biases = np.full(3, rng.integers(window - L + 1))
+        else:
+            text_biases = np.minimum(positions - offsets, window - L)
+        return Example(
+            lengths=lengths, position_starts=positions, text_starts=base + offsets + text_biases
+        )
+
+
+def additive_mask(examples: list[Example], minimum: float) -> np.ndarray:
+    """(B, 1, L, L) float32: causal, with each chunk's log weight on what later chunks see of it.
+
+    `minimum` is what a masked pair gets: the lowest number of the dtype in use.
+    """
+    L = examples[0].num_tokens
+    mask = np.empty((len(examples), 1, L, L), np.float32)
+    future = np.triu(np.ones((L, L), bool), 1)
+    for row, example in enumerate(examples):
+        weights = np.repeat(example.log_weights(), example.lengths)  # (L,) by key
+        out = mask[row, 0]
+        out[:] = weights
+        at = 0
+        for length in example.lengths.tolist():  # own chunk: weight 1
+            out[at : at + length, at : at + length] = 0.0
+            at += length
+        out[future] = minimum
+    return mask
+
+
+def coverage(
+    sampler: Sampler, *, num_samples: int = 2000, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """Probability that one example shows each relative distance.
+
+    Exact for PoSE with one or two chunks and for full length, sampled otherwise.
+
+    Returns:
+        (T,) float64; entry d is the probability that some two tokens stand d positions apart.
+    """
+    if isinstance(sampler, FullLength):
+        return np.ones(sampler.target_length)
+    if isinstance(sampler, PoSE) and sampler.num_chunks <= 2:
+        return _exact_coverage(sampler)
+    rng = rng or np.random.default_rng(0)
+    T = sampler.target_length
+    shown = np.zeros(T)
+    for _ in range(num_samples):
+        position_ids = sampler.sample(rng, T).position_ids()
+        used = np.zeros(2 * T)
+        used[position_ids] = 1.0
+        pairs = np.fft.irfft(np.abs(np.fft.rfft(used)) ** 2, 2 * T)[:T]  # autocorrelation
+        shown += pairs > 0.5
+    return shown / num_samples
+
+
+def _exact_coverage(sampler: PoSE) -> np.ndarray:
+    """Two chunks show 0 .. max(l_0, l_1)-1 inside and u+1 .. u+L-1 across; l_0 and u independent."""
+    L, T = sampler.train_length, sampler.target_length
+    distance = np.arange(T)
+    plain = (distance < L).astype(float)
+    if sampler.num_chunks == 1:
+        return plain
+    first = np.arange(1, (L + 1) // 2 + 1 if sampler.cut == "first-half" else L)
+    longest = np.maximum(first, L - first)
+    inside = (longest[None, :] > distance[:, None]).mean(1)
+    lowest, highest = np.maximum(0, distance - L + 1), np.minimum(T - L, distance - 1)
+    across = np.clip(highest - lowest + 1, 0, None) / (T - L + 1)
+    shown = 1.0 - (1.0 - inside) * (1.0 - across)
+    return sampler.plain_fraction * plain + (1.0 - sampler.plain_fraction) * shown
+
+
+def _expand(lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(L,): starts[i], starts[i]+1, ... for each chunk in turn."""
+    out = np.arange(int(lengths.sum()))
+    if len(lengths) > 64:
+        return out + np.repeat(starts - _offsets(lengths), lengths)
+    at = 0
+    for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
+        out[at : at + length] += start - at
+        at += length
+    return out
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    """(N,): how many tokens come before each chunk, the paper's st_i."""
+    return np.cumsum(lengths) - lengths
+
+
+def _plain(rng: np.random.Generator, length: int, num_tokens: int) -> Example:
+    start = int(rng.integers(num_tokens - length + 1))
+    return Example(
+        lengths=np.array([length]), position_starts=np.array([0]), text_starts=np.array([start])
+    )
+
+
+def _check_lengths(train_length: int, target_length: int) -> None:
+    if train_length < 2:
+        raise SkipwiseError(f"train_length is {train_length}: give 2 tokens or more")
+    if target_length < train_length:
+        raise SkipwiseError(
+            f"target_length {target_length} is below train_length {train_length}: "
+            "the target is the longer of the two"
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SkipwiseError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+
+
+def _check_document(num_tokens: int, length: int) -> None:
+    if num_tokens < length:
+        raise SkipwiseError(f"a document of {num_tokens} tokens is too short: {length} are needed")
