@@ -313,7 +313,7 @@ def coverage(
 
 
 def _exact_coverage(sampler: PoSE) -> np.ndarray:
-    """Two chunks show 0 .. max(l_0, l_1)-1 inside and u+1 .. u+L-1 across; l_0 and u independent."""
+    """Two chunks show 0 .. max(l_0, l_1)-1 inside, u+1 .. u+L-1 across; l_0, u independent."""
     L, T = sampler.train_length, sampler.target_length
     distance = np.arange(T)
     plain = (distance < L).astype(float)

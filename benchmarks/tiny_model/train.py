@@ -1,0 +1,87 @@
+"""Train the quickstart's base model from scratch: 3.4 M parameters, context 256.
+
+python benchmarks/tiny_model/train.py OUT_FOLDER [--steps 2400]
+
+OUT_FOLDER holds the tokenizer (make_tokenizer.py) and receives config.json and model.safetensors (bf16). Three
+quarters of each batch are windows of the standard library's source, one quarter passkey prompts. About 20 minutes
+on two cores. The held-out modules (skipwise.quickstart.corpus.held_out) are never seen.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from skipwise.quickstart import corpus
+
+LENGTH, BATCH, PASSKEYS = 256, 16, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    sources = [text for name, text in corpus.modules() if not corpus.held_out(name)]
+    stream = np.concatenate([np.array(ids) for ids in tokenizer(sources)["input_ids"]])
+    prompts = np.array(
+        tokenizer([corpus.passkey_document(tokenizer, LENGTH, rng, sources) for _ in range(6000)])[
+            "input_ids"
+        ]
+    )
+    print(f"{len(stream):,} tokens of source, {len(prompts):,} prompts", flush=True)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    start = time.time()
+    for step in range(args.steps):
+        share = min(1.0, (step + 1) / 100) * (
+            0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * share
+        starts = rng.integers(len(stream) - LENGTH, size=BATCH - PASSKEYS)
+        rows = [stream[s : s + LENGTH] for s in starts]
+        rows += list(prompts[rng.integers(len(prompts), size=PASSKEYS)])
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            print(f"{step + 1} loss {loss.item():.3f} {time.time() - start:.0f} s", flush=True)
+    model.to(torch.bfloat16)
+    model.config.use_cache = True
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    model.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()
