@@ -1,0 +1,58 @@
+"""95 % intervals: Wilson for shares, Student's t over clusters for means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+_Z = 1.959963984540054  # the normal's 97.5 % point
+
+
+def wilson(num_hits: int, num_samples: int) -> tuple[float, float]:
+    """Wilson's interval of a share; Brown, Cai & DasGupta 2001, section 3.1.1."""
+    n, z2 = num_samples, _Z * _Z
+    p = num_hits / n
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    low = 0.0 if num_hits == 0 else centre - half
+    high = 1.0 if num_hits == n else centre + half
+    return max(0.0, low), min(1.0, high)
+
+
+def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
+    """Mean of values that hang together in clusters, and its t interval.
+
+    Args:
+        values: (n,) one for each window.
+        clusters: (n,) which document the window is from; with one document the windows count.
+
+    Returns:
+        mean, low, high; the interval is (-inf, inf) with a single value.
+    """
+    mean = float(values.mean())
+    _, ids = np.unique(clusters, return_inverse=True)
+    if ids.max() == 0:
+        ids = np.arange(len(values))
+    num = int(ids.max()) + 1
+    if num < 2:
+        return mean, -math.inf, math.inf
+    sums = np.bincount(ids, values - mean)  # what is common to a document does not average out
+    error = math.sqrt(float((sums**2).sum()) * num / (num - 1)) / len(values)
+    half = t_quantile(num - 1) * error
+    return mean, mean - half, mean + half
+
+
+def t_quantile(degrees: int) -> float:
+    """97.5 % point of Student's t; exact for 1 and 2 degrees, else to 1 % (Abramowitz 26.7.5)."""
+    if degrees == 1:
+        return math.tan(math.pi * 0.475)
+    if degrees == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    z, v = _Z, float(degrees)
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )

@@ -1,0 +1,297 @@
+"""The preflight: what would waste a night of training, found in seconds before it.
+
+Each check is one line: its name, whether it passed, what was measured, and the mend. They look at
+the model as it will train, on a real batch: most ways to void a PoSE run leave the loss normal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from skipwise.errors import SkipwiseError
+from skipwise.models.families import ModelFacts
+from skipwise.positions import IGNORE_INDEX
+from skipwise.rope import Scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str  # what was measured, or the mend where it failed
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
+
+
+def require(checks: list[Check]) -> None:
+    """Stop at failed checks.
+
+    Raises:
+        SkipwiseError: names each of them with its mend.
+    """
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
+        raise SkipwiseError(f"the preflight failed\n{lines}")
+
+
+def check_config(facts: ModelFacts, scaling: Scaling, target_length: int) -> list[Check]:
+    """What the config alone decides."""
+    L = facts.original_length
+    reach = L * scaling.factor
+    return [
+        Check(
+            name="lengths",
+            passed=target_length > L and abs(reach - target_length) < 1,
+            detail=f"{L:,} to {target_length:,} tokens, {scaling.name} by {scaling.factor:g}"
+            if abs(reach - target_length) < 1
+            else f"rope.factor {scaling.factor:g} x {L:,} is {reach:,.0f} tokens, not the target's "
+            f"{target_length:,}: leave rope.factor out",
+        )
+    ]
+
+
+def check_model(
+    model: Any, config: Any, facts: ModelFacts, scaling: Scaling, target_length: int
+) -> list[Check]:
+    """What the loaded model really computes: frequencies, window, exact positions."""
+    return [
+        _check_rope(model, facts, scaling),
+        _check_window(config, facts, target_length),
+        _check_exact(model, facts, scaling, target_length),
+    ]
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, batch: dict[str, torch.Tensor]) -> Check:
+    """The tokenizer's ids, and those of a real batch, fit the embedding."""
+    largest = max(len(tokenizer) - 1, int(batch["input_ids"].max()))
+    fits = largest < vocab_size
+    return Check(
+        name="tokenizer",
+        passed=fits,
+        detail=f"{len(tokenizer):,} tokens in an embedding of {vocab_size:,}"
+        if fits
+        else f"token id {largest:,} is beyond the embedding of {vocab_size:,}: "
+        "this is another model's tokenizer",
+    )
+
+
+def check_documents(longest: int, num_documents: int, train_length: int, target: int) -> Check:
+    enough = longest >= train_length
+    note = "" if longest >= target else f"; none reaches {target:,}, so far text is never aligned"
+    return Check(
+        name="documents",
+        passed=enough,
+        detail=f"{num_documents:,} of {train_length:,} tokens or more, the longest {longest:,}{note}"
+        if enough
+        else f"the longest has {longest:,} tokens and an example needs {train_length:,}",
+    )
+
+
+def check_labels(items: list[dict[str, Any]]) -> Check:
+    """A label right after a jump of the text is masked: nothing before it predicts it.
+
+    Args:
+        items: examples of the data set, `labels` (L,) with the `example` they were cut by.
+    """
+    jumps = open_labels = 0
+    for item in items:
+        example = item["example"]
+        firsts = (np.cumsum(example.lengths) - example.lengths)[example.jumps()]
+        jumps += len(firsts)
+        open_labels += int((item["labels"][firsts] != IGNORE_INDEX).sum())
+    return Check(
+        name="labels",
+        passed=open_labels == 0,
+        detail=f"{jumps} jumps of the text in a batch, the label after each masked"
+        if open_labels == 0
+        else f"{open_labels} labels stand right after a jump of the text: set them to -100",
+    )
+
+
+def check_batch(model: Any, batch: dict[str, torch.Tensor], autocast: Any = None) -> list[Check]:
+    """Chunk 2 learns from chunk 1, and chunk 1 not from chunk 2, on a real batch.
+
+    The gradient of the second chunk's loss with respect to the first chunk's embeddings is zero
+    when the mask cuts them off from each other (transformers takes a skip in `position_ids`
+    without a mask for a packed boundary). The other way round it must be zero. Runs in training
+    mode without a cache, as the Trainer does, with gradient checkpointing as configured.
+
+    Args:
+        batch: from the collator; `input_ids`, `labels`, `position_ids` (B, L) and the mask.
+        autocast: context manager to run the forward pass in.
+    """
+    skips = (batch["position_ids"].diff(dim=1) != 1).float()  # (B, L-1)
+    if not bool(skips.any()):
+        detail = "plain positions in this batch: no chunk to cut off"
+        return [Check(name="chunks see each other", passed=True, detail=detail)]
+    # the example whose first skip is nearest the middle tells most
+    first = torch.where(skips.bool().any(1), skips.argmax(1) + 1, 0)
+    row = int((first - batch["input_ids"].shape[1] // 2).abs().argmin())
+    cut = int(first[row])
+    one = {key: value[row : row + 1] for key, value in batch.items()}
+    with _embeddings(model) as captured, autocast or nullcontext():
+        logits = model(
+            **{k: v for k, v in one.items() if k != "labels"}, use_cache=False
+        ).logits.float()
+        losses = torch.nn.functional.cross_entropy(
+            logits[0, :-1], one["labels"][0, 1:].to(logits.device), reduction="none"
+        )  # loss i predicts token i + 1; masked labels give 0
+        embeddings = captured[0]
+        (late,) = torch.autograd.grad(losses[cut:].sum(), embeddings, retain_graph=True)
+        (early,) = torch.autograd.grad(losses[: cut - 1].sum(), embeddings)
+    model.zero_grad(set_to_none=True)
+    seen = float(late[0, :cut].abs().max())
+    leak = float(early[0, cut:].abs().max())
+    finite = bool(torch.isfinite(late).all())
+    where = f"(skip of {int(one['position_ids'][0, cut] - one['position_ids'][0, cut - 1])})"
+    learns = Check(
+        name="chunks see each other",
+        passed=finite and seen > 0,
+        detail=f"gradient of chunk 2's loss on chunk 1 up to {seen:.1e} {where}"
+        if finite and seen > 0
+        else "chunk 2 gets no gradient from chunk 1: the attention mask cuts them off; send an "
+        "attention_mask of ones with position_ids"
+        if finite
+        else "the gradient is not finite: the weights or the dtype are at fault",
+    )
+    causal = Check(
+        name="no look ahead",
+        passed=leak == 0,
+        detail="chunk 1's loss does not depend on chunk 2"
+        if leak == 0
+        else "chunk 1's loss depends on chunk 2: the attention mask is not causal",
+    )
+    return [learns, causal]
+
+
+def _check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:
+    """Every rotary module's frequencies and attention factor against `rope.py`."""
+    want = scaling.inv_freq(facts.rope_theta, facts.rotary_dim)
+    name = "rope"
+    modules = rotary_modules(model)
+    if not modules:
+        return Check(name=name, passed=False, detail="no rotary embedding was found in the model")
+    for module, prefix in modules:
+        have = getattr(module, f"{prefix}inv_freq").detach().cpu()
+        if have.dtype != torch.float32:
+            return Check(
+                name=name,
+                passed=False,
+                detail=f"inv_freq is {have.dtype}: positions are off; load with dtype=, do not cast",
+            )
+        have64 = have.double().numpy()
+        if have64.shape != want.shape or not np.allclose(have64, want, rtol=1e-5, atol=0):
+            slow = float(1 / have64[-1]) if len(have64) else 0.0
+            return Check(
+                name=name,
+                passed=False,
+                detail=f"inv_freq is not {scaling.name} by {scaling.factor:g}: the slowest pair has "
+                f"1/{slow:.4g}, not 1/{1 / want[-1]:.4g}; give the scaled config to from_pretrained",
+            )
+        factor = getattr(module, f"{prefix}attention_scaling", None)
+        if factor is not None and abs(float(factor) - scaling.attention_factor) > 1e-6:
+            return Check(
+                name=name,
+                passed=False,
+                detail=f"the attention factor is {float(factor):.6f}, not "
+                f"{scaling.attention_factor:.6f}",
+            )
+    return Check(
+        name=name,
+        passed=True,
+        detail=f"{scaling.name}: slowest pair 1/{1 / want[-1]:.4g}, attention factor "
+        f"{scaling.attention_factor:.4f}, as computed apart",
+    )
+
+
+def rotary_modules(model: Any) -> list[tuple[Any, str]]:
+    """(module, prefix of its buffers) of the full-attention rotary embeddings."""
+    found = []
+    for module in model.modules():
+        if hasattr(module, "full_attention_inv_freq"):
+            found.append((module, "full_attention_"))
+        elif hasattr(module, "inv_freq"):
+            found.append((module, ""))
+    return found
+
+
+def _check_window(config: Any, facts: ModelFacts, target_length: int) -> Check:
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False or facts.hybrid:
+        window = None
+    layers = getattr(config, "layer_types", None)
+    if layers and "sliding_attention" not in layers:
+        window = None
+    blocks = window is not None and window < target_length
+    return Check(
+        name="attention window",
+        passed=not blocks,
+        detail=f"sliding_window {window:,} hides everything further back: set it to null"
+        if blocks
+        else "sliding layers are local by design; the full ones see all"
+        if facts.hybrid
+        else "every layer sees the whole context",
+    )
+
+
+def _check_exact(model: Any, facts: ModelFacts, scaling: Scaling, target_length: int) -> Check:
+    """cos at the last positions against float64: a cast of inv_freq or positions shows here."""
+    (module, prefix), *_ = rotary_modules(model) or [(None, "")]
+    if module is None:
+        return Check(name="positions", passed=False, detail="no rotary embedding was found")
+    inv_freq = getattr(module, f"{prefix}inv_freq")
+    positions = torch.arange(target_length - 8, target_length, device=inv_freq.device)[None]
+    probe = torch.zeros(1, device=inv_freq.device)
+    arguments = {"layer_type": "full_attention"} if prefix else {}
+    with torch.no_grad():
+        cos = module(probe, positions, **arguments)[0]
+    pairs = facts.rotary_dim // 2
+    angles = np.outer(positions[0].cpu().numpy(), scaling.inv_freq(facts.rope_theta, pairs * 2))
+    want = np.cos(angles) * scaling.attention_factor
+    have = cos[0, :, :pairs].double().cpu().numpy()
+    if not np.allclose(have, want, atol=1e-1) and cos.shape[-1] >= 2 * pairs:
+        have = cos[0, :, 0 : 2 * pairs : 2].double().cpu().numpy()  # interleaved layout
+    error = float(np.abs(have - want).max())
+    # float32 angles at position p are exact to about p * 2**-24
+    bound = max(1e-4, 4 * target_length * 2.0**-24)
+    return Check(
+        name="positions",
+        passed=error <= bound,
+        detail=f"exact to {error:.0e} at position {target_length - 1:,}"
+        if error <= bound
+        else f"off by {error:.1e} at position {target_length - 1:,}: the rotary angles lost "
+        "precision",
+    )
+
+
+@contextmanager
+def _embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Catch the input embeddings of a forward pass as a leaf that gradients can be taken of."""
+    captured: list[torch.Tensor] = []
+
+    def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        leaf = output.detach().requires_grad_(True)
+        captured.append(leaf)
+        return leaf
+
+    handle = model.get_input_embeddings().register_forward_hook(hook)
+    training = model.training
+    model.train()
+    try:
+        yield captured
+    except torch.OutOfMemoryError as error:
+        raise SkipwiseError(
+            "one example does not fit in the accelerator's memory\n"
+            "type training.gradient_checkpointing=true, or use LoRA"
+        ) from error
+    finally:
+        model.train(training)
+        handle.remove()

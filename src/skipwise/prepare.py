@@ -1,0 +1,214 @@
+"""A recipe to what training needs: facts, scaled config, tokens, examples, and their checks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from skipwise.data import Corpus, PositionCollator, PositionDataset, build_corpus
+from skipwise.documents import parse_sources
+from skipwise.errors import SkipwiseError
+from skipwise.models.checks import Check, check_config, check_documents, check_labels
+from skipwise.models.families import ModelFacts, check_unscaled, load_config, read_facts
+from skipwise.models.load import load_tokenizer, scaled_config, scaling_for
+from skipwise.positions import Example, Sampler, coverage
+from skipwise.recipe import Recipe, make_sampler
+from skipwise.rope import Scaling
+from skipwise.run import RunFolder, write_text
+from skipwise.tokens import TokenStore, tokenize_source
+
+_NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe names none
+_SAME_PREFIX = 512  # tokens that tell whether a training document is an evaluation document
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """What a recipe makes of a model, before any weight is loaded."""
+
+    recipe: Recipe
+    config: Any  # as it is
+    scaled: Any  # as it will be
+    facts: ModelFacts
+    scaling: Scaling
+    tokenizer: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    corpus: Corpus
+    sampler: Sampler
+    dataset: PositionDataset
+    collator: PositionCollator
+    num_bad_records: int
+    bad_records: list[str]
+
+    def batch(self, size: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The first examples of the run, as items and as the collator's batch."""
+        items = [self.dataset[k] for k in range(min(size, len(self.dataset)))]
+        return items, self.collator(items)
+
+
+def plan_model(recipe: Recipe) -> ModelPlan:
+    """Read the config, choose the scaling, and build the config to come.
+
+    Raises:
+        SkipwiseError: the model cannot be extended as asked.
+    """
+    config = load_config(recipe.model, recipe.load)
+    facts = read_facts(config, recipe.original_length)
+    check_unscaled(facts)
+    scaling = scaling_for(recipe, facts)
+    return ModelPlan(
+        recipe=recipe,
+        config=config,
+        scaled=scaled_config(config, facts, scaling, recipe.target_length),
+        facts=facts,
+        scaling=scaling,
+        tokenizer=load_tokenizer(recipe.model, recipe.load),
+    )
+
+
+def load_training_data(
+    plan: ModelPlan, run: RunFolder | None, progress: bool = True
+) -> TrainingData:
+    """Tokenize the sources and make the data set; documents held out are written to the run folder.
+
+    Raises:
+        SkipwiseError: no sources, nothing readable, no document long enough.
+    """
+    recipe = plan.recipe
+    settings = recipe.data
+    if not settings.sources:
+        raise SkipwiseError("no text to train on: type --data FILE, FOLDER or hub name")
+    sampler = make_sampler(recipe, plan.facts.original_length)
+    sources = parse_sources(settings.sources, settings.text_field)
+    stores = [
+        tokenize_source(
+            source,
+            plan.tokenizer,
+            on_bad_record=settings.on_bad_record,
+            num_proc=settings.num_proc,
+            progress=progress,
+        )
+        for source in sources
+    ]
+    corpus = build_corpus(
+        stores,
+        [source.weight for source in sources],
+        min_length=sampler.train_length,
+        target_length=recipe.target_length,
+        short_documents=settings.short_documents,
+        separator=plan.tokenizer.eos_token_id,
+        num_held_out=0 if settings.eval_sources else _NUM_HELD_OUT,
+    )
+    if run is not None and not settings.eval_sources:
+        _write_held_out(run, corpus, plan.tokenizer)
+    training = recipe.training
+    return TrainingData(
+        corpus=corpus,
+        sampler=sampler,
+        dataset=PositionDataset(
+            corpus,
+            sampler,
+            seed=recipe.seed,
+            num_examples=training.num_steps * training.global_batch_size,
+        ),
+        collator=PositionCollator(recipe.positions.weights),
+        num_bad_records=sum(store.num_bad_records for store in stores),
+        bad_records=[line for store in stores for line in store.bad_records][:5],
+    )
+
+
+def evaluation_documents(plan: ModelPlan, run: RunFolder | None) -> list[np.ndarray]:
+    """Token ids of the documents for perplexity: named by the recipe, or those held out."""
+    settings = plan.recipe.data
+    if settings.eval_sources:
+        stores = [
+            tokenize_source(s, plan.tokenizer, on_bad_record=settings.on_bad_record, progress=False)
+            for s in parse_sources(settings.eval_sources, settings.text_field)
+        ]
+        return [store.document(i) for store in stores for i in range(store.num_documents)]
+    if run is None or not run.eval_documents.exists():
+        return []
+    lines = run.eval_documents.read_text(encoding="utf-8").splitlines()
+    return [np.array(json.loads(line)["tokens"], np.int64) for line in lines]
+
+
+def check_data(plan: ModelPlan, data: TrainingData, held_out: list[np.ndarray]) -> list[Check]:
+    """The checks that need no model: lengths, documents, labels, evaluation kept apart."""
+    items, _ = data.batch(16)
+    corpus, T = data.corpus, plan.recipe.target_length
+    return [
+        *check_config(plan.facts, plan.scaling, T),
+        check_documents(corpus.longest, corpus.num_documents, data.sampler.train_length, T),
+        _check_held_out(corpus, held_out, T),
+        check_labels(items),
+    ]
+
+
+def describe_positions(sampler: Sampler, seed: int, num_examples: int = 24) -> dict[str, Any]:
+    """Examples and coverage of relative distances, for the report's picture."""
+    T = sampler.target_length
+    examples: list[Example] = [
+        sampler.sample(np.random.default_rng([seed, k]), T) for k in range(num_examples)
+    ]
+    distances = np.unique(np.linspace(1, T - 1, min(256, T - 1)).round().astype(int))
+    return {
+        "sampler": repr(sampler),
+        "examples": [
+            {
+                "lengths": e.lengths[:64].tolist(),
+                "position_starts": e.position_starts[:64].tolist(),
+            }
+            for e in examples
+        ],
+        "distances": distances.tolist(),
+        "coverage": coverage(sampler)[distances].round(5).tolist(),
+    }
+
+
+def data_facts(plan: ModelPlan, data: TrainingData, num_eval: int) -> dict[str, Any]:
+    """What run.json says of the data."""
+    sources = plan.recipe.data.sources
+    return {
+        "sources": [s["path"] if isinstance(s, dict) else str(s) for s in sources],
+        "num_documents": data.corpus.num_documents,
+        "num_tokens": data.corpus.num_tokens,
+        "num_short": data.corpus.num_short,
+        "short_documents": data.corpus.short_documents,
+        "num_bad_records": data.num_bad_records,
+        "bad_records": data.bad_records,
+        "num_eval_documents": num_eval,
+    }
+
+
+def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: int) -> Check:
+    """No evaluation document is trained on, told by its first tokens."""
+    name = "evaluation text"
+    usable = sum(len(tokens) >= target_length for tokens in held_out)
+    starts = {np.asarray(t[:_SAME_PREFIX], np.int64).tobytes() for t in held_out}
+    seen = 0
+    for ids, begins, lengths in zip(corpus.store_ids, corpus.starts, corpus.lengths, strict=True):
+        for store, begin, length in zip(ids, begins, lengths, strict=True):
+            prefix = corpus.stores[store].tokens[begin : begin + min(int(length), _SAME_PREFIX)]
+            seen += np.asarray(prefix, np.int64).tobytes() in starts
+    if seen:
+        detail = f"{seen} of its documents are trained on as well: take them out of data.sources"
+    elif not held_out:
+        detail = "none long enough to hold out: perplexity is not measured (data.eval_sources=...)"
+    else:
+        detail = f"{len(held_out)} documents apart from training, {usable} of the full length"
+    return Check(name=name, passed=not seen, detail=detail)
+
+
+def _write_held_out(run: RunFolder, corpus: Corpus, tokenizer: Any) -> None:
+    lines = [
+        json.dumps(
+            {"text": tokenizer.decode(tokens), "tokens": tokens.tolist()}, ensure_ascii=False
+        )
+        for tokens in corpus.held_out
+    ]
+    write_text(run.eval_documents, "".join(line + "\n" for line in lines))

@@ -1,0 +1,168 @@
+"""The run folder, the contract between the verbs: each reads and writes there.
+
+recipe.yaml     what was asked, defaults written out
+run.json        what is known of the run: model, data, checks, stages, versions
+metrics.jsonl   a line a training step
+checkpoints/    of the Trainer
+results.json    tidy rows of the evaluation
+report/         the page        model/   what is handed over
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from skipwise.errors import SkipwiseError
+from skipwise.recipe import Recipe, dump_recipe, load_recipe
+
+
+class RunFolder:
+    """Paths and JSON of one run; every file is replaced whole, so a kill leaves the old one."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def eval_documents(self) -> Path:
+        return self.path / "eval_documents.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def recipe(self) -> Recipe:
+        if not self.recipe_file.exists():
+            raise SkipwiseError(f"{self.path} is not a run folder: it has no recipe.yaml")
+        return load_recipe(self.recipe_file)
+
+    def facts(self) -> dict[str, Any]:
+        return _read_json(self.path / "run.json", {})
+
+    def update(self, **facts: Any) -> None:
+        """Put facts into run.json, beside those already there."""
+        write_json(self.path / "run.json", {**self.facts(), **facts})
+
+    def results(self) -> list[dict[str, Any]]:
+        return _read_json(self.path / "results.json", [])
+
+    def write_results(self, rows: list[dict[str, Any]]) -> None:
+        write_json(self.path / "results.json", rows)
+
+
+def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
+    """Make the run folder, or go on with one that was made by the same recipe.
+
+    Raises:
+        SkipwiseError: the folder holds a run of another recipe, or something else.
+    """
+    run = RunFolder(path)
+    text = dump_recipe(recipe)
+    if run.recipe_file.exists():
+        old = dump_recipe(run.recipe())
+        if old != text:
+            changed = [a.strip() for a, b in _changed_lines(old, text)][:3]
+            raise SkipwiseError(
+                f"{run.path} holds a run of another recipe (it differs in {'; '.join(changed)})\n"
+                "type another --out, or remove the folder"
+            )
+        return run
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise SkipwiseError(f"{run.path} exists and is not a run folder: type another --out")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_text(run.recipe_file, text)
+    except OSError as error:
+        raise SkipwiseError(f"{run.path} cannot be written: {error.strerror}") from error
+    run.update(
+        name=recipe.run_name,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        status="started",
+        versions=versions(),
+        machine=machine(),
+    )
+    return run
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, default=_jsonable) + "\n")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("skipwise", "torch", "transformers", "accelerate", "peft", "tokenizers", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores and memory of this machine; the GPU's name is added where torch is loaded."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        if sys.platform == "darwin":
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            cpu = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or cpu
+    facts: dict[str, Any] = {"cpu": cpu, "num_cpus": os.cpu_count(), "system": platform.system()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        facts["memory_gib"] = round(pages / 2**30, 1)
+    return facts
+
+
+def _changed_lines(old: str, new: str) -> list[tuple[str, str]]:
+    pairs = zip(old.splitlines(), new.splitlines(), strict=False)
+    return [(a, b) for a, b in pairs if a != b] or [("more keys", "")]
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except ValueError as error:
+        raise SkipwiseError(f"{path} is not JSON: {error}") from error
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, tuple | set):
+        return list(value)
+    return str(value)
