@@ -7,6 +7,7 @@ the training length keeps the skill that the evaluation looks at.
 
 from __future__ import annotations
 
+import json
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from skipwise.evaluate import passkey
+from skipwise.run import write_text
 
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
 
@@ -67,4 +69,25 @@ def _answered(key: str, num_fillers: int, depth: float, filler: tuple[str, ...])
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def write_documents(folder: Path, tokenizer: Any, *, length: int, num_passkeys: int) -> None:
+    """Write the quickstart's text: `source.jsonl`, `passkeys.jsonl` and `evaluation.jsonl`.
+
+    Passkey prompts are `length` tokens, the training length, so that each is one example.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = list(modules())
+    sources = [text for name, text in texts if not held_out(name)]
+    rng = np.random.default_rng(1)  # not the base model's prompts
+    prompts = [passkey_document(tokenizer, length, rng, sources) for _ in range(num_passkeys)]
+    for name, documents in (
+        ("source", sources),
+        ("passkeys", prompts),
+        ("evaluation", [text for name, text in texts if held_out(name)]),
+    ):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        file = folder / f"{name}.jsonl"
+        if not file.exists() or file.read_text(encoding="utf-8") != lines:
+            write_text(file, lines)  # an unchanged file keeps its time, and its token cache

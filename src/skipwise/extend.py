@@ -1,0 +1,229 @@
+"""The whole job: check -> evaluate before -> train -> export -> evaluate after -> report.
+
+Each stage writes into the run folder and is left out when its result is there, so a run that was
+stopped goes on where it stood when the same command is typed again.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipwise.documents import parse_sources
+from skipwise.errors import SkipwiseError
+from skipwise.evaluate.suite import evaluate_model
+from skipwise.export import export_model, write_card
+from skipwise.models.checks import Check, check_config, check_model, require
+from skipwise.models.load import compute_dtype, load_model
+from skipwise.prepare import (
+    ModelPlan,
+    TrainingData,
+    check_data,
+    data_facts,
+    describe_positions,
+    evaluation_documents,
+    load_training_data,
+    plan_model,
+)
+from skipwise.recipe import EvalSettings, Recipe, context_lengths
+from skipwise.report import format_table, write_report
+from skipwise.run import RunFolder, open_run, write_text
+from skipwise.tokens import tokenize_source
+from skipwise.train import finished_checkpoint, set_up, train
+
+STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "report")
+
+
+def extend(recipe: Recipe, out: str | Path, *, command: str = "skipwise extend") -> RunFolder:
+    """Everything, from a recipe to a model with its proof.
+
+    Returns:
+        the run folder: `model/`, `report/index.html`, `results.json`.
+
+    Raises:
+        SkipwiseError: see the stages; what was done before stays and is not done again.
+        RunStopped: the user stopped it.
+    """
+    plan = plan_model(recipe)  # before anything is written: most mistakes show here
+    parse_sources(recipe.data.sources, recipe.data.text_field)
+    run = open_run(out, recipe, command)
+    with _stage(run, "check"):
+        data = prepare_run(plan, run)
+        check_run(plan, data, run)
+    with _stage(run, "evaluate before"):
+        evaluate_run(plan, run, "before")
+    with _stage(run, "train"):
+        train_run(plan, data, run)
+    with _stage(run, "export"):
+        export_run(plan, run)
+    with _stage(run, "evaluate after"):
+        evaluate_run(plan, run, "after")
+    with _stage(run, "report"):
+        run.update(status="finished")
+        report_run(run)
+    return run
+
+
+def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
+    """Tokens and examples, written down in run.json; None where nothing is trained."""
+    recipe = plan.recipe
+    model: dict[str, Any] = {"name": Path(recipe.model).name, "family": plan.facts.family}
+    facts: dict[str, Any] = {
+        "model": {**run.facts().get("model", {}), **model},
+        "original_length": plan.facts.original_length,
+        "train_length": plan.facts.original_length,
+        "target_length": recipe.target_length,
+        "rope": plan.scaled.rope_parameters,
+        "reproduce": [run.facts().get("command", ""), f"skipwise report {run.path}"],
+    }
+    data = None
+    if recipe.method != "none":
+        data = load_training_data(plan, run)
+        facts["train_length"] = data.sampler.train_length
+        facts["data"] = data_facts(plan, data, len(evaluation_documents(plan, run)))
+        facts["positions"] = describe_positions(data.sampler, recipe.seed)
+    run.update(**facts)
+    return data
+
+
+def check_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> list[Check]:
+    """The preflight; its lines go to stderr and to run.json.
+
+    Raises:
+        SkipwiseError: a check failed.
+    """
+    recipe = plan.recipe
+    if data is None:
+        config = plan.scaled
+        model = load_model(recipe.model, config, recipe.load, dtype=compute_dtype(recipe.load))
+        checks = check_config(plan.facts, plan.scaling, recipe.target_length)
+        checks += check_model(model, config, plan.facts, plan.scaling, recipe.target_length)
+        _record(run, checks, model)
+    else:
+        checks = check_data(plan, data, evaluation_documents(plan, run))
+        require(checks)  # before the weights are loaded
+        training = set_up(plan, data, run)
+        checks += training.checks
+        _record(run, checks, training.trainer.model)
+        del training
+    _free()
+    require(checks)
+    return checks
+
+
+def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
+    """Measure the base model (`before`) or the exported one (`after`) into results.json."""
+    rows = run.results()
+    if any(row["model"] == label for row in rows):
+        return
+    recipe = plan.recipe
+    source = recipe.model if label == "before" else str(run.model)
+    config = plan.config if label == "before" else None
+    found = evaluate_source(
+        source,
+        config,
+        recipe,
+        plan,
+        documents=evaluation_documents(plan, run),
+        label=label,
+    )
+    run.write_results(rows + found)
+
+
+def evaluate_source(
+    source: str, config: Any, recipe: Recipe, plan: ModelPlan, *, documents: Any, label: str
+) -> list[dict[str, Any]]:
+    """Load a model as any user would, and measure it."""
+    model = load_model(source, config, recipe.load, dtype=compute_dtype(recipe.load))
+    model.to(_device())
+    lengths = context_lengths(recipe, plan.facts.original_length)
+    rows = evaluate_model(
+        model, plan.tokenizer, documents, lengths, recipe.eval, label=label
+    )
+    del model
+    _free()
+    return rows
+
+
+def train_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> None:
+    """Train from the newest checkpoint to the end, if that is not done."""
+    recipe = plan.recipe
+    if data is None or finished_checkpoint(run, recipe.training.num_steps):
+        return
+    training = set_up(plan, data, run)
+    train(training, run)
+    del training
+    _free()
+
+
+def export_run(plan: ModelPlan, run: RunFolder) -> None:
+    """Write and check `model/`, if that is not done.
+
+    Raises:
+        SkipwiseError: the folder does not give the same logits in plain transformers.
+    """
+    if run.facts().get("exported") and run.model.is_dir():
+        return
+    checks = export_model(plan, run)
+    _record(run, checks)
+    require(checks)
+    run.update(exported=True)
+
+
+def report_run(run: RunFolder) -> str:
+    """The page, the model card, and the table, which is returned."""
+    table = format_table(run.results())
+    write_report(run.path)
+    if run.model.is_dir():
+        write_card(run, table)
+    return table
+
+
+def evaluate_model_folder(
+    source: str, recipe: Recipe, settings: EvalSettings, data: list[Any]
+) -> list[dict[str, Any]]:
+    """Measure any model, ours or not."""
+    raise NotImplementedError
+
+
+def _record(run: RunFolder, checks: list[Check], model: Any = None) -> None:
+    for check in checks:
+        print(f"  {check}", file=sys.stderr, flush=True)
+    names = {check.name for check in checks}
+    old = [c for c in run.facts().get("checks", []) if c["name"] not in names]
+    new = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]
+    run.update(checks=old + new)
+    if model is not None:
+        parameters = sum(p.numel() for p in model.parameters())
+        run.update(model={**run.facts().get("model", {}), "num_parameters": parameters})
+
+
+@contextmanager
+def _stage(run: RunFolder, name: str) -> Iterator[None]:
+    """Say where the run is, and note how long the stage took."""
+    print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    yield
+    seconds = time.monotonic() - started
+    stages = run.facts().get("stages", {})
+    if seconds >= 1 or name not in stages:
+        run.update(stages={**stages, name: round(seconds, 1)})
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
