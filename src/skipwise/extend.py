@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,25 +18,24 @@ from typing import Any
 import torch
 
 from skipwise.documents import parse_sources
-from skipwise.errors import SkipwiseError
 from skipwise.evaluate.suite import evaluate_model
 from skipwise.export import export_model, write_card
 from skipwise.models.checks import Check, check_config, check_model, require
-from skipwise.models.load import compute_dtype, load_model
+from skipwise.models.load import best_device, compute_dtype, load_model
+from skipwise.picture import describe_positions
 from skipwise.prepare import (
     ModelPlan,
     TrainingData,
     check_data,
     data_facts,
-    describe_positions,
     evaluation_documents,
     load_training_data,
     plan_model,
+    stand_in_data,
 )
-from skipwise.recipe import EvalSettings, Recipe, context_lengths
+from skipwise.recipe import Recipe, context_lengths, dump_recipe
 from skipwise.report import format_table, write_report
 from skipwise.run import RunFolder, open_run, write_text
-from skipwise.tokens import tokenize_source
 from skipwise.train import finished_checkpoint, set_up, train
 
 STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "report")
@@ -93,29 +93,59 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
     return data
 
 
-def check_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> list[Check]:
-    """The preflight; its lines go to stderr and to run.json.
+def check(recipe: Recipe) -> list[Check]:
+    """The preflight alone, on the recipe's text, or on random tokens where it names none."""
+    plan = plan_model(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(folder)
+        write_text(run.recipe_file, dump_recipe(recipe))
+        if recipe.method == "none":
+            data = None
+        elif recipe.data.sources:
+            data = load_training_data(plan, run)
+        else:
+            data = stand_in_data(plan)
+        checks, _ = _preflight(plan, data, run)
+    return checks
+
+
+def check_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> None:
+    """The preflight of a run; its lines go to stderr and to run.json.
 
     Raises:
         SkipwiseError: a check failed.
     """
-    recipe = plan.recipe
+    checks, num_parameters = _preflight(plan, data, run)
+    _record(run, checks)
+    if num_parameters:
+        run.update(model={**run.facts().get("model", {}), "num_parameters": num_parameters})
+    require(checks)
+
+
+def _preflight(
+    plan: ModelPlan, data: TrainingData | None, run: RunFolder
+) -> tuple[list[Check], int | None]:
+    """All checks, and the number of parameters; what fails without weights stops before them."""
+    recipe, T = plan.recipe, plan.recipe.target_length
     if data is None:
-        config = plan.scaled
-        model = load_model(recipe.model, config, recipe.load, dtype=compute_dtype(recipe.load))
-        checks = check_config(plan.facts, plan.scaling, recipe.target_length)
-        checks += check_model(model, config, plan.facts, plan.scaling, recipe.target_length)
-        _record(run, checks, model)
-    else:
+        checks = check_config(plan.facts, plan.scaling, T)
+        model = load_model(recipe.model, plan.scaled, recipe.load, dtype=compute_dtype(recipe.load))
+        checks += check_model(model, plan.scaled, plan.facts, plan.scaling, T)
+    elif recipe.data.sources:
         checks = check_data(plan, data, evaluation_documents(plan, run))
-        require(checks)  # before the weights are loaded
+    else:
+        checks = check_config(plan.facts, plan.scaling, T)
+    if not all(check.passed for check in checks):
+        return checks, None
+    if data is not None:
         training = set_up(plan, data, run)
         checks += training.checks
-        _record(run, checks, training.trainer.model)
+        model = training.trainer.model
         del training
+    num_parameters = sum(p.numel() for p in model.parameters())
+    del model
     _free()
-    require(checks)
-    return checks
+    return checks, num_parameters
 
 
 def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
@@ -126,30 +156,19 @@ def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
     recipe = plan.recipe
     source = recipe.model if label == "before" else str(run.model)
     config = plan.config if label == "before" else None
-    found = evaluate_source(
-        source,
-        config,
-        recipe,
-        plan,
-        documents=evaluation_documents(plan, run),
+    model = load_model(source, config, recipe.load, dtype=compute_dtype(recipe.load))
+    model.to(best_device())
+    found = evaluate_model(
+        model,
+        plan.tokenizer,
+        evaluation_documents(plan, run),
+        context_lengths(recipe, plan.facts.original_length),
+        recipe.eval,
         label=label,
     )
     run.write_results(rows + found)
-
-
-def evaluate_source(
-    source: str, config: Any, recipe: Recipe, plan: ModelPlan, *, documents: Any, label: str
-) -> list[dict[str, Any]]:
-    """Load a model as any user would, and measure it."""
-    model = load_model(source, config, recipe.load, dtype=compute_dtype(recipe.load))
-    model.to(_device())
-    lengths = context_lengths(recipe, plan.facts.original_length)
-    rows = evaluate_model(
-        model, plan.tokenizer, documents, lengths, recipe.eval, label=label
-    )
     del model
     _free()
-    return rows
 
 
 def train_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> None:
@@ -186,23 +205,13 @@ def report_run(run: RunFolder) -> str:
     return table
 
 
-def evaluate_model_folder(
-    source: str, recipe: Recipe, settings: EvalSettings, data: list[Any]
-) -> list[dict[str, Any]]:
-    """Measure any model, ours or not."""
-    raise NotImplementedError
-
-
-def _record(run: RunFolder, checks: list[Check], model: Any = None) -> None:
-    for check in checks:
-        print(f"  {check}", file=sys.stderr, flush=True)
-    names = {check.name for check in checks}
+def _record(run: RunFolder, checks: list[Check]) -> None:
+    for one in checks:
+        print(f"  {one}", file=sys.stderr, flush=True)
+    names = {one.name for one in checks}
     old = [c for c in run.facts().get("checks", []) if c["name"] not in names]
     new = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]
     run.update(checks=old + new)
-    if model is not None:
-        parameters = sum(p.numel() for p in model.parameters())
-        run.update(model={**run.facts().get("model", {}), "num_parameters": parameters})
 
 
 @contextmanager
@@ -215,12 +224,6 @@ def _stage(run: RunFolder, name: str) -> Iterator[None]:
     stages = run.facts().get("stages", {})
     if seconds >= 1 or name not in stages:
         run.update(stages={**stages, name: round(seconds, 1)})
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _free() -> None:

@@ -14,7 +14,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.checks import Check, check_config, check_documents, check_labels
 from skipwise.models.families import ModelFacts, check_unscaled, load_config, read_facts
 from skipwise.models.load import load_tokenizer, scaled_config, scaling_for
-from skipwise.positions import Example, Sampler, coverage
+from skipwise.positions import Sampler
 from skipwise.recipe import Recipe, make_sampler
 from skipwise.rope import Scaling
 from skipwise.run import RunFolder, write_text
@@ -137,6 +137,25 @@ def evaluation_documents(plan: ModelPlan, run: RunFolder | None) -> list[np.ndar
     return [np.array(json.loads(line)["tokens"], np.int64) for line in lines]
 
 
+def stand_in_data(plan: ModelPlan) -> TrainingData:
+    """Examples from random token ids, to check a model where no text is given."""
+    recipe = plan.recipe
+    sampler = make_sampler(recipe, plan.facts.original_length)
+    rng = np.random.default_rng(recipe.seed)
+    size = min(plan.facts.vocab_size, len(plan.tokenizer))
+    tokens = rng.integers(0, size, recipe.target_length).astype(np.uint32)
+    store = TokenStore(tokens=tokens, offsets=np.array([0, len(tokens)]))
+    corpus = build_corpus([store], [None], min_length=1, target_length=recipe.target_length)
+    return TrainingData(
+        corpus=corpus,
+        sampler=sampler,
+        dataset=PositionDataset(corpus, sampler, seed=recipe.seed, num_examples=16),
+        collator=PositionCollator(recipe.positions.weights),
+        num_bad_records=0,
+        bad_records=[],
+    )
+
+
 def check_data(plan: ModelPlan, data: TrainingData, held_out: list[np.ndarray]) -> list[Check]:
     """The checks that need no model: lengths, documents, labels, evaluation kept apart."""
     items, _ = data.batch(16)
@@ -147,27 +166,6 @@ def check_data(plan: ModelPlan, data: TrainingData, held_out: list[np.ndarray]) 
         _check_held_out(corpus, held_out, T),
         check_labels(items),
     ]
-
-
-def describe_positions(sampler: Sampler, seed: int, num_examples: int = 24) -> dict[str, Any]:
-    """Examples and coverage of relative distances, for the report's picture."""
-    T = sampler.target_length
-    examples: list[Example] = [
-        sampler.sample(np.random.default_rng([seed, k]), T) for k in range(num_examples)
-    ]
-    distances = np.unique(np.linspace(1, T - 1, min(256, T - 1)).round().astype(int))
-    return {
-        "sampler": repr(sampler),
-        "examples": [
-            {
-                "lengths": e.lengths[:64].tolist(),
-                "position_starts": e.position_starts[:64].tolist(),
-            }
-            for e in examples
-        ],
-        "distances": distances.tolist(),
-        "coverage": coverage(sampler)[distances].round(5).tolist(),
-    }
 
 
 def data_facts(plan: ModelPlan, data: TrainingData, num_eval: int) -> dict[str, Any]:

@@ -50,6 +50,7 @@ _OWNED = {
     "weight_decay": "training.weight_decay",
     "max_grad_norm": "training.max_grad_norm",
     "gradient_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
     "save_steps": "training.save_steps",
     "save_total_limit": "training.save_total_limit",
     "seed": "seed",
@@ -101,7 +102,7 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
         if recipe.training.gradient_checkpointing:
             model.enable_input_require_grads()
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     resume_from = newest_checkpoint(run)
     trainer = PositionTrainer(
         model=model,
@@ -201,8 +202,6 @@ def training_arguments(recipe: Recipe, run: RunFolder, dtype: torch.dtype) -> Tr
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "save_steps": settings.save_steps,
         "save_total_limit": max(2, settings.save_total_limit),
         "seed": recipe.seed,
@@ -220,6 +219,12 @@ def training_arguments(recipe: Recipe, run: RunFolder, dtype: torch.dtype) -> Tr
         return TrainingArguments(**{**values, **recipe.trainer})
     except (ValueError, ImportError, TypeError) as error:
         raise SkipwiseError(f"the training settings do not fit: {error}") from error
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Gradient checkpointing under the name that this transformers has for it."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def newest_checkpoint(run: RunFolder) -> Path | None:

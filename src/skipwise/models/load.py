@@ -149,6 +149,12 @@ def compute_dtype(settings: ModelSettings) -> torch.dtype:
     return torch.bfloat16 if avx512() or amx() else torch.float32
 
 
+def best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def attention_for(settings: ModelSettings, weights: str) -> str | None:
     """The attention implementation; importance weights need one that takes an additive mask."""
     asked = settings.attn_implementation

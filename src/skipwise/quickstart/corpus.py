@@ -77,6 +77,8 @@ def write_documents(folder: Path, tokenizer: Any, *, length: int, num_passkeys: 
 
     Passkey prompts are `length` tokens, the training length, so that each is one example.
     """
+    if (folder / "evaluation.jsonl").exists():  # written last
+        return
     folder.mkdir(parents=True, exist_ok=True)
     texts = list(modules())
     sources = [text for name, text in texts if not held_out(name)]
@@ -88,6 +90,4 @@ def write_documents(folder: Path, tokenizer: Any, *, length: int, num_passkeys: 
         ("evaluation", [text for name, text in texts if held_out(name)]),
     ):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
-        file = folder / f"{name}.jsonl"
-        if not file.exists() or file.read_text(encoding="utf-8") != lines:
-            write_text(file, lines)  # an unchanged file keeps its time, and its token cache
+        write_text(folder / f"{name}.jsonl", lines)

@@ -1,0 +1,347 @@
+"""The command line: `skipwise VERB THING [key=value ...]`; heavy imports stay inside the verbs.
+
+Results go to stdout, progress to stderr. Exit code 2 and one to three lines for what a user can
+mend, 75 for a run that was stopped and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipwise import __version__
+from skipwise.errors import RunStopped, SkipwiseError
+
+if TYPE_CHECKING:
+    from skipwise.recipe import Recipe
+
+_STOPPED = 75  # EX_TEMPFAIL: try again later
+
+_EXAMPLES = """\
+examples:
+  skipwise quickstart                                  the whole job on a bundled model, in minutes
+  skipwise extend ./my-model --to 32k --data ./books   your model to 32k tokens, with proof
+  skipwise check ./my-model --to 32k                   can it be extended? what would go wrong?
+  skipwise positions --length 8k --to 32k              what training sees, and how much it covers
+  skipwise eval ./my-model --lengths 8k,32k --data ./books
+
+A THING is a model's folder or hub name, a recipe (.yaml) or a run folder.
+Any recipe key can be set behind it: training.num_steps=200 rope.type=linear
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    if given.verb is None:
+        parser.print_help()
+        return 0
+    try:
+        return given.run(given) or 0
+    except RunStopped as stopped:
+        print(stopped, file=sys.stderr)
+        return _STOPPED
+    except SkipwiseError as error:
+        print(f"skipwise: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; type the same command again to go on", file=sys.stderr)
+        return _STOPPED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skipwise",
+        description="Extend the context window of a RoPE language model, and prove that it worked.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"skipwise {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+
+    def verb(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb(
+        "quickstart", _quickstart, "the whole job on the bundled model", "skipwise quickstart"
+    )
+    _out(sub, "runs/quickstart")
+    _overrides(sub)
+
+    sub = verb(
+        "extend",
+        _extend,
+        "check, train, evaluate before and after, report and export",
+        "skipwise extend ./my-model --to 32k --data ./books --out runs/my-model-32k",
+    )
+    _recipe_options(sub)
+    _out(sub, "runs/NAME")
+    _overrides(sub)
+
+    sub = verb(
+        "check",
+        _check,
+        "the preflight: what would waste a training run",
+        "skipwise check ./my-model --to 32k --data ./books",
+    )
+    _recipe_options(sub)
+    sub.add_argument("--json", action="store_true", help="print the checks as JSON")
+    _overrides(sub)
+
+    sub = verb(
+        "positions",
+        _positions,
+        "print and draw training positions and their coverage",
+        "skipwise positions --length 8k --to 32k num_chunks=3 gaps=sorted",
+    )
+    sub.add_argument("--length", default="2k", metavar="L", help="training length (2k)")
+    sub.add_argument("--to", default="16k", metavar="T", help="target length (16k)")
+    sub.add_argument("--seed", type=int, default=0, help="of the examples (0)")
+    sub.add_argument("--draw", metavar="FILE", help="write a picture: .png or .svg")
+    sub.add_argument("--json", action="store_true", help="print examples and coverage as JSON")
+    _overrides(sub, "a key of `positions:`, or method=randpos | full | cream")
+
+    sub = verb(
+        "train",
+        _train,
+        "train a recipe, or go on with a run",
+        "skipwise train recipes/mine.yaml --out runs/mine",
+    )
+    _recipe_options(sub)
+    _out(sub, "runs/NAME")
+    _overrides(sub)
+
+    sub = verb(
+        "eval",
+        _eval,
+        "perplexity and passkey of any model, or of a run's model",
+        "skipwise eval ./my-model --lengths 4k,8k,16k --data ./books",
+    )
+    sub.add_argument("thing", metavar="MODEL|RUN", help="model folder, hub name or run folder")
+    sub.add_argument("--lengths", metavar="L,L,...", help="context lengths; of a run: its own")
+    sub.add_argument("--data", nargs="+", metavar="PATH", help="text for perplexity")
+    sub.add_argument("--out", metavar="FILE", help="write the rows as JSON")
+    sub.add_argument("--json", action="store_true", help="print the rows as JSON")
+    _overrides(sub, "a key of `eval:` or `load:`, as eval.passkey_trials=100")
+
+    sub = verb("report", _report, "write a run's page again", "skipwise report runs/quickstart")
+    sub.add_argument("thing", metavar="RUN", help="run folder")
+
+    sub = verb(
+        "export", _export, "write a run's model folder again", "skipwise export runs/quickstart"
+    )
+    sub.add_argument("thing", metavar="RUN", help="run folder")
+    return parser
+
+
+def _recipe_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("thing", metavar="MODEL|RECIPE|RUN", help="folder, hub name or recipe (.yaml)")
+    sub.add_argument("--to", metavar="T", help="target length, as 32k")
+    sub.add_argument("--data", nargs="+", metavar="PATH", help="text: files, folders or hub names")
+    sub.add_argument("--lora", action="store_true", help="train LoRA, norms and embeddings only")
+
+
+def _out(sub: argparse.ArgumentParser, default: str) -> None:
+    sub.add_argument("--out", metavar="FOLDER", help=f"run folder ({default})")
+
+
+def _overrides(sub: argparse.ArgumentParser, text: str = "recipe keys to set") -> None:
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+
+
+def _recipe(given: argparse.Namespace) -> Recipe:
+    """The recipe that the command names: a file, a run's own, or defaults around a model."""
+    from skipwise.recipe import load_recipe, parse_recipe
+    from skipwise.run import RunFolder
+
+    data, overrides = _split(given.data, given.overrides)
+    path = Path(given.thing).expanduser()
+    options: list[str] = [f"target_length={given.to}"] if given.to else []
+    options += [f"data.sources={json.dumps(data)}"] if data else []
+    options += ["lora={}"] if given.lora else []
+    if path.suffix in (".yaml", ".yml"):
+        return load_recipe(path, options + overrides)
+    run = RunFolder(path)
+    if run.recipe_file.exists():
+        return load_recipe(run.recipe_file, options + overrides)
+    if not given.to and not any(o.startswith("target_length=") for o in overrides):
+        raise SkipwiseError("how far should it reach? type --to 32k")
+    return parse_recipe({"model": given.thing}, options + overrides)
+
+
+def _split(data: list[str] | None, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """`--data a b key=value`: what looks like a setting and is no file is one."""
+    files = [d for d in data or [] if "=" not in d or Path(d).expanduser().exists()]
+    return files, [d for d in data or [] if d not in files] + overrides
+
+
+def _command() -> str:
+    return shlex.join(["skipwise", *sys.argv[1:]])
+
+
+def _default_out(recipe: Recipe, given: argparse.Namespace) -> Path:
+    if given.out:
+        return Path(given.out)
+    if (Path(getattr(given, "thing", "")) / "recipe.yaml").exists():
+        return Path(given.thing)
+    return Path("runs") / recipe.run_name
+
+
+def _finish(run: Any, table: str) -> None:
+    print(table)
+    print(f"\nmodel   {run.model}\nreport  {run.report / 'index.html'}")
+    print(f"\nnext: skipwise eval {run.path} --lengths ..., or load {run.model} with transformers")
+
+
+def _quickstart(given: argparse.Namespace) -> int:
+    _quiet()
+    from skipwise.extend import extend
+    from skipwise.quickstart import make_recipe
+    from skipwise.report import format_table
+
+    out = Path(given.out or "runs/quickstart")
+    run = extend(make_recipe(given.overrides), out, command=_command())
+    _finish(run, format_table(run.results()))
+    return 0
+
+
+def _extend(given: argparse.Namespace) -> int:
+    recipe = _recipe(given)
+    _quiet()
+    from skipwise.extend import extend
+    from skipwise.report import format_table
+
+    run = extend(recipe, _default_out(recipe, given), command=_command())
+    _finish(run, format_table(run.results()))
+    return 0
+
+
+def _check(given: argparse.Namespace) -> int:
+    recipe = _recipe(given)
+    _quiet()
+    from skipwise.extend import check
+
+    checks = check(recipe)
+    if given.json:
+        print(json.dumps([dataclasses.asdict(c) for c in checks], indent=1))
+    else:
+        print("\n".join(str(c) for c in checks))
+        if all(c.passed for c in checks):
+            data = " ".join(given.data or ["FOLDER"])
+            print(f"\nnext: skipwise extend {given.thing} --to {given.to or 'T'} --data {data}")
+    return 0 if all(c.passed for c in checks) else 2
+
+
+def _positions(given: argparse.Namespace) -> int:
+    from skipwise.picture import describe_positions, draw_text
+    from skipwise.recipe import make_sampler, parse_length, parse_recipe
+
+    L, T = parse_length(given.length), parse_length(given.to)
+    overrides = [o if o.startswith("method=") else f"positions.{o}" for o in given.overrides]
+    recipe = parse_recipe({"model": "-", "target_length": T}, overrides)
+    sampler = make_sampler(recipe, L)
+    facts = describe_positions(sampler, given.seed)
+    if given.json:
+        print(json.dumps(facts))
+    else:
+        print(draw_text(facts, sampler.train_length, T))
+    if given.draw:
+        from skipwise.report import plot_positions
+
+        pairs = list(zip(facts["distances"], facts["coverage"], strict=True))
+        figure = plot_positions(facts["examples"], pairs, sampler.train_length, T)
+        try:
+            figure.savefig(given.draw, dpi=150, bbox_inches="tight")
+        except (OSError, ValueError) as error:
+            raise SkipwiseError(f"{given.draw} could not be written: {error}") from error
+        print(f"wrote {given.draw}", file=sys.stderr)
+    return 0
+
+
+def _train(given: argparse.Namespace) -> int:
+    recipe = _recipe(given)
+    _quiet()
+    from skipwise.extend import check_run, prepare_run, train_run
+    from skipwise.prepare import plan_model
+    from skipwise.run import open_run
+
+    plan = plan_model(recipe)
+    run = open_run(_default_out(recipe, given), recipe, _command())
+    data = prepare_run(plan, run)
+    if data is None:
+        raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
+    check_run(plan, data, run)
+    train_run(plan, data, run)
+    print(f"trained: {run.checkpoints}\nnext: skipwise export {run.path}")
+    return 0
+
+
+def _eval(given: argparse.Namespace) -> int:
+    _quiet()
+    from skipwise.evaluate.anything import evaluate_anything
+    from skipwise.recipe import parse_length
+    from skipwise.report import format_table
+    from skipwise.run import write_json
+
+    data, overrides = _split(given.data, given.overrides)
+    lengths = [parse_length(n) for n in given.lengths.split(",")] if given.lengths else []
+    rows = evaluate_anything(given.thing, lengths, data, overrides)
+    if given.out:
+        write_json(Path(given.out), rows)
+    print(json.dumps(rows, indent=1) if given.json else format_table(rows))
+    if given.out:
+        print(f"wrote {given.out}", file=sys.stderr)
+    return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    from skipwise.report import format_table, write_report
+    from skipwise.run import RunFolder
+
+    run = RunFolder(given.thing)
+    run.recipe()
+    page = write_report(run.path)
+    print(format_table(run.results()))
+    print(f"\nreport  {page}")
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    _quiet()
+    from skipwise.extend import export_run, report_run
+    from skipwise.prepare import plan_model
+    from skipwise.run import RunFolder
+
+    run = RunFolder(given.thing)
+    plan = plan_model(run.recipe())
+    run.update(exported=False)
+    export_run(plan, run)
+    report_run(run)
+    print(f"model   {run.model}\nnext: skipwise eval {run.path}")
+    return 0
+
+
+def _quiet() -> None:
+    """Our own progress is enough; warnings stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
