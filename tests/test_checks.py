@@ -1,0 +1,230 @@
+"""The preflight: each way to void a run is caught, and a sound run passes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from skipwise.errors import SkipwiseError
+from skipwise.models.checks import (
+    check_batch,
+    check_config,
+    check_labels,
+    check_model,
+    check_tokenizer,
+    require,
+)
+from skipwise.models.families import check_unscaled, load_config, read_facts
+from skipwise.models.load import load_model, scaled_config, scaling_for
+from skipwise.prepare import plan_model, stand_in_data
+from skipwise.recipe import LoRASettings, ModelSettings, Recipe, parse_recipe
+from skipwise.train import enable_checkpointing
+
+T = 256
+
+
+@pytest.fixture(scope="module")
+def plan(tiny):
+    recipe = {"model": str(tiny), "target_length": T, "positions": {"content": "aligned"}}
+    return plan_model(parse_recipe(recipe))
+
+
+@pytest.fixture(scope="module")
+def model(plan):
+    return load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.float32)
+
+
+@pytest.fixture
+def batch(plan):
+    return stand_in_data(plan).batch(4)[1]
+
+
+def passed(checks):
+    return {check.name: check.passed for check in checks}
+
+
+def test_a_sound_set_up_passes_every_check(plan, model, batch):
+    checks = check_config(plan.facts, plan.scaling, T)
+    checks += check_model(model, model.config, plan.facts, plan.scaling, T)
+    checks += check_batch(model, batch)
+    checks += [check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch)]
+    checks += [check_labels(stand_in_data(plan).batch(8)[0])]
+    assert all(passed(checks).values()), checks
+    require(checks)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_dropped_mask_cuts_the_chunks_off_and_is_caught(plan, batch, attention, checkpointing):
+    model = load_model(
+        plan.recipe.model,
+        plan.scaled,
+        ModelSettings(),
+        dtype=torch.float32,
+        attn_implementation=attention,
+    )
+    if checkpointing:
+        enable_checkpointing(model)
+    assert passed(check_batch(model, batch))["chunks see each other"]
+    del batch["attention_mask"]
+    found = passed(check_batch(model, batch))
+    assert found == {"chunks see each other": False, "no look ahead": True}
+    with pytest.raises(SkipwiseError, match="attention_mask of ones"):
+        require(check_batch(model, batch))
+
+
+def test_importance_weights_pass_and_a_mask_that_is_not_causal_is_caught(plan, model):
+    recipe = dataclasses.replace(
+        plan.recipe, positions=dataclasses.replace(plan.recipe.positions, weights="importance")
+    )
+    batch = stand_in_data(dataclasses.replace(plan, recipe=recipe)).batch(4)[1]
+    assert all(passed(check_batch(model, batch)).values())
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    assert not passed(check_batch(model, batch))["no look ahead"]
+
+
+def test_unscaled_frequencies_are_caught(plan):
+    unscaled = LlamaForCausalLM.from_pretrained(plan.recipe.model)
+    unscaled.config.rope_parameters = plan.scaled.rope_parameters  # too late: it is built
+    found = passed(check_model(unscaled, unscaled.config, plan.facts, plan.scaling, T))
+    assert found == {"rope": False, "attention window": True, "positions": False}
+
+
+def test_a_lost_attention_factor_is_caught(plan):
+    model = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.float32)
+    model.model.rotary_emb.attention_scaling = 1.0
+    assert not passed(check_model(model, model.config, plan.facts, plan.scaling, T))["rope"]
+
+
+def test_frequencies_cast_to_bfloat16_are_caught_and_a_bfloat16_load_is_sound(plan):
+    cast = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.float32)
+    found = passed(check_model(cast.bfloat16(), cast.config, plan.facts, plan.scaling, T))
+    assert not found["rope"] and not found["positions"]
+    loaded = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.bfloat16)
+    assert all(passed(check_model(loaded, loaded.config, plan.facts, plan.scaling, T)).values())
+
+
+def test_a_sliding_window_that_hides_the_rest_is_taken_off_and_caught_where_left_on(tmp_path):
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        sliding_window=64,
+        head_dim=16,
+    )
+    model = MistralForCausalLM(config)
+    facts = read_facts(config)
+    assert facts.sliding_window == 64 and not facts.hybrid
+    scaling = scaling_for(Recipe(model="-", target_length=T), facts)
+    assert not passed(check_model(model, config, facts, scaling, T))["attention window"]
+    scaled = scaled_config(config, facts, scaling, T)
+    assert scaled.sliding_window is None and config.sliding_window == 64
+    assert all(passed(check_model(MistralForCausalLM(scaled), scaled, facts, scaling, T)).values())
+
+
+def test_a_label_after_a_jump_is_caught(plan):
+    items = stand_in_data(plan).batch(8)[0]
+    jumped = next(item for item in items if item["example"].jumps().any())
+    cut = int(jumped["example"].lengths[0])
+    assert jumped["labels"][cut] == -100
+    jumped["labels"][cut] = jumped["input_ids"][cut]
+    assert not check_labels(items).passed
+
+
+def test_another_models_tokenizer_is_caught(plan, batch):
+    assert not check_tokenizer(plan.tokenizer, 1000, batch).passed
+
+
+def test_a_factor_that_does_not_reach_the_target_is_caught(plan):
+    recipe = parse_recipe({"model": "-", "target_length": T, "rope": {"factor": 2}})
+    assert not check_config(plan.facts, scaling_for(recipe, plan.facts), T)[0].passed
+
+
+def test_weights_that_are_not_finite_are_caught(plan, batch):
+    model = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    (first, *_) = check_batch(model, batch)
+    assert not first.passed and "not finite" in first.detail
+
+
+def test_the_check_leaves_the_model_as_it_was(plan, model, batch):
+    was = model.training
+    check_batch(model, batch)
+    assert model.training == was
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "word"),
+    [
+        ("GPT2Config", {}, "learned absolute positions"),
+        ("OPTConfig", {}, "learned absolute positions"),
+        ("BloomConfig", {}, "ALiBi"),
+        ("MptConfig", {}, "ALiBi"),
+        ("FalconConfig", {"alibi": True}, "ALiBi"),
+        ("T5Config", {}, "encoder-decoder"),
+        ("LlamaConfig", {"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
+def test_models_that_cannot_be_extended_are_refused_with_the_reason(name, change, word):
+    import transformers
+
+    config = getattr(transformers, name)(**change)
+    with pytest.raises(SkipwiseError, match=word):
+        read_facts(config)
+
+
+def test_an_already_scaled_model_is_not_scaled_again(plan):
+    with pytest.raises(SkipwiseError, match="already scaled with yarn"):
+        check_unscaled(read_facts(plan.scaled))
+
+
+def test_folders_that_are_no_models_say_what_they_are(tmp_path):
+    with pytest.raises(SkipwiseError, match="no such folder"):
+        load_config("./nowhere", ModelSettings())
+    with pytest.raises(SkipwiseError, match=r"no config\.json"):
+        load_config(str(tmp_path), ModelSettings())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SkipwiseError, match="LoRA adapter"):
+        load_config(str(tmp_path), ModelSettings())
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(SkipwiseError, match="not JSON"):
+        load_config(str(tmp_path), ModelSettings())
+
+
+def test_weights_that_are_not_safetensors_or_missing_are_refused(tiny, tmp_path, plan):
+    import shutil
+
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(SkipwiseError, match=r"only pytorch_model\.bin"):
+        load_model(str(folder), plan.scaled, ModelSettings(), dtype=torch.float32)
+    (folder / "model.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(SkipwiseError, match="could not be loaded"):
+        load_model(str(folder), plan.scaled, ModelSettings(), dtype=torch.float32)
+
+
+def test_lora_trains_norms_and_embeddings_in_float32_and_passes(plan, batch):
+    from skipwise.models.load import add_lora
+
+    base = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.bfloat16)
+    model = add_lora(base, LoRASettings(rank=4))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("embed_tokens" in n for n in trained) and any("layernorm" in n for n in trained)
+    assert any("lora_A" in n for n in trained) and not any("lm_head" in n for n in trained)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(passed(check_batch(model, batch, torch.autocast("cpu", torch.bfloat16))).values())
+
+
+def test_the_tokenizer_of_the_plan_is_the_models(plan, tiny):
+    assert len(plan.tokenizer) == len(AutoTokenizer.from_pretrained(tiny)) == 1024
+    assert np.isclose(plan.scaling.factor, T / 64)

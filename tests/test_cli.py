@@ -1,0 +1,106 @@
+"""The command line: light to start, and short about what a user can mend."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from skipwise.cli import build_parser, main
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-c", *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_import_and_help_load_neither_torch_nor_transformers():
+    code = """
+import sys, skipwise
+try:
+    from skipwise.cli import main; main(['--help'])
+except SystemExit: pass
+main(['positions', '--length', '64', '--to', '256'])
+heavy = {'torch', 'transformers', 'matplotlib', 'datasets', 'pyarrow'} & set(sys.modules)
+assert not heavy, heavy
+print('light')
+"""
+    assert run(code).endswith("light\n")
+
+
+def test_every_verb_has_help_with_an_example_and_at_most_eight_options(capsys):
+    parser = build_parser()
+    (verbs,) = [a for a in parser._actions if a.dest == "verb"]
+    for name, sub in verbs.choices.items():
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert f"skipwise {name}" in capsys.readouterr().out
+        assert len([a for a in sub._actions if a.option_strings]) - 1 <= 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["extend", "./nowhere", "--to", "32k"], "no such folder"),
+        (["extend", "./nowhere"], "--to 32k"),
+        (["extend", "./nowhere", "--to", "far"], "not a length"),
+        (["extend", "recipe.yaml"], "No such file"),
+        (["report", "./nowhere"], "not a run folder"),
+        (["export", "./nowhere"], "not a run folder"),
+        (["eval", "./nowhere"], "--lengths"),
+        (["eval", "./nowhere", "--lengths", "1k"], "no such folder"),
+        (["positions", "--length", "8k", "--to", "4k"], "target is the longer"),
+        (["positions", "num_chunk=3"], "not a recipe key"),
+    ],
+)
+def test_a_mistake_ends_with_code_2_and_at_most_three_lines(arguments, word, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.startswith("skipwise: ") and len(error.splitlines()) <= 3
+
+
+def test_check_prints_a_line_a_check_and_json_on_demand(tiny, text_folder, capsys):
+    assert main(["check", str(tiny), "--to", "256", "--data", str(text_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "ok   chunks see each other" in out and "next: skipwise extend" in out
+    assert main(["check", str(tiny), "--to", "256", "--json", "training.global_batch_size=4"]) == 0
+    assert all(check["passed"] for check in json.loads(capsys.readouterr().out))
+
+
+def test_data_may_be_followed_by_settings(tiny, text_folder, capsys):
+    arguments = ["check", str(tiny), "--to", "256", "--data", str(text_folder), "rope.type=linear"]
+    assert main(arguments) == 0
+    assert "linear by 4" in capsys.readouterr().out
+
+
+def test_positions_prints_draws_and_gives_json(tmp_path, capsys):
+    arguments = ["positions", "--length", "64", "--to", "256", "num_chunks=3", "gaps=sorted"]
+    assert main([*arguments, "--draw", str(tmp_path / "p.png")]) == 0
+    assert "distance" in capsys.readouterr().out
+    assert (tmp_path / "p.png").stat().st_size > 5000
+    assert main([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert sum(facts["examples"][0]["lengths"]) == 64 and facts["coverage"][0] > 0.9
+
+
+def test_eval_measures_any_folder(tiny, text_folder, capsys):
+    code = main(
+        [
+            "eval",
+            str(tiny),
+            "--lengths",
+            "64,128",
+            "--data",
+            str(text_folder),
+            "--json",
+            "eval.passkey_trials=2",
+            "eval.perplexity_documents=4",
+        ]
+    )
+    rows = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert {(r["task"], r["context_length"]) for r in rows} >= {
+        ("perplexity", 64),
+        ("passkey", 128),
+    }

@@ -1,0 +1,143 @@
+"""The whole job on a small model: what it leaves in the run folder, and that it loads anywhere."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from skipwise.errors import SkipwiseError
+from skipwise.export import export_model, make_portable
+from skipwise.extend import extend
+from skipwise.prepare import plan_model
+from skipwise.recipe import parse_recipe
+from skipwise.run import RunFolder
+
+
+def make_recipe(tiny, text_folder, *overrides):
+    tree = {
+        "model": str(tiny),
+        "target_length": 256,
+        "data": {"sources": [str(text_folder)]},
+        "training": {"num_steps": 4, "global_batch_size": 4, "batch_size": 4},
+        "eval": {"perplexity_documents": 4, "passkey_trials": 2},
+        "trainer": {"report_to": "none"},
+    }
+    return parse_recipe(tree, list(overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, text_folder, tmp_path_factory):
+    return extend(make_recipe(tiny, text_folder), tmp_path_factory.mktemp("extend") / "run")
+
+
+def test_the_run_folder_holds_everything(finished):
+    facts = finished.facts()
+    assert facts["status"] == "finished" and facts["exported"]
+    assert all(check["passed"] for check in facts["checks"])
+    names = {check["name"] for check in facts["checks"]}
+    assert {"chunks see each other", "rope", "attention window", "reload"} <= names
+    assert (finished.report / "index.html").exists()
+    card = (finished.model / "README.md").read_text()
+    assert "64 to 256 tokens" in card and "perplexity" in card
+    assert finished.recipe() is not None
+
+
+def test_results_are_tidy_rows_of_before_and_after(finished):
+    rows = finished.results()
+    assert {row["model"] for row in rows} == {"before", "after"}
+    for row in rows:
+        assert row["low"] <= row["value"] <= row["high"] and row["num_samples"] > 0
+    lengths = {r["context_length"] for r in rows if r["task"] == "perplexity"}
+    assert lengths == {64, 128, 256}
+    assert all("depth" in row for row in rows if row["task"] == "passkey")
+
+
+def test_the_exported_model_loads_in_plain_transformers_with_its_tokenizer(finished, tiny):
+    model = AutoModelForCausalLM.from_pretrained(finished.model)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    assert model.dtype == base.dtype
+    assert model.config.max_position_embeddings == 256 and model.config.use_cache
+    assert AutoTokenizer.from_pretrained(finished.model).model_max_length == 256
+    changed = model.model.layers[0].mlp.up_proj.weight - base.model.layers[0].mlp.up_proj.weight
+    assert changed.abs().max() > 0
+
+
+def test_the_config_says_the_same_in_both_spellings(finished):
+    config = json.loads((finished.model / "config.json").read_text())
+    new, old = config["rope_parameters"], config["rope_scaling"]
+    assert config["rope_theta"] == new["rope_theta"]
+    assert old["rope_type"] == old["type"] == new["rope_type"] == "yarn"
+    assert old["factor"] == new["factor"] == 4.0
+    assert old["original_max_position_embeddings"] == 64
+    settings = json.loads((finished.model / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_what_is_there_is_not_done_again(finished, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("done again")
+
+    for name in ("evaluate_model", "train", "export_model"):
+        monkeypatch.setattr(f"skipwise.extend.{name}", refuse)
+    extend(finished.recipe(), finished.path)
+
+
+def test_evaluation_text_is_kept_out_of_training(finished):
+    held = [json.loads(line)["text"] for line in finished.eval_documents.read_text().splitlines()]
+    assert len(held) == 1  # one in twenty, at least one, of twelve documents
+    assert finished.facts()["data"]["num_documents"] == 11
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "llama3", "longrope"])
+def test_other_scalings_without_training_export_and_reload(tiny, tmp_path, scaling):
+    recipe = make_recipe(tiny, "-", f"rope.type={scaling}", "method=none", "data.sources=[]")
+    run = RunFolder(tmp_path)
+    run.recipe_file.write_text("{}")
+    (check,) = export_model(plan_model(recipe), run)
+    assert check.passed, check
+
+
+def test_the_reload_check_catches_a_config_that_lost_its_scaling(tiny, tmp_path, monkeypatch):
+    def lose(folder):
+        make_portable(folder)
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        for key in ("rope_parameters", "rope_scaling"):
+            config.pop(key)
+        file.write_text(json.dumps(config))
+
+    monkeypatch.setattr("skipwise.export.make_portable", lose)
+    recipe = make_recipe(tiny, "-", "method=none", "data.sources=[]")
+    run = RunFolder(tmp_path)
+    run.recipe_file.write_text("{}")
+    (check,) = export_model(plan_model(recipe), run)
+    assert not check.passed and "other logits" in check.detail
+
+
+@pytest.mark.slow
+def test_merged_lora_gives_the_logits_of_the_adapted_model(tiny, text_folder, tmp_path):
+    run = extend(make_recipe(tiny, text_folder, "lora.rank=4"), tmp_path / "run")
+    from peft import PeftModel
+
+    plan = plan_model(run.recipe())
+    base = AutoModelForCausalLM.from_pretrained(tiny, config=plan.scaled)
+    adapted = PeftModel.from_pretrained(base, run.checkpoints / "checkpoint-4").eval()
+    merged = AutoModelForCausalLM.from_pretrained(run.model).eval()
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 1000, (1, 200)))
+    with torch.no_grad():
+        assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-4)
+
+
+def test_mistakes_are_found_before_anything_is_written(tiny, text_folder, tmp_path):
+    for overrides, word in (
+        (["target_length=32"], "not longer"),
+        (["rope.type=dynamic"], "cannot be trained"),
+        (["rope.options.beta_fats=3"], "not an option of yarn"),
+        (["data.sources=[./nowhere.txt]"], "no such file"),
+        (["model=./nowhere"], "no such folder"),
+    ):
+        with pytest.raises(SkipwiseError, match=word):
+            extend(make_recipe(tiny, text_folder, *overrides), tmp_path / "run")
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,240 @@
+"""Training: what a killed, stopped or failing run leaves behind, and what it ends with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from skipwise import train as training_module
+from skipwise.cli import main
+from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.extend import check_run, prepare_run, train_run
+from skipwise.models.load import compute_dtype
+from skipwise.prepare import plan_model
+from skipwise.recipe import ModelSettings, parse_recipe
+from skipwise.run import RunFolder, open_run
+from skipwise.train import finished_checkpoint, newest_checkpoint, read_metrics, training_arguments
+
+STEPS = 12
+
+
+def make_recipe(tiny, text_folder, *overrides):
+    tree = {
+        "model": str(tiny),
+        "target_length": 256,
+        "positions": {"content": "aligned"},
+        "data": {"sources": [str(text_folder)]},
+        "training": {
+            "num_steps": STEPS,
+            "global_batch_size": 4,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "save_steps": 4,
+        },
+        "trainer": {"report_to": "none"},
+    }
+    return parse_recipe(tree, list(overrides))
+
+
+def run_training(recipe, folder):
+    plan = plan_model(recipe)
+    run = open_run(folder, recipe, "test")
+    data = prepare_run(plan, run)
+    train_run(plan, data, run)
+    return run
+
+
+def weights(run: RunFolder):
+    folder = finished_checkpoint(run, STEPS)
+    assert folder is not None
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, text_folder, tmp_path_factory):
+    """A run that nothing disturbed."""
+    os.environ["SKIPWISE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return run_training(make_recipe(tiny, text_folder), folder)
+
+
+def test_the_loss_falls_and_every_step_is_written_down(straight):
+    metrics = read_metrics(straight)
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[-1]["num_tokens"] == STEPS * 4 * 64
+    facts = straight.facts()["training"]
+    assert facts["num_tokens"] == STEPS * 4 * 64 and facts["mode"] == "full"
+
+
+def test_old_checkpoints_are_removed(straight):
+    names = sorted(p.name for p in straight.checkpoints.glob("checkpoint-*"))
+    assert names == ["checkpoint-12", "checkpoint-8"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_ends_with_bit_identical_weights(
+    straight, tiny, text_folder, tmp_path
+):
+    recipe_file = straight.recipe_file
+    command = [sys.executable, "-m", "skipwise", "train", str(recipe_file), "--out"]
+    process = subprocess.Popen([*command, str(tmp_path / "run")], stderr=subprocess.DEVNULL)
+    run = RunFolder(tmp_path / "run")
+    deadline = time.time() + 120
+    while len(read_metrics(run)) < 7 and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 7 <= len(read_metrics(run)) < STEPS
+    broken = run.checkpoints / "checkpoint-9"  # as a kill in the middle of a save leaves it
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    resumed = run_training(make_recipe(tiny, text_folder), run.path)
+    assert equal(weights(resumed), weights(straight))
+    assert [m["step"] for m in read_metrics(resumed)] == list(range(1, STEPS + 1))
+    assert [m["loss"] for m in read_metrics(resumed)] == [m["loss"] for m in read_metrics(straight)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
+    straight, tiny, text_folder, tmp_path, monkeypatch, number
+):
+    plain = training_module._Run.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), number)
+        return plain(self, args, state, control, **kwargs)
+
+    recipe = make_recipe(tiny, text_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module._Run, "on_step_end", interrupted)
+        with pytest.raises(RunStopped, match="stopped at step 5 of 12"):
+            run_training(recipe, tmp_path / "run")
+    assert newest_checkpoint(RunFolder(tmp_path / "run")).name == "checkpoint-5"
+    assert equal(weights(run_training(recipe, tmp_path / "run")), weights(straight))
+
+
+def test_accumulation_gives_the_weights_of_one_large_batch(straight, tiny, text_folder, tmp_path):
+    recipe = make_recipe(tiny, text_folder, "training.batch_size=4", "load.dtype=float32")
+    whole = weights(run_training(recipe, tmp_path / "whole"))
+    recipe = make_recipe(tiny, text_folder, "training.batch_size=1", "load.dtype=float32")
+    parts = weights(run_training(recipe, tmp_path / "parts"))
+    for name, tensor in whole.items():
+        assert torch.allclose(tensor, parts[name], atol=2e-4), name
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_try(tiny, text_folder, tmp_path):
+    recipe = make_recipe(
+        tiny,
+        text_folder,
+        "training.learning_rate=1e30",
+        "training.warmup_steps=0",
+        "training.max_grad_norm=0",
+    )
+    with pytest.raises(SkipwiseError, match=r"not finite at step \d+.*\n.*learning_rate"):
+        run_training(recipe, tmp_path / "run")
+    assert len(read_metrics(RunFolder(tmp_path / "run"))) < STEPS
+
+
+def test_a_full_disk_names_the_place_to_go_on_from(tiny, text_folder, tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    recipe = make_recipe(tiny, text_folder)
+    with monkeypatch.context() as patch:
+        plain = training_module.PositionTrainer._save_checkpoint
+
+        def save(self, *args, **kwargs):
+            return (full if self.state.global_step > 4 else plain)(self, *args, **kwargs)
+
+        patch.setattr(training_module.PositionTrainer, "_save_checkpoint", save)
+        with pytest.raises(SkipwiseError, match=r"full.*\n.*checkpoint-4"):
+            run_training(recipe, tmp_path / "run")
+    run_training(recipe, tmp_path / "run")
+
+
+def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_path, monkeypatch):
+    from skipwise.data import PositionCollator
+
+    plain = PositionCollator.__call__
+
+    def without_mask(self, items):
+        batch = plain(self, items)
+        del batch["attention_mask"]
+        return batch
+
+    monkeypatch.setattr(PositionCollator, "__call__", without_mask)
+    recipe = make_recipe(tiny, text_folder)
+    plan = plan_model(recipe)
+    run = open_run(tmp_path / "run", recipe, "test")
+    data = prepare_run(plan, run)
+    with pytest.raises(SkipwiseError, match="chunk 2 gets no gradient from chunk 1"):
+        check_run(plan, data, run)
+    with pytest.raises(SkipwiseError, match="chunk 2 gets no gradient from chunk 1"):
+        train_run(plan, data, run)
+    assert not read_metrics(run)
+    failed = [c for c in run.facts()["checks"] if not c["passed"]]
+    assert [c["name"] for c in failed] == ["chunks see each other"]
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("trainer.max_steps=3", "set by training.num_steps"),
+        ("trainer.no_such_thing=3", "not an argument"),
+        ("training.batch_size=3", "not a multiple"),
+        ("training.lr_scheduler=nonsense", "do not fit"),
+    ],
+)
+def test_training_settings_that_do_not_fit_are_errors(tiny, text_folder, tmp_path, override, word):
+    recipe = make_recipe(tiny, text_folder, override)
+    with pytest.raises(SkipwiseError, match=word):
+        training_arguments(recipe, RunFolder(tmp_path), compute_dtype(ModelSettings()))
+
+
+def test_the_trainer_section_passes_arguments_through(tiny, text_folder, tmp_path):
+    recipe = make_recipe(tiny, text_folder, "trainer.adam_beta2=0.9", "trainer.optim=adafactor")
+    arguments = training_arguments(recipe, RunFolder(tmp_path), torch.float32)
+    assert arguments.adam_beta2 == 0.9 and arguments.optim == "adafactor"
+
+
+def test_lora_trains_and_resumes(tiny, text_folder, tmp_path):
+    recipe = make_recipe(tiny, text_folder, "lora.rank=4", "training.num_steps=12")
+    run = run_training(recipe, tmp_path / "run")
+    assert run.facts()["training"]["mode"] == "lora"
+    metrics = read_metrics(run)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+def test_the_train_verb_stops_at_a_stop_code_of_its_own(
+    tiny, text_folder, tmp_path, monkeypatch, capsys
+):
+    def stopped(*args):
+        raise RunStopped("stopped at step 3 of 12")
+
+    monkeypatch.setattr("skipwise.extend.train_run", stopped)
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        json.dumps(
+            {
+                "model": str(tiny),
+                "target_length": 256,
+                "data": {"sources": [str(text_folder)]},
+                "training": {"global_batch_size": 4},
+            }
+        )
+    )
+    assert main(["train", str(file), "--out", str(tmp_path / "run")]) == 75
+    assert "stopped at step 3" in capsys.readouterr().err
