@@ -171,7 +171,7 @@ def test_tokens_are_cached_until_the_text_or_the_tokenizer_changes(tmp_path):
     (only,) = folders()
     tokenize_source(source, tokenizer, cache=cache)
     assert folders() == [only]
-    tokenizer.add_tokens(["def"])
+    tokenizer.add_tokens(["f(): p"])
     other = tokenize_source(source, tokenizer, cache=cache)
     assert other.document(0).tolist() != first.document(0).tolist()
     source = make_text(tmp_path, ["def f(): pass", "x = 12"])

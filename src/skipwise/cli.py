@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from skipwise.recipe import Recipe
 
 _STOPPED = 75  # EX_TEMPFAIL: try again later
+
+_KEYS = "any key of the recipe, as training.num_steps=200 rope.type=linear"
 
 _EXAMPLES = """\
 examples:
@@ -37,12 +40,17 @@ Any recipe key can be set behind it: training.num_steps=200 rope.type=linear
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    settings = [a for a in arguments if _is_setting(a)]
     parser = build_parser()
-    given = parser.parse_args(arguments)
+    given = parser.parse_args([a for a in arguments if a not in settings])
     if given.verb is None:
         parser.print_help()
         return 0
+    given.overrides = settings
     try:
+        if settings and not given.takes_settings:
+            raise SkipwiseError(f"{settings[0]}: {given.verb} takes no settings")
         return given.run(given) or 0
     except RunStopped as stopped:
         print(stopped, file=sys.stderr)
@@ -68,78 +76,83 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"skipwise {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
 
-    def verb(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str, run: Any, text: str, example: str, settings: str = ""
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            epilog=f"example:\n  {example}",
+            epilog=(f"key=value: {settings}\n\n" if settings else "") + f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, takes_settings=bool(settings))
         return sub
 
     sub = verb(
-        "quickstart", _quickstart, "the whole job on the bundled model", "skipwise quickstart"
+        "quickstart",
+        _quickstart,
+        "the whole job on the bundled model",
+        "skipwise quickstart",
+        _KEYS,
     )
     _out(sub, "runs/quickstart")
-    _overrides(sub)
 
     sub = verb(
         "extend",
         _extend,
         "check, train, evaluate before and after, report and export",
         "skipwise extend ./my-model --to 32k --data ./books --out runs/my-model-32k",
+        _KEYS,
     )
     _recipe_options(sub)
     _out(sub, "runs/NAME")
-    _overrides(sub)
 
     sub = verb(
         "check",
         _check,
         "the preflight: what would waste a training run",
         "skipwise check ./my-model --to 32k --data ./books",
+        _KEYS,
     )
     _recipe_options(sub)
     sub.add_argument("--json", action="store_true", help="print the checks as JSON")
-    _overrides(sub)
 
     sub = verb(
         "positions",
         _positions,
         "print and draw training positions and their coverage",
         "skipwise positions --length 8k --to 32k num_chunks=3 gaps=sorted",
+        "a key of `positions:`, or method=randpos | full | cream",
     )
     sub.add_argument("--length", default="2k", metavar="L", help="training length (2k)")
     sub.add_argument("--to", default="16k", metavar="T", help="target length (16k)")
     sub.add_argument("--seed", type=int, default=0, help="of the examples (0)")
     sub.add_argument("--draw", metavar="FILE", help="write a picture: .png or .svg")
     sub.add_argument("--json", action="store_true", help="print examples and coverage as JSON")
-    _overrides(sub, "a key of `positions:`, or method=randpos | full | cream")
 
     sub = verb(
         "train",
         _train,
         "train a recipe, or go on with a run",
         "skipwise train recipes/mine.yaml --out runs/mine",
+        _KEYS,
     )
     _recipe_options(sub)
     _out(sub, "runs/NAME")
-    _overrides(sub)
 
     sub = verb(
         "eval",
         _eval,
         "perplexity and passkey of any model, or of a run's model",
         "skipwise eval ./my-model --lengths 4k,8k,16k --data ./books",
+        "a key of `eval:` or `load:`, as eval.passkey_trials=100",
     )
     sub.add_argument("thing", metavar="MODEL|RUN", help="model folder, hub name or run folder")
     sub.add_argument("--lengths", metavar="L,L,...", help="context lengths; of a run: its own")
     sub.add_argument("--data", nargs="+", metavar="PATH", help="text for perplexity")
     sub.add_argument("--out", metavar="FILE", help="write the rows as JSON")
     sub.add_argument("--json", action="store_true", help="print the rows as JSON")
-    _overrides(sub, "a key of `eval:` or `load:`, as eval.passkey_trials=100")
 
     sub = verb("report", _report, "write a run's page again", "skipwise report runs/quickstart")
     sub.add_argument("thing", metavar="RUN", help="run folder")
@@ -162,16 +175,12 @@ def _out(sub: argparse.ArgumentParser, default: str) -> None:
     sub.add_argument("--out", metavar="FOLDER", help=f"run folder ({default})")
 
 
-def _overrides(sub: argparse.ArgumentParser, text: str = "recipe keys to set") -> None:
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help=text)
-
-
 def _recipe(given: argparse.Namespace) -> Recipe:
     """The recipe that the command names: a file, a run's own, or defaults around a model."""
     from skipwise.recipe import load_recipe, parse_recipe
     from skipwise.run import RunFolder
 
-    data, overrides = _split(given.data, given.overrides)
+    data, overrides = given.data, given.overrides
     path = Path(given.thing).expanduser()
     options: list[str] = [f"target_length={given.to}"] if given.to else []
     options += [f"data.sources={json.dumps(data)}"] if data else []
@@ -186,10 +195,9 @@ def _recipe(given: argparse.Namespace) -> Recipe:
     return parse_recipe({"model": given.thing}, options + overrides)
 
 
-def _split(data: list[str] | None, overrides: list[str]) -> tuple[list[str], list[str]]:
-    """`--data a b key=value`: what looks like a setting and is no file is one."""
-    files = [d for d in data or [] if "=" not in d or Path(d).expanduser().exists()]
-    return files, [d for d in data or [] if d not in files] + overrides
+def _is_setting(argument: str) -> bool:
+    """`training.num_steps=200`, wherever it stands; a file of that name is a file."""
+    return bool(re.match(r"[A-Za-z_][\w.]*=", argument)) and not Path(argument).exists()
 
 
 def _command() -> str:
@@ -300,9 +308,8 @@ def _eval(given: argparse.Namespace) -> int:
     from skipwise.report import format_table
     from skipwise.run import write_json
 
-    data, overrides = _split(given.data, given.overrides)
     lengths = [parse_length(n) for n in given.lengths.split(",")] if given.lengths else []
-    rows = evaluate_anything(given.thing, lengths, data, overrides)
+    rows = evaluate_anything(given.thing, lengths, given.data or [], given.overrides)
     if given.out:
         write_json(Path(given.out), rows)
     print(json.dumps(rows, indent=1) if given.json else format_table(rows))

@@ -285,4 +285,5 @@ def _too_short(stores: list[TokenStore], min_length: int, short_documents: str) 
     mend = "give longer texts"
     if short_documents == "drop" and lengths.sum() >= min_length:
         mend += ", or join the short ones with data.short_documents=pack"
-    return f"no document has the {min_length:,} tokens that an example needs: {found} {quartiles}\n{mend}"
+    need = f"no document has the {min_length:,} tokens that an example needs"
+    return f"{need}: {found} {quartiles}\n{mend}"

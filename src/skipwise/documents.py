@@ -201,7 +201,7 @@ def _read_hub(source: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
         raise
     except Exception as error:  # datasets raises many kinds; the user needs its sentence
         raise SkipwiseError(
-            f"{source.path}: neither a file or folder here nor a readable data set of the hub\n{error}"
+            f"{source.path}: no file or folder here, and no readable data set of the hub\n{error}"
         ) from error
 
 

@@ -35,7 +35,8 @@ folder, probe, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 ids, positions = torch.from_numpy(numpy.load(probe))
 with torch.no_grad():
-    logits = model(ids[None], position_ids=positions[None], attention_mask=torch.ones_like(ids)[None],
+    ones = torch.ones_like(ids)[None]
+    logits = model(ids[None], position_ids=positions[None], attention_mask=ones,
                    use_cache=False).logits
 numpy.save(out, logits[0].numpy())
 """
@@ -121,15 +122,16 @@ def write_card(run: RunFolder, table: str) -> None:
     """The model card: what it is, the measured table, how it was made, how to load it."""
     recipe, facts = run.recipe(), run.facts()
     L, T = facts.get("original_length"), recipe.target_length
-    data = facts.get("data", {})
+    data, name = facts.get("data", {}), facts.get("model", {}).get("name", recipe.model)
     training = facts.get("training", {})
     base = recipe.model if not Path(recipe.model).expanduser().exists() else None
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     header += [f"base_model: {base}"] if base else []
     header += ["tags:", "- long-context", "- pose", "---"]
     how = (
-        f"Trained for {training['num_steps']:,} steps of {training['tokens_per_step']:,} tokens "
-        f"(method `{recipe.method}`, {training['mode']}) on {data.get('num_documents', 0):,} documents."
+        f"Trained for {training['num_steps']:,} steps of {training['tokens_per_step']:,} tokens\n"
+        f"(method `{recipe.method}`, {training['mode']}) on "
+        f"{data.get('num_documents', 0):,} documents."
         if training
         else "Rescaled without training."
     )
@@ -137,16 +139,16 @@ def write_card(run: RunFolder, table: str) -> None:
 
 # {recipe.run_name}
 
-`{facts.get("model", {}).get("name", recipe.model)}` with its context window extended from {L:,} to {T:,} tokens by
-[Skipwise](https://arxiv.org/abs/2309.10400)'s method, PoSE: positional skip-wise training with `{recipe.rope.type}`
+`{name}` with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
+[PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{recipe.rope.type}`
 RoPE scaling. {how}
 
 ## Measured before and after
 
 {table}
 
-95 % intervals in brackets. Perplexity is on the same target tokens at every context length; passkey is exact match,
-over all depths.
+95 % intervals in brackets. Perplexity is on the same target tokens at every context length;
+passkey is exact match, over all depths.
 
 ## Load
 
@@ -157,8 +159,8 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-No code of Skipwise is needed. The recipe is in `skipwise_recipe.yaml`. Retrieval of a passkey and perplexity do not
-show every skill that a long context needs: test it on your task.
+No code of Skipwise is needed. The recipe is in `skipwise_recipe.yaml`. Retrieval of a passkey and
+perplexity do not show every skill that a long context needs: test it on your task.
 """
     write_text(run.model / "README.md", card)
 

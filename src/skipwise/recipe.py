@@ -134,12 +134,13 @@ def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
             plain = dataclasses.replace(plain, content=settings.content)
         if settings != plain:
             raise SkipwiseError(
-                f"positions: settings of the PoSE sampler do not take effect with method: {recipe.method}\n"
-                "remove them, or type method=pose"
+                "positions: settings of the PoSE sampler do not take effect with method: "
+                f"{recipe.method}\nremove them, or type method=pose"
             )
         if settings.weights != "none" and recipe.method != "cream":
             raise SkipwiseError(
-                f"positions.weights: {settings.weights} needs chunks, which method: {recipe.method} has not"
+                f"positions.weights: {settings.weights} needs chunks, and method: {recipe.method} "
+                "has none"
             )
     match recipe.method:
         case "pose":

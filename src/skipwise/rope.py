@@ -2,7 +2,9 @@
 
 Pair j of a rotary embedding turns by theta_j = theta^(-2j/d) for each position; a scaling slows
 pairs down so that angles at T stay where training at L has been. Each class holds one scaling's
-arithmetic and the config that makes transformers (and what reads its configs) compute the same.
+arithmetic and the config that makes transformers (and what reads its configs) compute the same:
+`inv_freq` is what the model turns by at T, `attention_factor` multiplies cos and sin, and a scaling
+that is not `trainable` changes its frequencies with the length of the batch.
 
 Shapes:  d = dim, the rotary dimension (head_dim x partial_rotary_factor); inv_freq is (d/2,)
 Letters: L = original_length, T = target_length, f = factor = T / L
@@ -10,30 +12,15 @@ Letters: L = original_length, T = target_length, f = factor = T / L
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 
 from skipwise.errors import SkipwiseError
-
-
-class Scaling(Protocol):
-    """What the rest of the package asks of a scaling."""
-
-    name: ClassVar[str]
-    trainable: ClassVar[bool]
-
-    @property
-    def factor(self) -> float: ...
-    @property
-    def attention_factor(self) -> float: ...
-    def inv_freq(self, theta: float, dim: int) -> np.ndarray: ...
-    def to_config(
-        self, *, theta: float, dim: int, original_length: int, target_length: int
-    ) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +29,8 @@ class Unscaled:
 
     name: ClassVar[str] = "default"
     trainable: ClassVar[bool] = True
+    attention_factor: ClassVar[float] = 1.0
     factor: float = 1.0
-    attention_factor: ClassVar[float] = 1.0  # on cos and sin
 
     def inv_freq(self, theta: float, dim: int) -> np.ndarray:
         return _frequencies(theta, dim)
@@ -77,8 +64,9 @@ class Linear:
 class NTK:
     """NTK-aware: theta' = theta f^(d/(d-2)), so that the slowest pair is f times slower.
 
-    Source: bloc97 2023, "NTK-aware scaled RoPE"; transformers has no type of this name, it is the
-    default one with theta'.
+    transformers has no type of this name: it is the default one with theta', the way Code Llama's
+    theta was raised (Rozière et al. 2023, arXiv 2308.12950). Source: bloc97 2023, "NTK-Aware Scaled
+    RoPE", r/LocalLLaMA.
     """
 
     name: ClassVar[str] = "ntk"
@@ -102,8 +90,11 @@ class NTK:
 class YaRN:
     """NTK by parts: pairs that turn often over L stay, those that do not turn once are slowed by f.
 
-    Between beta_fast and beta_slow turns over L lies a linear ramp. cos and sin are multiplied by
-    0.1 ln(f) + 1. Source: Peng et al. 2023, arXiv 2309.00071, sections 3.2 and 3.4.
+    Between beta_fast and beta_slow turns over L lies a linear ramp, and cos and sin are multiplied
+    by 0.1 ln(f) + 1. Source: Peng et al. 2023, arXiv 2309.00071, sections 3.2 to 3.4.
+
+    Raises:
+        SkipwiseError: the ramp is empty or would slow no pair.
     """
 
     name: ClassVar[str] = "yarn"
@@ -113,10 +104,29 @@ class YaRN:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True  # the ramp's ends at whole pairs, as in the authors' code
+    attention_factor: float = None  # type: ignore[assignment]  # None: 0.1 ln(f) + 1
+    mscale: float | None = None  # DeepSeek: both set, attention_factor is the ratio of
+    mscale_all_dim: float | None = None  # 0.1 mscale ln(f) + 1 and the same of mscale_all_dim
 
-    @property
-    def attention_factor(self) -> float:
-        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+    def __post_init__(self) -> None:
+        if self.beta_fast <= self.beta_slow:
+            raise SkipwiseError(
+                f"beta_fast {self.beta_fast:g} is not above beta_slow {self.beta_slow:g}: "
+                "the ramp falls from the fast pairs to the slow ones, 32 and 1 by default"
+            )
+        if self.beta_slow * 2 * math.pi > self.original_length:  # every runtime then scales nothing
+            raise SkipwiseError(
+                f"beta_slow {self.beta_slow:g} is more turns than any pair makes in "
+                f"{self.original_length} tokens, so none would be slowed: leave it at 1"
+            )
+        if self.attention_factor is None:
+            object.__setattr__(self, "attention_factor", self._attention_factor())
+
+    def _attention_factor(self) -> float:
+        log = math.log(max(self.factor, 1.0))
+        if self.mscale and self.mscale_all_dim:
+            return (0.1 * self.mscale * log + 1.0) / (0.1 * self.mscale_all_dim * log + 1.0)
+        return 0.1 * log + 1.0
 
     def inv_freq(self, theta: float, dim: int) -> np.ndarray:
         plain = _frequencies(theta, dim)
@@ -135,14 +145,31 @@ class YaRN:
     def to_config(
         self, *, theta: float, dim: int, original_length: int, target_length: int
     ) -> dict[str, Any]:
-        """`attention_factor` is left out: every runtime computes the default one by itself."""
+        """`max_position_embeddings` is f L exactly: transformers 4.51 to 4.55 divide it by L for f.
+
+        `attention_factor` is left out unless it was given: every runtime computes the default one,
+        and vLLM and llama.cpp do not read a given one.
+
+        Raises:
+            SkipwiseError: f L is no whole number of tokens.
+        """
+        reach = round(self.factor * original_length)
+        if reach / original_length != self.factor:
+            raise SkipwiseError(
+                f"the RoPE factor {self.factor!r} x {original_length} tokens is "
+                f"{self.factor * original_length!r}, and yarn needs a whole number: leave "
+                f"rope.factor out, or give {reach / original_length!r} for {reach} tokens"
+            )
         options = {
-            key: getattr(self, key)
-            for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0), ("truncate", True))
-            if getattr(self, key) != default
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("factor", "original_length")
+            and getattr(self, field.name) != field.default
         }
+        if self.attention_factor == self._attention_factor():
+            del options["attention_factor"]
         return _config(
-            round(self.factor * original_length),
+            reach,
             rope_type="yarn",
             rope_theta=theta,
             factor=self.factor,
@@ -155,7 +182,10 @@ class YaRN:
 class Llama3:
     """Llama 3.1's: long waves slowed by f, short ones kept, a ramp in frequency between them.
 
-    Source: meta-llama/llama-models, `apply_scaling`.
+    Source: meta-llama/llama-models, `apply_scaling` in models/llama3/model.py.
+
+    Raises:
+        SkipwiseError: the ramp is empty.
     """
 
     name: ClassVar[str] = "llama3"
@@ -163,8 +193,15 @@ class Llama3:
     attention_factor: ClassVar[float] = 1.0
     factor: float
     original_length: int
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: float = 1.0  # turns over L up to which a pair is slowed by f
+    high_freq_factor: float = 4.0  # turns over L from which a pair is kept
+
+    def __post_init__(self) -> None:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise SkipwiseError(
+                f"high_freq_factor {self.high_freq_factor:g} is not above low_freq_factor "
+                f"{self.low_freq_factor:g}: the ramp lies between them, 4 and 1 by default"
+            )
 
     def inv_freq(self, theta: float, dim: int) -> np.ndarray:
         plain = _frequencies(theta, dim)
@@ -189,50 +226,71 @@ class Llama3:
 
 @dataclass(frozen=True, kw_only=True)
 class LongRoPE:
-    """A factor of its own for each pair; Ding et al. 2024, arXiv 2402.13753.
+    """A slowing of its own for each pair; Ding et al. 2024, arXiv 2402.13753.
 
-    LongRoPE switches from `short_factor` to `long_factor` when a batch is longer than L. A batch of
-    PoSE is L long and stands for T, so here both are the same list. The authors find theirs by an
-    evolutionary search; `make_scaling` takes YaRN's slowing of each pair where none is given.
+    A model switches from `short_factor` to `long_factor` where a batch goes beyond L. A PoSE batch
+    is short and its positions are not, so training wants one list for both: `short_factor` is
+    `long_factor` unless given, and two that differ are not `trainable`. The authors find theirs by
+    an evolutionary search, which Skipwise does not run; see `make_scaling` for what it takes.
     """
 
     name: ClassVar[str] = "longrope"
-    trainable: ClassVar[bool] = True
     factor: float
     original_length: int
     long_factor: tuple[float, ...]  # (d/2,)
+    short_factor: tuple[float, ...] = None  # type: ignore[assignment]  # None: long_factor
+    attention_factor: float = None  # type: ignore[assignment]  # None: sqrt(1 + ln f / ln L)
+
+    def __post_init__(self) -> None:
+        if self.short_factor is None:
+            object.__setattr__(self, "short_factor", self.long_factor)
+        if self.attention_factor is None:
+            object.__setattr__(self, "attention_factor", self._attention_factor())
+
+    def _attention_factor(self) -> float:
+        return math.sqrt(1.0 + math.log(max(self.factor, 1.0)) / math.log(self.original_length))
 
     @property
-    def attention_factor(self) -> float:
-        if self.factor <= 1:
-            return 1.0
-        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+    def trainable(self) -> bool:
+        return self.short_factor == self.long_factor
 
     def inv_freq(self, theta: float, dim: int) -> np.ndarray:
-        if len(self.long_factor) != dim // 2:
-            raise SkipwiseError(
-                f"long_factor has {len(self.long_factor)} numbers: the model has {dim // 2} pairs"
-            )
+        self._check_pairs(dim)
         return _frequencies(theta, dim) / np.array(self.long_factor)
+
+    def _check_pairs(self, dim: int) -> None:
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(self, name)) != dim // 2:
+                raise SkipwiseError(
+                    f"{name} has {len(getattr(self, name))} numbers and the model has {dim // 2} "
+                    "pairs: give one for each, or leave it out"
+                )
 
     def to_config(
         self, *, theta: float, dim: int, original_length: int, target_length: int
     ) -> dict[str, Any]:
+        """L also stands at the top level, where transformers 4 looks for it."""
+        self._check_pairs(dim)
+        given = self.attention_factor != self._attention_factor()
         config = _config(
             target_length,
             rope_type="longrope",
             rope_theta=theta,
             factor=self.factor,
             original_max_position_embeddings=original_length,
-            short_factor=list(self.long_factor),
+            short_factor=list(self.short_factor),
             long_factor=list(self.long_factor),
+            **({"attention_factor": self.attention_factor} if given else {}),
         )
         return {**config, "original_max_position_embeddings": original_length}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """NTK with the factor that the longest position seen so far asks for: inference only."""
+    """NTK with the theta that the longest position seen so far asks for: inference only.
+
+    Source: emozilla 2023, "Dynamically Scaled RoPE", r/LocalLLaMA.
+    """
 
     name: ClassVar[str] = "dynamic"
     trainable: ClassVar[bool] = False
@@ -240,54 +298,111 @@ class Dynamic:
     factor: float
     original_length: int
 
-    def inv_freq(self, theta: float, dim: int, length: int | None = None) -> np.ndarray:
-        """At a sequence of `length` tokens; as a model is built, before any: L."""
-        L = self.original_length
-        grown = self.factor * max(length or L, L) / L - (self.factor - 1)
+    def inv_freq(self, theta: float, dim: int, length: float | None = None) -> np.ndarray:
+        """After a sequence of `length` tokens, T = f L unless given; up to L, where a loaded model
+        starts, nothing is scaled."""
+        f, L = self.factor, self.original_length
+        grown = f * max(f * L if length is None else length, L) / L - (f - 1)
         return _frequencies(theta * grown ** (dim / (dim - 2)), dim)
 
     def to_config(
         self, *, theta: float, dim: int, original_length: int, target_length: int
     ) -> dict[str, Any]:
-        """`max_position_embeddings` stays L, which the formula starts from."""
+        """`max_position_embeddings` stays L: the formula starts from it, and vLLM multiplies it."""
         return _config(original_length, rope_type="dynamic", rope_theta=theta, factor=self.factor)
 
 
-_SCALINGS: dict[str, type] = {
-    cls.name: cls for cls in (Unscaled, Linear, NTK, YaRN, Llama3, LongRoPE, Dynamic)
-}
+Scaling = Unscaled | Linear | NTK | YaRN | Llama3 | LongRoPE | Dynamic
+_SCALINGS: dict[str, Any] = {cls.name: cls for cls in get_args(Scaling)}
 NAMES = tuple(_SCALINGS)
 
 
 def make_scaling(
-    name: str, *, factor: float, original_length: int, theta: float, dim: int, **options: Any
-) -> Any:
+    name: str,
+    *,
+    factor: float,
+    original_length: int,
+    theta: float | None = None,
+    dim: int | None = None,
+    **options: Any,
+) -> Scaling:
     """The scaling of this name.
 
     Args:
-        theta, dim: of the model; longrope's factors follow from them where none are given.
-        options: `beta_fast`, `low_freq_factor`, ... as in a transformers config.
+        theta, dim: of the model. longrope without `long_factor` needs them: it then slows each pair
+            by what YaRN slows it by at this factor. That is our choice, not the paper's search.
+        options: `beta_fast`, `low_freq_factor`, ... as in a transformers config; None is unset.
 
     Raises:
-        SkipwiseError: an unknown name or option, a factor below 1.
+        SkipwiseError: an unknown name or option, a factor below 1, a value that cannot be.
     """
     if name not in _SCALINGS:
         raise SkipwiseError(f"rope.type is {name!r}: choose one of {', '.join(NAMES)}")
-    if not math.isfinite(factor) or factor < 1:
-        raise SkipwiseError(f"the RoPE factor is {factor}: give 1 or more")
     cls = _SCALINGS[name]
-    fields = {f.name for f in dataclasses.fields(cls)}
-    known = fields - {"factor", "original_length"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        choice = f"choose from {', '.join(sorted(known))}" if known else "it has none"
-        raise SkipwiseError(f"rope.options: {unknown[0]} is not an option of {name}: {choice}")
-    if cls is LongRoPE:
-        yarn = YaRN(factor=factor, original_length=original_length)
+    if not _is_number(factor) or factor < 1 or (cls is Unscaled and factor != 1):
+        wanted = "1 for default, which scales nothing" if cls is Unscaled else "1 or more"
+        raise SkipwiseError(f"the RoPE factor is {factor!r}: give {wanted}")
+    fields = {field.name for field in dataclasses.fields(cls)}
+    known = sorted(fields - {"factor", "original_length"})
+    given: dict[str, Any] = {"factor": float(factor)}
+    if "original_length" in fields:
+        given["original_length"] = original_length
+    for key, value in options.items():
+        if key not in known:
+            choice = f"choose from {', '.join(known)}" if known else "it has none"
+            raise SkipwiseError(f"{key!r} is not an option of RoPE scaling {name}: {choice}")
+        if value is not None:
+            given[key] = _option(key, value)
+    if cls is LongRoPE and "long_factor" not in given:
+        if theta is None or dim is None:
+            raise SkipwiseError("longrope without long_factor follows from the model: give it")
+        yarn = YaRN(factor=float(factor), original_length=original_length)
         slowing = _frequencies(theta, dim) / yarn.inv_freq(theta, dim)
-        options = {"long_factor": tuple(options.get("long_factor") or slowing.tolist())}
-    lengths = {"original_length": original_length} if "original_length" in fields else {}
-    return cls(factor=float(factor), **lengths, **options)
+        given["long_factor"] = tuple(slowing.tolist())
+    return cls(**given)
+
+
+def from_rope_parameters(
+    rope_parameters: dict[str, Any],
+    *,
+    max_position_embeddings: int,
+    original_length: int | None = None,
+) -> Scaling:
+    """The scaling that an existing config holds; ntk reads as `Unscaled`, its theta' as theta.
+
+    Args:
+        rope_parameters: as transformers 5 holds them, or the older `rope_scaling`.
+        max_position_embeddings: of the config. It is L where the parameters do not name one, and
+            T in a yarn or longrope config without a factor.
+        original_length: L, where the caller knows better.
+
+    Raises:
+        SkipwiseError: parameters per layer type, an unknown type or key, no factor.
+    """
+    if isinstance(rope_parameters.get("full_attention"), dict):
+        raise SkipwiseError("these rope_parameters are per layer type: give those of one type")
+    name = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
+    if name not in _SCALINGS or name == "ntk":
+        known = ", ".join(known for known in NAMES if known != "ntk")
+        raise SkipwiseError(
+            f"the config's rope_type is {name!r}, which Skipwise cannot compute: it knows {known}"
+        )
+    stored = rope_parameters.get("original_max_position_embeddings")
+    length = original_length or stored or max_position_embeddings
+    factor = 1.0 if name == "default" else rope_parameters.get("factor")
+    if factor is None and name in ("yarn", "longrope"):
+        factor = max_position_embeddings / length
+    about = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
+    options = {
+        key: value
+        for key, value in rope_parameters.items()
+        if key not in (*about, "original_max_position_embeddings")
+    }
+    if factor is None:
+        raise SkipwiseError(f"the config's rope_type is {name} and it has no factor: add it")
+    if name == "longrope" and "long_factor" not in options:
+        raise SkipwiseError("the config's rope_type is longrope and it has no long_factor: add it")
+    return make_scaling(name, factor=factor, original_length=length, **options)
 
 
 def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
@@ -295,22 +410,64 @@ def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
 
     transformers 5 reads and writes `rope_parameters`; transformers 4, vLLM and llama.cpp's
     converter read `rope_theta` and `rope_scaling`, and take a model without them for unscaled.
-    Settings for each layer type have no older spelling and stay as they are.
+    transformers 5 lets the older spelling win, so the two must say the same.
+
+    Settings per layer type stay as they are, and are spelled out where transformers 4 had words
+    for them: gemma3_text, and olmo3 with one theta. Elsewhere (also under a `text_config`) no
+    `rope_scaling` is added: transformers 4 cannot load such a model as it was trained.
     """
-    parameters = config.get("rope_parameters")
-    if not isinstance(parameters, dict) or "rope_type" not in parameters:
-        return dict(config)
-    out = dict(config)
+    out = copy.deepcopy(config)
+    parameters = out.get("rope_parameters") or {}
+    family = out.get("model_type")
+    if isinstance(parameters.get("full_attention"), dict):
+        full, sliding = parameters["full_attention"], parameters.get("sliding_attention") or {}
+        one_theta = sliding.get("rope_theta") == full["rope_theta"]
+        # transformers 4 leaves the sliding layers unscaled
+        if sliding.get("rope_type") != "default" or not (
+            family == "gemma3_text" or (family == "olmo3" and one_theta)
+        ):
+            return out
+        if family == "gemma3_text":
+            out["rope_local_base_freq"] = sliding["rope_theta"]
+        parameters = full
+    elif "rope_type" not in parameters:
+        return out
     out["rope_theta"] = parameters["rope_theta"]
     if "partial_rotary_factor" in parameters:
         out["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    if family in ("gpt_neox", "gpt_neox_japanese"):  # 4 and 5 read these, and not rope_theta
+        out["rotary_emb_base"] = parameters["rope_theta"]
+        out["rotary_pct"] = parameters.get("partial_rotary_factor", 1.0)
     moved = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in parameters.items() if key not in moved}
-    if scaling["rope_type"] == "default":
-        out["rope_scaling"] = None
-    else:
-        out["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+    scaling["type"] = scaling["rope_type"]  # its name before transformers 4.43
+    # three families refuse any other key in transformers 4; what goes is said at the top level too
+    if family == "phi3" and "attention_factor" not in scaling:
+        scaling = {k: v for k, v in scaling.items() if k in ("type", "short_factor", "long_factor")}
+    if family in ("olmo", "olmo2") and scaling["type"] in ("linear", "dynamic"):
+        del scaling["rope_type"]
+    plain = set(scaling) <= {"rope_type", "type"}
+    out["rope_scaling"] = None if plain else copy.deepcopy(scaling)
     return out
+
+
+def _option(key: str, value: Any) -> Any:
+    """The option's value as the classes hold it."""
+    if key in ("short_factor", "long_factor"):
+        if isinstance(value, list | tuple) and all(_is_number(x) and x > 0 for x in value):
+            return tuple(float(x) for x in value)
+        raise SkipwiseError(f"{key} is {value!r}: give one number above 0 for each pair")
+    if key == "truncate":
+        if isinstance(value, bool):
+            return value
+        raise SkipwiseError(f"truncate is {value!r}: give true or false")
+    if _is_number(value) and value > 0:
+        return float(value)
+    raise SkipwiseError(f"{key} is {value!r}: give a number above 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _config(max_position_embeddings: int, **parameters: Any) -> dict[str, Any]:

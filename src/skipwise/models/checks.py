@@ -85,11 +85,12 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, batch: dict[str, torch.Tens
 
 def check_documents(longest: int, num_documents: int, train_length: int, target: int) -> Check:
     enough = longest >= train_length
-    note = "" if longest >= target else f"; none reaches {target:,}, so far text is never aligned"
+    note = "" if longest >= target else f"; none reaches {target:,}: far text is never aligned"
+    found = f"{num_documents:,} of {train_length:,} tokens or more, the longest {longest:,}{note}"
     return Check(
         name="documents",
         passed=enough,
-        detail=f"{num_documents:,} of {train_length:,} tokens or more, the longest {longest:,}{note}"
+        detail=found
         if enough
         else f"the longest has {longest:,} tokens and an example needs {train_length:,}",
     )
@@ -185,7 +186,7 @@ def _check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:
             return Check(
                 name=name,
                 passed=False,
-                detail=f"inv_freq is {have.dtype}: positions are off; load with dtype=, do not cast",
+                detail=f"inv_freq is {have.dtype}: load with dtype=, a cast ruins positions",
             )
         have64 = have.double().numpy()
         if have64.shape != want.shape or not np.allclose(have64, want, rtol=1e-5, atol=0):
@@ -193,8 +194,9 @@ def _check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:
             return Check(
                 name=name,
                 passed=False,
-                detail=f"inv_freq is not {scaling.name} by {scaling.factor:g}: the slowest pair has "
-                f"1/{slow:.4g}, not 1/{1 / want[-1]:.4g}; give the scaled config to from_pretrained",
+                detail=f"inv_freq is not {scaling.name} by {scaling.factor:g}: the slowest pair "
+                f"has 1/{slow:.4g}, not 1/{1 / want[-1]:.4g}; load the weights into the scaled "
+                "config",
             )
         factor = getattr(module, f"{prefix}attention_scaling", None)
         if factor is not None and abs(float(factor) - scaling.attention_factor) > 1e-6:
