@@ -236,7 +236,7 @@ def test_what_transformers_4_has_no_words_for_is_left_out():
         (lambda: build("llama3", high_freq_factor=1), "not above low_freq_factor"),
         (lambda: build("longrope", long_factor=[1, "8"]), "one number above 0"),
         (lambda: config_of(build("longrope", long_factor=[1, 8])), "2 numbers .* 32 pairs"),
-        (lambda: make_scaling("longrope", factor=8, original_length=L), "follows from the model"),
+        (lambda: make_scaling("longrope", factor=8, original_length=L), "needs the model's theta"),
         (lambda: config_of(build("yarn", factor=2.0001)), "for 8192 tokens"),
         (lambda: config_from({"rope_type": "proportional"}), "'proportional'.*it knows default"),
         (lambda: config_from({"rope_type": "linear"}), "no factor"),

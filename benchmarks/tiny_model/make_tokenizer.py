@@ -96,7 +96,8 @@ def main(out: Path) -> None:
     different = [t for t in plain if tokenizer(t)["input_ids"] != sp.encode(t)]
     assert not different, f"{len(different)} of {len(plain)} modules are tokenized differently"
     tokens = sum(map(len, tokenizer(texts)["input_ids"]))
-    print(f"{len(texts)} modules, {tokens:,} tokens, {sum(map(len, texts)) / tokens:.2f} chars each")
+    characters = sum(map(len, texts)) / tokens
+    print(f"{len(texts)} modules, {tokens:,} tokens, {characters:.2f} characters each")
 
 
 if __name__ == "__main__":

@@ -355,7 +355,7 @@ def make_scaling(
             given[key] = _option(key, value)
     if cls is LongRoPE and "long_factor" not in given:
         if theta is None or dim is None:
-            raise SkipwiseError("longrope without long_factor follows from the model: give it")
+            raise SkipwiseError("longrope without long_factor needs the model's theta and dim")
         yarn = YaRN(factor=float(factor), original_length=original_length)
         slowing = _frequencies(theta, dim) / yarn.inv_freq(theta, dim)
         given["long_factor"] = tuple(slowing.tolist())
@@ -392,12 +392,9 @@ def from_rope_parameters(
     factor = 1.0 if name == "default" else rope_parameters.get("factor")
     if factor is None and name in ("yarn", "longrope"):
         factor = max_position_embeddings / length
-    about = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
-    options = {
-        key: value
-        for key, value in rope_parameters.items()
-        if key not in (*about, "original_max_position_embeddings")
-    }
+    read = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
+    read += ("original_max_position_embeddings",)
+    options = {key: value for key, value in rope_parameters.items() if key not in read}
     if factor is None:
         raise SkipwiseError(f"the config's rope_type is {name} and it has no factor: add it")
     if name == "longrope" and "long_factor" not in options:
@@ -421,7 +418,7 @@ def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
     family = out.get("model_type")
     if isinstance(parameters.get("full_attention"), dict):
         full, sliding = parameters["full_attention"], parameters.get("sliding_attention") or {}
-        one_theta = sliding.get("rope_theta") == full["rope_theta"]
+        one_theta = sliding.get("rope_theta") == full.get("rope_theta")
         # transformers 4 leaves the sliding layers unscaled
         if sliding.get("rope_type") != "default" or not (
             family == "gemma3_text" or (family == "olmo3" and one_theta)
@@ -432,16 +429,14 @@ def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
         parameters = full
     elif "rope_type" not in parameters:
         return out
-    out["rope_theta"] = parameters["rope_theta"]
-    if "partial_rotary_factor" in parameters:
-        out["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    moved = ("rope_theta", "partial_rotary_factor")
+    out |= {key: parameters[key] for key in moved if key in parameters}
     if family in ("gpt_neox", "gpt_neox_japanese"):  # 4 and 5 read these, and not rope_theta
         out["rotary_emb_base"] = parameters["rope_theta"]
         out["rotary_pct"] = parameters.get("partial_rotary_factor", 1.0)
-    moved = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in parameters.items() if key not in moved}
     scaling["type"] = scaling["rope_type"]  # its name before transformers 4.43
-    # three families refuse any other key in transformers 4; what goes is said at the top level too
+    # three families refuse other keys in transformers 4; f and L follow from the top level
     if family == "phi3" and "attention_factor" not in scaling:
         scaling = {k: v for k, v in scaling.items() if k in ("type", "short_factor", "long_factor")}
     if family in ("olmo", "olmo2") and scaling["type"] in ("linear", "dynamic"):
