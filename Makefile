@@ -13,6 +13,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,hub]"
 	touch $@
 
+quickstart: $(STAMP)
+	$(BIN)/skipwise quickstart
+
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
@@ -21,6 +24,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

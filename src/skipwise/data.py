@@ -244,7 +244,7 @@ def _hold_out(
     num_held_out: int,
 ) -> list[np.ndarray]:
     """Take documents for evaluation out of the tables (which are changed in place)."""
-    rows = [(g, i) for g, n in enumerate(lengths) for i in np.flatnonzero(n >= target_length)]
+    rows = [(g, int(i)) for g, n in enumerate(lengths) for i in np.flatnonzero(n >= target_length)]
 
     def tokens(g: int, i: int) -> np.ndarray:
         start = int(starts[g][i])

@@ -59,7 +59,7 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
     keys = [f.name for f in dataclasses.fields(Source)]
     sources = []
     for value in values:
-        entry = dict(value) if isinstance(value, dict) else {"path": str(value)}
+        entry: dict[str, Any] = dict(value) if isinstance(value, dict) else {"path": str(value)}
         unknown = [key for key in entry if key not in keys]
         if unknown or "path" not in entry:
             what = f"has an unknown key {unknown[0]}" if unknown else "lacks path"

@@ -140,7 +140,7 @@ def _preflight(
     if data is not None:
         training = set_up(plan, data, run)
         checks += training.checks
-        model = training.trainer.model
+        model: Any = training.trainer.model
         del training
     num_parameters = sum(p.numel() for p in model.parameters())
     del model

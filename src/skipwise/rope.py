@@ -350,7 +350,7 @@ def make_scaling(
     for key, value in options.items():
         if key not in known:
             choice = f"choose from {', '.join(known)}" if known else "it has none"
-            raise SkipwiseError(f"{key!r} is not an option of RoPE scaling {name}: {choice}")
+            raise SkipwiseError(f"rope.options: {key} is not an option of {name}: {choice}")
         if value is not None:
             given[key] = _option(key, value)
     if cls is LongRoPE and "long_factor" not in given:

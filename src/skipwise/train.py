@@ -65,16 +65,18 @@ _OWNED = {
 class Training:
     """A Trainer that is ready to start, with what the preflight said of it."""
 
-    trainer: Trainer
+    trainer: PositionTrainer
     checks: list[Check]
     resume_from: Path | None
+    train_length: int
 
 
 class PositionTrainer(Trainer):
     """The Trainer, reading the data set in the order of the example numbers."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        dataset: Any = train_dataset or self.train_dataset
+        return SequentialSampler(dataset)
 
 
 def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
@@ -118,7 +120,12 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
     checks.append(check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch))
     batch = trainer._prepare_inputs(batch)
     checks += check_batch(trainer.model, batch, trainer.accelerator.autocast())
-    return Training(trainer=trainer, checks=checks, resume_from=resume_from)
+    return Training(
+        trainer=trainer,
+        checks=checks,
+        resume_from=resume_from,
+        train_length=data.sampler.train_length,
+    )
 
 
 def train(training: Training, run: RunFolder) -> None:
@@ -130,7 +137,6 @@ def train(training: Training, run: RunFolder) -> None:
     """
     require(training.checks)
     trainer = training.trainer
-    started = time.monotonic()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with _stop_on_signals(trainer):
@@ -155,10 +161,10 @@ def train(training: Training, run: RunFolder) -> None:
             f"stopped at step {step} of {last}, saved in {run.checkpoints}\n"
             "type the same command again to go on"
         )
-    old = run.facts().get("training", {})
     arguments = trainer.args
-    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    tokens_per_step = _examples_per_step(arguments) * trainer.train_dataset.sampler.train_length
+    model: Any = trainer.model
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens_per_step = _examples_per_step(arguments) * training.train_length
     run.update(
         training={
             "method": run.recipe().method,
@@ -167,7 +173,7 @@ def train(training: Training, run: RunFolder) -> None:
             "batch_size": _examples_per_step(arguments),
             "tokens_per_step": tokens_per_step,
             "num_tokens": tokens_per_step * last,
-            "seconds": round(old.get("seconds", 0.0) + time.monotonic() - started, 1),
+            "seconds": read_metrics(run)[-1]["seconds"],
             "trainable_parameters": parameters,
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }

@@ -17,7 +17,7 @@ import torch
 from skipwise.errors import SkipwiseError
 from skipwise.models.families import ModelFacts
 from skipwise.positions import IGNORE_INDEX
-from skipwise.rope import Scaling
+from skipwise.rope import Dynamic, Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +176,8 @@ def check_batch(model: Any, batch: dict[str, torch.Tensor], autocast: Any = None
 def _check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:
     """Every rotary module's frequencies and attention factor against `rope.py`."""
     want = scaling.inv_freq(facts.rope_theta, facts.rotary_dim)
+    if isinstance(scaling, Dynamic):  # grows with what it has seen: nothing yet
+        want = scaling.inv_freq(facts.rope_theta, facts.rotary_dim, facts.original_length)
     name = "rope"
     modules = rotary_modules(model)
     if not modules:

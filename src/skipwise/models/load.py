@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from skipwise.errors import SkipwiseError
-from skipwise.models.families import ModelFacts
-from skipwise.recipe import LoRASettings, ModelSettings, Recipe
+from skipwise.models.families import ModelFacts, check_unscaled, load_config, read_facts
+from skipwise.recipe import LoRASettings, ModelSettings, Recipe, parse_recipe
 from skipwise.rope import Scaling, make_scaling
 
 
@@ -114,7 +114,7 @@ def load_model(
             "save it once with transformers: model.save_pretrained(folder)"
         )
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else model,
             config=config,
             dtype=dtype,
@@ -129,6 +129,7 @@ def load_model(
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SkipwiseError(f"the weights of {model} could not be loaded\n{first}") from error
+    loaded, info = both
     missing = sorted(info["missing_keys"])
     if missing:
         raise SkipwiseError(
@@ -199,3 +200,25 @@ def add_lora(model: Any, settings: LoRASettings) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def load_scaled(
+    model: str, target_length: int, *, rope_type: str = "yarn", dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any, ModelFacts]:
+    """A model with its window rescaled to a target, for a training loop of one's own.
+
+    Returns:
+        the model with its weights, its tokenizer, and its facts (`original_length` and others).
+
+    Raises:
+        SkipwiseError: the model cannot be extended so.
+    """
+    recipe = parse_recipe(
+        {"model": model, "target_length": target_length, "rope": {"type": rope_type}}
+    )
+    config = load_config(model, recipe.load)
+    facts = read_facts(config)
+    check_unscaled(facts)
+    scaled = scaled_config(config, facts, scaling_for(recipe, facts), target_length)
+    loaded = load_model(model, scaled, recipe.load, dtype=dtype)
+    return loaded, load_tokenizer(model, recipe.load), facts
