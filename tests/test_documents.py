@@ -70,7 +70,7 @@ def test_another_text_field_is_read_from_lines_and_columns(tmp_path):
     ("value", "word"),
     [
         ("./no/such/folder", "no such file or folder"),
-        ({"path": "x", "wieght": 2}, "unknown key wieght"),
+        ({"path": "x", "waight": 2}, "unknown key waight"),
         ({"weight": 2}, "lacks path"),
         ({"path": ".", "weight": -1}, "from 0 up"),
     ],
