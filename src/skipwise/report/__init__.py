@@ -1,6 +1,7 @@
-def format_table(rows):
-    return "\n".join(str(r) for r in rows)
+"""A run folder's JSON to tables, figures and one self-contained page; never loads torch."""
 
+from skipwise.report.page import write_report
+from skipwise.report.plots import plot_positions
+from skipwise.report.tables import format_table, headline
 
-def write_report(path):
-    return path
+__all__ = ["format_table", "headline", "plot_positions", "write_report"]
