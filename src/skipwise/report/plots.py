@@ -19,7 +19,7 @@ from skipwise.report.tables import Rows
 BEFORE, AFTER, CHUNKS = "#d9730d", "#2f6fde", ("#2f6fde", "#d9730d", "#1a936f", "#8f5bd6")
 _INK, _GRID = "#3a3f47", "#c9ccd1"  # in SVG: currentColor and var(--line)
 _SHARES = LinearSegmentedColormap.from_list("shares", ["#d9730d", "#efe3d3", "#2f6fde"])
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "skipwise",
     "font.family": ["DejaVu Sans"],
