@@ -141,3 +141,27 @@ def test_mistakes_are_found_before_anything_is_written(tiny, text_folder, tmp_pa
         with pytest.raises(SkipwiseError, match=word):
             extend(make_recipe(tiny, text_folder, *overrides), tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_untrained_rescaling_is_measured_on_the_sources(tiny, text_folder, tmp_path):
+    run = extend(make_recipe(tiny, text_folder, "method=none"), tmp_path / "run")
+    rows = run.results()
+    assert {r["task"] for r in rows if r["model"] == "after"} == {"perplexity", "passkey"}
+    assert "training" not in run.facts() and not run.checkpoints.exists()
+    assert "Nothing was trained" in (run.report / "index.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "randpos", "cream"])
+def test_the_baselines_run_from_the_same_recipe(tiny, text_folder, tmp_path, method):
+    run = extend(make_recipe(tiny, text_folder, f"method={method}"), tmp_path / "run")
+    facts = run.facts()
+    assert facts["status"] == "finished" and facts["training"]["method"] == method
+    assert facts["training"]["tokens_per_step"] == 4 * (256 if method == "full" else 64)
+
+
+@pytest.mark.slow
+def test_importance_weights_train_with_lora_and_export(tiny, text_folder, tmp_path):
+    overrides = ["lora.rank=2", "positions.weights=importance"]
+    run = extend(make_recipe(tiny, text_folder, *overrides), tmp_path / "run")
+    assert run.facts()["training"]["mode"] == "lora"

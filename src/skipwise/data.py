@@ -207,7 +207,7 @@ class PositionCollator:
         batch = {k: torch.from_numpy(np.stack([item[k] for item in items])) for k in keys}
         if self.weights == "importance":
             examples: list[Example] = [item["example"] for item in items]
-            mask = additive_mask(examples, torch.finfo(torch.float32).min)
+            mask = additive_mask(examples, torch.finfo(torch.bfloat16).min)  # float32 holds it too
             batch["attention_mask"] = torch.from_numpy(mask)
         else:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])

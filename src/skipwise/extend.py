@@ -89,6 +89,9 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
         facts["train_length"] = data.sampler.train_length
         facts["data"] = data_facts(plan, data, len(evaluation_documents(plan, run)))
         facts["positions"] = describe_positions(data.sampler, recipe.seed)
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
+        facts["machine"] = {**run.facts().get("machine", {}), **gpu}
     run.update(**facts)
     return data
 

@@ -123,12 +123,16 @@ def load_training_data(
 
 
 def evaluation_documents(plan: ModelPlan, run: RunFolder | None) -> list[np.ndarray]:
-    """Token ids of the documents for perplexity: named by the recipe, or those held out."""
+    """Token ids of the documents for perplexity: named by the recipe, or those held out.
+
+    Where nothing is trained (`method: none`) there is nothing to keep apart from: all sources.
+    """
     settings = plan.recipe.data
-    if settings.eval_sources:
+    sources = settings.eval_sources or (settings.sources if plan.recipe.method == "none" else ())
+    if sources:
         stores = [
             tokenize_source(s, plan.tokenizer, on_bad_record=settings.on_bad_record, progress=False)
-            for s in parse_sources(settings.eval_sources, settings.text_field)
+            for s in parse_sources(sources, settings.text_field)
         ]
         return [store.document(i) for store in stores for i in range(store.num_documents)]
     if run is None or not run.eval_documents.exists():

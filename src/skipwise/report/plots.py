@@ -110,8 +110,8 @@ def plot_passkey(rows: Rows) -> Figure | None:
             axes.imshow(table, cmap=_SHARES, vmin=0, vmax=1, aspect="auto")
             for (i, j), value in np.ndenumerate(table):
                 if np.isfinite(value):
-                    ink = "#1b1e23" if 0.25 < value < 0.75 else "#ffffff"
-                    axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=ink, fontsize=8)
+                    ink = "#1b1e23" if 0.15 < value < 0.85 else "#ffffff"
+                    axes.text(j, i, f"{value:.0%}", ha="center", va="center", color=ink, fontsize=9)
             axes.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
             axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
             axes.set_title(model, fontsize=11, color=_INK)

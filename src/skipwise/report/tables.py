@@ -97,7 +97,7 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
     parts, short = [], []
     after, before = find(rows, "after", "passkey", T), find(rows, "before", "passkey", T)
     if after:
-        was = f", {_percent(before['value'])} % before" if before else ""
+        was = f" ({_percent(before['value'])} % before)" if before else ""
         parts.append(
             f"finds the passkey in {_percent(after['value'])} % of trials at {T:,} tokens{was}"
         )
