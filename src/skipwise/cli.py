@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -349,6 +350,8 @@ def _quiet() -> None:
     """Our own progress is enough; warnings stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for library in ("transformers", "peft", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -164,9 +164,21 @@ def check_data(plan: ModelPlan, data: TrainingData, held_out: list[np.ndarray]) 
     """The checks that need no model: lengths, documents, labels, evaluation kept apart."""
     items, _ = data.batch(16)
     corpus, T = data.corpus, plan.recipe.target_length
+    left_out = []
+    if corpus.num_short:
+        done = "dropped" if corpus.short_documents == "drop" else "packed"
+        left_out.append(f"{corpus.num_short:,} shorter ones {done}")
+    if data.num_bad_records:
+        left_out.append(f"{data.num_bad_records:,} records not readable ({data.bad_records[0]})")
     return [
         *check_config(plan.facts, plan.scaling, T),
-        check_documents(corpus.longest, corpus.num_documents, data.sampler.train_length, T),
+        check_documents(
+            corpus.longest,
+            corpus.num_documents,
+            data.sampler.train_length,
+            T,
+            ", ".join(left_out),
+        ),
         _check_held_out(corpus, held_out, T),
         check_labels(items),
     ]

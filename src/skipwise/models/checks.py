@@ -83,10 +83,14 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, batch: dict[str, torch.Tens
     )
 
 
-def check_documents(longest: int, num_documents: int, train_length: int, target: int) -> Check:
+def check_documents(
+    longest: int, num_documents: int, train_length: int, target: int, left_out: str = ""
+) -> Check:
+    """There are documents to cut examples from; `left_out` says what was dropped or packed."""
     enough = longest >= train_length
-    note = "" if longest >= target else f"; none reaches {target:,}: far text is never aligned"
-    found = f"{num_documents:,} of {train_length:,} tokens or more, the longest {longest:,}{note}"
+    found = f"{num_documents:,} of {train_length:,} tokens or more, the longest {longest:,}"
+    found += f"; {left_out}" if left_out else ""
+    found += "" if longest >= target else f"; none reaches {target:,}: far text is never aligned"
     return Check(
         name="documents",
         passed=enough,
