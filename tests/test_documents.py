@@ -66,6 +66,21 @@ def test_another_text_field_is_read_from_lines_and_columns(tmp_path):
     assert "its columns are content" in bad.first[1]
 
 
+def test_a_hub_data_set_is_streamed_by_name(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = {}
+
+    def load_dataset(path, config, **options):
+        asked.update(path=path, config=config, **options)
+        return iter([{"text": "one"}, {"other": 1}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts, bad = read("someone/books", split="validation", config="en")
+    assert texts == ["one", "two"] and bad.first[0].startswith("someone/books[1]")
+    assert asked["split"] == "validation" and asked["config"] == "en" and asked["streaming"]
+    assert "trust_remote_code" not in asked
+
+
 @pytest.mark.parametrize(
     ("value", "word"),
     [
