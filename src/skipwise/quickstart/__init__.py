@@ -11,7 +11,7 @@ from skipwise.tokens import cache_folder
 
 MODEL = Path(__file__).with_name("model")
 _TRAIN_LENGTH = 256
-_NUM_PASSKEYS = 1000  # a run of 200 steps shows 800
+_NUM_PASSKEYS = 1000  # a run of 240 steps shows 960
 
 
 def make_recipe(overrides: list[str] | None = None) -> Recipe:
