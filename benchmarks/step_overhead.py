@@ -67,6 +67,7 @@ def stepper(trainer):
         trainer.model, trainer.optimizer, trainer.get_train_dataloader()
     )
     trainer.model_wrapped = model
+    trainer.current_gradient_accumulation_steps = 1  # the Trainer's loop sets it
     batches = iter(loader)
 
     def step():
