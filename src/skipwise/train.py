@@ -106,14 +106,15 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(model)
     resume_from = newest_checkpoint(run)
-    trainer = PositionTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data.dataset,
-        data_collator=data.collator,
-        processing_class=plan.tokenizer,
-        callbacks=[_Run(run, recipe, data.sampler.train_length), _Stop()],
-    )
+    with _tensorboard_in(run.path / "tensorboard"):
+        trainer = PositionTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data.dataset,
+            data_collator=data.collator,
+            processing_class=plan.tokenizer,
+            callbacks=[_Run(run, recipe, data.sampler.train_length), _Stop()],
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     _, batch = data.batch(min(16, recipe.training.global_batch_size))
@@ -220,7 +221,6 @@ def training_arguments(recipe: Recipe, run: RunFolder, dtype: torch.dtype) -> Tr
         "dataloader_pin_memory": not on_cpu,
         "report_to": ["tensorboard"] if tensorboard else [],
     }
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     try:
         return TrainingArguments(**{**values, **recipe.trainer})
     except (ValueError, ImportError, TypeError) as error:
@@ -362,6 +362,19 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """TensorBoard's folder, which a Trainer reads from the environment when it is made."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = os.environ.get(name)
+    os.environ[name] = given or str(folder)
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
