@@ -59,7 +59,7 @@ def quickstart_shares():
     for _ in range(12):
         size = recipe.training.global_batch_size
         making.append(seconds_per_batch(data.dataset, data.collator, size, 20))
-        _, batch = data.batch(size)
+        batch = data.collator(data.items(size))
         start = time.perf_counter()
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
             loss = model(**batch, use_cache=False).loss

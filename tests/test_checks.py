@@ -38,7 +38,12 @@ def model(plan):
 
 @pytest.fixture
 def batch(plan):
-    return stand_in_data(plan).batch(4)[1]
+    return make_batch(plan)
+
+
+def make_batch(plan):
+    data = stand_in_data(plan)
+    return data.collator(data.items(4))
 
 
 def passed(checks):
@@ -50,7 +55,7 @@ def test_a_sound_set_up_passes_every_check(plan, model, batch):
     checks += check_model(model, model.config, plan.facts, plan.scaling, T)
     checks += check_batch(model, batch)
     checks += [check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch)]
-    checks += [check_labels(stand_in_data(plan).batch(8)[0])]
+    checks += [check_labels(stand_in_data(plan).items(8))]
     assert all(passed(checks).values()), checks
     require(checks)
 
@@ -79,7 +84,7 @@ def test_importance_weights_pass_and_a_mask_that_is_not_causal_is_caught(plan, m
     recipe = dataclasses.replace(
         plan.recipe, positions=dataclasses.replace(plan.recipe.positions, weights="importance")
     )
-    batch = stand_in_data(dataclasses.replace(plan, recipe=recipe)).batch(4)[1]
+    batch = make_batch(dataclasses.replace(plan, recipe=recipe))
     assert all(passed(check_batch(model, batch)).values())
     batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
     assert not passed(check_batch(model, batch))["no look ahead"]
@@ -129,7 +134,7 @@ def test_a_sliding_window_that_hides_the_rest_is_taken_off_and_caught_where_left
 
 
 def test_a_label_after_a_jump_is_caught(plan):
-    items = stand_in_data(plan).batch(8)[0]
+    items = stand_in_data(plan).items(8)
     jumped = next(item for item in items if item["example"].jumps().any())
     cut = int(jumped["example"].lengths[0])
     assert jumped["labels"][cut] == -100

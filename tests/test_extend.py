@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from skipwise.cli import main
 from skipwise.errors import SkipwiseError
 from skipwise.export import export_model, make_portable
 from skipwise.extend import extend
@@ -41,6 +42,14 @@ def test_the_run_folder_holds_everything(finished):
     card = (finished.model / "README.md").read_text()
     assert "64 to 256 tokens" in card and "perplexity" in card
     assert list((finished.path / "tensorboard").glob("events*"))  # on where it is installed
+
+
+def test_after_is_what_the_exported_folder_gives(finished, capsys):
+    assert main(["eval", str(finished.path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == [row for row in finished.results() if row["model"] == "after"]
+    before = [row for row in finished.results() if row["model"] == "before"]
+    assert [r["value"] for r in before[:3]] != [r["value"] for r in rows[:3]]
 
 
 def test_results_are_tidy_rows_of_before_and_after(finished):
@@ -136,6 +145,13 @@ def test_mistakes_are_found_before_anything_is_written(tiny, text_folder, tmp_pa
         (["rope.options.beta_fats=3"], "not an option of yarn"),
         (["data.sources=[./nowhere.txt]"], "no such file"),
         (["model=./nowhere"], "no such folder"),
+        (["data.sources=[]"], "no text to train on"),
+        (["training.num_steps=0"], "method=none"),
+        (["method=randpos", "positions.num_chunks=3"], "method: randpos"),
+        (
+            ["positions.weights=importance", "load.attn_implementation=flash_attention_2"],
+            "takes no additive mask",
+        ),
     ):
         with pytest.raises(SkipwiseError, match=word):
             extend(make_recipe(tiny, text_folder, *overrides), tmp_path / "run")

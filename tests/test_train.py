@@ -78,6 +78,19 @@ def test_the_loss_falls_and_every_step_is_written_down(straight):
     assert facts["num_tokens"] == STEPS * 4 * 64 and facts["mode"] == "full"
 
 
+def test_examples_are_read_in_the_order_of_their_numbers(tiny, text_folder, tmp_path, monkeypatch):
+    from skipwise.data import PositionDataset
+
+    seen = []
+    plain = PositionDataset.__getitem__
+    monkeypatch.setattr(
+        PositionDataset, "__getitem__", lambda self, k: (seen.append(k), plain(self, k))[1]
+    )
+    recipe = make_recipe(tiny, text_folder, "training.num_steps=3")
+    run_training(recipe, tmp_path / "run")
+    assert seen[-12:] == list(range(12))  # the preflight reads the first ones before
+
+
 def test_old_checkpoints_are_removed(straight):
     names = sorted(p.name for p in straight.checkpoints.glob("checkpoint-*"))
     assert names == ["checkpoint-12", "checkpoint-8"]

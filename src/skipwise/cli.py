@@ -288,10 +288,11 @@ def _train(given: argparse.Namespace) -> int:
     recipe = _recipe(given)
     _quiet()
     from skipwise.extend import check_run, prepare_run, train_run
-    from skipwise.prepare import plan_model
+    from skipwise.prepare import find_sources, plan_model
     from skipwise.run import open_run
 
     plan = plan_model(recipe)
+    find_sources(recipe)
     run = open_run(_default_out(recipe, given), recipe, _command())
     data = prepare_run(plan, run)
     if data is None:

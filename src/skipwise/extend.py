@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from skipwise.documents import parse_sources
 from skipwise.evaluate.suite import evaluate_model
 from skipwise.export import export_model, write_card
 from skipwise.models.checks import Check, check_config, check_model, require
@@ -29,6 +28,7 @@ from skipwise.prepare import (
     check_data,
     data_facts,
     evaluation_documents,
+    find_sources,
     load_training_data,
     plan_model,
     stand_in_data,
@@ -52,7 +52,7 @@ def extend(recipe: Recipe, out: str | Path, *, command: str = "skipwise extend")
         RunStopped: the user stopped it.
     """
     plan = plan_model(recipe)  # before anything is written: most mistakes show here
-    parse_sources(recipe.data.sources, recipe.data.text_field)
+    find_sources(recipe)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
         data = prepare_run(plan, run)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from skipwise.data import Corpus, PositionCollator, PositionDataset, build_corpus
-from skipwise.documents import parse_sources
+from skipwise.documents import Source, parse_sources
 from skipwise.errors import SkipwiseError
 from skipwise.models.checks import Check, check_config, check_documents, check_labels
 from skipwise.models.families import ModelFacts, check_unscaled, load_config, read_facts
-from skipwise.models.load import load_tokenizer, scaled_config, scaling_for
+from skipwise.models.load import attention_for, load_tokenizer, scaled_config, scaling_for
 from skipwise.positions import Sampler
 from skipwise.recipe import Recipe, make_sampler
 from skipwise.rope import Scaling
@@ -45,14 +45,25 @@ class TrainingData:
     num_bad_records: int
     bad_records: list[str]
 
-    def batch(self, size: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The first examples of the run, as items and as the collator's batch."""
-        items = [self.dataset[k] for k in range(min(size, len(self.dataset)))]
-        return items, self.collator(items)
+    def items(self, size: int) -> list[dict[str, Any]]:
+        """The first examples of the run."""
+        return [self.dataset[k] for k in range(min(size, len(self.dataset)))]
+
+    def telling_batch(self) -> dict[str, Any]:
+        """One example of the run as a batch: of the first, the one cut nearest its middle."""
+
+        def distance(item: dict[str, Any]) -> float:
+            starts, lengths = item["example"].position_starts, item["example"].lengths
+            cuts = np.cumsum(lengths)[:-1][np.diff(starts) != lengths[:-1]]
+            return float(np.abs(cuts - len(item["labels"]) / 2).min()) if len(cuts) else np.inf
+
+        return self.collator([min(self.items(16), key=distance)])
 
 
 def plan_model(recipe: Recipe) -> ModelPlan:
     """Read the config, choose the scaling, and build the config to come.
+
+    What can be wrong with the recipe itself is found here, before anything is written.
 
     Raises:
         SkipwiseError: the model cannot be extended as asked.
@@ -61,6 +72,13 @@ def plan_model(recipe: Recipe) -> ModelPlan:
     facts = read_facts(config, recipe.original_length)
     check_unscaled(facts)
     scaling = scaling_for(recipe, facts)
+    if recipe.method != "none":
+        make_sampler(recipe, facts.original_length)
+        attention_for(recipe.load, recipe.positions.weights)
+        if recipe.training.num_steps < 1:
+            raise SkipwiseError(
+                "training.num_steps is 0: type method=none to rescale without training"
+            )
     return ModelPlan(
         recipe=recipe,
         config=config,
@@ -69,6 +87,19 @@ def plan_model(recipe: Recipe) -> ModelPlan:
         scaling=scaling,
         tokenizer=load_tokenizer(recipe.model, recipe.load),
     )
+
+
+def find_sources(recipe: Recipe) -> list[Source]:
+    """The sources of the recipe's text.
+
+    Raises:
+        SkipwiseError: there are none, or one that does not exist.
+    """
+    settings = recipe.data
+    if recipe.method != "none" and not settings.sources:
+        raise SkipwiseError("no text to train on: type --data FILE, FOLDER or hub name")
+    parse_sources(settings.eval_sources, settings.text_field)
+    return parse_sources(settings.sources, settings.text_field)
 
 
 def load_training_data(
@@ -81,10 +112,8 @@ def load_training_data(
     """
     recipe = plan.recipe
     settings = recipe.data
-    if not settings.sources:
-        raise SkipwiseError("no text to train on: type --data FILE, FOLDER or hub name")
     sampler = make_sampler(recipe, plan.facts.original_length)
-    sources = parse_sources(settings.sources, settings.text_field)
+    sources = find_sources(recipe)
     stores = [
         tokenize_source(
             source,
@@ -162,7 +191,7 @@ def stand_in_data(plan: ModelPlan) -> TrainingData:
 
 def check_data(plan: ModelPlan, data: TrainingData, held_out: list[np.ndarray]) -> list[Check]:
     """The checks that need no model: lengths, documents, labels, evaluation kept apart."""
-    items, _ = data.batch(16)
+    items = data.items(16)
     corpus, T = data.corpus, plan.recipe.target_length
     left_out = []
     if corpus.num_short:

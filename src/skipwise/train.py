@@ -117,7 +117,7 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
         )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    _, batch = data.batch(min(16, recipe.training.global_batch_size))
+    batch = data.telling_batch()
     checks.append(check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch))
     batch = trainer._prepare_inputs(batch)
     checks += check_batch(trainer.model, batch, trainer.accelerator.autocast())

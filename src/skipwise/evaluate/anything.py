@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ def evaluate_anything(
             raise SkipwiseError(f"{run.path} has no model yet: type skipwise export {run.path}")
         original = run.facts().get("original_length", recipe.target_length)
         lengths = lengths or list(context_lengths(recipe, original))
-        tree: dict[str, Any] = {"model": str(run.model)}
+        tree: dict[str, Any] = {
+            "model": str(run.model),
+            "load": dataclasses.asdict(recipe.load),
+            "eval": dataclasses.asdict(recipe.eval),
+        }
     else:
         tree = {"model": thing}
     if not lengths:
