@@ -49,6 +49,8 @@ def test_yaml_round_trip_keeps_every_value(tmp_path):
     ("override", "word"),
     [
         ("training.num_step=3", "training.num_step is not a recipe key"),
+        ("num_steps=3", "did you mean training.num_steps"),
+        ("target_modules=[q]", "did you mean lora.target_modules"),
         ("training.num_steps=many", "a whole number"),
         ("training.num_steps=2.5", "a whole number"),
         ("training.num_steps=-1", "0 or more"),

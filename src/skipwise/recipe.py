@@ -248,7 +248,10 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     unknown = [key for key in tree if key not in hints]
     if unknown:
         keys = ", ".join(hints)
-        raise SkipwiseError(f"{_join(where, unknown[0])} is not a recipe key: choose from {keys}")
+        inner = _places(Recipe, unknown[0])
+        meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
+        name = _join(where, unknown[0])
+        raise SkipwiseError(f"{name} is not a recipe key: choose from {keys}{meant}")
     values = {key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()}
     return cls(**values)
 
@@ -297,6 +300,18 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint in (int, float) and value < 0:
         raise SkipwiseError(f"{where} is {value}: give 0 or more")
     return value
+
+
+def _places(cls: Any, key: str, where: str = "") -> list[str]:
+    """Where in the recipe a key of this name stands."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                found += _places(inner, key, _join(where, name))
+        if name == key:
+            found.append(_join(where, name))
+    return found
 
 
 def _join(where: str, key: str) -> str:

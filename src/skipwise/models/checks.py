@@ -88,7 +88,7 @@ def check_documents(
 ) -> Check:
     """There are documents to cut examples from; `left_out` says what was dropped or packed."""
     enough = longest >= train_length
-    found = f"{num_documents:,} of {train_length:,} tokens or more, the longest {longest:,}"
+    found = f"{num_documents:,} with {train_length:,} tokens or more, the longest {longest:,}"
     found += f"; {left_out}" if left_out else ""
     found += "" if longest >= target else f"; none reaches {target:,}: far text is never aligned"
     return Check(
