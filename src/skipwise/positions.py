@@ -227,7 +227,9 @@ class CREAM:
 
     Head and tail have L//3 or 4f tokens each, by a coin. The middle ends at x L - tail, where x is
     drawn from a Gaussian cut off to [1, f] and centred on (f+2)/2, so that it follows the factor;
-    its sigma is `sigma` at f = 8 and grows with f.
+    its sigma is `sigma` at f = 8 and grows with f. The authors' released code has the centre
+    (f+1)/2 and the sigma 1.5 at every f, and then draws the end evenly from the room below x L,
+    which moves the middle towards the start: at f = 8 to about 3 L.
     """
 
     train_length: int
