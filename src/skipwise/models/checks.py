@@ -195,14 +195,20 @@ def _check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:
                 detail=f"inv_freq is {have.dtype}: load with dtype=, a cast ruins positions",
             )
         have64 = have.double().numpy()
-        if have64.shape != want.shape or not np.allclose(have64, want, rtol=1e-5, atol=0):
-            slow = float(1 / have64[-1]) if len(have64) else 0.0
+        if have64.shape != want.shape:
             return Check(
                 name=name,
                 passed=False,
-                detail=f"inv_freq is not {scaling.name} by {scaling.factor:g}: the slowest pair "
-                f"has 1/{slow:.4g}, not 1/{1 / want[-1]:.4g}; load the weights into the scaled "
-                "config",
+                detail=f"inv_freq has {len(have64)} pairs, and the config says {len(want)}",
+            )
+        if not np.allclose(have64, want, rtol=1e-5, atol=0):
+            worst = int(np.abs(have64 / want - 1).argmax())
+            return Check(
+                name=name,
+                passed=False,
+                detail=f"inv_freq is not {scaling.name} by {scaling.factor:g}: pair {worst} of "
+                f"{len(want)} has {have64[worst]:.4g}, not {want[worst]:.4g}; load the weights "
+                "into the scaled config, or try another rope.type",
             )
         factor = getattr(module, f"{prefix}attention_scaling", None)
         if factor is not None and abs(float(factor) - scaling.attention_factor) > 1e-6:
