@@ -1,7 +1,12 @@
-"""A run folder's JSON to tables, figures and one self-contained page; never loads torch."""
+"""A run folder's JSON to tables, figures and one self-contained page; never loads torch.
+
+Reading order:  tables.py (rows to a table)  verdict.py (rows to a sentence)  plots.py (figures)
+                words.py (figures for those who do not see them)  page.py (all of it on one page)
+"""
 
 from skipwise.report.page import write_report
 from skipwise.report.plots import plot_positions
-from skipwise.report.tables import format_table, headline
+from skipwise.report.tables import format_table
+from skipwise.report.verdict import headline
 
 __all__ = ["format_table", "headline", "plot_positions", "write_report"]

@@ -1,4 +1,7 @@
-"""One self-contained page: every word of it comes from the run folder's JSON."""
+"""One self-contained page: every word of it comes from the run folder's JSON.
+
+Whatever run.json does not hold is left out or said to be missing; nothing is guessed.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,39 @@ import json
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from skipwise.errors import SkipwiseError
-from skipwise.report import plots
-from skipwise.report.tables import Rows, find, format_table, format_value, headline, pooled
+from skipwise.report import plots, words
+from skipwise.report.tables import (
+    METRICS,
+    Rows,
+    find,
+    finite,
+    format_table,
+    format_value,
+    layout,
+    percent,
+)
+from skipwise.report.verdict import headline
 
-_CSS = Path(__file__).with_name("page.css")
+_HERE = Path(__file__).parent
+_MISSING = '<p class="note">Not measured.</p>'
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(run_folder: str | Path) -> Path:
     """Write `report/` of a run folder: the page, its figures as PNG, and the table as Markdown.
 
     Returns:
         the path of `report/index.html`.
 
     Raises:
-        SkipwiseError: the folder has no run.json.
+        SkipwiseError: the folder has no run.json, or a file that is not JSON.
     """
-    folder = Path(folder)
+    folder = Path(run_folder)
     run = _read(folder / "run.json")
     if run is None:
         raise SkipwiseError(
@@ -35,35 +52,36 @@ def write_report(folder: str | Path) -> Path:
     recipe = folder / "recipe.yaml"
     out = folder / "report"
     out.mkdir(parents=True, exist_ok=True)
+    L = run.get("original_length") or 0
     sections = [
-        _facts(run, rows),
-        _section("Before and after", _table(rows)),
+        _section("Before and after", _table(run, rows)),
         _figure(
             out,
             "perplexity",
             "Perplexity against context length",
-            lambda: plots.plot_perplexity(rows, run.get("original_length") or 1),
-            _say_perplexity(rows),
+            lambda width: plots.plot_perplexity(rows, L or 1, width),
+            words.say_perplexity(rows),
             "The same target tokens, seen with more and more context: a lower value further right "
             "means that the model uses it. Bands are 95 % intervals over documents, which differ "
-            "far more from each other than the lengths do.",
+            f"far more from each other than the lengths do.{_beyond(rows)}",
         ),
         _figure(
             out,
             "passkey",
             "Passkey retrieval",
-            lambda: plots.plot_passkey(rows),
-            _say_passkey(rows),
-            "Share of trials in which greedy decoding gives exactly the five digits, by how deep "
-            "in the context they stand.",
+            lambda width: plots.plot_passkey(rows, width),
+            words.say_passkey(rows),
+            "Share of trials, in percent, in which greedy decoding gives exactly the digits, by "
+            "how deep in the context they stand (0 % is the start).",
         ),
         _figure(
             out,
             "loss",
             "Training loss",
-            lambda: plots.plot_loss(metrics),
-            _say_loss(metrics),
-            "Every step, and a running mean.",
+            lambda width: plots.plot_loss(metrics, width),
+            words.say_loss(metrics),
+            "Pale: every logged step, beyond 400 the range in equal bins. Strong: a running mean "
+            "over a twentieth of the steps.",
         ),
         _positions(out, run),
         _section("What it cost, against full-length training", _cost(run)),
@@ -71,235 +89,273 @@ def write_report(folder: str | Path) -> Path:
         _section("Data, model and machine", _details(run)),
         _section("Reproduce", _reproduce(run, recipe)),
     ]
-    title = f"{run.get('name', folder.name)} · Skipwise"
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>
-{_CSS.read_text(encoding="utf-8")}</style></head>
-<body><main>
-<h1>{escape(title)}</h1>
-<p class="headline">{escape(headline(run, rows))}</p>
-{"".join(sections)}
-</main></body></html>
-"""
+    name = run.get("name") or folder.name
+    lead, _, rest = headline(run, rows).partition(": ")
+    page = Template((_HERE / "page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(f"{name} · Skipwise"),
+        css=(_HERE / "page.css").read_text(encoding="utf-8"),
+        eyebrow=escape(" · ".join([f"Skipwise run {name}", *_when(run)])),
+        lead=_prose(f"{lead}: " if rest else lead),
+        rest=_prose(rest),
+        notice=_notice(run),
+        facts=_facts(run, rows),
+        sections="".join(sections),
+    )
     (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
     (out / "index.html").write_text(page, encoding="utf-8")
     return out / "index.html"
 
 
 def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{body}</section>\n"
+    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>\n"
 
 
 def _figure(
-    out: Path, name: str, title: str, draw: Callable[[], Any], label: str, caption: str
+    out: Path,
+    name: str,
+    title: str,
+    draw: Callable[[float], Figure | None],
+    label: str,
+    caption: str,
 ) -> str:
-    figure = draw()
-    if figure is None:
-        return _section(title, '<p class="note">Not measured.</p>')
-    (out / f"{name}.png").write_bytes(plots.to_png(figure))
-    svg = plots.to_svg(figure, escape(label, quote=True))
-    return _section(title, f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
+    wide, narrow = draw(plots.WIDE), draw(plots.NARROW)
+    png = out / f"{name}.png"
+    if wide is None or narrow is None:
+        png.unlink(missing_ok=True)  # of an earlier report
+        return _section(title, _MISSING)
+    png.write_bytes(plots.to_png(wide))
+    drawn = plots.to_svg(wide, name, "wide") + plots.to_svg(narrow, name, "narrow")
+    return _section(
+        title,
+        f'<figure><div role="img" aria-label="{escape(label)}">{drawn}</div>'
+        f"<figcaption>{_prose(caption)}</figcaption></figure>",
+    )
+
+
+def _when(run: dict[str, Any]) -> list[str]:
+    created = str(run.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
+    version = _part(run, "versions").get("skipwise")
+    return [x for x in (created, f"version {version}" if version else "") if x]
+
+
+def _notice(run: dict[str, Any]) -> str:
+    status = run.get("status")
+    if status in (None, "finished"):
+        return ""
+    return f'<p class="notice">This run has not finished; its status is “{escape(status)}”.</p>\n'
 
 
 def _facts(run: dict[str, Any], rows: Rows) -> str:
     L, T = run.get("original_length"), run.get("target_length")
-    training = run.get("training", {})
+    training = _part(run, "training")
     facts = []
     if L and T:
-        facts.append((f"{L:,} → {T:,}", f"tokens of context, {T / L:g} times"))
-        for model in ("before", "after"):
-            row = find(rows, model, "passkey", T)
-            if row:
-                facts.append((f"{100 * row['value']:.3g} %", f"passkey at {T:,}, {model}"))
-    if training:
-        facts.append((f"{training['num_tokens']:,}", "tokens of training"))
-        facts.append((_duration(training["seconds"]), "of training"))
-        if training.get("peak_memory_gib"):
-            facts.append((f"{training['peak_memory_gib']:.2f} GiB", "peak memory of training"))
+        facts.append((" → ".join(words.length_names([L, T])), "tokens of context"))
+        found = [(m, find(rows, m, "passkey", T)) for m in ("before", "after")]
+        shares = {m: percent(row["value"]) for m, row in found if row and row["value"] is not None}
+        if shares:
+            models = " and ".join(shares)
+            facts.append((f"{' → '.join(shares.values())} %", f"passkey at {T:,}, {models}"))
+    if training.get("num_tokens"):
+        facts.append((words.short_count(training["num_tokens"]), "tokens of training"))
+    if training.get("seconds"):
+        facts.append((words.duration(training["seconds"]), "of training"))
+    if training.get("peak_memory_gib"):
+        facts.append((f"{training['peak_memory_gib']:.2f} GiB", "peak memory of training"))
     items = "".join(f"<li><b>{escape(a)}</b><span>{escape(b)}</span></li>" for a, b in facts)
     return f'<ul class="facts">{items}</ul>\n' if facts else ""
 
 
-def _table(rows: Rows) -> str:
+def _table(run: dict[str, Any], rows: Rows) -> str:
     if not rows:
-        return '<p class="note">Not measured.</p>'
-    cells = {(r["task"], r["metric"], r["context_length"], r["model"]): r for r in pooled(rows)}
-    models = sorted({k[3] for k in cells}, key=lambda m: {"before": 0, "after": 1}.get(m, 2))
-    keys = sorted({k[:3] for k in cells}, key=lambda k: (k[0] != "perplexity", *k))
-    head = "".join(f'<th class="n">{escape(m)}</th>' for m in models)
+        return _MISSING
+    models, lines, cells = layout(rows)
+    names = {run.get("target_length"): "target", run.get("original_length"): "original"}
+    head = "".join(f'<th class="n" scope="col">{escape(m)}</th>' for m in models)
     body = ""
-    for task, metric, length in keys:
-        body += f'<tr><td>{escape(task)}</td><td class="n">{length:,}</td>'
-        for model in models:
-            row = cells.get((task, metric, length, model))
-            if row is None:
-                body += '<td class="n"><small>not measured</small></td>'
-                continue
-            value, _, interval = format_value(row).partition(" [")
-            small = f"<small>[{escape(interval)}</small>" if interval else ""
-            body += f'<td class="n">{escape(value)}{small}</td>'
-        body += "</tr>\n"
+    for task, metric in dict.fromkeys(line[:2] for line in lines):
+        lengths = [line[2] for line in lines if line[:2] == (task, metric)]
+        label = METRICS.get(metric, metric)
+        said = f"{escape(task)}" + (
+            f"<small>{escape(label)}</small>"
+            if not label.startswith(task)
+            else f"<small>{escape(label.removeprefix(task).strip())} lower is better</small>"
+        )
+        body += "<tbody>"
+        for i, length in enumerate(lengths):
+            first = f'<th scope="rowgroup" rowspan="{len(lengths)}">{said}</th>' if i == 0 else ""
+            named = f"<small>{names[length]}</small> " if length in names else ""
+            body += f'<tr>{first}<th class="n" scope="row">{named}{length:,}</th>'
+            for model in models:
+                cell = cells.get((task, metric, length, model))
+                value, _, interval = (format_value(cell) if cell else "not measured").partition(
+                    " ["
+                )
+                small = f" <small>[{escape(interval)}</small>" if interval else ""
+                body += f'<td class="n">{escape(value)}{small}</td>'
+            body += "</tr>\n"
+        body += "</tbody>"
     return (
-        f'<div class="scroll"><table><thead><tr><th>Task</th><th class="n">Context</th>{head}</tr>'
-        f"</thead><tbody>{body}</tbody></table></div>"
-        '<p class="note">Perplexity: lower is better. Passkey: share of exact answers over all '
-        "depths. In brackets 95 % intervals.</p>"
+        '<div class="scroll"><table><thead><tr><th scope="col">Task</th>'
+        f'<th class="n" scope="col">Context</th>{head}</tr></thead>{body}</table></div>\n'
+        '<p class="note">Perplexity is taken on the same target tokens at every length. Passkey is '
+        "the share of exact answers over all depths. In brackets 95&nbsp;% intervals.</p>"
     )
 
 
 def _positions(out: Path, run: dict[str, Any]) -> str:
-    positions = run.get("positions")
-    title = "Positions seen in training"
-    if not positions:
-        return _section(title, '<p class="note">Nothing was trained.</p>')
-    coverage = list(zip(positions["distances"], positions["coverage"], strict=True))
-    L, T = run["train_length"], run["target_length"]
-    middle, far = coverage[len(coverage) // 2]
+    title, positions = "Positions seen in training", _part(run, "positions")
+    L, T = run.get("train_length"), run.get("target_length")
+    examples = positions.get("examples") or []
+    pairs = zip(positions.get("distances") or [], positions.get("coverage") or [], strict=False)
+    coverage = [(d, share) for d, share in pairs if share is not None]
+    if not (examples and coverage and L and T):
+        (out / "positions.png").unlink(missing_ok=True)
+        return _section(title, _untrained(run))
     return _figure(
         out,
         "positions",
         title,
-        lambda: plots.plot_positions(positions["examples"], coverage, L, T),
-        f"{len(positions['examples'])} training examples of {L:,} tokens as chunks on positions 0 "
-        f"to {T:,}; a distance of {middle:,} is shown by {far:.0%} of the examples.",
+        lambda width: plots.plot_positions(examples, coverage, L, T, width),
+        words.say_positions(examples, coverage, L, T),
         f"Each row is an example of {L:,} tokens, cut into chunks (colours) whose positions skip "
-        f"ahead. Below: how many examples show each relative distance. {positions['sampler']}",
+        "ahead. Below: how many of the examples show two tokens at each relative distance. "
+        + str(positions.get("sampler") or ""),
     )
 
 
 def _cost(run: dict[str, Any]) -> str:
-    training, L, T = run.get("training"), run.get("train_length"), run.get("target_length")
+    training, L, T = _part(run, "training"), run.get("train_length"), run.get("target_length")
     if not training or not L or not T:
-        return '<p class="note">Nothing was trained.</p>'
+        return _untrained(run)
+    if not training.get("num_steps") or not training.get("batch_size"):
+        return '<p class="note">The number of examples was not recorded.</p>'
     num = training["num_steps"] * training["batch_size"]
     lines = (
-        ("this run", num * L, num * L * (L + 1) // 2),
-        ("full length, as many examples", num * T, num * T * (T + 1) // 2),
-        ("full length, as many tokens", num * L, num * L * (T + 1) // 2),
+        ("This run", num * L, num * L * (L + 1) // 2),
+        ("Full length, as many examples", num * T, num * T * (T + 1) // 2),
+        ("Full length, as many tokens", num * L, num * L * (T + 1) // 2),
     )
     body = "".join(
-        f'<tr><td>{name}</td><td class="n">{tokens:,}</td><td class="n">{_short(pairs)}</td>'
-        f'<td class="n">{pairs / lines[0][2]:.3g}×</td></tr>'
+        f'<tr><th scope="row">{name}</th>'
+        f'<td class="n">{words.short_count(tokens) if tokens >= 1e8 else f"{tokens:,}"}</td>'
+        f'<td class="n">{words.short_count(pairs)}</td>'
+        f'<td class="n">{_ratio(pairs / lines[0][2])}×</td></tr>'
         for name, tokens, pairs in lines
     )
+    spent = [f"{training['num_steps']:,} steps of {training['batch_size']:,} examples"]
+    if training.get("seconds"):
+        speed = num * L / training["seconds"]
+        spent.append(f"{words.duration(training['seconds'])}, {speed:,.0f} tokens a second")
+    if training.get("peak_memory_gib"):
+        spent.append(f"{training['peak_memory_gib']:.2f} GiB of memory at the peak")
     return (
-        '<div class="scroll"><table><thead><tr><th></th><th class="n">Tokens</th>'
-        '<th class="n">Attention pairs</th><th class="n">Against this run</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-        f'<p class="note">{num:,} examples of {L:,} tokens. Attention pairs are the query-key '
-        "pairs of a causal layer and head, n (n + 1) / 2 for an example of n tokens. Counted, not "
-        "timed; the memory of activations grows with the length of one example as well.</p>"
+        f"<p>{escape('; '.join(spent))}.</p>\n"
+        '<div class="scroll"><table><thead><tr><td></td><th class="n" scope="col">Tokens</th>'
+        '<th class="n" scope="col">Attention pairs</th>'
+        f'<th class="n" scope="col">Pairs, to this run</th></tr></thead><tbody>{body}</tbody>'
+        f'</table></div>\n<p class="note">{num:,} examples of {L:,} tokens; full length is {T:,}. '
+        "Attention pairs are the query-key pairs of one causal layer and head, n (n + 1) / 2 ≈ "
+        f"n² / 2 for an example of n tokens: at equal tokens the ratio is about T / L = {T / L:.3g}"
+        f", at equal examples its square. These are counted, not timed; of the work of a step, "
+        "only attention grows this way.</p>"
     )
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
 def _checks(run: dict[str, Any]) -> str:
-    checks = run.get("checks")
-    if not checks:
-        return '<p class="note">None has run.</p>'
     items = ""
-    for check in checks:
-        kind, word = ("passed", "ok") if check["passed"] else ("failed", "failed")
-        text = escape(f"{check['name']}: {check['detail']}")
-        items += f'<li class="{kind}"><b>{word}</b>{text}</li>'
-    return f'<ul class="checks">{items}</ul>'
+    for check in run.get("checks") or []:
+        kind, word = ("passed", "ok") if check.get("passed") else ("failed", "failed")
+        text = escape(f"{check.get('name', '?')}: {check.get('detail', '')}")
+        items += f'<li class="{kind}"><b>{word}</b><span>{text}</span></li>'
+    return f'<ul class="checks">{items}</ul>' if items else '<p class="note">None has run.</p>'
 
 
 def _details(run: dict[str, Any]) -> str:
-    model, data, machine = (run.get(k) or {} for k in ("model", "data", "machine"))
-    training = run.get("training") or {}
-    entries: list[tuple[str, Any]] = [
-        ("Model", f"{model.get('name', '?')} ({model.get('family', '?')})"),
-        ("Parameters", _count(model.get("num_parameters"))),
-        ("Trained", f"{_count(training.get('trainable_parameters'))} ({training.get('mode')})")
-        if training
-        else ("Trained", "nothing"),
-        ("RoPE", ", ".join(f"{k} {v}" for k, v in (run.get("rope") or {}).items())),
-        ("Text", ", ".join(map(str, data.get("sources", []))) or "none"),
-    ]
-    if data:
-        short = f"{data.get('num_short', 0):,} short ones ({data.get('short_documents')})"
-        entries.append(
-            (
-                "Documents",
-                f"{data['num_documents']:,} of {data['num_tokens']:,} tokens; "
-                f"{short}; {data.get('num_bad_records', 0):,} records not readable",
-            )
-        )
-        entries.append(
-            ("Evaluation", f"{data.get('num_eval_documents', 0):,} documents kept apart")
-        )
-    memory = machine.get("memory_gib")
-    entries.append(
-        (
-            "Machine",
-            f"{machine.get('cpu', '?')}, {machine.get('num_cpus', '?')} CPUs, "
-            f"{memory} GiB, {machine.get('gpu') or 'no GPU'}",
-        )
+    model, data, machine, training = (
+        _part(run, key) for key in ("model", "data", "machine", "training")
     )
-    stages = run.get("stages") or {}
-    entries.append(("Time", ", ".join(f"{k} {_duration(v)}" for k, v in stages.items())))
-    versions = run.get("versions") or {}
-    entries.append(("Versions", ", ".join(f"{k} {v}" for k, v in versions.items())))
-    entries.append(("Started", run.get("created", "?")))
-    body = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in entries if v)
+    lengths = [
+        f"{run[key]:,} {key.removesuffix('_length')}"
+        for key in ("original_length", "train_length", "target_length")
+        if run.get(key)
+    ]
+    trained = [_count(training, "trainable_parameters", "parameters"), training.get("mode")]
+    shorts = _count(data, "num_short", "short ones")
+    documents = [
+        _count(data, "num_documents", "documents"),
+        _count(data, "num_tokens", "tokens"),
+        f"{shorts} ({data.get('short_documents', '?')})" if shorts else None,
+        _count(data, "num_bad_records", "records not readable"),
+    ]
+    memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None
+    hardware = [machine.get("cpu"), _count(machine, "num_cpus", "CPUs"), memory]
+    gpu = machine.get("gpu") or "no GPU"
+    if machine.get("num_gpus", 1) > 1:
+        gpu = f"{machine['num_gpus']} × {gpu}"
+    stages = _part(run, "stages").items()
+    entries = {
+        "Model": [
+            model.get("name"),
+            model.get("family"),
+            _count(model, "num_parameters", "parameters"),
+        ],
+        "Lengths": lengths,
+        "Trained": trained if training else [],
+        "RoPE": [f"{k} {v}" for k, v in _part(run, "rope").items()],
+        "Text": data.get("sources") or [],
+        "Documents": documents,
+        "Evaluation": [_count(data, "num_eval_documents", "documents kept apart")],
+        "Machine": [*hardware, gpu] if machine else ["not recorded"],
+        "Time": [
+            f"{k} {words.duration(v)}".replace(" ", "\u00a0") for k, v in stages if v is not None
+        ],
+        "Versions": [f"{k} {v}" for k, v in _part(run, "versions").items()],
+    }
+    known = {k: ", ".join(str(x) for x in v if x) for k, v in entries.items()}
+    body = "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in known.items() if v)
     return f"<dl>{body}</dl>"
 
 
 def _reproduce(run: dict[str, Any], recipe: Path) -> str:
-    commands = "\n".join(run.get("reproduce") or [run.get("command", "")])
-    text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
-    shown = f"<details><summary>The recipe</summary><pre>{escape(text)}</pre></details>"
-    return f"<pre>{escape(commands)}</pre>{shown if text else ''}"
+    commands = [c for c in run.get("reproduce") or [run.get("command")] if c]
+    shown = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
+    if recipe.exists():
+        text = escape(recipe.read_text(encoding="utf-8"))
+        shown += f"<details><summary>The recipe, recipe.yaml</summary><pre>{text}</pre></details>"
+    return shown or '<p class="note">No command was recorded.</p>'
 
 
-def _say_perplexity(rows: Rows) -> str:
-    said = []
-    for model in ("before", "after"):
-        points = [r for r in rows if r["model"] == model and r["task"] == "perplexity"]
-        values = ", ".join(
-            f"{r['value']:.3g} at {r['context_length']:,}" if r["value"] else "beyond measure"
-            for r in points
-        )
-        if values:
-            said.append(f"{model}: {values}")
-    return "Perplexity by tokens of context. " + "; ".join(said) + "."
+def _beyond(rows: Rows) -> str:
+    points = [r for r in finite(rows) if r["task"] == "perplexity" and r["value"] is None]
+    at = ", ".join(f"{r['model']} at {r['context_length']:,}" for r in points)
+    return f" Beyond measure, and not drawn: {at}." if at else ""
 
 
-def _say_passkey(rows: Rows) -> str:
-    said = [
-        f"{r['model']} at {r['context_length']:,}: {r['value']:.0%}"
-        for r in pooled([r for r in rows if r["task"] == "passkey"])
-    ]
-    return "Passkey retrieval over all depths. " + "; ".join(said) + "."
+def _untrained(run: dict[str, Any]) -> str:
+    if run.get("training"):
+        return '<p class="note">Not recorded.</p>'
+    done = run.get("status") in (None, "finished")
+    text = "Nothing was trained." if done else "No finished training is recorded."
+    return f'<p class="note">{text}</p>'
 
 
-def _say_loss(metrics: list[dict[str, Any]]) -> str:
-    losses = [m["loss"] for m in metrics if m.get("loss") is not None]
-    if not losses:
-        return "Training loss."
-    tenth = max(1, len(losses) // 10)
-    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    return f"Training loss from {first:.3f} to {last:.3f} over {len(losses)} steps."
+def _prose(text: str) -> str:
+    """Escaped; a percent sign stays on the line of its number."""
+    return escape(text).replace(" %", "&nbsp;%")
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes / 60:.1f} h"
+def _part(run: dict[str, Any], key: str) -> dict[str, Any]:
+    part = run.get(key)
+    return part if isinstance(part, dict) else {}
 
 
-def _count(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
-
-
-def _short(number: float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,.0f}"
+def _count(part: dict[str, Any], key: str, noun: str) -> str | None:
+    return None if part.get(key) is None else f"{part[key]:,} {noun}"
 
 
 def _read(file: Path) -> Any:

@@ -1,7 +1,8 @@
-"""Tidy rows to a table and a sentence: nothing here is said that the numbers do not say.
+"""Tidy rows to a table: nothing here is said that the numbers do not say.
 
-Rows:  {"model", "task", "metric", "context_length", ["depth"], "value", "low", "high",
-        "num_samples"}
+Rows:    {"model", "task", "metric", "context_length", ["depth"], "value", "low", "high",
+         "num_samples"}; a value that is null or not finite was measured and is beyond measure.
+Source:  interval of a share: Wilson 1927, "Probable inference", JASA 22, 209-212
 """
 
 from __future__ import annotations
@@ -10,8 +11,18 @@ import math
 from typing import Any
 
 Rows = list[dict[str, Any]]
-_Z = 1.959963984540054
-_METRICS = {"perplexity": "perplexity ↓", "exact_match": "exact match ↑"}
+_Z = 1.959963984540054  # 97.5 % point of the normal distribution
+METRICS = {"perplexity": "perplexity ↓", "exact_match": "exact match ↑"}
+
+
+def finite(rows: Rows) -> Rows:
+    """The rows with None for every null, NaN and infinity that JSON may hold."""
+    out = []
+    for row in rows:
+        numbers = {key: row.get(key) for key in ("value", "low", "high")}
+        known = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+        out.append({"num_samples": 0, **row, **known})
+    return out
 
 
 def pooled(rows: Rows) -> Rows:
@@ -20,51 +31,54 @@ def pooled(rows: Rows) -> Rows:
     The pooled share is weighted by samples and has Wilson's interval of the pooled counts.
     """
     groups: dict[tuple[Any, ...], Rows] = {}
-    for row in rows:
+    for row in finite(rows):
         key = (row["model"], row["task"], row["metric"], row["context_length"])
         groups.setdefault(key, []).append(row)
     out = []
-    for (model, task, metric, length), group in groups.items():
-        row = {**group[0], "model": model, "task": task, "metric": metric}
-        row["context_length"] = length
-        if "depth" in group[0]:
-            count = sum(r["num_samples"] for r in group)
-            hits = round(sum(r["value"] * r["num_samples"] for r in group))
-            low, high = _wilson(hits, count)
-            row.update(value=hits / count, low=low, high=high, num_samples=count)
+    for group in groups.values():
+        row = dict(group[0])
+        if "depth" in row:
             del row["depth"]
+            counted = [r for r in group if r["value"] is not None and r["num_samples"]]
+            count = sum(r["num_samples"] for r in counted)
+            hits = round(sum(r["value"] * r["num_samples"] for r in counted))
+            low, high = _wilson(hits, count) if count else (None, None)
+            value = hits / count if count else None
+            row.update(value=value, low=low, high=high, num_samples=count)
         out.append(row)
     return out
 
 
 def find(rows: Rows, model: str, task: str, length: int) -> dict[str, Any] | None:
-    """The pooled row of a model, task and length, where it was measured with a finite value."""
+    """The pooled row of a model, task and length, where one was measured; its value may be None."""
     for row in pooled(rows):
         if (row["model"], row["task"], row["context_length"]) == (model, task, length):
-            return row if row["value"] is not None else None
+            return row
     return None
+
+
+def layout(rows: Rows) -> tuple[list[str], list[tuple[str, str, int]], dict[tuple[Any, ...], Any]]:
+    """Columns (models, before and after first), lines (task, metric, length), pooled cells."""
+    cells = {(r["task"], r["metric"], r["context_length"], r["model"]): r for r in pooled(rows)}
+    names = dict.fromkeys(key[3] for key in cells)
+    models = sorted(names, key=lambda name: {"before": 0, "after": 1}.get(name, 2))
+    lines = sorted({key[:3] for key in cells}, key=lambda key: (key[0] != "perplexity", *key))
+    return models, lines, cells
 
 
 def format_table(rows: Rows) -> str:
     """A Markdown table: a line a task and context length, a column a model, intervals behind."""
     if not rows:
         return "nothing was measured"
-    cells = pooled(rows)
-    models = _ordered(cells)
-    lines = sorted(
-        {(r["task"], r["metric"], r["context_length"]) for r in cells},
-        key=lambda line: (line[0] != "perplexity", *line),
-    )
+    models, lines, cells = layout(rows)
     table = [["Task", "Metric", "Context", *models]]
     for task, metric, length in lines:
-        row = [task, _METRICS.get(metric, metric), f"{length:,}"]
+        row = [task, METRICS.get(metric, metric), f"{length:,}"]
         for model in models:
-            at = (model, task, metric, length)
-            found = [
-                r for r in cells if (r["model"], r["task"], r["metric"], r["context_length"]) == at
-            ]
-            row.append(format_value(found[0]) if found else "not measured")
+            cell = cells.get((task, metric, length, model))
+            row.append(format_value(cell) if cell else "not measured")
         table.append(row)
+    table = [[cell.replace("|", "\\|") for cell in row] for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     left = {0, 1}
 
@@ -81,69 +95,36 @@ def format_table(rows: Rows) -> str:
 
 def format_value(row: dict[str, Any]) -> str:
     """`8.14 [7.90, 8.40]`, or `98 % [93, 99]` for a share."""
-    if row["value"] is None:
-        return "beyond measure"
+    value, low, high = row["value"], row["low"], row["high"]
+    known = low is not None or high is not None
+    if value is None:
+        return "beyond measure" if row["metric"] == "perplexity" else "not measured"
     if row["metric"] == "perplexity":
-        return f"{_number(row['value'])} [{_number(row['low'])}, {_number(row['high'])}]"
-    return f"{_percent(row['value'])} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+        shown = number(value)
+        interval = f"{number(low)}, {number(high)}"
+    else:
+        shown = f"{percent(value)} %"
+        low, high = 100 * (low or 0), 100 * (1 if high is None else high)
+        digits = 0 if round(low) <= 100 * value <= round(high) else 1  # it holds the value
+        interval = f"{low:.{digits}f}, {high:.{digits}f}"
+    return f"{shown} [{interval}]" if known else shown
 
 
-def headline(run: dict[str, Any], rows: Rows) -> str:
-    """What came of it in one or two sentences, with what fell short."""
-    L, T = run.get("original_length"), run.get("target_length")
-    name = run.get("model", {}).get("name", "The model")
-    if not rows or not L or not T:
-        return f"{name}: not measured yet."
-    parts, short = [], []
-    after, before = find(rows, "after", "passkey", T), find(rows, "before", "passkey", T)
-    if after:
-        was = f" ({_percent(before['value'])} % before)" if before else ""
-        parts.append(
-            f"finds the passkey in {_percent(after['value'])} % of trials at {T:,} tokens{was}"
-        )
-        if after["value"] < 0.9:
-            short.append(f"the passkey is found in {_percent(after['value'])} % of trials at {T:,}")
-    far, near = find(rows, "after", "perplexity", T), find(rows, "after", "perplexity", L)
-    base = find(rows, "before", "perplexity", L)
-    if far and near:
-        was = f" ({_number(base['value'])} for the base at {L:,})" if base else ""
-        parts.append(
-            f"has a perplexity of {_number(far['value'])} with {T:,} tokens of context and "
-            f"{_number(near['value'])} with {L:,}, on the same target tokens{was}"
-        )
-        if far["value"] > near["value"]:
-            short.append(f"perplexity is higher with {T:,} tokens of context than with {L:,}")
-        if base and near["value"] > 1.05 * base["value"]:
-            loss = near["value"] / base["value"] - 1
-            short.append(f"perplexity at the original {L:,} tokens has risen by {loss:.0%}")
-    if not parts:
-        return f"{name} was extended from {L:,} to {T:,} tokens; it was not measured at {T:,}."
-    if short:
-        return (
-            f"{name} was taken from {L:,} to {T:,} tokens of context, but falls short: "
-            f"{'; '.join(short)}. It {' and '.join(parts)}."
-        )
-    return f"{name} reads {T:,} tokens instead of {L:,}: it {' and '.join(parts)}."
-
-
-def _ordered(rows: Rows) -> list[str]:
-    names = list(dict.fromkeys(r["model"] for r in rows))
-    return sorted(names, key=lambda n: {"before": 0, "after": 1}.get(n, 2))
-
-
-def _percent(value: float) -> str:
+def percent(share: float) -> str:
     """Whole percent where it is whole, and never 100 or 0 where it is not."""
-    return (
-        f"{100 * value:.0f}"
-        if round(100 * value, 6) == round(100 * value)
-        else f"{100 * value:.1f}"
-    )
+    value = 100 * share
+    if round(value, 6) == round(value):
+        return f"{value:.0f}"
+    return f"{min(max(value, 0.1), 99.9):.1f}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """`7.75`, `92.50`, `12,345`, `3.2e+08`."""
     if value is None or not math.isfinite(value):
         return "∞"
-    return f"{value:.3g}" if value >= 100 else f"{value:.2f}"
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _wilson(hits: int, count: int) -> tuple[float, float]:
