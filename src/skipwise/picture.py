@@ -22,14 +22,20 @@ def describe_positions(sampler: Sampler, seed: int, num_examples: int = 24) -> d
         "sampler": repr(sampler),
         "examples": [
             {
-                "lengths": e.lengths[:64].tolist(),
-                "position_starts": e.position_starts[:64].tolist(),
+                "lengths": e.lengths[_shown(e)].tolist(),
+                "position_starts": e.position_starts[_shown(e)].tolist(),
             }
             for e in examples
         ],
         "distances": distances.tolist(),
         "coverage": coverage(sampler)[distances].round(5).tolist(),
     }
+
+
+def _shown(example: Example) -> np.ndarray:
+    """Which chunks are recorded: all up to 64, else 64 spread evenly over the example."""
+    num = len(example.lengths)
+    return np.unique(np.linspace(0, num - 1, min(num, 64)).round().astype(int))
 
 
 def draw_text(facts: dict[str, Any], train_length: int, target_length: int, width: int = 72) -> str:
@@ -46,6 +52,7 @@ def draw_text(facts: dict[str, Any], train_length: int, target_length: int, widt
                 row[column] = "█"
         chunks = zip(example["lengths"], example["position_starts"], strict=True)
         words = "  ".join(f"{n:,} at {start:,}" for n, start in list(chunks)[:4])
+        words += "  ..." if len(example["lengths"]) > 4 else ""
         lines.append(f"|{''.join(row)}|  {words}")
     lines.append(f"0{f'{target_length:,}':>{width + 1}}   position")
     distances, shares = np.array(facts["distances"]), np.array(facts["coverage"])

@@ -227,8 +227,7 @@ def plot_positions(
                 top.add_patch(PathPatch(path, color=colour, linewidth=0.7))
         top.set_ylim(max(len(examples), 1) - 0.4, -0.6)
         if any(sum(e["lengths"]) < L for e in examples):
-            text = f"only the first {num_chunks} chunks of each are recorded"
-            top.text(0.5, 0.5, text, transform=top.transAxes, ha="center", va="center")
+            top.set_title(f"{num_chunks} chunks of each example, spread evenly", fontsize=9)
         top.set_yticks([])
         top.set_ylabel(f"{len(examples)} examples")
         top.set_xlabel("position")
