@@ -160,3 +160,17 @@ def test_windows_of_one_document_do_not_count_as_independent():
     apart = clustered_mean(values, np.arange(4))
     assert mean == pytest.approx(2.05) and high - low > 3 * (apart[2] - apart[1])
     assert clustered_mean(values, np.zeros(4))[1:] == pytest.approx(apart[1:])
+
+
+def test_only_the_positions_asked_for_get_logits(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(forward, "PREFILL", 64)
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
+    try:
+        perplexity(model, documents(300), [64, 256], num_windows=1, progress=False)
+        assert max(seen) == 32  # S targets, whatever the context
+        seen.clear()
+        passkey_retrieval(model, tokenizer, [256], num_trials=4, num_depths=2, progress=False)
+        assert max(seen) <= 8  # the answer's tokens and padding, not the prompt
+    finally:
+        handle.remove()

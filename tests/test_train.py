@@ -61,6 +61,18 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def stop_at(step, number):
+    """A callback's on_step_end that gets a signal at a step."""
+    plain = training_module._Run.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), number)
+        return plain(self, args, state, control, **kwargs)
+
+    return on_step_end
+
+
 @pytest.fixture(scope="module")
 def straight(tiny, text_folder, tmp_path_factory):
     """A run that nothing disturbed."""
@@ -123,16 +135,9 @@ def test_a_run_killed_in_the_middle_ends_with_bit_identical_weights(
 def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
     straight, tiny, text_folder, tmp_path, monkeypatch, number
 ):
-    plain = training_module._Run.on_step_end
-
-    def interrupted(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            os.kill(os.getpid(), number)
-        return plain(self, args, state, control, **kwargs)
-
     recipe = make_recipe(tiny, text_folder)
     with monkeypatch.context() as patch:
-        patch.setattr(training_module._Run, "on_step_end", interrupted)
+        patch.setattr(training_module._Run, "on_step_end", stop_at(5, number))
         with pytest.raises(RunStopped, match="stopped at step 5 of 12"):
             run_training(recipe, tmp_path / "run")
     assert newest_checkpoint(RunFolder(tmp_path / "run")).name == "checkpoint-5"
@@ -223,12 +228,19 @@ def test_the_trainer_section_passes_arguments_through(tiny, text_folder, tmp_pat
     assert arguments.adam_beta2 == 0.9 and arguments.optim == "adafactor"
 
 
-def test_lora_trains_and_resumes(tiny, text_folder, tmp_path):
-    recipe = make_recipe(tiny, text_folder, "lora.rank=4", "training.num_steps=12")
-    run = run_training(recipe, tmp_path / "run")
-    assert run.facts()["training"]["mode"] == "lora"
-    metrics = read_metrics(run)
+def test_lora_trains_and_goes_on_after_a_stop_to_the_same_adapter(
+    tiny, text_folder, tmp_path, monkeypatch
+):
+    recipe = make_recipe(tiny, text_folder, "lora.rank=4")
+    whole = run_training(recipe, tmp_path / "whole")
+    assert whole.facts()["training"]["mode"] == "lora"
+    metrics = read_metrics(whole)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module._Run, "on_step_end", stop_at(5, signal.SIGINT))
+        with pytest.raises(RunStopped):
+            run_training(recipe, tmp_path / "parts")
+    assert equal(weights(run_training(recipe, tmp_path / "parts")), weights(whole))
 
 
 def test_the_train_verb_stops_at_a_stop_code_of_its_own(
