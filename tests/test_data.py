@@ -67,6 +67,13 @@ def test_an_epoch_shows_each_document_once_for_every_target_length_it_holds():
         assert sorted(shown) == [0, 1, 2, 2, 2, 2]
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    data = dataset_of(corpus_of(store_of(*[50] * 40)))
+    orders = [[int(data.document(e * 40 + i)[0]) for i in range(40)] for e in range(3)]
+    assert orders[0] != orders[1] and orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+
+
 def test_weights_decide_the_shares_of_the_sources_exactly_over_a_cycle():
     corpus = corpus_of(store_of(100, 100), store_of(*[50] * 40), weights=[3, 1])
     data = dataset_of(corpus)

@@ -113,13 +113,18 @@ def test_the_prompt_is_the_published_template():
     assert before.count("The grass is green.") == 1 and "The sun is yellow." not in before
 
 
-def test_an_oracle_scores_everything_and_a_mute_model_nothing(tokenizer):
-    def fake(answer):
+def test_an_oracle_scores_everything_and_mute_or_nearly_right_models_nothing(tokenizer):
+    def fake(kind):
         def forward(input_ids, logits_to_keep, **_):
-            # an oracle sees the next token; a mute one always says the token 5
-            nxt = torch.roll(input_ids, -1, 1)[:, logits_to_keep]
-            said = nxt if answer else torch.full_like(nxt, 5)
-            return types.SimpleNamespace(logits=torch.nn.functional.one_hot(said, 1024).float())
+            # an oracle sees the next token; a mute one always says the token 5; a nearly right one
+            # errs in the last digit (the last token whose successor is in the row)
+            said = torch.roll(input_ids, -1, 1)
+            if kind == "mute":
+                said = torch.full_like(said, 5)
+            if kind == "nearly":
+                said[:, -2] = 5
+            logits = torch.nn.functional.one_hot(said[:, logits_to_keep], 1024).float()
+            return types.SimpleNamespace(logits=logits)
 
         class Model:
             device = torch.device("cpu")
@@ -132,12 +137,12 @@ def test_an_oracle_scores_everything_and_a_mute_model_nothing(tokenizer):
         made.forward = forward
         return made
 
-    for answer in (True, False):
+    for kind, value in (("oracle", 1.0), ("mute", 0.0), ("nearly", 0.0)):
         rows = passkey_retrieval(
-            fake(answer), tokenizer, [128, 256], num_trials=6, num_depths=3, progress=False
+            fake(kind), tokenizer, [128, 256], num_trials=6, num_depths=3, progress=False
         )
         assert len(rows) == 6
-        assert {row["value"] for row in rows} == {float(answer)}
+        assert {row["value"] for row in rows} == {value}, kind
         assert {row["num_samples"] for row in rows} == {2}
 
 
