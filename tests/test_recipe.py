@@ -121,6 +121,9 @@ def test_a_run_folder_takes_one_recipe_and_nothing_else(tmp_path):
     assert run.recipe() == recipe
     with pytest.raises(SkipwiseError, match="another recipe"):
         open_run(tmp_path / "run", parse_recipe(BASE, ["seed=1"]), "x")
+    (tmp_path / "run" / "results.json").write_text("{")
+    with pytest.raises(SkipwiseError, match=r"results\.json is not JSON.*\nremove it"):
+        run.results()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(SkipwiseError, match="not a run folder"):

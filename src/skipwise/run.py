@@ -157,7 +157,9 @@ def _read_json(path: Path, default: Any) -> Any:
     except FileNotFoundError:
         return default
     except ValueError as error:
-        raise SkipwiseError(f"{path} is not JSON: {error}") from error
+        raise SkipwiseError(
+            f"{path} is not JSON: {error}\nremove it: what it held is measured again"
+        ) from error
 
 
 def _jsonable(value: Any) -> Any:
