@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from skipwise import PoSE
-from skipwise.models.checks import check_batch, require
-from skipwise.models.load import load_scaled
+from skipwise.models.checks import check_batch
+from skipwise.models.config_checks import require
+from skipwise.prepare import load_scaled
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from skipwise import PoSE
 from skipwise.data import PositionCollator, PositionDataset, build_corpus
 from skipwise.documents import parse_sources
-from skipwise.models.load import load_scaled
+from skipwise.prepare import load_scaled
 from skipwise.tokens import tokenize_source
 
 

@@ -10,14 +10,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, Mistral
 from skipwise.errors import SkipwiseError
 from skipwise.models.checks import (
     check_batch,
-    check_config,
     check_labels,
     check_model,
     check_tokenizer,
-    require,
 )
-from skipwise.models.families import check_unscaled, load_config, read_facts
-from skipwise.models.load import load_model, scaled_config, scaling_for
+from skipwise.models.config_checks import check_config, require
+from skipwise.models.configs import facts_of, load_config
+from skipwise.models.load import load_model
+from skipwise.models.scaling import scaled_config, scaling_for
 from skipwise.prepare import plan_model, stand_in_data
 from skipwise.recipe import LoRASettings, ModelSettings, Recipe, parse_recipe
 from skipwise.train import enable_checkpointing
@@ -124,7 +124,7 @@ def test_a_sliding_window_that_hides_the_rest_is_taken_off_and_caught_where_left
         head_dim=16,
     )
     model = MistralForCausalLM(config)
-    facts = read_facts(config)
+    facts = facts_of(config)
     assert facts.sliding_window == 64 and not facts.hybrid
     scaling = scaling_for(Recipe(model="-", target_length=T), facts)
     assert not passed(check_model(model, config, facts, scaling, T))["attention window"]
@@ -167,31 +167,6 @@ def test_the_check_leaves_the_model_as_it_was(plan, model, batch):
     assert not model.get_input_embeddings()._forward_hooks
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "word"),
-    [
-        ("GPT2Config", {}, "learned absolute positions"),
-        ("OPTConfig", {}, "learned absolute positions"),
-        ("BloomConfig", {}, "ALiBi"),
-        ("MptConfig", {}, "ALiBi"),
-        ("FalconConfig", {"alibi": True}, "ALiBi"),
-        ("T5Config", {}, "encoder-decoder"),
-        ("LlamaConfig", {"quantization_config": {"bits": 4}}, "quantised"),
-    ],
-)
-def test_models_that_cannot_be_extended_are_refused_with_the_reason(name, change, word):
-    import transformers
-
-    config = getattr(transformers, name)(**change)
-    with pytest.raises(SkipwiseError, match=word):
-        read_facts(config)
-
-
-def test_an_already_scaled_model_is_not_scaled_again(plan):
-    with pytest.raises(SkipwiseError, match="already scaled with yarn"):
-        check_unscaled(read_facts(plan.scaled))
-
-
 def test_folders_that_are_no_models_say_what_they_are(tmp_path):
     with pytest.raises(SkipwiseError, match="no such folder"):
         load_config("./nowhere", ModelSettings())
@@ -211,7 +186,7 @@ def test_weights_that_are_not_safetensors_or_missing_are_refused(tiny, tmp_path,
     folder = tmp_path / "m"
     shutil.copytree(tiny, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(SkipwiseError, match=r"only pytorch_model\.bin"):
+    with pytest.raises(SkipwiseError, match=r"load\.use_safetensors=false to read it"):
         load_model(str(folder), plan.scaled, ModelSettings(), dtype=torch.float32)
     (folder / "model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(SkipwiseError, match="could not be loaded"):

@@ -1,11 +1,12 @@
 """Train the quickstart's base model from scratch: 3.4 M parameters, context 256.
 
-python benchmarks/tiny_model/train.py OUT_FOLDER [--steps 2400]
+python benchmarks/tiny_model/train.py OUT_FOLDER [--steps 2400] [--family gemma3_text]
 
 OUT_FOLDER holds the tokenizer (make_tokenizer.py) and receives config.json and model.safetensors
 (bf16). Three quarters of each batch are windows of the standard library's source, one quarter
 passkey prompts. About 20 minutes on two cores. The modules kept for evaluation
 (skipwise.quickstart.corpus.held_out) are never seen. What is bundled is a copy of OUT_FOLDER.
+Other families, with sliding layers of 64 tokens where they have them, serve the benchmarks.
 """
 
 import argparse
@@ -15,12 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from skipwise.export import make_portable
 from skipwise.quickstart import corpus
 
 LENGTH, BATCH, PASSKEYS = 256, 16, 4
+HYBRID = {
+    "head_dim": 64,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+FAMILIES = {"llama": {}, "gemma2": HYBRID, "gemma3_text": HYBRID, "cohere2": HYBRID}
 
 
 def main() -> None:
@@ -28,6 +35,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--family", choices=FAMILIES, default="llama")
     args = parser.parse_args()
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -40,21 +48,22 @@ def main() -> None:
         ]
     )
     print(f"{len(stream):,} tokens of source, {len(prompts):,} prompts", flush=True)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
-        )
+    config = AutoConfig.for_model(
+        args.family,
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        **FAMILIES[args.family],
     )
+    model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )

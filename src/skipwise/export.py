@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from skipwise.errors import SkipwiseError
-from skipwise.models.checks import Check
+from skipwise.models.config_checks import Check
 from skipwise.models.load import load_model
 from skipwise.prepare import ModelPlan
 from skipwise.rope import both_spellings
@@ -64,7 +64,7 @@ def export_model(plan: ModelPlan, run: RunFolder) -> list[Check]:
     try:
         part.mkdir(parents=True)
         model.save_pretrained(part)
-        save_tokenizer(plan.tokenizer, recipe.model, part, recipe.target_length)
+        save_tokenizer(plan.tokenizer, plan.source, part, recipe.target_length)
         make_portable(part)
         write_text(part / "skipwise_recipe.yaml", run.recipe_file.read_text(encoding="utf-8"))
         shutil.rmtree(run.model, ignore_errors=True)
@@ -78,17 +78,18 @@ def trained_model(plan: ModelPlan, run: RunFolder) -> Any:
     """The trained model in float32, LoRA merged; untrained but rescaled for `method: none`."""
     recipe = plan.recipe
     if recipe.method == "none":
-        return load_model(recipe.model, plan.scaled, recipe.load, dtype=torch.float32).eval()
+        return load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32).eval()
     checkpoint = finished_checkpoint(run, recipe.training.num_steps)
     if checkpoint is None:
         raise SkipwiseError(
             f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
         )
     if recipe.lora is None:
-        return load_model(str(checkpoint), plan.scaled, recipe.load, dtype=torch.float32).eval()
+        settings = recipe.load.of_own_folder()
+        return load_model(str(checkpoint), plan.scaled, settings, dtype=torch.float32).eval()
     from peft import PeftModel
 
-    base = load_model(recipe.model, plan.scaled, recipe.load, dtype=torch.float32)
+    base = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload().eval()
 
 
@@ -122,6 +123,7 @@ def write_card(run: RunFolder, table: str) -> None:
     """The model card: what it is, the measured table, how it was made, how to load it."""
     recipe, facts = run.recipe(), run.facts()
     L, T = facts.get("original_length"), recipe.target_length
+    scaling = facts.get("scaling", recipe.rope.type)
     data, name = facts.get("data", {}), facts.get("model", {}).get("name", recipe.model)
     training = facts.get("training", {})
     base = recipe.model if not Path(recipe.model).expanduser().exists() else None
@@ -140,7 +142,7 @@ def write_card(run: RunFolder, table: str) -> None:
 # {recipe.run_name}
 
 `{name}` with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
-[PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{recipe.rope.type}`
+[PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{scaling}`
 RoPE scaling. {how}
 
 ## Measured before and after

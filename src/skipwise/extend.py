@@ -19,7 +19,8 @@ import torch
 
 from skipwise.evaluate.suite import evaluate_model
 from skipwise.export import export_model, write_card
-from skipwise.models.checks import Check, check_config, check_model, require
+from skipwise.models.checks import check_model
+from skipwise.models.config_checks import Check, check_config, require
 from skipwise.models.load import best_device, compute_dtype, load_model
 from skipwise.picture import describe_positions
 from skipwise.prepare import (
@@ -31,6 +32,7 @@ from skipwise.prepare import (
     find_sources,
     load_training_data,
     plan_model,
+    ready_weights,
     stand_in_data,
 )
 from skipwise.recipe import Recipe, context_lengths, dump_recipe
@@ -55,6 +57,7 @@ def extend(recipe: Recipe, out: str | Path, *, command: str = "skipwise extend")
     find_sources(recipe)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
+        plan = ready_weights(plan, run.converted)
         data = prepare_run(plan, run)
         check_run(plan, data, run)
     with _stage(run, "evaluate before"):
@@ -75,12 +78,15 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
     """Tokens and examples, written down in run.json; None where nothing is trained."""
     recipe = plan.recipe
     model: dict[str, Any] = {"name": Path(recipe.model).name, "family": plan.facts.family}
+    if plan.conversion is not None:
+        model["converted"] = f"{plan.conversion.source} to {plan.conversion.target}"
     facts: dict[str, Any] = {
         "model": {**run.facts().get("model", {}), **model},
         "original_length": plan.facts.original_length,
         "train_length": plan.facts.original_length,
         "target_length": recipe.target_length,
         "rope": plan.scaled.rope_parameters,
+        "scaling": plan.scaling.name,
         "reproduce": [run.facts().get("command", ""), f"skipwise report {run.path}"],
     }
     data = None
@@ -102,6 +108,7 @@ def check(recipe: Recipe) -> list[Check]:
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         write_text(run.recipe_file, dump_recipe(recipe))
+        plan = ready_weights(plan, run.converted)
         if recipe.method == "none":
             data = None
         elif recipe.data.sources:
@@ -132,7 +139,7 @@ def _preflight(
     recipe, T = plan.recipe, plan.recipe.target_length
     if data is None:
         checks = check_config(plan.facts, plan.scaling, T)
-        model = load_model(recipe.model, plan.scaled, recipe.load, dtype=compute_dtype(recipe.load))
+        model = load_model(plan.source, plan.scaled, plan.load, dtype=compute_dtype(recipe.load))
         checks += check_model(model, plan.scaled, plan.facts, plan.scaling, T)
     elif recipe.data.sources:
         checks = check_data(plan, data, evaluation_documents(plan, run))
@@ -157,9 +164,11 @@ def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
     if any(row["model"] == label for row in rows):
         return
     recipe = plan.recipe
-    source = recipe.model if label == "before" else str(run.model)
-    config = plan.config if label == "before" else None
-    model = load_model(source, config, recipe.load, dtype=compute_dtype(recipe.load))
+    dtype = compute_dtype(recipe.load)
+    if label == "before":
+        model = load_model(plan.source, plan.config, plan.load, dtype=dtype)
+    else:
+        model = load_model(str(run.model), None, recipe.load.of_own_folder(), dtype=dtype)
     model.to(best_device())
     found = evaluate_model(
         model,

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from skipwise.data import Corpus, PositionCollator, PositionDataset, build_corpus
 from skipwise.documents import Source, parse_sources
 from skipwise.errors import SkipwiseError
-from skipwise.models.checks import Check, check_config, check_documents, check_labels
-from skipwise.models.families import ModelFacts, check_unscaled, load_config, read_facts
-from skipwise.models.load import attention_for, load_tokenizer, scaled_config, scaling_for
+from skipwise.models.checks import check_documents, check_labels
+from skipwise.models.config_checks import Check, check_config
+from skipwise.models.configs import config_of, facts_of, read_config
+from skipwise.models.convert import Conversion, conversion_for, convert_model, load_sentencepiece
+from skipwise.models.families import ModelFacts
+from skipwise.models.load import attention_for, load_model, load_tokenizer
+from skipwise.models.scaling import scaled_config, scaling_for
 from skipwise.positions import Sampler
-from skipwise.recipe import Recipe, make_sampler
+from skipwise.recipe import ModelSettings, Recipe, make_sampler, parse_recipe
 from skipwise.rope import Scaling
 from skipwise.run import RunFolder, write_text
 from skipwise.tokens import TokenStore, tokenize_source
@@ -29,11 +37,20 @@ class ModelPlan:
     """What a recipe makes of a model, before any weight is loaded."""
 
     recipe: Recipe
+    source: str  # where the weights are: the recipe's model, or what it was converted to
+    conversion: Conversion | None  # that `ready_weights` has to do, or has done
+    raw: dict[str, Any]  # config.json of the recipe's model
     config: Any  # as it is
     scaled: Any  # as it will be
     facts: ModelFacts
     scaling: Scaling
     tokenizer: Any
+
+    @property
+    def load(self) -> ModelSettings:
+        """How `source` is loaded."""
+        settings = self.recipe.load
+        return settings if self.source == self.recipe.model else settings.of_own_folder()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +85,10 @@ def plan_model(recipe: Recipe) -> ModelPlan:
     Raises:
         SkipwiseError: the model cannot be extended as asked.
     """
-    config = load_config(recipe.model, recipe.load)
-    facts = read_facts(config, recipe.original_length)
-    check_unscaled(facts)
+    raw = read_config(recipe.model, recipe.load)
+    conversion = conversion_for(raw)
+    config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
+    facts = facts_of(config, recipe.original_length)
     scaling = scaling_for(recipe, facts)
     if recipe.method != "none":
         make_sampler(recipe, facts.original_length)
@@ -79,14 +97,54 @@ def plan_model(recipe: Recipe) -> ModelPlan:
             raise SkipwiseError(
                 "training.num_steps is 0: type method=none to rescale without training"
             )
+    in_code = conversion is not None and conversion.sentencepiece
     return ModelPlan(
         recipe=recipe,
+        source=recipe.model,
+        conversion=conversion,
+        raw=raw,
         config=config,
         scaled=scaled_config(config, facts, scaling, recipe.target_length),
         facts=facts,
         scaling=scaling,
-        tokenizer=load_tokenizer(recipe.model, recipe.load),
+        tokenizer=(load_sentencepiece if in_code else load_tokenizer)(recipe.model, recipe.load),
     )
+
+
+def ready_weights(plan: ModelPlan, folder: Path) -> ModelPlan:
+    """The plan with weights that transformers loads: converted into the folder where they must be.
+
+    Raises:
+        SkipwiseError: the weights cannot be converted.
+    """
+    if plan.conversion is None:
+        return plan
+    if not folder.is_dir():
+        convert_model(plan.recipe.model, plan.raw, plan.recipe.load, folder, plan.tokenizer)
+    return dataclasses.replace(plan, source=str(folder))
+
+
+def load_scaled(
+    model: str, target_length: int, *, rope_type: str = "auto", dtype: Any = None
+) -> tuple[Any, Any, ModelFacts]:
+    """A model with its window rescaled to a target, for a training loop of one's own.
+
+    Args:
+        dtype: of the weights; None: float32.
+
+    Returns:
+        the model with its weights, its tokenizer, and its facts (`original_length` and others).
+
+    Raises:
+        SkipwiseError: the model cannot be extended so.
+    """
+    tree = {"model": model, "target_length": target_length, "rope": {"type": rope_type}}
+    plan = plan_model(parse_recipe(tree))
+    with tempfile.TemporaryDirectory() as folder:
+        plan = ready_weights(plan, Path(folder) / "converted")
+        settings = plan.load
+        loaded = load_model(plan.source, plan.scaled, settings, dtype=dtype or torch.float32)
+    return loaded, plan.tokenizer, plan.facts
 
 
 def find_sources(recipe: Recipe) -> list[Source]:

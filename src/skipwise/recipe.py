@@ -31,7 +31,12 @@ class ModelSettings:
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"
     ] = "auto"
+    use_safetensors: bool = True  # false: .bin, read with weights_only
     trust_remote_code: bool = False
+
+    def of_own_folder(self) -> ModelSettings:
+        """The same for a folder that Skipwise wrote: safetensors, and no revision."""
+        return dataclasses.replace(self, use_safetensors=True, revision=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +65,13 @@ class PositionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSettings:
-    """The scaling; `factor` follows from the lengths unless it is given."""
+    """The scaling; `factor` follows from the lengths unless it is given.
 
-    type: Literal["linear", "ntk", "yarn", "llama3", "longrope", "dynamic"] = "yarn"
+    auto: yarn, longrope where the family takes nothing else, and the model's own scaling, carried
+    on, where it has one.
+    """
+
+    type: Literal["auto", "linear", "ntk", "yarn", "llama3", "longrope", "dynamic"] = "auto"
     factor: float | None = None
     options: dict[str, Any] = field(default_factory=dict)  # beta_fast, low_freq_factor, ...
 

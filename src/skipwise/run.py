@@ -4,6 +4,7 @@ recipe.yaml     what was asked, defaults written out
 run.json        what is known of the run: model, data, checks, stages, versions
 metrics.jsonl   a line a training step
 checkpoints/    of the Trainer
+converted/      the base model, where its family had to be converted
 results.json    tidy rows of the evaluation
 report/         the page        model/   what is handed over
 """
@@ -41,6 +42,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def converted(self) -> Path:
+        return self.path / "converted"
 
     @property
     def eval_documents(self) -> Path:

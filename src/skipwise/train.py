@@ -31,7 +31,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.models.checks import Check, check_batch, check_model, check_tokenizer, require
+from skipwise.models.checks import check_batch, check_model, check_tokenizer
+from skipwise.models.config_checks import Check, require
 from skipwise.models.load import add_lora, attention_for, compute_dtype, load_model
 from skipwise.prepare import ModelPlan, TrainingData
 from skipwise.recipe import Recipe, TrainingSettings
@@ -90,14 +91,16 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
     dtype = compute_dtype(recipe.load)
     arguments = training_arguments(recipe, run, dtype)
     model = load_model(
-        recipe.model,
+        plan.source,
         plan.scaled,
-        recipe.load,
+        plan.load,
         # what trains is kept in float32 and computed in bf16; a frozen base is bf16 itself
         dtype=torch.float32 if recipe.lora is None else dtype,
         attn_implementation=attention_for(recipe.load, recipe.positions.weights),
     )
     model.config.use_cache = False
+    for name in plan.conversion.frozen if plan.conversion else ():
+        model.get_parameter(name).requires_grad_(False)
     checks = check_model(model, model.config, plan.facts, plan.scaling, recipe.target_length)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)

@@ -9,7 +9,7 @@ from typing import Any
 from skipwise.documents import parse_sources
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.suite import evaluate_model
-from skipwise.models.families import load_config
+from skipwise.models.configs import load_config
 from skipwise.models.load import best_device, compute_dtype, load_model, load_tokenizer
 from skipwise.recipe import context_lengths, parse_recipe
 from skipwise.run import RunFolder

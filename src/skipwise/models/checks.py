@@ -8,54 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from skipwise.errors import SkipwiseError
+from skipwise.models.config_checks import Check
 from skipwise.models.families import ModelFacts
 from skipwise.positions import IGNORE_INDEX
 from skipwise.rope import Dynamic, Scaling
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    name: str
-    passed: bool
-    detail: str  # what was measured, or the mend where it failed
-
-    def __str__(self) -> str:
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
-
-
-def require(checks: list[Check]) -> None:
-    """Stop at failed checks.
-
-    Raises:
-        SkipwiseError: names each of them with its mend.
-    """
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
-        raise SkipwiseError(f"the preflight failed\n{lines}")
-
-
-def check_config(facts: ModelFacts, scaling: Scaling, target_length: int) -> list[Check]:
-    """What the config alone decides."""
-    L = facts.original_length
-    reach = L * scaling.factor
-    return [
-        Check(
-            name="lengths",
-            passed=target_length > L and abs(reach - target_length) < 1,
-            detail=f"{L:,} to {target_length:,} tokens, {scaling.name} by {scaling.factor:g}"
-            if abs(reach - target_length) < 1
-            else f"rope.factor {scaling.factor:g} x {L:,} is {reach:,.0f} tokens, not the target's "
-            f"{target_length:,}: leave rope.factor out",
-        )
-    ]
 
 
 def check_model(

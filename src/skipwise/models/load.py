@@ -6,74 +6,14 @@ config is made before the model, and the preflight compares what the model compu
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from skipwise.errors import SkipwiseError
-from skipwise.models.families import ModelFacts, check_unscaled, load_config, read_facts
-from skipwise.recipe import LoRASettings, ModelSettings, Recipe, parse_recipe
-from skipwise.rope import Scaling, make_scaling
-
-
-def scaling_for(recipe: Recipe, facts: ModelFacts) -> Scaling:
-    """The RoPE scaling that the recipe asks for on this model.
-
-    Raises:
-        SkipwiseError: the target is not longer, the scaling cannot be trained with.
-    """
-    L, T = facts.original_length, recipe.target_length
-    if T <= L:
-        raise SkipwiseError(
-            f"the target of {T:,} tokens is not longer than the model's {L:,}: type a longer --to"
-        )
-    scaling = make_scaling(
-        recipe.rope.type,
-        factor=recipe.rope.factor or T / L,
-        original_length=L,
-        theta=facts.rope_theta,
-        dim=facts.rotary_dim,
-        **recipe.rope.options,
-    )
-    if recipe.method != "none" and not scaling.trainable:
-        raise SkipwiseError(
-            f"rope.type: {recipe.rope.type} depends on the longest position seen so far and cannot "
-            "be trained with\ntype rope.type=yarn, or method=none to use it untrained"
-        )
-    return scaling
-
-
-def scaled_config(config: Any, facts: ModelFacts, scaling: Scaling, target_length: int) -> Any:
-    """A copy of the config with the scaling in it, and without a window that would void it.
-
-    Models that are sliding in every layer (Mistral-7B-v0.1) could not look back past the window;
-    those with sliding layers beside full ones keep them, for they are local by design.
-    """
-    settings = scaling.to_config(
-        theta=facts.rope_theta,
-        dim=facts.rotary_dim,
-        original_length=facts.original_length,
-        target_length=target_length,
-    )
-    parameters = settings.pop("rope_parameters")
-    if "partial_rotary_factor" in facts.rope_parameters:
-        parameters["partial_rotary_factor"] = facts.rope_parameters["partial_rotary_factor"]
-    scaled = copy.deepcopy(config)
-    if facts.nested:
-        scaled.rope_parameters = {**config.rope_parameters, "full_attention": parameters}
-    else:
-        scaled.rope_parameters = parameters
-    for key, value in settings.items():
-        setattr(scaled, key, value)
-    if facts.sliding_window is not None and not facts.hybrid:
-        scaled.sliding_window = None
-        if getattr(scaled, "use_sliding_window", None):
-            scaled.use_sliding_window = False
-        if getattr(scaled, "layer_types", None):
-            scaled.layer_types = ["full_attention"] * len(scaled.layer_types)
-    return scaled
+from skipwise.models.configs import first_line, is_local
+from skipwise.recipe import LoRASettings, ModelSettings
 
 
 def load_tokenizer(model: str, settings: ModelSettings) -> Any:
@@ -81,13 +21,14 @@ def load_tokenizer(model: str, settings: ModelSettings) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model,
+            str(Path(model).expanduser()) if is_local(model) else model,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
     except Exception as error:  # many kinds again
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SkipwiseError(f"the tokenizer of {model} could not be loaded\n{first}") from error
+        raise SkipwiseError(
+            f"the tokenizer of {model} could not be loaded\n{first_line(error)}"
+        ) from error
 
 
 def load_model(
@@ -106,13 +47,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     folder = Path(model).expanduser()
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        other = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-        what = f"only {other[0]}" if other else "no weights"
-        raise SkipwiseError(
-            f"{folder} holds {what}, and weights are read from safetensors\n"
-            "save it once with transformers: model.save_pretrained(folder)"
-        )
+    if folder.is_dir():
+        _check_weights(folder, settings)
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else model,
@@ -120,15 +56,16 @@ def load_model(
             dtype=dtype,
             revision=settings.revision,
             attn_implementation=attn_implementation,
-            use_safetensors=True,
+            use_safetensors=settings.use_safetensors,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
     except SkipwiseError:
         raise
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SkipwiseError(f"the weights of {model} could not be loaded\n{first}") from error
+        raise SkipwiseError(
+            f"the weights of {model} could not be loaded\n{first_line(error)}"
+        ) from error
     loaded, info = both
     missing = sorted(info["missing_keys"])
     if missing:
@@ -136,6 +73,26 @@ def load_model(
             f"{model} lacks {len(missing)} of the model's weights, {missing[0]} among them"
         )
     return loaded
+
+
+def _check_weights(folder: Path, settings: ModelSettings) -> None:
+    wanted = "*.safetensors" if settings.use_safetensors else "*.bin"
+    if any(folder.glob(wanted)):
+        return
+    other = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.safetensors")])
+    if not other:
+        raise SkipwiseError(
+            f"{folder} holds no weights\ngive a folder or hub name with its weights in "
+            "safetensors; skipwise check reads a config.json alone"
+        )
+    raise SkipwiseError(
+        f"{folder} holds {other[0]}, and weights are read from {wanted[2:]}\n"
+        + (
+            "type load.use_safetensors=false to read it (with weights_only: nothing in it is run)"
+            if settings.use_safetensors
+            else "leave load.use_safetensors out"
+        )
+    )
 
 
 def compute_dtype(settings: ModelSettings) -> torch.dtype:
@@ -200,25 +157,3 @@ def add_lora(model: Any, settings: LoRASettings) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
-
-
-def load_scaled(
-    model: str, target_length: int, *, rope_type: str = "yarn", dtype: torch.dtype = torch.float32
-) -> tuple[Any, Any, ModelFacts]:
-    """A model with its window rescaled to a target, for a training loop of one's own.
-
-    Returns:
-        the model with its weights, its tokenizer, and its facts (`original_length` and others).
-
-    Raises:
-        SkipwiseError: the model cannot be extended so.
-    """
-    recipe = parse_recipe(
-        {"model": model, "target_length": target_length, "rope": {"type": rope_type}}
-    )
-    config = load_config(model, recipe.load)
-    facts = read_facts(config)
-    check_unscaled(facts)
-    scaled = scaled_config(config, facts, scaling_for(recipe, facts), target_length)
-    loaded = load_model(model, scaled, recipe.load, dtype=dtype)
-    return loaded, load_tokenizer(model, recipe.load), facts
