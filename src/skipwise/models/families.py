@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.rope import Scaling, Unscaled, from_rope_parameters
+from skipwise.rope import Scaling, Unscaled, YaRN, from_rope_parameters
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid", "conv"}
@@ -184,8 +184,8 @@ def _trained(present: Scaling, stated: int, given: int | None, family: str) -> t
             f"({stated:,} tokens) does not tell whether that is the window before or after it\n"
             f"type original_length={stated}, or original_length={reach}: the window it has now"
         )
-    if present.name == "yarn":
-        return present, given or round(present.factor * before)
+    if isinstance(present, YaRN):
+        return present, given or round(present.factor * present.original_length)
     return present, given or stated
 
 

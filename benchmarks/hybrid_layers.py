@@ -1,0 +1,168 @@
+"""What sliding layers should see while full ones learn far positions, measured on tiny models.
+
+python benchmarks/hybrid_layers.py BASE_FOLDER... [--steps 200] [--target 2048]
+
+A hybrid model (Gemma 2 and 3, Olmo 3, gpt-oss, ...) has layers that look back a window of tokens
+beside layers that see all. In training with skips, what does a sliding layer see at a skip?
+
+  skip    the tokens before it, at the skipping distance (the window counts tokens)
+  cut     nothing: what lies before the skip is further away than the window
+  plain   the tokens before it, as if they were its neighbours (plain positions in these layers)
+
+BASE_FOLDERs are made by tiny_model/train.py --family. Each setting trains the same examples.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import write_result
+
+from skipwise.data import PositionDataset, build_corpus
+from skipwise.documents import parse_sources
+from skipwise.evaluate.suite import evaluate_model
+from skipwise.models.load import load_model
+from skipwise.positions import FullLength, PoSE, additive_mask
+from skipwise.prepare import plan_model
+from skipwise.quickstart import make_recipe
+from skipwise.recipe import EvalSettings, parse_recipe
+from skipwise.tokens import tokenize_source
+
+BATCH, LEARNING_RATE = 16, 3e-4
+SETTINGS = ["untrained", "skip", "cut", "plain", "cut+weights", "plain+weights", "full-length"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bases", nargs="+", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--target", type=int, default=2048)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--name", default="hybrid_layers")
+    args = parser.parse_args()
+    rows: dict[str, Any] = {}
+    for base in args.bases:
+        rows[base.name] = {}
+        for setting in args.settings:
+            rows[base.name][setting] = measure(base, setting, args)
+            print(base.name, setting, rows[base.name][setting], flush=True)
+    write_result(args.name, {"steps": args.steps, "target": args.target, "rows": rows})
+
+
+def measure(base: Path, setting: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity and passkey by context length after one training."""
+    torch.manual_seed(0)
+    tree = {"model": str(base), "target_length": args.target, "rope": {"type": "yarn"}}
+    plan = plan_model(parse_recipe(tree))
+    model = load_model(
+        str(base), plan.scaled, plan.load, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    data = make_recipe().data
+    lengths = (256, 512, 1024, args.target)
+    if setting != "untrained":
+        train(model, plan, setting, data.sources, args)
+    documents = [
+        store.document(i)
+        for source in parse_sources(data.eval_sources)
+        for store in [tokenize_source(source, plan.tokenizer)]
+        for i in range(store.num_documents)
+    ]
+    settings = EvalSettings(perplexity_documents=40, passkey_trials=40)
+    model.to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate_model(
+            model, plan.tokenizer, documents, lengths, settings, label="", progress=False
+        )
+    return {
+        task: [round(row["value"], 3) for row in found if row["task"] == task]
+        for task in ("perplexity", "passkey")
+    }
+
+
+def train(model: Any, plan: Any, setting: str, sources: Any, args: argparse.Namespace) -> None:
+    """PoSE as the quickstart trains it, with one treatment of the sliding layers."""
+    length, window = plan.facts.original_length, plan.facts.sliding_window
+    kind, _, weights = setting.partition("+")
+    sampler: Any = PoSE(train_length=length, target_length=args.target, content="aligned")
+    batch = BATCH
+    if kind == "full-length":
+        sampler, batch = FullLength(target_length=args.target), BATCH * length // args.target
+    parsed = parse_sources(sources)
+    corpus = build_corpus(
+        [tokenize_source(source, plan.tokenizer) for source in parsed],
+        [source.weight for source in parsed],
+        min_length=args.target if kind == "full-length" else length,
+        target_length=args.target,
+    )
+    dataset = PositionDataset(corpus, sampler, seed=0, num_examples=args.steps * batch)
+    if kind == "plain":
+        plain_positions(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    started = time.time()
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min((step + 1) / 10, 1 - step / args.steps)
+        items = [dataset[step * batch + i] for i in range(batch)]
+        ids, labels, positions = (
+            torch.from_numpy(np.stack([item[key] for item in items]))
+            for key in ("input_ids", "labels", "position_ids")
+        )
+        masks = make_masks(items, positions, kind, bool(weights), window)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(
+                ids, labels=labels, position_ids=positions, attention_mask=masks, use_cache=False
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert math.isfinite(loss.item())
+    for hook in getattr(model, "plain_hooks", []):
+        hook.remove()
+    print(f"  {setting}: loss {loss.item():.3f}, {time.time() - started:.0f} s", flush=True)
+
+
+def make_masks(
+    items: list[Any], positions: torch.Tensor, kind: str, weights: bool, window: int
+) -> dict[str, torch.Tensor]:
+    """Additive masks (B, 1, L, L) for the full and the sliding layers."""
+    low = torch.finfo(torch.bfloat16).min
+    index = torch.arange(positions.shape[1])
+    causal = (index[:, None] >= index).expand(len(items), 1, -1, -1)
+    counted = positions if kind == "cut" else index.expand_as(positions)
+    near = (counted[:, :, None] - counted[:, None, :] < window)[:, None]
+    zeros = torch.zeros(causal.shape)
+    full = zeros.masked_fill(~causal, low)
+    if weights:
+        full = torch.from_numpy(additive_mask([item["example"] for item in items], low))
+    return {
+        "full_attention": full,
+        "sliding_attention": zeros.masked_fill(~(causal & near), low),
+    }
+
+
+def plain_positions(model: Any) -> None:
+    """Sliding layers turn by plain positions (for this measurement only)."""
+    inner = model.model
+
+    def hook(layer: Any, arguments: Any, keywords: dict[str, Any]) -> Any:
+        hidden = arguments[0]
+        index = torch.arange(hidden.shape[1])[None].expand(hidden.shape[0], -1)
+        nested = hasattr(inner.rotary_emb, "sliding_attention_inv_freq")
+        kinds = ("sliding_attention",) if nested else ()
+        keywords["position_embeddings"] = inner.rotary_emb(hidden, index, *kinds)
+        return arguments, keywords
+
+    model.plain_hooks = [
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+        for layer, kind in zip(inner.layers, model.config.layer_types, strict=True)
+        if kind == "sliding_attention"
+    ]
+
+
+if __name__ == "__main__":
+    main()
