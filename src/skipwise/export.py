@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -183,24 +184,33 @@ def _logits(model: Any, probe: np.ndarray) -> np.ndarray:
     return out.logits[0].float().cpu().numpy()
 
 
-def _check_reload(run: RunFolder, probe: np.ndarray, want: np.ndarray) -> Check:
-    name = "reload"
-    files = run.path / "probe.npy", run.path / "logits.npy"
-    np.save(files[0], probe)
-    try:
+def fresh_logits(folder: Path, probe: np.ndarray) -> np.ndarray:
+    """Logits of the probe (K, V) by plain transformers in a process of its own.
+
+    Raises:
+        SkipwiseError: transformers cannot load the folder, or run it; says its last line.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        files = Path(scratch) / "probe.npy", Path(scratch) / "logits.npy"
+        np.save(files[0], probe)
         done = subprocess.run(
-            [sys.executable, "-c", _RELOAD, str(run.model), *map(str, files)],
+            [sys.executable, "-c", _RELOAD, str(folder), *map(str, files)],
             capture_output=True,
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-            return Check(name=name, passed=False, detail=f"plain transformers fails: {last}")
-        have = np.load(files[1])
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
+            raise SkipwiseError(f"plain transformers fails: {last}")
+        return np.load(files[1])
+
+
+def _check_reload(run: RunFolder, probe: np.ndarray, want: np.ndarray) -> Check:
+    name = "reload"
+    try:
+        have = fresh_logits(run.model, probe)
+    except SkipwiseError as failed:
+        return Check(name=name, passed=False, detail=str(failed))
     error = float(np.abs(have - want).max())
     positions = f"positions up to {int(probe[1].max()):,}"
     return Check(

@@ -123,7 +123,7 @@ def attention_for(settings: ModelSettings, weights: str) -> str | None:
             f"load.attn_implementation: {asked} takes no additive mask, which "
             "positions.weights: importance needs\ntype load.attn_implementation=sdpa"
         )
-    return "sdpa" if asked == "auto" else asked
+    return None if asked == "auto" else asked  # transformers' own choice is sdpa, else eager
 
 
 def add_lora(model: Any, settings: LoRASettings) -> Any:
