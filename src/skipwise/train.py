@@ -233,7 +233,10 @@ def training_arguments(recipe: Recipe, run: RunFolder, dtype: torch.dtype) -> Tr
 def enable_checkpointing(model: Any) -> None:
     """Gradient checkpointing under the name that this transformers has for it."""
     new = getattr(model, "activation_checkpointing_enable", None)
-    (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    try:
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise SkipwiseError(f"{error}\ntype training.gradient_checkpointing=false") from error
 
 
 def newest_checkpoint(run: RunFolder) -> Path | None:

@@ -228,7 +228,8 @@ def _check_exact(model: Any, facts: ModelFacts, scaling: Scaling, target_length:
     probe = torch.zeros(1, device=inv_freq.device)
     arguments = {"layer_type": "full_attention"} if prefix else {}
     with torch.no_grad():
-        cos = module(probe, positions, **arguments)[0]
+        turned = module(probe, positions, **arguments)
+    cos = turned.real if isinstance(turned, torch.Tensor) else turned[0]  # DeepSeek V2: complex
     pairs = facts.rotary_dim // 2
     angles = np.outer(positions[0].cpu().numpy(), scaling.inv_freq(facts.rope_theta, pairs * 2))
     want = np.cos(angles) * scaling.attention_factor

@@ -49,6 +49,7 @@ class ModelFacts:
     rotary_dim: int
     sliding_window: int | None
     hybrid: bool  # sliding layers beside full ones, by design
+    lists_layers: bool  # says layer by layer which are sliding, and has no other switch for it
     recurrent: bool  # layers that carry a state beside attention
     vocab_size: int
     tied_embeddings: bool
@@ -108,6 +109,7 @@ def read_facts(config: Mapping[str, Any], original_length: int | None = None) ->
         rotary_dim=int(head_dim * parameters.get("partial_rotary_factor", 1.0)),
         sliding_window=window,
         hybrid=_SLIDING in layers and _FULL in layers,
+        lists_layers=bool(layers) and "use_sliding_window" not in config,
         recurrent=bool(layers & _RECURRENT),
         vocab_size=config["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),

@@ -140,12 +140,16 @@ def add_lora(model: Any, settings: LoRASettings) -> Any:
     embeddings = model.get_input_embeddings()
     if settings.train_embeddings:
         whole.add(next(n for n, m in model.named_modules() if m is embeddings).rsplit(".", 1)[-1])
+    routers = [  # of experts: some are linear layers that return more than a tensor
+        name for name, module in model.named_modules() if "router" in type(module).__name__.lower()
+    ]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules) or "all-linear",
+        exclude_modules=None if settings.target_modules else routers or None,
         modules_to_save=sorted(whole) or None,
         ensure_weight_tying=settings.train_embeddings and bool(model.config.tie_word_embeddings),
     )

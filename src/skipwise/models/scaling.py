@@ -32,12 +32,12 @@ def scaling_for(recipe: Recipe, facts: ModelFacts) -> Scaling:
         return _carried_on(recipe, facts)
     name = recipe.rope.type
     if name == "auto":
-        name = "longrope" if "yarn" in facts.refused_types else "yarn"
+        name = next(n for n in ("yarn", "longrope", "ntk") if n not in facts.refused_types)
     if name in facts.refused_types:
-        taken = [n for n in ("yarn", "linear", "longrope") if n not in facts.refused_types]
+        taken = [n for n in ("yarn", "linear", "longrope", "ntk") if n not in facts.refused_types]
         raise SkipwiseError(
-            f"rope.type: {name} is not taken by the config of {facts.family}"
-            + (f"\ntype rope.type={taken[0]}, or rope.type=ntk" if taken else "")
+            f"rope.type: {name} is not taken by the config of {facts.family}\n"
+            f"leave it out, or type rope.type={' or '.join(taken)}"
         )
     scaling = make_scaling(
         name,
@@ -77,7 +77,8 @@ def config_changes(facts: ModelFacts, scaling: Scaling, target_length: int) -> d
         share = facts.rope_parameters["partial_rotary_factor"]
         settings["rope_parameters"]["partial_rotary_factor"] = share
     if facts.sliding_window is not None and not facts.hybrid:
-        settings["sliding_window"] = None
+        # some classes that list their layers want a number also where no layer is sliding
+        settings["sliding_window"] = target_length if facts.lists_layers else None
     return settings
 
 
