@@ -20,6 +20,7 @@ from skipwise.evaluate import forward
 from skipwise.models.checks import check_batch, check_model, rotary_modules
 from skipwise.models.configs import defaults
 from skipwise.models.load import load_model
+from skipwise.models.masks import with_layer_masks
 from skipwise.prepare import plan_model, ready_weights, stand_in_data
 from skipwise.quickstart import MODEL
 from skipwise.recipe import dump_recipe, parse_recipe
@@ -274,12 +275,28 @@ def check_guards(family, plan):
     """The preflight passes, and fails where the mask is dropped."""
     model = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
     data = stand_in_data(plan)
-    batch = data.telling_batch()
+    batch = with_layer_masks(model.config, data.telling_batch())
     checks = check_model(model, model.config, plan.facts, plan.scaling, T)
     checks += check_batch(model, batch)
     assert all(check.passed for check in checks), [str(c) for c in checks if not c.passed]
+    if plan.facts.hybrid:
+        check_sliding_layers(model, batch, data)
     del batch["attention_mask"]
     assert check_batch(model, batch)[0].passed == (family in OWN_MASK)
+
+
+def check_sliding_layers(model, batch, data):
+    """The masks reach the layers: with full layers cut off as well, nothing crosses the skip."""
+    masks = batch["attention_mask"]
+    low = torch.finfo(torch.bfloat16).min
+    positions = batch["position_ids"][0]
+    cut = positions[:, None] - positions - (torch.arange(L)[:, None] - torch.arange(L)) > 0
+    causal = torch.arange(L)[:, None] >= torch.arange(L)
+    full = torch.zeros(1, 1, L, L).masked_fill(cut | ~causal, low)
+    crossing = check_batch(model, {**batch, "attention_mask": {**masks, "full_attention": full}})
+    assert not crossing[0].passed, "a sliding layer sees across the skip"
+    by_tokens = {check.name: check.passed for check in check_batch(model, data.telling_batch())}
+    assert not by_tokens["sliding layers"]
 
 
 def extend_and_reload(plan, run):

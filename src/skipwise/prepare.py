@@ -92,7 +92,7 @@ def plan_model(recipe: Recipe) -> ModelPlan:
     scaling = scaling_for(recipe, facts)
     if recipe.method != "none":
         make_sampler(recipe, facts.original_length)
-        attention_for(recipe.load, recipe.positions.weights)
+        attention_for(recipe.load, recipe.positions.weights, facts.hybrid)
         if recipe.training.num_steps < 1:
             raise SkipwiseError(
                 "training.num_steps is 0: type method=none to rescale without training"

@@ -34,6 +34,7 @@ from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.models.checks import check_batch, check_model, check_tokenizer
 from skipwise.models.config_checks import Check, require
 from skipwise.models.load import add_lora, attention_for, compute_dtype, load_model
+from skipwise.models.masks import with_layer_masks
 from skipwise.prepare import ModelPlan, TrainingData
 from skipwise.recipe import Recipe, TrainingSettings
 from skipwise.run import RunFolder, write_text
@@ -75,9 +76,14 @@ class Training:
 class PositionTrainer(Trainer):
     """The Trainer, reading the data set in the order of the example numbers."""
 
+    base_config: Any = None  # of the model inside any wrapper
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         dataset: Any = train_dataset or self.train_dataset
         return SequentialSampler(dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return with_layer_masks(self.base_config, super()._prepare_inputs(inputs))
 
 
 def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
@@ -96,12 +102,13 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
         plan.load,
         # what trains is kept in float32 and computed in bf16; a frozen base is bf16 itself
         dtype=torch.float32 if recipe.lora is None else dtype,
-        attn_implementation=attention_for(recipe.load, recipe.positions.weights),
+        attn_implementation=attention_for(recipe.load, recipe.positions.weights, plan.facts.hybrid),
     )
-    model.config.use_cache = False
+    config = model.config
+    config.use_cache = False
     for name in plan.conversion.frozen if plan.conversion else ():
         model.get_parameter(name).requires_grad_(False)
-    checks = check_model(model, model.config, plan.facts, plan.scaling, recipe.target_length)
+    checks = check_model(model, config, plan.facts, plan.scaling, recipe.target_length)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
         if recipe.training.gradient_checkpointing:
@@ -118,12 +125,13 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
             processing_class=plan.tokenizer,
             callbacks=[_Run(run, recipe, data.sampler.train_length), _Stop()],
         )
+    trainer.base_config = config
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     batch = data.telling_batch()
     checks.append(check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch))
     batch = trainer._prepare_inputs(batch)
-    checks += check_batch(trainer.model, batch, trainer.accelerator.autocast())
+    checks += check_batch(trainer.model, batch, trainer.accelerator.autocast)
     return Training(
         trainer=trainer,
         checks=checks,

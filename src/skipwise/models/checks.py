@@ -6,7 +6,7 @@ the model as it will train, on a real batch: most ways to void a PoSE run leave 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from skipwise.errors import SkipwiseError
 from skipwise.models.config_checks import Check
 from skipwise.models.families import ModelFacts
+from skipwise.models.masks import is_hybrid, sliding_reach
 from skipwise.positions import IGNORE_INDEX
 from skipwise.rope import Dynamic, Scaling
 
@@ -83,7 +84,9 @@ def check_labels(items: list[dict[str, Any]]) -> Check:
     )
 
 
-def check_batch(model: Any, batch: dict[str, torch.Tensor], autocast: Any = None) -> list[Check]:
+def check_batch(
+    model: Any, batch: dict[str, Any], autocast: Callable[[], Any] = nullcontext
+) -> list[Check]:
     """Chunk 2 learns from chunk 1, and chunk 1 not from chunk 2, on a real batch.
 
     The gradient of the second chunk's loss with respect to the first chunk's embeddings is zero
@@ -93,7 +96,7 @@ def check_batch(model: Any, batch: dict[str, torch.Tensor], autocast: Any = None
 
     Args:
         batch: from the collator; `input_ids`, `labels`, `position_ids` (B, L) and the mask.
-        autocast: context manager to run the forward pass in.
+        autocast: gives the context manager to run a forward pass in.
     """
     skips = (batch["position_ids"].diff(dim=1) != 1).float()  # (B, L-1)
     if not bool(skips.any()):
@@ -103,11 +106,10 @@ def check_batch(model: Any, batch: dict[str, torch.Tensor], autocast: Any = None
     first = torch.where(skips.bool().any(1), skips.argmax(1) + 1, 0)
     row = int((first - batch["input_ids"].shape[1] // 2).abs().argmin())
     cut = int(first[row])
-    one = {key: value[row : row + 1] for key, value in batch.items()}
-    with _embeddings(model) as captured, autocast or nullcontext():
-        logits = model(
-            **{k: v for k, v in one.items() if k != "labels"}, use_cache=False
-        ).logits.float()
+    one = _row(batch, row)
+    inputs = {k: v for k, v in one.items() if k != "labels"}
+    with _embeddings(model) as captured, autocast():
+        logits = model(**inputs, use_cache=False).logits.float()
         losses = torch.nn.functional.cross_entropy(
             logits[0, :-1], one["labels"][0, 1:].to(logits.device), reduction="none"
         )  # loss i predicts token i + 1; masked labels give 0
@@ -118,11 +120,11 @@ def check_batch(model: Any, batch: dict[str, torch.Tensor], autocast: Any = None
     seen = float(late[0, :cut].abs().max())
     leak = float(early[0, cut:].abs().max())
     finite = bool(torch.isfinite(late).all())
-    where = f"(skip of {int(one['position_ids'][0, cut] - one['position_ids'][0, cut - 1])})"
+    skip = int(one["position_ids"][0, cut] - one["position_ids"][0, cut - 1])
     learns = Check(
         name="chunks see each other",
         passed=finite and seen > 0,
-        detail=f"gradient of chunk 2's loss on chunk 1 up to {seen:.1e} {where}"
+        detail=f"gradient of chunk 2's loss on chunk 1 up to {seen:.1e} (skip of {skip})"
         if finite and seen > 0
         else "chunk 2 gets no gradient from chunk 1: the attention mask cuts them off; send an "
         "attention_mask of ones with position_ids"
@@ -136,7 +138,72 @@ def check_batch(model: Any, batch: dict[str, torch.Tensor], autocast: Any = None
         if leak == 0
         else "chunk 1's loss depends on chunk 2: the attention mask is not causal",
     )
-    return [learns, causal]
+    checks = [learns, causal]
+    if finite and seen > 0:
+        checks.append(_check_skips(model, inputs, cut, skip, autocast))
+    if is_hybrid(model.config):
+        checks.append(_check_sliding(model.config, batch))
+    return checks
+
+
+def _row(batch: dict[str, Any], row: int) -> dict[str, Any]:
+    """One example of a batch, whose mask may be one for each kind of layer."""
+    return {
+        key: _row(value, row)
+        if isinstance(value, dict)
+        else value
+        if value is None
+        else value[row : row + 1]
+        for key, value in batch.items()
+    }
+
+
+@torch.no_grad()
+def _check_skips(
+    model: Any, inputs: dict[str, Any], cut: int, skip: int, autocast: Callable[[], Any]
+) -> Check:
+    """What follows a skip depends on how far it is.
+
+    Rotary positions are relative: moving all of them changes nothing but rounding, and taking the
+    skip out must change more than that. It does not where a model ignores `position_ids`, or where
+    its full-attention layers have no positions (Cohere 2).
+    """
+
+    def logits(positions: torch.Tensor) -> torch.Tensor:
+        devices = [positions.device] if positions.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), autocast():
+            torch.manual_seed(0)  # the same dropout each time
+            out = model(**{**inputs, "position_ids": positions}, use_cache=False).logits
+        return out[0, cut:].float()
+
+    positions = inputs["position_ids"]
+    plain = positions.clone()
+    plain[:, cut:] -= skip - 1
+    as_it_is = logits(positions)
+    effect = float((logits(plain) - as_it_is).abs().mean())
+    rounding = float((logits(positions + skip) - as_it_is).abs().mean())
+    takes_effect = effect > 2 * rounding
+    return Check(
+        name="skips take effect",
+        passed=takes_effect,
+        detail=f"without it the logits after it are others by {effect:.0e} (rounding: "
+        f"{rounding:.0e})"
+        if takes_effect
+        else f"without it the logits after it are the same (to {effect:.0e}; rounding: "
+        f"{rounding:.0e}): the layers that look far back have no positions to learn",
+    )
+
+
+def _check_sliding(config: Any, batch: dict[str, Any]) -> Check:
+    reach, window = sliding_reach(config, batch), config.sliding_window
+    return Check(
+        name="sliding layers",
+        passed=reach < window,
+        detail=f"see {reach} positions back at most, as in a text"
+        if reach < window
+        else f"see {reach:,} positions back across a skip, and in a text {window - 1:,}: send a "
+        "mask for each kind of layer (models.masks.with_layer_masks)",
+    )
 
 
 def _check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:

@@ -113,15 +113,19 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def attention_for(settings: ModelSettings, weights: str) -> str | None:
-    """The attention implementation; importance weights need one that takes an additive mask."""
+def attention_for(settings: ModelSettings, weights: str, hybrid: bool = False) -> str | None:
+    """The attention implementation.
+
+    Importance weights need one that takes an additive mask, sliding layers beside full ones need
+    one that takes a mask for each kind.
+    """
     asked = settings.attn_implementation
-    if weights == "none":
-        return None if asked == "auto" else asked
-    if asked.startswith("flash"):
+    needs = "positions.weights: importance" if weights != "none" else ""
+    needs = needs or ("a model with sliding layers beside full ones" if hybrid else "")
+    if needs and asked.startswith("flash"):
         raise SkipwiseError(
-            f"load.attn_implementation: {asked} takes no additive mask, which "
-            "positions.weights: importance needs\ntype load.attn_implementation=sdpa"
+            f"load.attn_implementation: {asked} takes no mask of pairs, which {needs} needs\n"
+            "type load.attn_implementation=sdpa"
         )
     return None if asked == "auto" else asked  # transformers' own choice is sdpa, else eager
 

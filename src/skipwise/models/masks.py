@@ -1,0 +1,74 @@
+"""Masks of hybrid models under skips: a sliding layer sees no distance that inference never has.
+
+A hybrid model (Gemma 2 and 3, Cohere 2, Olmo 3, gpt-oss) has layers that look back W tokens beside
+layers that see all. Its window counts tokens, so right after a skip a sliding layer would see the
+tokens before it, at distances up to T that no text ever has there. Here the window counts
+positions: what lies before the skip is further away than W, and hidden, as in so long a text.
+docs/method.md has the measurement that decided this.
+
+Shapes:  B = batch, L = tokens of an example, W = sliding_window
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def is_hybrid(config: Any) -> bool:
+    """Whether a model has sliding layers beside full ones."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    return {_FULL, _SLIDING} <= kinds and bool(getattr(config, "sliding_window", None))
+
+
+def with_layer_masks(config: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with a mask for each kind of layer, where the model is hybrid.
+
+    Args:
+        config: of the model as loaded; its attention implementation decides the masks' form.
+        batch: `position_ids` (B, L), and `attention_mask`: ones (B, L), or additive (B, 1, L, L)
+            for the full layers.
+    """
+    if not is_hybrid(config) or isinstance(batch.get("attention_mask"), dict | None):
+        return batch
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    mask, positions = batch["attention_mask"], batch["position_ids"]
+    rows, length = positions.shape
+    window = config.sliding_window
+
+    def near(row: Any, head: Any, query: Any, key: Any) -> Any:
+        return positions[row, query] - positions[row, key] < window
+
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": torch.empty(rows, length, 0, device=positions.device),
+        "past_key_values": None,
+    }
+    padding = mask if mask.dim() == 2 else torch.ones_like(positions)
+    masks = {
+        _FULL: create_causal_mask(attention_mask=mask, **arguments),
+        _SLIDING: create_sliding_window_causal_mask(
+            attention_mask=padding, and_mask_function=near, **arguments
+        ),
+    }
+    return {**batch, "attention_mask": masks}
+
+
+def sliding_reach(config: Any, batch: dict[str, Any]) -> int:
+    """The largest distance in positions that sliding layers see in this batch."""
+    positions = batch["position_ids"]
+    index = torch.arange(positions.shape[1], device=positions.device)
+    mask = batch.get("attention_mask")
+    if isinstance(mask, dict):
+        visible = mask[_SLIDING][:, 0]
+        visible = visible if visible.dtype == torch.bool else visible == 0
+    else:  # the model makes its own, by tokens; an additive one it takes as it is
+        near = index[:, None] - index < config.sliding_window
+        visible = torch.ones_like(near) if mask is not None and mask.dim() == 4 else near
+        visible = (visible & (index[:, None] >= index)).expand(len(positions), -1, -1)
+    distances = positions[:, :, None] - positions[:, None, :]  # (B, L, L)
+    return int(torch.where(visible, distances, 0).max())
