@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test check clean
+.PHONY: install quickstart test families check clean
 
 install: $(STAMP)
 
@@ -18,6 +18,10 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+families: $(STAMP)
+	$(BIN)/python tools/make_config_defaults.py
+	WRITE_FAMILIES=1 $(BIN)/python -m pytest tests/test_families.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import torch
 from skipwise import PoSE
 from skipwise.models.checks import check_batch
 from skipwise.models.config_checks import require
+from skipwise.models.masks import with_layer_masks
 from skipwise.prepare import load_scaled
 
 
@@ -37,6 +38,7 @@ def main() -> None:
             "position_ids": torch.from_numpy(example.position_ids())[None],
             "attention_mask": torch.ones_like(input_ids),  # never without: see docs/method.md
         }
+        batch = with_layer_masks(model.config, batch)  # of a model with sliding and full layers
         if step == 0:
             require(check_batch(model, batch))  # the chunks see each other
         loss = model(**batch, use_cache=False).loss

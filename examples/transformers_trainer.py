@@ -48,7 +48,9 @@ def main() -> None:
             use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=dataset,
-        data_collator=PositionCollator(),  # sends the attention mask with the skips
+        data_collator=PositionCollator(
+            config=model.config
+        ),  # sends the attention mask with the skips
     )
     trainer.train()
     trainer.save_model(args.out)

@@ -150,7 +150,7 @@ def test_mistakes_are_found_before_anything_is_written(tiny, text_folder, tmp_pa
         (["method=randpos", "positions.num_chunks=3"], "method: randpos"),
         (
             ["positions.weights=importance", "load.attn_implementation=flash_attention_2"],
-            "takes no additive mask",
+            "takes no mask of pairs",
         ),
     ):
         with pytest.raises(SkipwiseError, match=word):

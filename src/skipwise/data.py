@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from skipwise.errors import SkipwiseError
+from skipwise.models.masks import with_layer_masks
 from skipwise.positions import Example, Sampler, additive_mask
 from skipwise.tokens import TokenStore
 
@@ -197,10 +198,13 @@ class PositionCollator:
     Without a mask transformers takes a skip in `position_ids` for the boundary of a packed
     sequence and cuts the chunks off from each other. All ones is right and costs nothing; with
     `weights="importance"` the mask is the additive one, (B, 1, L, L), for sdpa and eager.
+
+    With the `config` of a loaded model the batch holds what a hybrid model needs besides, a mask
+    for each kind of layer. `skipwise train` adds these on the device instead.
     """
 
-    def __init__(self, weights: str = "none") -> None:
-        self.weights = weights
+    def __init__(self, weights: str = "none", config: Any = None) -> None:
+        self.weights, self.config = weights, config
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         keys = ("input_ids", "labels", "position_ids")
@@ -211,7 +215,7 @@ class PositionCollator:
             batch["attention_mask"] = torch.from_numpy(mask)
         else:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        return batch
+        return batch if self.config is None else with_layer_masks(self.config, batch)
 
 
 def _pack(

@@ -1,0 +1,93 @@
+"""docs/families.md from the outcome of the conformance suite (`make families`)."""
+
+import textwrap
+from pathlib import Path
+
+import transformers
+
+from skipwise.errors import SkipwiseError
+from skipwise.models.configs import facts_of
+from skipwise.models.convert import conversion_for
+
+FILE = Path(__file__).parents[1] / "docs/families.md"
+REFUSED = [  # config class, models
+    ("GPT2Config", "GPT-2"),
+    ("GPTBigCodeConfig", "StarCoder, SantaCoder"),
+    ("OPTConfig", "OPT"),
+    ("BloomConfig", "BLOOM"),
+    ("MptConfig", "MPT"),
+    ("T5Config", "T5 and other encoder-decoders"),
+    ("MambaConfig", "Mamba"),
+    ("RecurrentGemmaConfig", "RecurrentGemma"),
+    ("Llama4TextConfig", "Llama 4"),
+    ("Gemma4TextConfig", "Gemma 4"),
+    ("Ministral3Config", "Ministral 3"),
+]
+HEAD = """\
+# Model families
+
+Written by `make families` from the outcome of `tests/test_families.py`: each family below was built as a tiny random
+model and went through all of it, for each scaling named: facts read from its config and compared with what the model
+computes; preflight passed, and failed with the mask dropped (where the family cuts at skips) and with the scaling not
+applied; two steps of full training and of LoRA by the Trainer; export; reload by plain transformers in another process;
+logits up to the target length equal to 1e-5; evaluation in pieces equal to one forward pass.
+
+A family is found by what its config holds, not by this list: any other decoder with RoPE settings is tried, and the
+preflight says what does not hold. `ntk` is the default RoPE with a larger theta.
+
+"""
+AFTER = """
+Sliding windows: a window in every layer would hide what lies further back, so it is taken out of training and of the
+saved model (Mistral 7B v0.1). Layers with a window beside full ones keep it; see "Hybrid models" in method.md.
+
+**Models that are scaled already** are carried on, not scaled twice: yarn, llama3 and linear reach the new target with
+their own options (Llama 3.1 from 131,072 tokens: llama3 with a larger factor, counted from its 8,192). What a linear
+config means by its length has to be said (`original_length=...`); a scaling that was never trained is replaced when
+`original_length` is the length before it; searched longrope factors (Phi 3 long) are refused.
+
+**Converted families** become a stock Phi or Llama in the run folder, a shard in memory at a time, with logits equal to
+1e-5 (`tests/test_convert.py`). Checkpoints that have only `.bin` files: `load.use_safetensors=false`.
+
+## Refused, with the reason
+
+"""
+
+
+def table(outcomes: dict[str, dict]) -> str:
+    """The page."""
+    rows = ["| family | models | scalings | sliding windows |", "|---|---|---|---|"]
+    for family, found in outcomes.items():
+        name = f"`{family}`" + (f", converted to {found['as']}" if found["as"] else "")
+        scalings = ", ".join(found["scalings"]) + (" (its own)" if found["carried"] else "")
+        rows.append(f"| {name} | {found['models']} | {scalings} | {found['sliding']} |")
+    return f"{HEAD}{len(outcomes)} families:\n\n" + "\n".join(rows) + "\n" + AFTER + _refusals()
+
+
+def _refusals() -> str:
+    lines = ["| models | what is said |", "|---|---|"]
+    for name, models in REFUSED:
+        lines.append(f"| {models} | {_refusal(lambda name=name: _facts(name))} |")
+    baichuan = {"model_type": "baichuan", "hidden_size": 5120}
+    lines.append(f"| Baichuan 13B | {_refusal(lambda: conversion_for(baichuan))} |")
+    lines.append(
+        "| Command R7B, EXAONE 4 | the preflight: the layers that look far back have no positions "
+        "to learn |"
+    )
+    rest = """
+Also refused, each with what to do instead: multimodal wrappers (their text model extends), quantised checkpoints, LoRA
+adapters given as models, folders without weights, and code in the checkpoint's folder or repository unless
+`load.trust_remote_code=true`.
+"""
+    return "\n".join(lines) + "\n" + textwrap.dedent(rest)
+
+
+def _facts(name: str) -> None:
+    facts_of(getattr(transformers, name)())
+
+
+def _refusal(read) -> str:
+    try:
+        read()
+    except SkipwiseError as error:
+        return str(error).splitlines()[0].replace("|", "/")
+    raise AssertionError("this is not refused")
