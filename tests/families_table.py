@@ -74,9 +74,10 @@ def _refusals() -> str:
         "to learn |"
     )
     rest = """
-Also refused, each with what to do instead: multimodal wrappers (their text model extends), quantised checkpoints, LoRA
-adapters given as models, folders without weights, and code in the checkpoint's folder or repository unless
-`load.trust_remote_code=true`.
+Also refused, each with what to do instead: quantised checkpoints, LoRA adapters given as models, folders without
+weights, code in the checkpoint's folder or repository unless `load.trust_remote_code=true`, and multimodal wrappers
+(Gemma 3 4B and larger, Mistral Small 3, LLaVA) unless `load.text_only=true`, which takes their text model out, exactly,
+and extends that.
 """
     return "\n".join(lines) + "\n" + textwrap.dedent(rest)
 

@@ -8,9 +8,11 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from sources import BAICHUAN, make_gptj, make_sentencepiece, save_baichuan, save_gptj
+from sources import BAICHUAN, make_gptj, make_sentencepiece, randomise, save_baichuan, save_gptj
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     LlamaForCausalLM,
     PhiForCausalLM,
@@ -21,9 +23,10 @@ from skipwise.errors import SkipwiseError
 from skipwise.models import convert
 from skipwise.models.configs import read_config
 from skipwise.models.convert import conversion_for, convert_model, load_sentencepiece
-from skipwise.prepare import load_scaled
+from skipwise.models.load import load_model
+from skipwise.prepare import load_scaled, plan_model, ready_weights
 from skipwise.quickstart import MODEL
-from skipwise.recipe import ModelSettings
+from skipwise.recipe import ModelSettings, parse_recipe
 from skipwise.run import RunFolder
 
 SHORT = ["training.num_steps=2", "training.global_batch_size=2", "training.learning_rate=1e-2"]
@@ -135,7 +138,7 @@ def test_shards_are_bounded_whatever_the_source_has(gptj, tmp_path, monkeypatch)
                 original(tensors, *rest, **more),
             ),
         )
-        write(*arguments)
+        return write(*arguments)
 
     monkeypatch.setattr(convert, "_write_shards", spy)
     model = converted(tmp_path / "source", tmp_path / "out")
@@ -231,3 +234,80 @@ def test_extend_converts_by_itself_and_says_so(family, gptj, spm, tmp_path, caps
     assert "converted" in run.facts()["model"]
     assert len(AutoTokenizer.from_pretrained(run.model)("the pass key")["input_ids"]) > 1
     assert dataclasses.asdict(run.recipe())["model"] == str(source)
+
+
+TEXT = {
+    "vocab_size": 1024,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+HYBRID = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+WRAPPERS = {
+    "gemma3": ({"model_type": "gemma3_text", **HYBRID}, {}),
+    "mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral"}),
+    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model"}),
+}
+
+
+@pytest.mark.parametrize("names", ["language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("family", WRAPPERS)
+@torch.no_grad()
+def test_the_text_model_of_a_wrapper_is_taken_out_on_request(family, names, tmp_path):
+    text, vision = WRAPPERS[family]
+    config = AutoConfig.for_model(
+        family, text_config={**TEXT, **text}, vision_config={**VISION, **vision}
+    )
+    source = randomise(AutoModelForImageTextToText.from_config(config))
+    folder = tmp_path / "source"
+    source.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        inner = name.replace("language_model.model.", names).replace("model.language_model.", names)
+        tensors[inner] = tensor
+    assert any(name.startswith(names) for name in tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SkipwiseError, match=r"type load\.text_only=true"):
+        load_scaled(str(folder), 256)
+    settings = ModelSettings(text_only=True)
+    raw = read_config(str(folder), settings)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    convert_model(str(folder), raw, settings, tmp_path / "out", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    want = source(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    have = model(IDS).logits
+    assert want.std() > 0.5 and (have - want).abs().max() < 1e-5
+    assert not any("vision" in name for name, _ in model.named_parameters())
+    tree = {"model": str(folder), "target_length": 256, "load": {"text_only": True}}
+    plan = ready_weights(plan_model(parse_recipe(tree)), tmp_path / "out")
+    scaled = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32).eval()
+    assert torch.equal(scaled.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_wrapper_whose_text_model_has_no_class_of_its_own_is_refused():
+    config = {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}}
+    with pytest.raises(SkipwiseError, match="wraps qwen2_5_vl_text, which transformers cannot"):
+        conversion_for(config, text_only=True)
+    with pytest.raises(SkipwiseError, match="wraps no text model"):
+        conversion_for({"model_type": "llama"}, text_only=True)
+
+
+def test_what_a_text_config_leaves_out_is_its_classs_default():
+    text = {"model_type": "gemma3_text", "hidden_size": 2560}
+    made = conversion_for({"model_type": "gemma3", "text_config": text}, text_only=True)
+    config = made.config({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]})
+    assert config["hidden_size"] == 2560 and config["num_attention_heads"] == 8
+    assert config["vocab_size"] == 262208 and config["eos_token_id"] == [1, 106]

@@ -16,10 +16,12 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from skipwise.models.configs import SHAPE
 from skipwise.rope import make_scaling
 
 FILE = Path(__file__).parents[1] / "src/skipwise/models/config_defaults.json"
 KEYS = ("max_position_embeddings", "sliding_window", "use_sliding_window", "tie_word_embeddings")
+KEYS += SHAPE  # wrappers leave these out of their text_config
 TYPES = ("linear", "yarn", "llama3", "longrope", "dynamic")
 
 
@@ -35,7 +37,7 @@ def entry(family: str) -> dict[str, Any] | None:
         return None
     plain = config.to_dict()
     out: dict[str, Any] = {key: plain[key] for key in KEYS if plain.get(key) is not None}
-    out["rope_parameters"] = plain["rope_parameters"]
+    out["rope_parameters"] = dict(sorted(plain["rope_parameters"].items()))
     if plain.get("layer_types"):
         out["layer_types"] = sorted(set(plain["layer_types"]))
     # a head_dim that does not follow the width is the class's own

@@ -17,10 +17,10 @@ from skipwise.documents import Source, parse_sources
 from skipwise.errors import SkipwiseError
 from skipwise.models.checks import check_documents, check_labels
 from skipwise.models.config_checks import Check, check_config
-from skipwise.models.configs import config_of, facts_of, read_config
+from skipwise.models.configs import config_of, facts_of, is_local, read_config
 from skipwise.models.convert import Conversion, conversion_for, convert_model, load_sentencepiece
 from skipwise.models.families import ModelFacts
-from skipwise.models.load import attention_for, load_model, load_tokenizer
+from skipwise.models.load import attention_for, check_weights, load_model, load_tokenizer
 from skipwise.models.scaling import scaled_config, scaling_for
 from skipwise.positions import Sampler
 from skipwise.recipe import ModelSettings, Recipe, make_sampler, parse_recipe
@@ -86,7 +86,9 @@ def plan_model(recipe: Recipe) -> ModelPlan:
         SkipwiseError: the model cannot be extended as asked.
     """
     raw = read_config(recipe.model, recipe.load)
-    conversion = conversion_for(raw)
+    conversion = conversion_for(raw, recipe.load.text_only)
+    if is_local(recipe.model):
+        check_weights(Path(recipe.model).expanduser(), recipe.load)
     config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
     facts = facts_of(config, recipe.original_length)
     scaling = scaling_for(recipe, facts)
@@ -121,7 +123,11 @@ def ready_weights(plan: ModelPlan, folder: Path) -> ModelPlan:
         return plan
     if not folder.is_dir():
         convert_model(plan.recipe.model, plan.raw, plan.recipe.load, folder, plan.tokenizer)
-    return dataclasses.replace(plan, source=str(folder))
+    tied = read_config(str(folder), plan.recipe.load)["tie_word_embeddings"]
+    for config in (plan.config, plan.scaled):
+        config.tie_word_embeddings = tied
+    facts = dataclasses.replace(plan.facts, tied_embeddings=tied)
+    return dataclasses.replace(plan, source=str(folder), facts=facts)
 
 
 def load_scaled(

@@ -32,11 +32,12 @@ class ModelSettings:
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"
     ] = "auto"
     use_safetensors: bool = True  # false: .bin, read with weights_only
+    text_only: bool = False  # of a multimodal wrapper: extend its text model, leave the rest
     trust_remote_code: bool = False
 
     def of_own_folder(self) -> ModelSettings:
-        """The same for a folder that Skipwise wrote: safetensors, and no revision."""
-        return dataclasses.replace(self, use_safetensors=True, revision=None)
+        """The same for a folder that Skipwise wrote: safetensors, no revision, one model."""
+        return dataclasses.replace(self, use_safetensors=True, revision=None, text_only=False)
 
 
 @dataclass(frozen=True, kw_only=True)

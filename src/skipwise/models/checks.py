@@ -166,14 +166,16 @@ def _check_skips(
 
     Rotary positions are relative: moving all of them changes nothing but rounding, and taking the
     skips out must change more than that. It does not where a model ignores `position_ids`, or where
-    its full-attention layers have no positions (Cohere 2, EXAONE 4). In float32 where the attention
-    implementation has it, for there rounding is smallest.
+    its full-attention layers have no positions (Cohere 2, EXAONE 4). In float32 where the weights
+    and the attention implementation are, for there rounding is smallest.
     """
-    flash = (model.config._attn_implementation or "").startswith("flash")
+    mixed = (model.config._attn_implementation or "").startswith("flash") or any(
+        parameter.dtype != torch.float32 for parameter in model.parameters()
+    )
 
     def logits(positions: torch.Tensor) -> torch.Tensor:
         devices = [positions.device] if positions.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), autocast() if flash else nullcontext():
+        with torch.random.fork_rng(devices=devices), autocast() if mixed else nullcontext():
             torch.manual_seed(0)  # the same dropout each time
             out = model(**{**inputs, "position_ids": positions}, use_cache=False).logits
         return out[0, cut:].float()

@@ -69,7 +69,7 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
         SkipwiseError: the model cannot be extended as asked.
     """
     raw = read_config(recipe.model, recipe.load)
-    conversion = conversion_for(raw)
+    conversion = conversion_for(raw, recipe.load.text_only)
     facts = read_facts(
         complete(conversion.config(raw) if conversion else raw), recipe.original_length
     )
@@ -100,7 +100,12 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
                 name="training",
                 passed=True,
                 detail=f"{recipe.method}, {sampler.train_length:,} tokens an example, positions up "
-                f"to {recipe.target_length - 1:,}",
+                f"to {recipe.target_length - 1:,}"
+                + (
+                    "; train_length=8k trains with fewer"
+                    if sampler.train_length > 32768 and recipe.method != "full"
+                    else ""
+                ),
             )
         )
     keys = ", ".join(f"{key}={value}" for key, value in changes.items() if key != "rope_parameters")

@@ -16,6 +16,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.families import ModelFacts, read_facts
 from skipwise.recipe import ModelSettings
 
+SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # a whole config.json has these
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
@@ -112,7 +113,7 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     known = defaults().get(family, {})
     if raw.get("auto_map") and not known:
         raise SkipwiseError(_own_code(f"this {family} model"))
-    config = {**known, **raw}
+    config = {k: v for k, v in known.items() if k not in SHAPE} | raw
     parameters = raw.get("rope_scaling") or raw.get("rope_parameters")  # the older key wins
     default = known.get("rope_parameters")
     if default is None and parameters is None and "rope_theta" not in raw:

@@ -4,7 +4,8 @@ GPT-J has no RoPE settings in its config, but is a Phi with other names: one Lay
 parallel attention and MLP, partial rotary embeddings, a head with bias. Only the rotary rows of q
 and k are laid out otherwise. Baichuan-7B and Baichuan2-7B are a Llama whose q, k and v are one
 matrix; Baichuan2 normalises the rows of its head in every pass, which is done once here. So what is
-trained and handed over is a stock Phi or Llama, and no code of the source is run.
+trained and handed over is a stock Phi or Llama, and no code of the source is run. On request the
+text model of a multimodal wrapper is taken out the same way: its tensors, under its own names.
 
 Weights go through a tensor at a time and are written in shards, so that memory holds a shard of
 `_SHARD_BYTES` and not the model.
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.models.configs import first_line
+from skipwise.models.configs import SHAPE, defaults, first_line
 from skipwise.recipe import ModelSettings
 
 if TYPE_CHECKING:
@@ -59,12 +60,18 @@ class Conversion:
     frozen: tuple[str, ...] = ()  # parameters that should not be trained
 
 
-def conversion_for(config: dict[str, Any]) -> Conversion | None:
+def conversion_for(config: dict[str, Any], text_only: bool = False) -> Conversion | None:
     """The conversion that a config.json needs; None for most.
 
+    Args:
+        text_only: take the text model out of a multimodal wrapper.
+
     Raises:
-        SkipwiseError: Baichuan-13B, which has no RoPE.
+        SkipwiseError: Baichuan-13B, which has no RoPE; a text model that transformers has no class
+            for; nothing to take out.
     """
+    if text_only:
+        return _text_model(config)
     match config.get("model_type"):
         case "gptj":
             return Conversion(
@@ -102,7 +109,7 @@ def convert_model(
     Raises:
         SkipwiseError: no weights of the wanted kind, a tensor that is not the family's, full disk.
     """
-    conversion = conversion_for(config)
+    conversion = conversion_for(config, settings.text_only)
     assert conversion is not None
     source = _fetch(model, settings)
     files = _weight_files(source, settings)
@@ -111,9 +118,11 @@ def convert_model(
     part.mkdir(parents=True)
     print(f"converting {conversion.source} to {conversion.target}: {out}", file=sys.stderr)
     try:
-        _write_shards(files, conversion, config, part)
-        target = json.dumps(conversion.config(config), indent=2)
-        (part / "config.json").write_text(target + "\n", encoding="utf-8")
+        names = _write_shards(files, conversion, config, part)
+        # a head that is not there is tied, whatever the config says (wrappers differ in that)
+        target = {**conversion.config(config), "tie_word_embeddings": "lm_head.weight" not in names}
+        text = json.dumps(target, indent=2) + "\n"
+        (part / "config.json").write_text(text, encoding="utf-8")
         for name in ("generation_config.json", "tokenizer.model"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, part / name)
@@ -310,6 +319,54 @@ def _llama_tensors(
         yield name, tensor
 
 
+def _text_model(config: dict[str, Any]) -> Conversion:
+    wrapper, text = config.get("model_type", "this model"), config.get("text_config") or {}
+    if not text:
+        raise SkipwiseError(f"load.text_only: {wrapper} wraps no text model\nleave it out")
+    if text.get("model_type") not in defaults():
+        raise SkipwiseError(
+            f"load.text_only: {wrapper} wraps {text.get('model_type')}, which transformers cannot "
+            "load as a causal language model\nchoose another model"
+        )
+    return Conversion(
+        source=wrapper, target=text["model_type"], config=_text_config, tensors=_text_tensors
+    )
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The text model's own config, with what it leaves to its class or to the wrapper."""
+    text = dict(config["text_config"])
+    known = defaults()[text["model_type"]]
+    text = {key: known[key] for key in SHAPE if key in known} | text
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if key not in text and key in config:
+            text[key] = config[key]
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype and not (text.get("dtype") or text.get("torch_dtype")):
+        text["dtype"] = dtype
+    return {**text, "use_cache": True}
+
+
+_TEXT_NAME = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?P<inner>.+)")
+
+
+def _text_tensors(
+    name: str, tensor: Tensor, config: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of the text model under its own name; those of other parts are left out.
+
+    transformers 4 and 5 and the families place it differently: `language_model.model.X`,
+    `model.language_model.X`, and the head inside or beside it. What is missed is missing when the
+    model is loaded, which is an error.
+    """
+    found = _TEXT_NAME.fullmatch(name)
+    inner = found["inner"] if found else name
+    if inner.startswith("lm_head."):
+        yield inner, tensor
+    elif found:
+        yield f"model.{inner}", tensor
+
+
 def _has_norm_head(config: dict[str, Any]) -> bool:
     """Baichuan2: its configs have a z-loss, and its vocabulary is twice as large."""
     return "z_loss_weight" in config or config.get("vocab_size") == 125696
@@ -386,8 +443,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _write_shards(
     files: list[Path], conversion: Conversion, config: dict[str, Any], out: Path
-) -> None:
-    """The converted tensors as safetensors, at most `_SHARD_BYTES` in memory at once."""
+) -> set[str]:
+    """Write the converted tensors, at most `_SHARD_BYTES` in memory at once; return their names."""
     from safetensors.torch import save_file
     from tqdm import tqdm
 
@@ -423,3 +480,4 @@ def _write_shards(
         places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return {name for keys in shards for name in keys}

@@ -132,10 +132,7 @@ def check_extendable(config: Mapping[str, Any]) -> None:
     if config.get("text_config") is not None:
         raise SkipwiseError(
             f"{family} wraps a language model with other parts, and only the language model has a "
-            'window to extend\nsave it alone and give that: python -c "import transformers as t; '
-            "c = t.AutoConfig.from_pretrained('MODEL'); t.AutoModelForCausalLM.from_pretrained("
-            "'MODEL', config=c.text_config).save_pretrained('TEXT'); "
-            "t.AutoTokenizer.from_pretrained('MODEL').save_pretrained('TEXT')\""
+            "window to extend\ntype load.text_only=true to extend that, without the other parts"
         )
     if config.get("quantization_config") is not None:
         raise SkipwiseError(

@@ -48,7 +48,7 @@ def load_model(
 
     folder = Path(model).expanduser()
     if folder.is_dir():
-        _check_weights(folder, settings)
+        check_weights(folder, settings)
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else model,
@@ -75,7 +75,8 @@ def load_model(
     return loaded
 
 
-def _check_weights(folder: Path, settings: ModelSettings) -> None:
+def check_weights(folder: Path, settings: ModelSettings) -> None:
+    """Refuse a folder without weights of the wanted kind."""
     wanted = "*.safetensors" if settings.use_safetensors else "*.bin"
     if any(folder.glob(wanted)):
         return
