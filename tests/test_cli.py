@@ -95,7 +95,7 @@ def test_eval_measures_any_folder(tiny, text_folder, capsys):
             str(text_folder),
             "--json",
             "eval.passkey_trials=2",
-            "eval.perplexity_documents=4",
+            "eval.perplexity_windows=4",
         ]
     )
     rows = json.loads(capsys.readouterr().out)

@@ -28,7 +28,7 @@ from skipwise.prepare import plan_model, ready_weights, stand_in_data
 from skipwise.quickstart import MODEL
 from skipwise.recipe import dump_recipe, parse_recipe
 from skipwise.run import RunFolder, write_text
-from skipwise.train import set_up, train
+from skipwise.train import finished_checkpoint, set_up, train
 
 L, T = 64, 256
 SHAPE = {
@@ -347,7 +347,9 @@ def extend_and_reload(plan, run):
         n for n, p in training.trainer.model.named_parameters() if not torch.equal(p, before[n])
     ]
     assert changed, "nothing was trained"
-    (reload,) = export.export_model(plan, run)
+    (reload,) = export.export_model(
+        plan, run, finished_checkpoint(run, plan.recipe.training.num_steps)
+    )
     assert reload.passed, str(reload)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from skipwise.evaluate.passkey import passkey_retrieval
+from skipwise.evaluate.passkey import passkey_trials
+from skipwise.evaluate.trials import answers_right
 from skipwise.quickstart import MODEL, corpus, make_recipe
 
 
@@ -25,10 +26,10 @@ def test_the_bundled_model_is_small_and_safetensors():
 def test_the_base_finds_the_passkey_in_its_window_and_not_beyond(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     assert model.config.max_position_embeddings == 256
-    rows = passkey_retrieval(
-        model, tokenizer, [256, 512], num_trials=20, num_depths=5, progress=False
-    )
-    found = {n: np.mean([r["value"] for r in rows if r["context_length"] == n]) for n in (256, 512)}
+    found = {}
+    for length in (256, 512):
+        trials = passkey_trials(tokenizer, length, num_trials=20, num_depths=5)
+        found[length] = np.mean(answers_right(model, trials, 16384))
     assert found[256] >= 0.95 and found[512] <= 0.05
 
 

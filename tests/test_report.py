@@ -11,7 +11,7 @@ import pytest
 
 from skipwise.errors import SkipwiseError
 from skipwise.report import format_table, headline, plot_positions, write_report
-from skipwise.report.tables import find, pooled
+from skipwise.report.rows import find, pooled
 
 RUN = {
     "name": "demo",

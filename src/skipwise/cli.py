@@ -33,7 +33,7 @@ examples:
   skipwise extend ./my-model --to 32k --data ./books   your model to 32k tokens, with proof
   skipwise check ./my-model --to 32k                   can it be extended? what would go wrong?
   skipwise positions --length 8k --to 32k              what training sees, and how much it covers
-  skipwise eval ./my-model --lengths 8k,32k --data ./books
+  skipwise eval ./my-model --lengths 4k..32k --data ./books     how well does it read, and how far?
 
 A THING is a model's folder or hub name, a recipe (.yaml) or a run folder.
 Any recipe key can be set behind it: training.num_steps=200 rope.type=linear
@@ -145,18 +145,40 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb(
         "eval",
         _eval,
-        "perplexity and passkey of any model, or of a run's model",
-        "skipwise eval ./my-model --lengths 4k,8k,16k --data ./books",
-        "a key of `eval:` or `load:`, as eval.passkey_trials=100",
+        "measure any model, or a run's, at every context length",
+        "skipwise eval ./my-model --lengths 4k..32k --data ./books --baseline ./base",
+        "a key of `eval:` or `load:`, as eval.passkey_trials=100 load.device_map=auto",
     )
     sub.add_argument("thing", metavar="MODEL|RUN", help="model folder, hub name or run folder")
-    sub.add_argument("--lengths", metavar="L,L,...", help="context lengths; of a run: its own")
-    sub.add_argument("--data", nargs="+", metavar="PATH", help="text for perplexity")
-    sub.add_argument("--out", metavar="FILE", help="write the rows as JSON")
+    sub.add_argument("--lengths", metavar="L,L,...", help="4k..32k or 4k,20k; of a run: its own")
+    sub.add_argument(
+        "--tasks",
+        metavar="T,T,...",
+        help="perplexity, passkey, needle, ruler or one of its tasks; pose-table or any task of "
+        "lm-evaluation-harness (perplexity,passkey,needle,ruler)",
+    )
+    sub.add_argument("--data", nargs="+", metavar="PATH", help="text for perplexity and haystacks")
+    sub.add_argument(
+        "--baseline",
+        nargs="?",
+        const="base",
+        metavar="MODEL",
+        help="measure this one before it; of a run: its own base",
+    )
+    sub.add_argument("--limit", type=int, metavar="N", help="documents of each lm-eval task (all)")
+    sub.add_argument(
+        "--out", metavar="FOLDER", help="evaluation folder of a model (runs/eval-NAME)"
+    )
     sub.add_argument("--json", action="store_true", help="print the rows as JSON")
 
-    sub = verb("report", _report, "write a run's page again", "skipwise report runs/quickstart")
-    sub.add_argument("thing", metavar="RUN", help="run folder")
+    sub = verb(
+        "report",
+        _report,
+        "write a run's page again, or one page of several side by side",
+        "skipwise report runs/a runs/b --out comparison.html",
+    )
+    sub.add_argument("things", nargs="+", metavar="RUN", help="run or evaluation folders")
+    sub.add_argument("--out", metavar="FILE", help="page of several (comparison.html)")
 
     sub = verb(
         "export", _export, "write a run's model folder again", "skipwise export runs/quickstart"
@@ -311,28 +333,46 @@ def _train(given: argparse.Namespace) -> int:
 
 
 def _eval(given: argparse.Namespace) -> int:
+    from skipwise.recipe import parse_lengths
+
+    lengths = parse_lengths(given.lengths) if given.lengths else []
+    tasks = [t.strip() for t in given.tasks.split(",")] if given.tasks else []
+    limit = [f"eval.limit={given.limit}"] if given.limit is not None else []
     _quiet()
     from skipwise.evaluate.anything import evaluate_anything
-    from skipwise.recipe import parse_length
-    from skipwise.report import format_table
-    from skipwise.run import write_json
+    from skipwise.report import format_table, write_report
 
-    lengths = [parse_length(n) for n in given.lengths.split(",")] if given.lengths else []
-    rows = evaluate_anything(given.thing, lengths, given.data or [], given.overrides)
-    if given.out:
-        write_json(Path(given.out), rows)
+    rows, run = evaluate_anything(
+        given.thing,
+        lengths=lengths,
+        tasks=tasks,
+        data=given.data or [],
+        baseline=given.baseline,
+        overrides=limit + given.overrides,
+        out=given.out,
+        command=_command(),
+    )
+    page = write_report(run.path)
     print(json.dumps(rows, indent=1) if given.json else format_table(rows))
-    if given.out:
-        print(f"wrote {given.out}", file=sys.stderr)
+    where = sys.stderr if given.json else sys.stdout
+    print(f"\nresults {run.path / 'results.json'}\nreport  {page}", file=where)
     return 0
 
 
 def _report(given: argparse.Namespace) -> int:
-    from skipwise.report import format_table, write_report
+    from skipwise.report import compare_runs, format_table, write_report
     from skipwise.run import RunFolder
 
-    run = RunFolder(given.thing)
-    run.recipe()
+    if len(given.things) > 1:
+        page = Path(given.out or "comparison.html")
+        table = compare_runs([Path(thing) for thing in given.things], page)
+        print(f"{table}\n\nreport  {page}")
+        return 0
+    if given.out:
+        raise SkipwiseError("--out is for several runs: a run's page is in its report folder")
+    run = RunFolder(given.things[0])
+    if run.facts().get("kind") != "evaluation":
+        run.recipe()
     page = write_report(run.path)
     print(format_table(run.results()))
     print(f"\nreport  {page}")

@@ -25,7 +25,6 @@ from skipwise.models.load import load_model
 from skipwise.prepare import ModelPlan
 from skipwise.rope import both_spellings
 from skipwise.run import RunFolder, write_json, write_text
-from skipwise.train import finished_checkpoint
 
 _TOLERANCE = 1e-4
 _PROBE = 64  # tokens of the reload check: half at the start of the window, half at its end
@@ -43,14 +42,21 @@ numpy.save(out, logits[0].numpy())
 """
 
 
-def export_model(plan: ModelPlan, run: RunFolder) -> list[Check]:
-    """Write `model/` from the trained checkpoint and check it in a fresh process.
+def export_model(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> list[Check]:
+    """Write `model/` from a trained checkpoint and check it in a fresh process.
+
+    Args:
+        checkpoint: with the trained weights; None: training has not reached its end.
 
     Raises:
         SkipwiseError: training has not reached its end, or the disk is full.
     """
     recipe = plan.recipe
-    model = trained_model(plan, run)
+    if checkpoint is None and recipe.method != "none":
+        raise SkipwiseError(
+            f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
+        )
+    model = trained_model(plan, checkpoint)
     dtype = getattr(plan.config, "dtype", None) or torch.float32
     for parameter in model.parameters():  # parameters only: a cast of inv_freq ruins positions
         parameter.data = parameter.data.to(dtype).float()
@@ -75,22 +81,19 @@ def export_model(plan: ModelPlan, run: RunFolder) -> list[Check]:
     return [_check_reload(run, probe, want)]
 
 
-def trained_model(plan: ModelPlan, run: RunFolder) -> Any:
-    """The trained model in float32, LoRA merged; untrained but rescaled for `method: none`."""
+def trained_model(
+    plan: ModelPlan, checkpoint: Path | None, dtype: torch.dtype = torch.float32
+) -> Any:
+    """The model with a checkpoint's weights, LoRA merged; None: untrained but rescaled."""
     recipe = plan.recipe
-    if recipe.method == "none":
-        return load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32).eval()
-    checkpoint = finished_checkpoint(run, recipe.training.num_steps)
     if checkpoint is None:
-        raise SkipwiseError(
-            f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
-        )
+        return load_model(plan.source, plan.scaled, plan.load, dtype=dtype).eval()
     if recipe.lora is None:
         settings = recipe.load.of_own_folder()
-        return load_model(str(checkpoint), plan.scaled, settings, dtype=torch.float32).eval()
+        return load_model(str(checkpoint), plan.scaled, settings, dtype=dtype).eval()
     from peft import PeftModel
 
-    base = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
+    base = load_model(plan.source, plan.scaled, plan.load, dtype=dtype)
     return PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload().eval()
 
 

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from skipwise.evaluate.suite import evaluate_model
+from skipwise.evaluate.anything import evaluation_documents, subject
+from skipwise.evaluate.suite import Texts, evaluate_model
 from skipwise.export import export_model, write_card
 from skipwise.models.checks import check_model
 from skipwise.models.config_checks import Check, check_config, require
-from skipwise.models.load import best_device, compute_dtype, load_model
+from skipwise.models.load import compute_dtype, load_model
 from skipwise.picture import describe_positions
 from skipwise.prepare import (
     ModelPlan,
     TrainingData,
     check_data,
     data_facts,
-    evaluation_documents,
     find_sources,
     load_training_data,
     plan_model,
@@ -38,6 +38,7 @@ from skipwise.prepare import (
 from skipwise.recipe import Recipe, context_lengths, dump_recipe
 from skipwise.report import format_table, write_report
 from skipwise.run import RunFolder, open_run, write_text
+from skipwise.select import check_selection, chosen_checkpoint
 from skipwise.train import finished_checkpoint, set_up, train
 
 STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "report")
@@ -92,8 +93,10 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
     data = None
     if recipe.method != "none":
         data = load_training_data(plan, run)
+        documents = evaluation_documents(recipe, plan.tokenizer, run)
+        check_selection(recipe, documents)
         facts["train_length"] = data.sampler.train_length
-        facts["data"] = data_facts(plan, data, len(evaluation_documents(plan, run)))
+        facts["data"] = data_facts(plan, data, len(documents))
         facts["positions"] = describe_positions(data.sampler, recipe.seed)
     if torch.cuda.is_available():
         gpu = {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
@@ -142,7 +145,7 @@ def _preflight(
         model = load_model(plan.source, plan.scaled, plan.load, dtype=compute_dtype(recipe.load))
         checks += check_model(model, plan.scaled, plan.facts, plan.scaling, T)
     elif recipe.data.sources:
-        checks = check_data(plan, data, evaluation_documents(plan, run))
+        checks = check_data(plan, data, evaluation_documents(plan.recipe, plan.tokenizer, run))
     else:
         checks = check_config(plan.facts, plan.scaling, T)
     if not all(check.passed for check in checks):
@@ -160,26 +163,21 @@ def _preflight(
 
 def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
     """Measure the base model (`before`) or the exported one (`after`) into results.json."""
-    rows = run.results()
-    if any(row["model"] == label for row in rows):
-        return
     recipe = plan.recipe
-    dtype = compute_dtype(recipe.load)
-    if label == "before":
-        model = load_model(plan.source, plan.config, plan.load, dtype=dtype)
-    else:
-        model = load_model(str(run.model), None, recipe.load.of_own_folder(), dtype=dtype)
-    model.to(best_device())
-    found = evaluate_model(
-        model,
-        plan.tokenizer,
-        evaluation_documents(plan, run),
-        context_lengths(recipe, plan.facts.original_length),
-        recipe.eval,
-        label=label,
+    model, settings = (
+        (plan.source, plan.load)
+        if label == "before"
+        else (str(run.model), recipe.load.of_own_folder())
     )
-    run.write_results(rows + found)
-    del model
+    lengths = list(context_lengths(recipe, plan.facts.original_length))
+    evaluate_model(
+        subject(label, model, settings, lengths, plan.tokenizer),
+        Texts(documents=evaluation_documents(recipe, plan.tokenizer, run)),
+        lengths,
+        recipe.eval,
+        done=run.results(),
+        save=run.write_results,
+    )
     _free()
 
 
@@ -202,7 +200,7 @@ def export_run(plan: ModelPlan, run: RunFolder) -> None:
     """
     if run.facts().get("exported") and run.model.is_dir():
         return
-    checks = export_model(plan, run)
+    checks = export_model(plan, run, chosen_checkpoint(plan, run))
     _record(run, checks)
     require(checks)
     run.update(exported=True)

@@ -215,25 +215,6 @@ def load_training_data(
     )
 
 
-def evaluation_documents(plan: ModelPlan, run: RunFolder | None) -> list[np.ndarray]:
-    """Token ids of the documents for perplexity: named by the recipe, or those held out.
-
-    Where nothing is trained (`method: none`) there is nothing to keep apart from: all sources.
-    """
-    settings = plan.recipe.data
-    sources = settings.eval_sources or (settings.sources if plan.recipe.method == "none" else ())
-    if sources:
-        stores = [
-            tokenize_source(s, plan.tokenizer, on_bad_record=settings.on_bad_record, progress=False)
-            for s in parse_sources(sources, settings.text_field)
-        ]
-        return [store.document(i) for store in stores for i in range(store.num_documents)]
-    if run is None or not run.eval_documents.exists():
-        return []
-    lines = run.eval_documents.read_text(encoding="utf-8").splitlines()
-    return [np.array(json.loads(line)["tokens"], np.int64) for line in lines]
-
-
 def stand_in_data(plan: ModelPlan) -> TrainingData:
     """Examples from random token ids, to check a model where no text is given."""
     recipe = plan.recipe

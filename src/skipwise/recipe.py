@@ -34,6 +34,7 @@ class ModelSettings:
     use_safetensors: bool = True  # false: .bin, read with weights_only
     text_only: bool = False  # of a multimodal wrapper: extend its text model, leave the rest
     trust_remote_code: bool = False
+    device_map: str | None = None  # of an evaluation: auto spreads the layers over the GPUs
 
     def of_own_folder(self) -> ModelSettings:
         """The same for a folder that Skipwise wrote: safetensors, no revision, one model."""
@@ -104,11 +105,21 @@ class TrainingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
+    # perplexity, passkey, needle, ruler or one of its tasks, pose-table, a task of lm-eval
+    tasks: tuple[str, ...] = ("perplexity", "passkey", "needle", "ruler")
     context_lengths: tuple[int, ...] = ()  # none given: original length and its doublings to T
-    perplexity_documents: int = 32  # windows of T tokens; 0: no perplexity
-    passkey_trials: int = 50  # a length, spread over the depths; 0: no passkey
-    passkey_depths: int = 10
+    perplexity_windows: int = 32  # of T tokens
+    perplexity_stride: int | None = None  # none given: half the shortest length, at most 512
+    passkey_trials: int = 50  # a length, spread over the depths
+    needle_trials: int = 100  # a length, spread over the depths
+    needles_per_haystack: int = 10  # asked one after the other; 1: the passkey's, in real text
+    num_depths: int = 10
+    ruler_samples: int = 20  # a task and length
+    limit: int | None = None  # documents of a task of lm-eval; none given: all
+    task_folder: str | None = None  # of tasks for lm-eval beside its own
     batch_tokens: int = 16384  # tokens a forward pass of the evaluation holds at once
+    seed: int = 0
+    select: Literal["last", "needles", "passkey", "perplexity"] = "last"  # checkpoint to export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +234,21 @@ def parse_length(value: str | int) -> int:
     except (ValueError, OverflowError):
         pass
     raise SkipwiseError(f"{value!r} is not a length in tokens: type 32768 or 32k")
+
+
+def parse_lengths(text: str) -> list[int]:
+    """`4k,8k,20k` as it says; `4k..32k` with every doubling between, and the end."""
+    lengths: list[int] = []
+    for part in text.split(","):
+        first, dots, last = part.partition("..")
+        length, end = parse_length(first), parse_length(last if dots else first)
+        if end < length:
+            raise SkipwiseError(f"{part!r}: the second length is below the first")
+        while length < end:
+            lengths.append(length)
+            length *= 2
+        lengths.append(end)
+    return sorted(set(lengths))
 
 
 def format_length(tokens: int) -> str:

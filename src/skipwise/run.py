@@ -4,6 +4,7 @@ recipe.yaml     what was asked, defaults written out
 run.json        what is known of the run: model, data, checks, stages, versions
 metrics.jsonl   a line a training step
 checkpoints/    of the Trainer
+candidates/     weights of checkpoints to choose from, where the recipe chooses
 converted/      the base model, where its family had to be converted
 results.json    tidy rows of the evaluation
 report/         the page        model/   what is handed over
@@ -46,6 +47,10 @@ class RunFolder:
     @property
     def converted(self) -> Path:
         return self.path / "converted"
+
+    @property
+    def candidates(self) -> Path:
+        return self.path / "candidates"
 
     @property
     def eval_documents(self) -> Path:

@@ -338,11 +338,29 @@ class _Run(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if self.recipe.eval.select != "last":
+                keep_candidate(folder, self.run.candidates / f"step-{state.global_step}")
             write_text(folder / _WHOLE, f"{state.global_step}\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def keep_candidate(checkpoint: Path, folder: Path) -> None:
+    """Link a checkpoint's weights and configs into a folder that outlives it."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+        if weights or file.name in ("config.json", "adapter_config.json"):
+            try:
+                os.link(file, part / file.name)
+            except OSError:  # a file system without links
+                shutil.copyfile(file, part / file.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
 
 
 class _Stop(TrainerCallback):

@@ -1,33 +1,52 @@
-"""Evaluate any model: a folder, a hub name, or the model of a run folder."""
+"""Evaluate any model: a folder, a hub name, or the model of a run folder, with a baseline beside.
+
+A run's results go into the run; those of a model into an evaluation folder of their own, which
+`skipwise report` reads as well. Both are added to, never measured twice.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from skipwise.documents import parse_sources
 from skipwise.errors import SkipwiseError
-from skipwise.evaluate.suite import evaluate_model
+from skipwise.evaluate.suite import Rows, Subject, Texts, evaluate_model, files_identity
 from skipwise.models.configs import load_config
-from skipwise.models.load import best_device, compute_dtype, load_model, load_tokenizer
-from skipwise.recipe import context_lengths, parse_recipe
-from skipwise.run import RunFolder
+from skipwise.models.families import check_reach
+from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
+from skipwise.recipe import ModelSettings, Recipe, context_lengths, parse_recipe
+from skipwise.run import RunFolder, machine, versions
 from skipwise.tokens import tokenize_source
 
 
 def evaluate_anything(
-    thing: str, lengths: list[int], data: list[str], overrides: list[str]
-) -> list[dict[str, Any]]:
-    """Tidy rows of a model, with its own config.
+    thing: str,
+    *,
+    lengths: list[int],
+    tasks: list[str],
+    data: list[str],
+    overrides: list[str],
+    baseline: str | None = None,
+    out: str | Path | None = None,
+    command: str = "skipwise eval",
+) -> tuple[Rows, RunFolder]:
+    """Tidy rows of a model, and of a baseline, and the folder that holds them.
 
     Args:
         thing: model folder, hub name, or run folder (its exported model, lengths and text).
         lengths: context lengths; none given: the run's own.
-        data: text for perplexity; none given: the run's own, or no perplexity.
+        tasks: as `eval.tasks`; none given: the run's own, or all of Skipwise's.
+        data: text for perplexity and haystacks; none given: the run's own, or none.
+        baseline: a model to measure beside it, first; `base`: the run's own base model.
+        out: the evaluation folder of a model; None: runs/eval-NAME. A run is its own.
 
     Raises:
-        SkipwiseError: a run without a model, a model without lengths.
+        SkipwiseError: a run without a model, a model without lengths, a task that is not known.
     """
     run = RunFolder(thing)
     is_run = run.recipe_file.exists()
@@ -35,27 +54,127 @@ def evaluate_anything(
         recipe = run.recipe()
         if not run.model.is_dir():
             raise SkipwiseError(f"{run.path} has no model yet: type skipwise export {run.path}")
-        original = run.facts().get("original_length", recipe.target_length)
-        lengths = lengths or list(context_lengths(recipe, original))
-        tree: dict[str, Any] = {
-            "model": str(run.model),
-            "load": dataclasses.asdict(recipe.load),
-            "eval": dataclasses.asdict(recipe.eval),
-        }
+        if out is not None:
+            raise SkipwiseError(f"--out: the results of a run go into it, {run.path}")
+        tree = dataclasses.asdict(recipe)
     else:
-        tree = {"model": thing}
-    if not lengths:
-        raise SkipwiseError("at which context lengths? type --lengths 4k,8k,16k")
-    tree["target_length"] = max(lengths)
-    asked = parse_recipe(tree, overrides)
-    config = load_config(asked.model, asked.load)
-    tokenizer = load_tokenizer(asked.model, asked.load)
-    sources = parse_sources(data or (run.recipe().data.eval_sources if is_run else []))
-    if is_run and not sources and run.eval_documents.exists():
-        sources = parse_sources([str(run.eval_documents)])
-    stores = [tokenize_source(source, tokenizer) for source in sources]
-    documents = [store.document(i) for store in stores for i in range(store.num_documents)]
-    model = load_model(asked.model, config, asked.load, dtype=compute_dtype(asked.load))
-    model.to(best_device())
-    label = "after" if is_run else Path(thing).name
-    return evaluate_model(model, tokenizer, documents, lengths, asked.eval, label=label)
+        name = Path(thing).expanduser().resolve().name if Path(thing).exists() else thing
+        tree = {"model": thing, "target_length": 1}
+        run = RunFolder(out or Path("runs") / f"eval-{name.replace('/', '-')}")
+    if tasks:
+        tree["eval"] = {**tree.get("eval", {}), "tasks": tasks}
+    recipe = parse_recipe(tree, overrides)
+    lengths = lengths or _own_lengths(recipe, run if is_run else None)
+    if not lengths and set(recipe.eval.tasks) & {"perplexity", "passkey", "needle", "ruler"}:
+        raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
+    labels = _labels(recipe, run, is_run, baseline)
+    subjects = []
+    for label, model in labels.items():  # mistakes show before a folder is made
+        ours = is_run and model in (str(run.model), str(run.converted))
+        settings = recipe.load.of_own_folder() if ours else recipe.load
+        subjects.append(subject(label, model, settings, lengths))
+    if not is_run:
+        _open(run, labels, baseline, command)
+    rows: Rows = []
+    for one in subjects:
+        documents = evaluation_documents(recipe, one.tokenizer, run if is_run else None, data)
+        rows += evaluate_model(
+            one,
+            Texts(documents=documents),
+            lengths,
+            recipe.eval,
+            done=run.results(),
+            save=run.write_results,
+        )
+    return rows, run
+
+
+def subject(
+    label: str, model: str, settings: ModelSettings, lengths: list[int], tokenizer: Any = None
+) -> Subject:
+    """A folder or hub name to be measured with its own config, and tokenizer if none is given.
+
+    Raises:
+        SkipwiseError: the config cannot be read, or has no positions for a length.
+    """
+    config = load_config(model, settings)
+    check_reach(config.to_dict(), max(lengths, default=0))
+    dtype = compute_dtype(settings)
+    return Subject(
+        label=label,
+        load=lambda: load_for_evaluation(model, config, settings, dtype=dtype),
+        tokenizer=tokenizer or load_tokenizer(model, settings),
+        identity=[files_identity(model), settings.revision, str(dtype)],
+    )
+
+
+def evaluation_documents(
+    recipe: Recipe, tokenizer: Any, run: RunFolder | None, data: list[str] | None = None
+) -> list[np.ndarray]:
+    """Token ids of the documents to measure with: given, named by the recipe, or held out.
+
+    Where nothing is trained (`method: none`) there is nothing to keep apart from: all sources.
+    """
+    settings = recipe.data
+    sources = data or settings.eval_sources
+    if not sources and recipe.method == "none":
+        sources = settings.sources
+    if sources:
+        stores = [
+            tokenize_source(s, tokenizer, on_bad_record=settings.on_bad_record, progress=False)
+            for s in parse_sources(sources, settings.text_field)
+        ]
+        return [store.document(i) for store in stores for i in range(store.num_documents)]
+    if run is None or not run.eval_documents.exists():
+        return []
+    lines = run.eval_documents.read_text(encoding="utf-8").splitlines()
+    return [np.array(json.loads(line)["tokens"], np.int64) for line in lines]
+
+
+def _own_lengths(recipe: Recipe, run: RunFolder | None) -> list[int]:
+    if run is None:
+        return list(recipe.eval.context_lengths)
+    original = run.facts().get("original_length", recipe.target_length)
+    return list(context_lengths(recipe, original))
+
+
+def _labels(recipe: Recipe, run: RunFolder, is_run: bool, baseline: str | None) -> dict[str, str]:
+    """The models to measure by label, the baseline first."""
+    if is_run:
+        base = str(run.converted) if run.converted.is_dir() else recipe.model
+        before = base if baseline == "base" else baseline
+        return {**({"before": before} if before else {}), "after": str(run.model)}
+    if baseline == "base":
+        raise SkipwiseError("which baseline? type --baseline MODEL (a run knows its own)")
+    name, other = (_name(model) if model else "" for model in (recipe.model, baseline))
+    if baseline and other == name:
+        name, other = recipe.model, baseline
+    return {**({other: baseline} if baseline else {}), name: recipe.model}
+
+
+def _name(model: str) -> str:
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
+
+
+def _open(run: RunFolder, labels: dict[str, str], baseline: str | None, command: str) -> None:
+    """Make the evaluation folder, or go on with it."""
+    facts = run.facts()
+    if not facts and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise SkipwiseError(f"{run.path} exists and holds something else: type another --out")
+    if facts and facts.get("kind") != "evaluation":
+        raise SkipwiseError(f"{run.path} is not an evaluation folder: type another --out")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SkipwiseError(f"{run.path} cannot be written: {error.strerror}") from error
+    models = {label: {"name": model} for label, model in labels.items()}
+    run.update(
+        name=run.path.name,
+        kind="evaluation",
+        models={**facts.get("models", {}), **models},
+        baseline=next(iter(labels)) if baseline else facts.get("baseline"),
+        command=command,
+        machine=machine(),
+        versions=versions(),
+    )

@@ -1,19 +1,125 @@
-"""Forward passes of an evaluation, in memory that does not grow with vocabulary x length.
+"""Forward passes of an evaluation: memory is the key-value cache and little else.
 
-Long contexts go through the model in pieces with a key-value cache, and only the positions that
-are asked for get logits. Positions are plain and a mask of ones is always sent.
+Long contexts go through the model in pieces, into a cache whose room is made once (a growing one
+holds a layer twice while it grows), and only the positions that are asked for get logits, a slice
+at a time: vocabulary x length never stands whole. Positions are plain and a mask of ones is always
+sent, but for padding.
 
 Shapes:  B = batch, S = tokens, K = positions asked for, V = vocabulary
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-PREFILL = 4096  # tokens of a row in one piece
+PREFILL = 4096  # tokens of a row in one piece, at most
+_LOGITS = 1 << 26  # numbers of logits held at once, at most
+_LEAST_PIECE = 64
+_LEAST_MASK = 16 << 20  # bytes
+
+
+class _Room(DynamicLayer):
+    """A layer's keys and values, written into room that was made for all of them."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.key_room = self.value_room = torch.empty(0)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        if not self.is_initialized or end > self.room:
+            self._make_room(key_states, value_states, max(end, self.room))
+        self.key_room[:, :, begin:end] = key_states
+        self.value_room[:, :, begin:end] = value_states
+        self.keep(end)
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def keep(self, tokens: int) -> None:
+        """Go back to the first tokens; what comes next is written over the rest."""
+        self.keys, self.values = self.key_room[:, :, :tokens], self.value_room[:, :, :tokens]
+
+    def fork(self, rows: int) -> _Room:
+        """The same tokens in each of some rows."""
+        made = _Room(self.room)
+        if self.is_initialized and self.keys is not None and self.values is not None:
+            keys, values = (
+                t.expand(rows, -1, -1, -1) if len(t) == 1 else t for t in (self.keys, self.values)
+            )
+            made._make_room(keys, values, self.room)
+            made.update(keys, values)
+        return made
+
+    def _make_room(self, key_states: torch.Tensor, value_states: torch.Tensor, room: int) -> None:
+        old = self.key_room, self.value_room, self.get_seq_length()
+        self.dtype, self.device, self.room = key_states.dtype, key_states.device, room
+        for name, states in (("key_room", key_states), ("value_room", value_states)):
+            rows, heads, _, width = states.shape
+            setattr(self, name, states.new_empty(rows, heads, room, width))
+        self.is_initialized = True
+        if old[2]:
+            self.key_room[:, :, : old[2]] = old[0][:, :, : old[2]]
+            self.value_room[:, :, : old[2]] = old[1][:, :, : old[2]]
+        self.keep(old[2])
+
+
+def new_cache(model: Any, room: int) -> Any:
+    """An empty cache with room for some tokens; layers with a window or a state keep their own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Room(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def holds_all(cache: Any) -> bool:
+    """Whether every layer holds every key: then padding can be masked, and tokens taken back."""
+    return all(isinstance(layer, _Room) for layer in cache.layers)
+
+
+def fork(cache: Any, rows: int) -> Any:
+    """A cache to go on with in each of some rows; with one row it is the same cache.
+
+    After one row, `rewind` gives the cache back as it was. Layers with a window or a state are
+    copied: they cannot be taken back.
+    """
+    if rows == 1 and holds_all(cache):
+        return cache
+    made = copy.copy(cache)
+    made.layers = []
+    for layer in cache.layers:
+        if isinstance(layer, _Room):
+            made.layers.append(layer.fork(rows))
+        else:
+            made.layers.append(copy.deepcopy(layer))
+            if rows > 1:
+                made.layers[-1].batch_repeat_interleave(rows)
+    return made
+
+
+def rewind(cache: Any, tokens: int) -> None:
+    """Take back what followed the first tokens, where the layers can."""
+    for layer in cache.layers:
+        if isinstance(layer, _Room) and layer.is_initialized:
+            layer.keep(tokens)
+
+
+def prefill(model: Any, input_ids: torch.Tensor, past: Any) -> None:
+    """Put tokens (B, S) into the cache."""
+    start, total = 0, past.get_seq_length() + input_ids.shape[1]
+    while start < input_ids.shape[1]:
+        piece = input_ids[:, start : start + piece_size(model, total, len(input_ids))]
+        _forward(model, piece, past, torch.tensor([piece.shape[1] - 1]))
+        start += piece.shape[1]
 
 
 def logits_at(
@@ -29,34 +135,76 @@ def logits_at(
     Returns:
         (B, K, V) in the model's dtype.
     """
-    first = int(positions[0])
-    start = 0
-    if past is None and input_ids.shape[1] > PREFILL:
-        past = new_cache(model)
-    if past is not None:
-        while input_ids.shape[1] - start > PREFILL and start < first:
-            step = min(PREFILL, first - start)
-            prefill(model, input_ids[:, start : start + step], past)
-            start += step
-    return _forward(model, input_ids[:, start:], past, positions - start)
+    return torch.cat(list(logits_in_slices(model, input_ids, positions, past=past)), 1)
 
 
-def prefill(model: Any, input_ids: torch.Tensor, past: Any) -> None:
-    """Put tokens (B, S) into the cache."""
-    for start in range(0, input_ids.shape[1], PREFILL):
-        piece = input_ids[:, start : start + PREFILL]
-        _forward(model, piece, past, torch.tensor([piece.shape[1] - 1]))
+def logits_in_slices(
+    model: Any, input_ids: torch.Tensor, positions: torch.Tensor, *, past: Any = None
+) -> Iterator[torch.Tensor]:
+    """The logits of `logits_at` a slice (B, k, V) of the positions at a time."""
+    rows = len(input_ids)
+    before = past.get_seq_length() if past is not None else 0
+    end, start = int(positions[-1]) + 1, 0
+    piece = piece_size(model, before + end, rows)
+    if before == 0 and end <= PREFILL and not _is_eager(model.config):
+        piece = end  # with nothing before it no mask is made: it is causal and nothing else
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    most = max(1, _LOGITS // (rows * vocabulary))
+    whole = end <= piece and len(positions) <= most
+    if past is None and not whole:
+        past = new_cache(model, end)
+    if past is not None and end > piece:
+        start = int(positions[0])
+        prefill(model, input_ids[:, :start], past)
+    while start < end:
+        stop = end
+        inside = positions[(positions >= start) & (positions < start + piece)]
+        if len(inside) > most:
+            stop = int(inside[most])
+        stop = min(stop, start + piece)
+        asked = positions[(positions >= start) & (positions < stop)] - start
+        keep = asked if len(asked) else torch.tensor([stop - start - 1])
+        logits = _forward(model, input_ids[:, start:stop], past, keep)
+        if len(asked):
+            yield logits
+        start = stop
 
 
-def new_cache(model: Any) -> Any:
-    from transformers import DynamicCache
+def next_logits(
+    model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, past: Any
+) -> torch.Tensor:
+    """(B, V) logits after one more token (B, 1) at its position (B, 1), padding masked (B, kv)."""
+    out = model(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=mask,
+        past_key_values=past,
+        use_cache=True,
+    )
+    return out.logits[:, -1]
 
-    return DynamicCache(config=model.config)
+
+def piece_size(model: Any, total: int, rows: int = 1) -> int:
+    """Tokens that go through the model at once, in front of a cache of up to `total` tokens.
+
+    A piece needs a mask of its length x total (with eager attention, scores of every head): it is
+    cut so that this stays within a twentieth of what the cache of `total` tokens takes.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    itemsize = getattr(model, "dtype", torch.float32).itemsize
+    cache = 2 * config.num_hidden_layers * kv_heads * width * itemsize * total * rows
+    pair = 1 + itemsize
+    if _is_eager(config):
+        pair += 2 * heads * max(4, itemsize)
+    room = max(_LEAST_MASK, cache // 20)
+    return min(PREFILL, max(_LEAST_PIECE, room // (pair * max(1, total) * rows)))
 
 
-def can_share(past: Any) -> bool:
-    """Whether a cache holds every key, so that a prefix of it serves several rows."""
-    return not any(getattr(layer, "is_sliding", False) for layer in past.layers)
+def _is_eager(config: Any) -> bool:
+    return getattr(config, "_attn_implementation", None) == "eager"
 
 
 def _forward(

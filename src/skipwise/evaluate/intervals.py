@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 _Z = 1.959963984540054  # the normal's 97.5 % point
 
 
-def wilson(num_hits: int, num_samples: int) -> tuple[float, float]:
+def wilson(num_hits: float, num_samples: int) -> tuple[float, float]:
     """Wilson's interval of a share; Brown, Cai & DasGupta 2001, section 3.1.1."""
     n, z2 = num_samples, _Z * _Z
     p = num_hits / n
@@ -56,3 +57,13 @@ def t_quantile(degrees: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     )
+
+
+def mean_interval(shares: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of shares and a 95 % interval: Wilson's, which never collapses at 0 and 1.
+
+    A share of several answers is less spread than a hit or miss of the same mean, so for those the
+    interval is wide rather than narrow.
+    """
+    value = float(np.mean(shares))
+    return value, *wilson(value * len(shares), len(shares))

@@ -1,21 +1,25 @@
-"""Passkey retrieval: five digits hidden at a depth of a long filler, asked for at the end.
+"""Passkey retrieval, and the needle grid: five digits hidden at a depth, asked for at the end.
 
-Source: Mohtashami & Jaggi 2023, arXiv 2305.16300, section 4; the template is PoSE's.
+The passkey's haystack is five sentences repeated, with one needle, as published. The needle grid's
+is real text, where nothing tells a needle's line from the rest but its words. It holds a needle at
+every depth, each of its own name, and asks for one after the other: the haystack goes through the
+model once for all of them, and the others distract. With `per_haystack=1` it is the passkey's
+single needle in real text.
+
+Source: Mohtashami & Jaggi 2023, arXiv 2305.16300, section 4; the template is PoSE's. The grid over
+depth and length follows Kamradt 2023, "Needle in a haystack".
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from skipwise.evaluate.forward import can_share, logits_at, new_cache, prefill
 from skipwise.evaluate.intervals import wilson
+from skipwise.evaluate.prompts import count_tokens, fill, made_up_words, sprinkle, token_ids
+from skipwise.evaluate.trials import Trial
 
 INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -41,140 +45,181 @@ def prompt(passkey: str, num_fillers: int, depth: float, filler: Sequence[str] =
     """
     before = round(depth * num_fillers)
     sentences = [filler[i % len(filler)] for i in range(num_fillers)]
-    needle = f"The pass key is {passkey}. Remember it. {passkey} is the pass key."
-    return "\n".join(
-        [INTRO, " ".join(sentences[:before]), needle, " ".join(sentences[before:]), QUERY]
-    )
+    return _around(passkey, " ".join(sentences[:before]), " ".join(sentences[before:]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Trial:
-    input_ids: list[int]  # prompt and answer
-    num_answer: int  # tokens of the answer, at the end
-
-
-def passkey_retrieval(
-    model: Any,
-    tokenizer: Any,
-    context_lengths: Sequence[int],
-    *,
-    num_trials: int = 50,
-    num_depths: int = 10,
-    seed: int = 0,
-    batch_tokens: int = 16384,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Rows of results, one a context length and depth.
-
-    A trial counts when greedy decoding would give exactly the answer's tokens: in one forward pass
-    over prompt and answer, every answer token is the likeliest after those before it. Trials of a
-    length and depth share their prompt up to the needle, which goes through the model once.
+def prompt_in_text(
+    needles: Sequence[tuple[float, str, str]], asked: str, words: Sequence[str]
+) -> str:
+    """The question about one of the needles in a text.
 
     Args:
-        num_trials: a context length, spread evenly over the depths.
+        needles: (depth, name, passkey) of each; no name: there is one needle only.
+        asked: the name asked for.
     """
-    if not num_trials:
-        return []
-    depths = np.linspace(0.0, 1.0, max(1, min(num_depths, num_trials)))
-    rows = []
-    bar = tqdm(
-        desc="passkey", total=num_trials * len(context_lengths), unit=" trials", disable=None
-    )
-    bar.disable = bar.disable or not progress
-    with bar:
-        for length in sorted(context_lengths):
-            for i, depth in enumerate(depths):
-                count = num_trials // len(depths) + (i < num_trials % len(depths))
-                rng = np.random.default_rng([seed, length, i])
-                trials = make_trials(tokenizer, length, float(depth), count, rng)
-                if not trials:
-                    bar.update(count)
-                    continue
-                hits = sum(answers_right(model, trials, batch_tokens, bar))
-                low, high = wilson(hits, count)
-                rows.append(
-                    {
-                        "task": "passkey",
-                        "metric": "exact_match",
-                        "context_length": length,
-                        "depth": round(float(depth), 3),
-                        "value": hits / count,
-                        "low": low,
-                        "high": high,
-                        "num_samples": count,
-                    }
-                )
-    return rows
+    lines = [
+        (depth, _needle(passkey, f" of {name}" if name else "")) for depth, name, passkey in needles
+    ]
+    of = f" of {asked}" if asked else ""
+    query = f"What is the pass key{of}? The pass key{of} is"
+    return "\n".join([INTRO, sprinkle(words, lines).rstrip(), query])
 
 
-def make_trials(
-    tokenizer: Any, length: int, depth: float, count: int, rng: np.random.Generator
-) -> list[_Trial]:
-    """Prompts with answers, as long as fits in `length` tokens; none where no filler fits."""
-    keys = [str(key) for key in rng.integers(10_000, 100_000, count)]
+def passkey_trials(
+    tokenizer: Any, length: int, *, num_trials: int, num_depths: int, seed: int = 0
+) -> list[Trial]:
+    """Prompts with answers, as long as fits in `length` tokens, by depth; none where none fits.
 
-    def size(key: str, num_fillers: int) -> int:
-        return len(_ids(tokenizer, f"{prompt(key, num_fillers, depth)} {key}"))
+    Args:
+        num_trials: spread evenly over the depths.
+    """
+    trials: list[Trial] = []
+    guess = 16
+    for i, (depth, count) in enumerate(_depths(num_trials, num_depths)):
+        rng = np.random.default_rng([seed, length, i])
+        keys = [str(key) for key in rng.integers(10_000, 100_000, count)]
 
-    # start near: a cycle of filler has about the same tokens everywhere
-    cycle = max(1, size(keys[0], 3 * len(FILLER)) - size(keys[0], 2 * len(FILLER)))
-    num_fillers = max(0, (length - size(keys[0], 0)) * len(FILLER) // cycle)
-    while num_fillers >= 0 and max(size(key, num_fillers) for key in keys) > length:
-        num_fillers -= 1
-    while max(size(key, num_fillers + 1) for key in keys) <= length:
-        num_fillers += 1
-    if num_fillers < 1:
-        return []
-    trials = []
-    for key in keys:
-        asked = _ids(tokenizer, prompt(key, num_fillers, depth))
-        input_ids = _ids(tokenizer, f"{prompt(key, num_fillers, depth)} {key}")
-        trials.append(_Trial(input_ids=input_ids, num_answer=len(input_ids) - len(asked)))
+        def text(units: int, depth: float = depth, keys: list[str] = keys) -> list[str]:
+            return [prompt(key, units, depth) for key in keys]
+
+        found = _filled(tokenizer, text, keys, length, guess)
+        if found is None:
+            return []
+        guess = found[0]
+        trials += [_trial(asked, whole, depth) for asked, whole in found[1]]
     return trials
 
 
-@torch.inference_mode()
-def answers_right(
-    model: Any, trials: list[_Trial], batch_tokens: int, bar: Any = None
-) -> list[bool]:
-    """Whether greedy decoding gives each trial's answer."""
-    shared = _common_prefix([t.input_ids[: len(t.input_ids) - t.num_answer - 1] for t in trials])
-    past = new_cache(model)
-    if shared < 64 or len(trials) == 1 or not can_share(past):
-        shared, past = 0, None
-    else:
-        prefix = torch.tensor([trials[0].input_ids[:shared]], device=model.device)
-        prefill(model, prefix, past)
-    longest = max(len(t.input_ids) for t in trials)
-    rows = max(1, batch_tokens // longest)
-    right: list[bool] = []
-    for start in range(0, len(trials), rows):
-        batch = trials[start : start + rows]
-        rests = [t.input_ids[shared:] for t in batch]
-        width = max(map(len, rests))
-        # padding comes after everything that is read, so a causal model does not see it
-        ids = torch.tensor([r + [0] * (width - len(r)) for r in rests], device=model.device)
-        cache = copy.deepcopy(past) if past is not None else None
-        if cache is not None and len(batch) > 1:
-            cache.batch_repeat_interleave(len(batch))
-        first = min(len(r) - t.num_answer for r, t in zip(rests, batch, strict=True)) - 1
-        logits = logits_at(model, ids, torch.arange(first, width), past=cache)
-        likeliest = logits.argmax(-1).cpu()
-        for row, (rest, trial) in enumerate(zip(rests, batch, strict=True)):
-            at = len(rest) - trial.num_answer - 1 - first
-            answer = likeliest[row, at : at + trial.num_answer].tolist()
-            right.append(answer == rest[-trial.num_answer :])
-        if bar is not None:
-            bar.update(len(batch))
-    return right
+def needle_trials(
+    tokenizer: Any,
+    length: int,
+    *,
+    num_trials: int,
+    num_depths: int,
+    words: Sequence[str],
+    per_haystack: int = 10,
+    seed: int = 0,
+) -> list[Trial]:
+    """The same for the needle grid, haystack by haystack.
+
+    Args:
+        words: of the text, with their whitespace; each haystack starts at a place of its own.
+        per_haystack: needles in one haystack, at depths spread over it, fewer where they do not
+            fit; 1: all of the same text.
+    """
+    trials: list[Trial] = []
+    guess = 16
+    depths = _depths(num_trials, num_depths)
+    num_groups = -(-len(depths) // max(1, per_haystack))
+    haystack, start = 0, int(np.random.default_rng([seed, length, 2]).integers(len(words)))
+    for turn in range(depths[0][1]):
+        for group in range(num_groups):
+            here = [depth for depth, count in depths[group::num_groups] if turn < count]
+            if not here:
+                continue
+            rng = np.random.default_rng([seed, length, len(trials), 1])
+            if per_haystack > 1:
+                haystack += 1
+                start = int(rng.integers(len(words)))
+            names = made_up_words(rng, len(here), 2) if per_haystack > 1 else [""] * len(here)
+            keys = [str(key) for key in rng.choice(90_000, len(here), replace=False) + 10_000]
+            needles = list(zip(here, names, keys, strict=True))
+
+            def text(units: int, needles: list[Any] = needles, start: int = start) -> list[str]:
+                shown = [
+                    *words[start : start + units],
+                    *words[: max(0, start + units - len(words))],
+                ]
+                return [prompt_in_text(needles, name, shown) for _, name, _ in needles]
+
+            found = _filled(tokenizer, text, keys, length, guess)
+            if found is None and per_haystack == 1:
+                return []
+            if found is None:  # as many as a short context has room for
+                return needle_trials(
+                    tokenizer,
+                    length,
+                    num_trials=num_trials,
+                    num_depths=num_depths,
+                    words=words,
+                    per_haystack=per_haystack // 2,
+                    seed=seed,
+                )
+            guess = found[0]
+            trials += [
+                _trial(asked, whole, depth, haystack)
+                for (asked, whole), depth in zip(found[1], here, strict=True)
+            ]
+    return sorted(trials, key=lambda trial: (trial.haystack, trial.depth))
 
 
-def _common_prefix(rows: list[list[int]]) -> int:
-    shortest = min(map(len, rows))
-    table = np.array([row[:shortest] for row in rows])
-    different = (table != table[0]).any(0)
-    return int(different.argmax()) if different.any() else shortest
+def rows_by_depth(
+    task: str, length: int, trials: Sequence[Trial], right: Sequence[bool]
+) -> list[dict[str, Any]]:
+    """A row of results a depth."""
+    rows = []
+    for depth in sorted({trial.depth or 0.0 for trial in trials}):
+        hits = [hit for trial, hit in zip(trials, right, strict=True) if trial.depth == depth]
+        low, high = wilson(sum(hits), len(hits))
+        rows.append(
+            {
+                "task": task,
+                "metric": "exact_match",
+                "context_length": length,
+                "depth": depth,
+                "value": sum(hits) / len(hits),
+                "low": low,
+                "high": high,
+                "num_samples": len(hits),
+            }
+        )
+    return rows
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, verbose=False)["input_ids"]
+def _depths(num_trials: int, num_depths: int) -> list[tuple[float, int]]:
+    """(depth, trials there), the trials spread evenly."""
+    num = max(1, min(num_depths, num_trials))
+    return [
+        (float(depth), num_trials // num + (i < num_trials % num))
+        for i, depth in enumerate(np.linspace(0.0, 1.0, num))
+    ]
+
+
+def _filled(
+    tokenizer: Any,
+    text: Callable[[int], list[str]],
+    keys: Sequence[str],
+    length: int,
+    guess: int,
+) -> tuple[int, list[tuple[list[int], list[int]]]] | None:
+    """Prompts, and prompts with their answers, of the most units that all of them fit with."""
+
+    def size(units: int) -> int:
+        return count_tokens(tokenizer, f"{text(units)[0]} {keys[0]}")
+
+    units = fill(size, length, guess)
+    while units:
+        asked = text(units)
+        whole = [token_ids(tokenizer, f"{a} {k}") for a, k in zip(asked, keys, strict=True)]
+        if max(map(len, whole)) <= length:
+            prompts = [token_ids(tokenizer, a) for a in asked]
+            return units, list(zip(prompts, whole, strict=True))
+        units -= 1
+    return None
+
+
+def _trial(asked: list[int], whole: list[int], depth: float, haystack: int = 0) -> Trial:
+    return Trial(
+        input_ids=whole,
+        num_answer=len(whole) - len(asked),
+        depth=round(depth, 3),
+        haystack=haystack,
+    )
+
+
+def _needle(passkey: str, of: str = "") -> str:
+    return f"The pass key{of} is {passkey}. Remember it. {passkey} is the pass key{of}."
+
+
+def _around(passkey: str, before: str, after: str) -> str:
+    return "\n".join([INTRO, before, _needle(passkey), after, QUERY])

@@ -1,8 +1,10 @@
 """Perplexity by context length: the same target tokens, seen with more and more context.
 
-Windows of the longest context are laid over each document; the last S tokens of a window are its
-targets, scored at every context length c with the c - S tokens before them. So a lower value at a
-longer context means that the model uses it, not that the text is easier there.
+Windows of the longest context are laid over each document with stride S; the last S tokens of a
+window are its targets, scored at every context length c with the c - S tokens before them. So a
+lower value at a longer context means that the model uses it, not that the text is easier there.
+Bits per byte are the same loss counted per byte of the targets' text: they compare models of
+different tokenizers.
 
 Source: the sliding window of Press et al. 2022, arXiv 2108.12409, appendix B, with stride S.
 Shapes:  c = context length, S = targets of a window, W = windows
@@ -11,17 +13,16 @@ Shapes:  c = context length, S = targets of a window, W = windows
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from skipwise.evaluate.forward import logits_at
+from skipwise.evaluate.forward import logits_in_slices
 from skipwise.evaluate.intervals import clustered_mean
 
-_LOGITS = 1 << 27  # numbers of logits held at once, at most
+_BEFORE = 16  # tokens decoded before the targets, so that both ends are cut in the same way
 
 
 def perplexity(
@@ -29,46 +30,57 @@ def perplexity(
     documents: Sequence[np.ndarray],
     context_lengths: Sequence[int],
     *,
+    tokenizer: Any = None,
+    stride: int | None = None,
     num_windows: int = 32,
     batch_tokens: int = 16384,
-    progress: bool = True,
+    tick: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of results, one a context length.
+    """Rows of results, two a context length: perplexity, and bits per byte.
 
     Args:
         documents: token ids; those below the longest context length are left out.
-        num_windows: windows in all, spread evenly over the documents.
+        tokenizer: to count bytes with; None: no bits per byte.
+        stride: S; None: half the shortest context length, at most 512.
+        num_windows: windows in all, spread evenly over the documents; as many as fit are every
+            window of the sliding.
+        tick: is told of the tokens that went through the model.
 
     Returns:
-        tidy rows with the perplexity and its 95 % interval over documents; no rows where no
-        document is long enough for the shortest length. Context lengths beyond the longest
-        document are left out.
+        tidy rows with 95 % intervals over documents; no rows where no document is long enough for
+        the shortest length. Context lengths beyond the longest document are left out.
     """
-    longest = max((len(tokens) for tokens in documents), default=0)
-    lengths = [c for c in sorted(context_lengths) if c <= longest]
+    lengths = fitting_lengths(documents, context_lengths)
     if not lengths or not num_windows:
         return []
-    num_targets = max(1, min(lengths[0] // 2, 512))
+    num_targets = max(1, min(stride or min(lengths[0] // 2, 512), lengths[0] - 1))
     windows, owners = _windows(documents, lengths[-1], num_targets, num_windows)
+    bytes_per_token = _bytes(tokenizer, windows, num_targets) / (len(windows) * num_targets)
     rows = []
-    bar = tqdm(desc="perplexity", total=len(windows) * sum(lengths), unit=" tokens", disable=None)
-    bar.disable = bar.disable or not progress
-    with bar:
-        for c in lengths:
-            losses = _losses(model, windows[:, -c:], num_targets, batch_tokens, bar)
-            mean, low, high = clustered_mean(losses, owners)
-            rows.append(
-                {
-                    "task": "perplexity",
-                    "metric": "perplexity",
-                    "context_length": c,
-                    "value": _exp(mean),
-                    "low": _exp(low),
-                    "high": _exp(high),
-                    "num_samples": len(windows) * num_targets,
-                }
-            )
+    for c in lengths:
+        losses = _losses(model, windows[:, -c:], num_targets, batch_tokens, tick)
+        mean, low, high = clustered_mean(losses, owners)
+        common = {
+            "task": "perplexity",
+            "context_length": c,
+            "num_samples": len(windows) * num_targets,
+        }
+        values = {"value": _exp(mean), "low": _exp(low), "high": _exp(high)}
+        rows.append({**common, "metric": "perplexity", **values})
+        if bytes_per_token:
+            bits = math.log(2) * bytes_per_token
+            values = {"value": mean / bits, "low": low / bits, "high": high / bits}
+            finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            rows.append({**common, "metric": "bits_per_byte", **finite})
     return rows
+
+
+def fitting_lengths(
+    documents: Sequence[np.ndarray], context_lengths: Sequence[int]
+) -> tuple[int, ...]:
+    """The context lengths that the longest document has the tokens for, ascending."""
+    longest = max((len(tokens) for tokens in documents), default=0)
+    return tuple(c for c in sorted(context_lengths) if 1 < c <= longest)
 
 
 def _windows(
@@ -96,27 +108,47 @@ def _windows(
 
 @torch.inference_mode()
 def _losses(
-    model: Any, windows: np.ndarray, num_targets: int, batch_tokens: int, bar: Any
+    model: Any,
+    windows: np.ndarray,
+    num_targets: int,
+    batch_tokens: int,
+    tick: Callable[[int], None] | None,
 ) -> np.ndarray:
     """(W,) mean loss of each window's targets, in nats."""
     length = windows.shape[1]
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    rows = max(1, min(batch_tokens // length, _LOGITS // (num_targets * vocabulary)))
+    rows = max(1, batch_tokens // length)
     positions = torch.arange(length - num_targets - 1, length - 1)
     losses = []
     for start in range(0, len(windows), rows):
         ids = torch.from_numpy(windows[start : start + rows]).to(model.device)
-        logits = logits_at(model, ids, positions)  # (B, S, V)
-        targets = ids[:, -num_targets:]
-        loss = torch.stack(  # a row at a time: float32 copies stay small
-            [
-                torch.nn.functional.cross_entropy(row.float(), target)
-                for row, target in zip(logits, targets, strict=True)
-            ]
-        )
-        losses.append(loss.double().cpu().numpy())
-        bar.update(ids.numel())
+        done, total = 0, torch.zeros(len(ids), dtype=torch.float64)
+        for logits in logits_in_slices(model, ids, positions):  # (B, k, V)
+            at = length - num_targets + done
+            targets = ids[:, at : at + logits.shape[1]]
+            for row in range(len(ids)):  # a row at a time: float32 copies stay small
+                target = targets[row].to(logits.device)
+                loss = torch.nn.functional.cross_entropy(logits[row].float(), target)
+                total[row] += loss.double().cpu() * logits.shape[1]
+            done += logits.shape[1]
+        losses.append((total / num_targets).numpy())
+        if tick is not None:
+            tick(ids.numel())
     return np.concatenate(losses)
+
+
+def _bytes(tokenizer: Any, windows: np.ndarray, num_targets: int) -> int:
+    """UTF-8 bytes of the text of all targets; a cut character counts where it ends."""
+    if tokenizer is None:
+        return 0
+    total = 0
+    for window in windows:
+        last = window[-num_targets - _BEFORE :].tolist()
+        whole, before = (
+            tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+            for ids in (last, last[:-num_targets])
+        )
+        total += len(whole.encode()) - len(before.encode())
+    return total
 
 
 def _exp(loss: float) -> float | None:

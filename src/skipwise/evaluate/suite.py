@@ -1,49 +1,339 @@
-"""All measurements of one model, as tidy rows."""
+"""All measurements of one model, a task and length at a time, so that what was done is kept.
+
+A unit is a task at a length (perplexity: at all of them). Its rows carry a key of all that decides
+them: the settings, the texts, the model's files. Where rows with that key are there already, the
+unit is not measured again, and the model is loaded only if something is missing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from skipwise.evaluate.passkey import passkey_retrieval
-from skipwise.evaluate.perplexity import perplexity
+from skipwise.errors import SkipwiseError
+from skipwise.evaluate import benchmarks, passkey, ruler
+from skipwise.evaluate.intervals import mean_interval
+from skipwise.evaluate.perplexity import fitting_lengths, perplexity
+from skipwise.evaluate.prompts import words_of
+from skipwise.evaluate.trials import Tick, answers_right, shares_found
 from skipwise.recipe import EvalSettings
+
+Rows = list[dict[str, Any]]
+_EVERY = 30  # seconds between lines of progress, where no bar is drawn
+OWN_TASKS = ("perplexity", "passkey", "needle", "ruler", *ruler.TASKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to be measured."""
+
+    label: str  # what the rows' `model` says: before, after, or a name
+    load: Callable[[], Any]  # gives the causal language model on its device
+    tokenizer: Any
+    identity: Any = None  # JSON that changes when the weights do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Documents for perplexity and haystacks, as token ids."""
+
+    documents: Sequence[np.ndarray] = ()
+
+    def identity(self) -> str:
+        digest = hashlib.sha1(usedforsecurity=False)
+        for tokens in self.documents:
+            digest.update(np.asarray(tokens, np.int64).tobytes() + b"|")
+        return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """A piece of work whose rows are saved together."""
+
+    name: str
+    key: str
+    tokens: int  # that go through the model, about: the measure of progress
+    measure: Callable[[Callable[[], Any], Tick], Rows]
 
 
 def evaluate_model(
-    model: Any,
-    tokenizer: Any,
-    documents: Sequence[np.ndarray],
+    subject: Subject,
+    texts: Texts,
     context_lengths: Sequence[int],
     settings: EvalSettings,
     *,
-    label: str,
+    done: Rows | None = None,
+    save: Callable[[Rows], None] | None = None,
     progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Perplexity and passkey at each context length.
+) -> Rows:
+    """Rows of every task at each length, measured now or before.
 
     Args:
-        model: any causal language model of transformers, on its device.
-        documents: token ids for perplexity.
-        label: what the rows' `model` says: before, after, or a name.
+        done: rows measured before, of any model.
+        save: is given all rows, those of other models among them, after every unit.
+
+    Raises:
+        SkipwiseError: an unknown task, a benchmark that cannot be had.
     """
-    model.eval()
-    rows = perplexity(
-        model,
-        documents,
-        context_lengths,
-        num_windows=settings.perplexity_documents,
-        batch_tokens=settings.batch_tokens,
-        progress=progress,
-    ) + passkey_retrieval(
-        model,
-        tokenizer,
-        context_lengths,
-        num_trials=settings.passkey_trials,
-        num_depths=settings.passkey_depths,
-        batch_tokens=settings.batch_tokens,
-        progress=progress,
+    rows = list(done or [])
+    units = list(_units(subject, texts, sorted(set(context_lengths)), settings))
+    have = {row.get("key") for row in rows if row["model"] == subject.label}
+    missing = [unit for unit in units if unit.key not in have]
+    unknown = [unit.name for unit in missing if unit.name in _benchmarks(settings.tasks)]
+    benchmarks.check_benchmarks(unknown, task_folder=settings.task_folder)
+    model = _Loaded(subject.load)
+    total = sum(unit.tokens for unit in missing)
+    bar = tqdm(
+        desc=f"evaluate {subject.label}",
+        total=total,
+        unit=" tokens",
+        unit_scale=True,
+        disable=None if progress else True,
     )
-    return [{"model": label, **row} for row in rows]
+    started = said = time.monotonic()
+    done_tokens = 0
+    with bar:
+        for unit in missing:
+            bar.set_postfix_str(unit.name)
+            end = bar.n + unit.tokens
+            found = unit.measure(model, bar.update)
+            bar.update(end - bar.n)
+            done_tokens += unit.tokens
+            if progress and bar.disable and time.monotonic() - said > _EVERY:  # a log file
+                said = time.monotonic()
+                share = done_tokens / max(1, total)
+                minutes = (said - started) * (1 - share) / max(share, 1e-6) / 60
+                print(
+                    f"evaluate {subject.label}: {unit.name} done, {share:.0%}, about "
+                    f"{minutes:.0f} min left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            rows = [row for row in rows if not _replaced(row, found, subject.label)]
+            rows += [{"model": subject.label, **row, "key": unit.key} for row in found]
+            if save is not None and found:
+                save(rows)
+    keys = {unit.key for unit in units}
+    return [row for row in rows if row["model"] == subject.label and row.get("key") in keys]
+
+
+class _Loaded:
+    """The model, loaded when it is first asked for."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self.load, self.model = load, None
+
+    def __call__(self) -> Any:
+        if self.model is None:
+            self.model = self.load().eval()
+        return self.model
+
+
+def _units(
+    subject: Subject, texts: Texts, lengths: list[int], settings: EvalSettings
+) -> Iterator[_Unit]:
+    tasks = _expanded(settings.tasks)
+    tokenizer = subject.tokenizer
+    text = texts.identity()
+    words: list[str] | None = None
+
+    def key(*facts: Any) -> str:
+        whole = json.dumps([subject.identity, settings.seed, *facts], default=str)
+        return hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest()[:12]
+
+    for task in tasks:
+        if task == "perplexity":
+            fitting = fitting_lengths(texts.documents, lengths)
+            if not fitting or not settings.perplexity_windows:
+                continue
+            yield _Unit(
+                name=task,
+                key=key(
+                    task, fitting, settings.perplexity_windows, settings.perplexity_stride, text
+                ),
+                tokens=sum(fitting) * settings.perplexity_windows,
+                measure=_perplexity(texts, tokenizer, fitting, settings),
+            )
+        elif task in OWN_TASKS:
+            if words is None and (task == "needle" or task in ruler.TASKS):
+                words = words_of(tokenizer, texts.documents, 2 * max(lengths, default=0))
+            for length in lengths:
+                unit = _unit(task, length, tokenizer, words or [], settings, key, text)
+                if unit is not None:
+                    yield unit
+        else:
+            yield _Unit(
+                name=task,
+                key=key(task, settings.limit, settings.task_folder),
+                tokens=0,
+                measure=_benchmark(task, tokenizer, settings),
+            )
+
+
+def _unit(
+    task: str,
+    length: int,
+    tokenizer: Any,
+    words: list[str],
+    settings: EvalSettings,
+    key: Callable[..., str],
+    text: str,
+) -> _Unit | None:
+    if task in ("passkey", "needle"):
+        count = settings.passkey_trials if task == "passkey" else settings.needle_trials
+        facts = (task, length, count, settings.num_depths)
+        if task == "needle":
+            facts += (settings.needles_per_haystack, text)
+        measure = _retrieval(task, length, count, tokenizer, words, settings)
+        if task == "needle" and not words:
+            return None
+    else:
+        count = settings.ruler_samples
+        facts = (task, length, count, text)
+        measure = _ruler(task, length, tokenizer, words, settings)
+    if not count:
+        return None
+    return _Unit(name=f"{task} {length:,}", key=key(*facts), tokens=count * length, measure=measure)
+
+
+def _perplexity(
+    texts: Texts, tokenizer: Any, lengths: Sequence[int], settings: EvalSettings
+) -> Any:
+    def measure(model: Callable[[], Any], tick: Tick) -> Rows:
+        return perplexity(
+            model(),
+            texts.documents,
+            lengths,
+            tokenizer=tokenizer,
+            stride=settings.perplexity_stride,
+            num_windows=settings.perplexity_windows,
+            batch_tokens=settings.batch_tokens,
+            tick=tick,
+        )
+
+    return measure
+
+
+def _retrieval(
+    task: str, length: int, count: int, tokenizer: Any, words: list[str], settings: EvalSettings
+) -> Any:
+    def measure(model: Callable[[], Any], tick: Tick) -> Rows:
+        if task == "passkey":
+            trials = passkey.passkey_trials(
+                tokenizer,
+                length,
+                num_trials=count,
+                num_depths=settings.num_depths,
+                seed=settings.seed,
+            )
+        else:
+            trials = passkey.needle_trials(
+                tokenizer,
+                length,
+                num_trials=count,
+                num_depths=settings.num_depths,
+                words=words,
+                per_haystack=settings.needles_per_haystack,
+                seed=settings.seed,
+            )
+        if not trials:
+            return []
+        right = answers_right(model(), trials, settings.batch_tokens, tick)
+        return passkey.rows_by_depth(task, length, trials, right)
+
+    return measure
+
+
+def _ruler(task: str, length: int, tokenizer: Any, words: list[str], settings: EvalSettings) -> Any:
+    def measure(model: Callable[[], Any], tick: Tick) -> Rows:
+        samples = ruler.make_samples(
+            task,
+            tokenizer,
+            length,
+            num_samples=settings.ruler_samples,
+            seed=settings.seed,
+            words=words,
+        )
+        if not samples:
+            return []
+        shares = shares_found(model(), tokenizer, samples, settings.batch_tokens, tick)
+        value, low, high = mean_interval(shares)
+        return [
+            {
+                "task": task,
+                "group": "ruler",
+                "metric": "recall",
+                "context_length": length,
+                "value": value,
+                "low": low,
+                "high": high,
+                "num_samples": len(samples),
+            }
+        ]
+
+    return measure
+
+
+def _benchmark(task: str, tokenizer: Any, settings: EvalSettings) -> Any:
+    def measure(model: Callable[[], Any], tick: Tick) -> Rows:
+        return benchmarks.run_benchmark(
+            model(),
+            tokenizer,
+            task,
+            limit=settings.limit,
+            task_folder=settings.task_folder,
+            seed=settings.seed,
+        )
+
+    return measure
+
+
+def _expanded(tasks: Sequence[str]) -> list[str]:
+    """Each task once; `ruler` is all of its tasks, `pose-table` all of its benchmarks."""
+    names: dict[str, None] = {}
+    for task in tasks:
+        if task == "ruler":
+            names.update(dict.fromkeys(ruler.TASKS))
+        elif task in OWN_TASKS:
+            names[task] = None
+        elif not task:
+            raise SkipwiseError("eval.tasks names an empty task")
+        else:
+            names.update(dict.fromkeys(benchmarks.expand([task])))
+    return list(names)
+
+
+def _benchmarks(tasks: Sequence[str]) -> list[str]:
+    """Those tasks that lm-evaluation-harness does."""
+    return [task for task in _expanded(tasks) if task not in OWN_TASKS]
+
+
+def _replaced(row: dict[str, Any], found: Rows, label: str) -> bool:
+    """Whether an old row of the model measures what a new one does, with other settings."""
+    if row["model"] != label:
+        return False
+    return any(
+        (row["task"], row["metric"], row.get("context_length"))
+        == (new["task"], new["metric"], new.get("context_length"))
+        for new in found
+    )
+
+
+def files_identity(folder: str | Path) -> list[Any]:
+    """Names, sizes and times of a folder's weights and config; a hub name as it is."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return [str(folder)]
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin"), path / "config.json"])
+    return [
+        [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()
+    ]

@@ -163,6 +163,21 @@ def check_extendable(config: Mapping[str, Any]) -> None:
         )
 
 
+def check_reach(config: Mapping[str, Any], length: int) -> None:
+    """Refuse to measure a model where it has no positions: learned ones end.
+
+    Raises:
+        SkipwiseError: the length is beyond the model's table of positions.
+    """
+    family = config.get("model_type", "unknown")
+    stated = _get(config, "max_position_embeddings")
+    if _OTHER_POSITIONS.get(family, "").startswith("learned") and stated and length > stated:
+        raise SkipwiseError(
+            f"{family} has {stated:,} learned positions, and cannot be measured at {length:,} "
+            f"tokens\ntype --lengths up to {stated}"
+        )
+
+
 def _trained(present: Scaling, stated: int, given: int | None, family: str) -> tuple[Scaling, int]:
     """(the scaling that the weights were trained with, their window L).
 

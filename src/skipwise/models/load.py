@@ -38,6 +38,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     attn_implementation: str | None = None,
+    device_map: str | None = None,
 ) -> Any:
     """The causal language model with safetensors weights and the given config.
 
@@ -56,6 +57,7 @@ def load_model(
             dtype=dtype,
             revision=settings.revision,
             attn_implementation=attn_implementation,
+            device_map=device_map,
             use_safetensors=settings.use_safetensors,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
@@ -73,6 +75,24 @@ def load_model(
             f"{model} lacks {len(missing)} of the model's weights, {missing[0]} among them"
         )
     return loaded
+
+
+def load_for_evaluation(
+    model: str, config: Any, settings: ModelSettings, *, dtype: torch.dtype
+) -> Any:
+    """The model on the best device, or spread as `load.device_map` says; raises as `load_model`."""
+    asked = settings.attn_implementation
+    loaded = load_model(
+        model,
+        config,
+        settings,
+        dtype=dtype,
+        attn_implementation=None if asked == "auto" else asked,
+        device_map=settings.device_map,
+    )
+    if settings.device_map is None:
+        loaded.to(best_device())
+    return loaded.eval()
 
 
 def check_weights(folder: Path, settings: ModelSettings) -> None:

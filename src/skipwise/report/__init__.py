@@ -1,12 +1,15 @@
-"""A run folder's JSON to tables, figures and one self-contained page; never loads torch.
+"""A folder's JSON to tables, figures and one self-contained page; never loads torch.
 
-Reading order:  tables.py (rows to a table)  verdict.py (rows to a sentence)  plots.py (figures)
-                words.py (figures for those who do not see them)  page.py (all of it on one page)
+Reading order:  rows.py (the format)  ruler.py, benchmarks.py (what is summed up)
+                tables.py (rows to a table)  verdict.py (rows to a sentence)
+                plots.py (figures)  words.py (figures for those who do not see them)
+                page.py (all of it on one page)  compare.py (several runs on one page)
 """
 
+from skipwise.report.chunks import plot_positions
+from skipwise.report.compare import compare_runs
 from skipwise.report.page import write_report
-from skipwise.report.plots import plot_positions
 from skipwise.report.tables import format_table
 from skipwise.report.verdict import headline
 
-__all__ = ["format_table", "headline", "plot_positions", "write_report"]
+__all__ = ["compare_runs", "format_table", "headline", "plot_positions", "write_report"]

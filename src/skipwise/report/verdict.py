@@ -1,10 +1,13 @@
 """The sentence at the top of the page: what was reached, and in the same breath what was not.
 
+`headline` is of a run, `evaluation_headline` of models that were measured without one.
+
 An extension from L to T "reads" T tokens when nothing of this holds:
   passkey     below 90 % at T or at a length between, below 50 % at one depth of T, lower at L than
               before by more than 5 points
   perplexity  beyond measure at T, higher with T tokens of context than with L, higher than the
               base model's with L, or risen by more than 5 % at L
+  benchmarks  one got worse beyond the error of the difference
   checks      one has failed
 It "did not work" when the passkey is found in less than half the trials at T, or the perplexity at
 T is beyond measure or more than 1.5 times that at L. What was not measured is said as well.
@@ -14,10 +17,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from skipwise.report.tables import Rows, find, finite, number, percent, pooled
+from skipwise.report.benchmarks import fallen
+from skipwise.report.quantities import listed, number, percent
+from skipwise.report.rows import Rows, by_context, find, is_benchmark, models_of, of, pooled
+from skipwise.report.ruler import say_tasks, summarise_ruler
 
 PASSKEY_ENOUGH, PASSKEY_HALF, DEPTH_ENOUGH = 0.9, 0.5, 0.5
 PERPLEXITY_RISE, PERPLEXITY_BROKEN = 1.05, 1.5
+_MOST_NAMED = 4  # models whose figures stand in the sentence
 
 
 def headline(run: dict[str, Any], rows: Rows) -> str:
@@ -29,6 +36,9 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
     said, short, broken = _passkey(rows, L, T)
     more_said, more_short, more_broken = _perplexity(rows, L, T)
     said, short, broken = said + more_said, short + more_short, broken or more_broken
+    said += _harder(rows, T)
+    if worse := fallen(rows, "before", "after"):
+        short.append(f"worse beyond error on short contexts: {listed(worse)}")
     failed = [c.get("name", "?") for c in run.get("checks") or [] if not c.get("passed")]
     short += [f"the check “{check}” failed" for check in failed]
     if not any(find(rows, "after", task, T) for task in ("passkey", "perplexity")):
@@ -49,6 +59,61 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
     return f"{name} now reads {T:,} tokens instead of {L:,}: {'; '.join(said)}."
 
 
+def evaluation_headline(run: dict[str, Any], rows: Rows) -> str:
+    """What was measured for which model; no claim that anything was extended."""
+    models = models_of(rows)
+    if not models:
+        return f"{run.get('name') or 'The evaluation'} is not measured yet."
+    lengths = sorted({row["context_length"] for row in by_context(rows)})
+    if not lengths:
+        scope = "measured on benchmarks of short contexts"
+    elif len(lengths) == 1:
+        scope = f"measured at {lengths[0]:,} tokens"
+    else:
+        scope = f"measured from {lengths[0]:,} to {lengths[-1]:,} tokens"
+    if len(models) > _MOST_NAMED:
+        return f"{len(models)} models, {scope}."
+    many = len(models) > 2
+    said = []
+    for model in models:
+        found = _measured([row for row in rows if row["model"] == model], model, brief=many)
+        if model != models[0] and (worse := fallen(rows, models[0], model)):
+            found.append(f"worse than {models[0]} beyond error on {listed(worse)}")
+        if found:
+            said.append((f"{model}: " if len(models) > 1 else "") + "; ".join(found))
+    named = f"{len(models)} models" if many else listed(models)
+    return f"{named}, {scope}: {'. '.join(said)}." if said else f"{named}, {scope}."
+
+
+def _measured(rows: Rows, model: str, brief: bool) -> list[str]:
+    """Effective length, passkeys and needles at the longest length, perplexity by length."""
+    said = [
+        f"effective length {summary.effective}"
+        + ("" if brief else f" (RULER, {say_tasks([summary])})")
+        for summary in summarise_ruler(rows)
+        if summary.averages
+    ]
+    for task in ("passkey", "needle"):
+        length = max((row["context_length"] for row in of(rows, task)), default=0)
+        row = find(rows, model, task, length)
+        if row and row["value"] is not None:
+            trials = "" if brief else f" of {row['num_samples']:,} trials"
+            said.append(f"{task} found in {percent(row['value'])} %{trials} at {length:,}")
+    points = sorted(of(rows, "perplexity"), key=lambda row: row["context_length"])
+    if brief or len(points) > 4:  # the longest, or the ends
+        points = points[-1:] if brief else [points[0], points[-1]]
+    values = [
+        f"{'beyond measure' if p['value'] is None else number(p['value'])} at "
+        f"{p['context_length']:,}"
+        for p in points
+    ]
+    if values:
+        said.append(f"perplexity {', '.join(values)}")
+    if not said and (num := len({row["task"] for row in rows if is_benchmark(row)})):
+        said.append(f"{num} {'benchmark' if num == 1 else 'benchmarks'}")
+    return said
+
+
 def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
     """What was found, where it falls short, whether it is broken."""
     after = find(rows, "after", "passkey", T)
@@ -63,8 +128,8 @@ def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
     short = []
     low = [
         r
-        for r in pooled(rows)
-        if (r["model"], r["task"]) == ("after", "passkey")
+        for r in pooled(of(rows, "passkey"))
+        if r["model"] == "after"
         and L < r["context_length"] <= T
         and r["value"] is not None
         and r["value"] < PASSKEY_ENOUGH
@@ -77,8 +142,8 @@ def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
         )
     depths = [
         r
-        for r in finite(rows)
-        if (r["model"], r["task"], r["context_length"]) == ("after", "passkey", T)
+        for r in of(rows, "passkey")
+        if (r["model"], r["context_length"]) == ("after", T)
         and r.get("depth") is not None
         and r["value"] is not None
     ]
@@ -96,6 +161,24 @@ def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
             f"trials ({percent(values[1])} % before)"
         )
     return said, short, after["value"] < PASSKEY_HALF
+
+
+def _harder(rows: Rows, T: int) -> list[str]:
+    """Needles at T and RULER's effective length, before and after; told, not judged."""
+    said = []
+    after, before = (find(rows, model, "needle", T) for model in ("after", "before"))
+    if after and after["value"] is not None:
+        was = before["value"] if before else None
+        said.append(
+            f"needle found in {percent(after['value'])} % of {after['num_samples']:,} trials at "
+            f"{T:,}" + ("" if was is None else f" ({percent(was)} % before)")
+        )
+    known = {s.model: s for s in summarise_ruler(rows) if s.averages}
+    if "after" in known:
+        before_too = f", {known['before'].effective} before" if "before" in known else ""
+        tasks = say_tasks([known["after"]])
+        said.append(f"effective length {known['after'].effective}{before_too} (RULER, {tasks})")
+    return said
 
 
 def _perplexity(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:

@@ -1,31 +1,32 @@
-"""The figures in words, for those who hear the page; and how the page writes quantities."""
+"""The figures in words, for those who hear the page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from skipwise.report.tables import Rows, finite, number, percent, pooled
+from skipwise.report.quantities import number, percent
+from skipwise.report.rows import Rows, models_of, of, pooled
+from skipwise.report.ruler import EFFECTIVE_THRESHOLD, RulerSummary, say_tasks
 
 
 def say_perplexity(rows: Rows) -> str:
     """Every value, by model and length."""
     said = []
-    for model in ("before", "after"):
-        points = [r for r in finite(rows) if (r["model"], r["task"]) == (model, "perplexity")]
+    for model in models_of(of(rows, "perplexity")):
+        points = [r for r in of(rows, "perplexity") if r["model"] == model]
         values = ", ".join(
             f"{number(r['value']) if r['value'] is not None else 'beyond measure'} "
             f"at {r['context_length']:,}"
             for r in sorted(points, key=lambda r: r["context_length"])
         )
-        if values:
-            said.append(f"{model}: {values}")
+        said.append(f"{model}: {values}")
     return f"Perplexity by tokens of context. {'; '.join(said)}."
 
 
-def say_passkey(rows: Rows) -> str:
+def say_grid(rows: Rows, task: str) -> str:
     """The share over all depths by model and length, and the weakest depth of each."""
-    trials = [r for r in finite(rows) if r["task"] == "passkey" and r["value"] is not None]
+    trials = [r for r in of(rows, task) if r["value"] is not None]
     said = []
     for row in pooled(trials):
         at = (row["model"], row["context_length"])
@@ -34,12 +35,36 @@ def say_passkey(rows: Rows) -> str:
             for r in trials
             if (r["model"], r["context_length"]) == at and r.get("depth") is not None
         ]
-        text = f"{row['model']} at {row['context_length']:,}: {percent(row['value'])} %"
+        text = f"{row['model']} at {row['context_length']:,}: "
+        text += "not measured" if row["value"] is None else f"{percent(row['value'])} %"
         weakest = min(depths, key=lambda r: r["value"], default=None)
-        if weakest and weakest["value"] < row["value"]:
+        if weakest and row["value"] is not None and weakest["value"] < row["value"]:
             text += f" ({percent(weakest['value'])} % at {percent(weakest['depth'])} % depth)"
         said.append(text)
-    return f"Passkey retrieval over all depths. {'; '.join(said)}."
+    return f"{task.capitalize()} retrieval over all depths. {'; '.join(said)}."
+
+
+def say_ruler(summaries: Sequence[RulerSummary]) -> str:
+    """Every average, by model and length, and the effective lengths."""
+    said = []
+    for summary in summaries:
+        values = ", ".join(f"{percent(v)} % at {n:,}" for n, v in summary.averages.items())
+        if values:
+            said.append(f"{summary.model}: {values}; effective length {summary.effective}")
+    return (
+        f"RULER score by tokens of context, {say_tasks(list(summaries))}; the threshold is "
+        f"{100 * EFFECTIVE_THRESHOLD:.1f} %. {'. '.join(said)}."
+    )
+
+
+def say_selection(points: Sequence[tuple[int, float]], chosen: int | None, share: bool) -> str:
+    """Every checkpoint's score, and which was chosen."""
+    scores = ", ".join(
+        f"{f'{percent(score)} %' if share else number(score)} at step {step:,}"
+        + (" (chosen)" if step == chosen else "")
+        for step, score in points
+    )
+    return f"Score of each checkpoint. {scores}."
 
 
 def say_loss(metrics: list[dict[str, Any]]) -> str:
@@ -74,26 +99,3 @@ def milestones(coverage: Sequence[tuple[int, float]], L: int, T: int) -> list[tu
     return (
         [min(coverage, key=lambda point: abs(point[0] - at)) for at in wanted] if coverage else []
     )
-
-
-def length_names(lengths: Sequence[int]) -> list[str]:
-    """`256`, `2,048`; all in k where the longest is 8k or more and all are whole k."""
-    if max(lengths) >= 8192 and all(n % 1024 == 0 for n in lengths):
-        return [f"{n // 1024}k" for n in lengths]
-    return [f"{n:,}" for n in lengths]
-
-
-def duration(seconds: float) -> str:
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes / 60:.1f} h"
-
-
-def short_count(count: float) -> str:
-    """`126 M`, `8.06 G`: three figures and the SI prefix."""
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if count >= size:
-            digits = 2 if count < 10 * size else 1 if count < 100 * size else 0
-            return f"{count / size:,.{digits}f} {unit}"
-    return f"{count:,.0f}"

@@ -1,0 +1,123 @@
+"""lm-evaluation-harness held at arm's length: the model as it sees it, and what it may not do.
+
+Everything here depends on the insides of lm_eval 0.4.13; `benchmarks` uses its public face.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from skipwise.errors import SkipwiseError
+
+
+def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) -> Any:
+    """The harness's view of a loaded model."""
+    from lm_eval.models import huggingface
+
+    base: Any = huggingface.HFLM
+
+    class Model(base):
+        num_truncated = 0
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            room = self.max_length + 1  # the last token is only predicted
+            self.num_truncated += sum(len(start) + len(end) > room for _, start, end in requests)
+            quiet = disable_tqdm or not sys.stderr.isatty()
+            return super()._loglikelihood_tokens(requests, quiet, override_bs)
+
+        def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, **other):
+            if left_truncate_len:
+                lengths = [len(self.tok_encode(string)) for string in strings]
+                self.num_truncated += sum(length > left_truncate_len for length in lengths)
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, **other)
+
+        def _model_call(self, inps, attn_mask=None, labels=None):
+            with torch.no_grad():
+                return self.model(inps, use_cache=False).logits  # a cache would only take memory
+
+    return Model(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
+        backend="causal",
+        batch_size=batch_size,
+        max_length=max_length,
+        # lm-eval sums log-probabilities in the dtype they come in: bfloat16 rounds -80 to 0.5
+        softmax_dtype="float32",
+    )
+
+
+@contextlib.contextmanager
+def guarded(model: Any = None) -> Iterator[list[str]]:
+    """Inside, nothing of a file is run and stdout stays clean; afterwards all is as before.
+
+    Yields:
+        names of the metric scripts that were asked for and refused.
+    """
+    try:
+        import evaluate
+        import lm_eval.utils
+    except ImportError as error:
+        raise SkipwiseError(
+            f"benchmarks need lm-eval ({first_line(error)}): type pip install 'skipwise[bench]'"
+        ) from error
+    from jinja2.sandbox import SandboxedEnvironment
+
+    # a metric that is no mean would fork a process a CPU, each with the CUDA context
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    refused: list[str] = []
+
+    def refuse(path: str, *_: Any, **__: Any) -> None:
+        refused.append(path)
+        raise SkipwiseError(script_refusal(path))
+
+    before = lm_eval.utils.env
+    sandbox = SandboxedEnvironment(undefined=before.undefined, keep_trailing_newline=True)
+    sandbox.filters.update(before.filters)
+    modes = [(m, m.training) for m in model.modules()] if model is not None else []
+    states = random.getstate(), np.random.get_state()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            torch.random.fork_rng(cuda),
+            _swapped(evaluate, "load", refuse),  # it runs a script of the hub
+            _swapped(lm_eval.utils, "env", sandbox),  # a template of lm-eval reaches all of Python
+        ):
+            yield refused
+    finally:
+        log.setLevel(level)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def script_refusal(metric: str) -> str:
+    return f"the metric {metric} is a script of the hub, and scripts are not run: take another task"

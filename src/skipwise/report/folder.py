@@ -1,0 +1,77 @@
+"""Reading a folder of a run or an evaluation: JSON only, and what is wrong with it in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from skipwise.errors import SkipwiseError
+from skipwise.report.rows import Rows
+
+_KEYS = ("model", "task", "metric", "value")  # that every row has
+
+
+def read_json(file: Path) -> Any:
+    """None where there is no such file.
+
+    Raises:
+        SkipwiseError: the file is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise SkipwiseError(f"{file} is not JSON: {error}") from error
+
+
+def read_rows(folder: Path) -> Rows | None:
+    """The tidy rows of results.json; None where there is none.
+
+    Raises:
+        SkipwiseError: it is not JSON, or no list of rows.
+    """
+    file = folder / "results.json"
+    rows = read_json(file)
+    if rows is None:
+        return None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SkipwiseError(f"{file} is no list of rows: measure again with skipwise eval")
+    for row in rows:
+        missing = [key for key in _KEYS if key not in row]
+        if missing:
+            raise SkipwiseError(
+                f"{file} has a row without {', '.join(missing)}: measure again with skipwise eval"
+            )
+        if not isinstance(row["value"], int | float | None):
+            raise SkipwiseError(f"{file} has a value that is no number: {row['value']!r}")
+    return rows
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """JSON lines; one that is cut off is left out."""
+    if not file.exists():
+        return []
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # the last line of a killed run
+            continue
+    return lines
+
+
+def is_evaluation(run: dict[str, Any]) -> bool:
+    return run.get("kind") == "evaluation"
+
+
+def part(run: dict[str, Any], key: str) -> dict[str, Any]:
+    """A dictionary inside run.json; empty where there is none."""
+    found = run.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def count(found: dict[str, Any], key: str, noun: str) -> str | None:
+    """`1,234 documents`, or None where it is not known."""
+    return None if found.get(key) is None else f"{found[key]:,} {noun}"

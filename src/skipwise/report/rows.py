@@ -1,0 +1,114 @@
+"""Tidy rows, the one format of what was measured: split, pooled, and in the order of the tables.
+
+Rows:    {"model", "task", "metric", "context_length", ["depth"], "value", "low", "high",
+         "num_samples"}; a value that is null or not finite was measured and is beyond measure.
+         A benchmark's row has "kind": "benchmark", no context length, "num_fewshot", "stderr".
+Source:  interval of a share: Wilson 1927, "Probable inference", JASA 22, 209-212
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+Row = dict[str, Any]
+Rows = list[Row]
+_Z = 1.959963984540054  # 97.5 % point of the normal distribution
+
+# the tasks of RULER (arXiv 2404.06654) that skipwise has; RULER's own suite has 13
+RULER_TASKS = (
+    "niah_single_words",
+    "niah_single_numbers",
+    "niah_single_uuids",
+    "niah_multikey",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+)
+RULER_AVERAGE = "ruler average"
+_ORDER = ("perplexity", "passkey", "needle", *RULER_TASKS)
+
+
+def finite(rows: Iterable[Row]) -> Rows:
+    """The rows with None for every null, NaN and infinity that JSON may hold."""
+    out = []
+    for row in rows:
+        numbers = {key: row.get(key) for key in ("value", "low", "high")}
+        known = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+        out.append({**row, **known, "num_samples": row.get("num_samples") or 0})
+    return out
+
+
+def is_benchmark(row: Row) -> bool:
+    return row.get("kind") == "benchmark" or row.get("context_length") is None
+
+
+def is_ruler(row: Row) -> bool:
+    return not is_benchmark(row) and (row.get("group") == "ruler" or row["task"] in RULER_TASKS)
+
+
+def by_context(rows: Rows) -> Rows:
+    """The rows that were measured at a context length: all but the benchmarks."""
+    return [row for row in rows if not is_benchmark(row)]
+
+
+def of(rows: Rows, task: str, metric: str | None = None) -> Rows:
+    """The finite rows of a task at context lengths; of perplexity those that hold perplexity."""
+    metric = metric or ("perplexity" if task == "perplexity" else None)
+    kept = (r for r in by_context(rows) if r["task"] == task and metric in (None, r["metric"]))
+    return finite(kept)
+
+
+def models_of(rows: Rows) -> list[str]:
+    """Before and after first, the others as they come."""
+    names = dict.fromkeys(row["model"] for row in rows)
+    return sorted(names, key=lambda name: {"before": 0, "after": 1}.get(name, 2))
+
+
+def pooled(rows: Rows) -> Rows:
+    """One row for each model, task and length; shares of several depths are put together.
+
+    The pooled share is weighted by samples and has Wilson's interval of the pooled counts.
+    """
+    groups: dict[tuple[Any, ...], Rows] = {}
+    for row in finite(by_context(rows)):
+        key = (row["model"], row["task"], row["metric"], row["context_length"])
+        groups.setdefault(key, []).append(row)
+    out = []
+    for group in groups.values():
+        row = dict(group[0])
+        if row.pop("depth", None) is not None:
+            counted = [r for r in group if r["value"] is not None and r["num_samples"]]
+            count = sum(r["num_samples"] for r in counted)
+            hits = round(sum(r["value"] * r["num_samples"] for r in counted))
+            low, high = _wilson(hits, count) if count else (None, None)
+            value = hits / count if count else None
+            row.update(value=value, low=low, high=high, num_samples=count)
+        out.append(row)
+    return out
+
+
+def find(rows: Rows, model: str, task: str, length: int) -> Row | None:
+    """The pooled row of a model, task and length, where one was measured; its value may be None."""
+    for row in pooled(of(rows, task)):
+        if (row["model"], row["context_length"]) == (model, length):
+            return row
+    return None
+
+
+def line_order(line: tuple[str, str, int]) -> tuple[Any, ...]:
+    """Perplexity, bits per byte, passkey, needles, RULER, what is new, and RULER's average."""
+    task, metric, length = line
+    rank = _ORDER.index(task) if task in _ORDER else len(_ORDER)
+    return task == RULER_AVERAGE, rank, task, metric != "perplexity", metric, length
+
+
+def _wilson(hits: int, count: int) -> tuple[float, float]:
+    p, z2 = hits / count, _Z * _Z
+    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count * count))
+    low, high = centre - half, centre + half
+    return (0.0 if hits == 0 else low), (1.0 if hits == count else high)

@@ -1,0 +1,78 @@
+"""Several runs and evaluations side by side: whose column is whose, and one page of all."""
+
+import pytest
+from test_report_evaluation import complete_rows, make_evaluation, make_run, ppl, titles
+
+from skipwise.errors import SkipwiseError
+from skipwise.report import compare_runs
+
+
+def models(table):
+    """The columns of the Markdown table that hold models."""
+    return [cell.strip() for cell in table.splitlines()[0].split("|")][4:-1]
+
+
+def test_a_comparison_names_runs_and_keeps_one_base(tmp_path):
+    rows = complete_rows("before", "after")
+    for name in ("fast", "slow"):
+        make_run(tmp_path / name, name, rows)
+    make_evaluation(tmp_path / "eval", [{**r, "model": "other"} for r in rows[:40]], "eval")
+    out = tmp_path / "deep" / "all.html"
+    table = compare_runs([tmp_path / name for name in ("fast", "slow", "eval")], out)
+    assert models(table) == ["before", "fast", "slow", "other"]
+    page = out.read_text()
+    assert [path.name for path in out.parent.iterdir()] == ["all.html"]
+    assert titles(page)[0] == "Side by side" and titles(page)[-1] == "What is compared"
+    assert "fast against before" in page and "slow against before" in page
+
+
+@pytest.mark.parametrize("base", ["tiny", "large"])
+def test_bases_that_differ_are_told_apart(tmp_path, base):
+    make_run(tmp_path / "a", "a", [ppl("before", 256, 8.0), ppl("after", 256, 7.0)])
+    other = [ppl("before", 256, 8.1), ppl("after", 256, 7.5)]
+    make_run(tmp_path / "b", "b", other, base=base)
+    table = compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "all.html")
+    assert models(table) == ["before (a)", "before (b)", "a", "b"]
+
+
+def test_a_base_measured_further_in_one_run_is_put_together(tmp_path):
+    first = [ppl("before", 256, 8.0), ppl("after", 256, 7.0)]
+    make_run(tmp_path / "a", "a", first)
+    make_run(tmp_path / "b", "b", [*first, ppl("before", 512, 9.0)])
+    table = compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "all.html")
+    assert "before (" not in table and "9.00 [8.10, 9.90]" in table
+
+
+def test_folders_of_one_name_get_labels_that_differ(tmp_path):
+    rows = [ppl("after", 256, 8.0)]
+    for place in ("old", "new"):
+        make_run(tmp_path / place / "demo", "demo", rows)
+        make_evaluation(tmp_path / place / "eval", [ppl("m", 256, 8.0)], "eval")
+    folders = [tmp_path / place / what for what in ("demo", "eval") for place in ("old", "new")]
+    table = compare_runs(folders, tmp_path / "all.html")
+    ms = ("m in eval (old/eval)", "m in eval (new/eval)")
+    assert models(table) == ["demo (old/demo)", "demo (new/demo)", *ms]
+
+
+def test_a_folder_that_cannot_be_compared_is_named(tmp_path):
+    good = make_run(tmp_path / "good", rows=[ppl("after", 256, 8.0)])
+    bad = make_run(tmp_path / "bad", rows=[ppl("after", 256, 8.0)])
+    out = tmp_path / "all.html"
+    with pytest.raises(SkipwiseError, match="given twice"):
+        compare_runs([good, good], out)
+    with pytest.raises(SkipwiseError, match="two folders or more"):
+        compare_runs([good], out)
+    for text, words in (
+        ("[", "is not JSON"),
+        ("{}", "no list of rows"),
+        ('[{"model": "after"}]', "a row without task, metric, value"),
+        ("[]", "nothing in its results.json"),
+        (None, "no results.json"),
+    ):
+        (bad / "results.json").unlink(missing_ok=True)
+        if text is not None:
+            (bad / "results.json").write_text(text)
+        with pytest.raises(SkipwiseError, match=words) as error:
+            compare_runs([good, bad], out)
+        assert str(bad) in str(error.value)
+    assert not out.exists()

@@ -1,0 +1,239 @@
+"""Evaluating anything: nothing is measured twice, nothing is lost, mistakes show first."""
+
+import json
+
+import numpy as np
+import pytest
+from oracle import Oracle
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from skipwise.cli import main
+from skipwise.errors import SkipwiseError
+from skipwise.evaluate import anything, ruler, suite
+from skipwise.evaluate.prompts import token_ids
+from skipwise.evaluate.suite import Subject, Texts, evaluate_model
+from skipwise.quickstart import MODEL
+from skipwise.recipe import EvalSettings, parse_lengths
+from skipwise.run import RunFolder
+
+SMALL = ["eval.passkey_trials=4", "eval.needle_trials=4", "eval.num_depths=2"]
+SMALL += ["eval.perplexity_windows=2", "load.dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def counted(tokenizer):
+    loads = []
+
+    def load():
+        loads.append(1)
+        return Oracle()
+
+    return Subject(label="it", load=load, tokenizer=tokenizer, identity="a"), loads
+
+
+def settings(**more):
+    values = {"tasks": ("passkey",), "passkey_trials": 4, "num_depths": 2}
+    return EvalSettings(**{**values, **more})
+
+
+def test_what_was_measured_is_not_measured_again(counted):
+    subject, loads = counted
+    saved = []
+    first = evaluate_model(
+        subject, Texts(), [256, 512], settings(), save=saved.append, progress=False
+    )
+    assert len(loads) == 1 and [len(rows) for rows in saved] == [2, 4]
+    again = evaluate_model(subject, Texts(), [256, 512], settings(), done=first, progress=False)
+    assert len(loads) == 1 and again == first
+    more = evaluate_model(
+        subject, Texts(), [256, 512, 1024], settings(), done=first, progress=False
+    )
+    assert (
+        len(loads) == 2
+        and [r["context_length"] for r in more] == [256] * 2 + [512] * 2 + [1024] * 2
+    )
+
+
+@pytest.mark.parametrize("change", ["settings", "weights", "seed"])
+def test_other_settings_seeds_or_weights_are_measured_and_replace_the_old(counted, change):
+    subject, loads = counted
+    old = evaluate_model(subject, Texts(), [256], settings(), progress=False)
+    other = {"model": "other", **{k: v for k, v in old[0].items() if k != "model"}}
+    new_settings = settings()
+    if change == "settings":
+        new_settings = settings(passkey_trials=6)
+    if change == "seed":
+        new_settings = settings(seed=1)
+    if change == "weights":
+        subject = Subject(label="it", load=subject.load, tokenizer=subject.tokenizer, identity="b")
+    saved = []
+    evaluate_model(
+        subject, Texts(), [256], new_settings, done=[*old, other], save=saved.append, progress=False
+    )
+    assert len(loads) == 2
+    assert other in saved[-1] and not any(row in saved[-1] for row in old)
+    assert sum(row["model"] == "it" for row in saved[-1]) == 2
+
+
+def test_a_run_that_is_killed_keeps_what_it_had_measured(counted, monkeypatch):
+    subject, _ = counted
+    saved = []
+    measured = []
+
+    def fail_late(*arguments):
+        measured.append(1)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return [True] * 4
+
+    monkeypatch.setattr("skipwise.evaluate.suite.answers_right", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(subject, Texts(), [256, 512], settings(), save=saved.append, progress=False)
+    assert {row["context_length"] for row in saved[-1]} == {256}
+    evaluate_model(
+        subject,
+        Texts(),
+        [256, 512],
+        settings(),
+        done=saved[-1],
+        save=saved.append,
+        progress=False,
+    )
+    assert len(measured) == 3  # 256 was not measured again
+    assert {row["context_length"] for row in saved[-1]} == {256, 512}
+
+
+def test_ruler_is_all_of_its_tasks_and_each_has_a_name_of_its_own(counted):
+    subject, _ = counted
+    rows = evaluate_model(
+        subject, Texts(), [2048], settings(tasks=("ruler",), ruler_samples=1), progress=False
+    )
+    assert {row["task"] for row in rows} == set(ruler.TASKS)
+    assert {row["group"] for row in rows} == {"ruler"}
+    rows = evaluate_model(
+        subject, Texts(), [2048], settings(tasks=("vt",), ruler_samples=1), progress=False
+    )
+    assert {row["task"] for row in rows} == {"vt"}
+
+
+def test_without_text_there_is_no_needle_grid_and_no_perplexity(counted):
+    subject, loads = counted
+    asked = settings(tasks=("perplexity", "needle"))
+    assert evaluate_model(subject, Texts(), [256], asked, progress=False) == []
+    assert not loads
+
+
+def test_a_task_nobody_knows_is_named_before_a_model_is_loaded(counted):
+    subject, loads = counted
+    with pytest.raises(SkipwiseError, match="passkeys"):
+        evaluate_model(subject, Texts(), [256], settings(tasks=("passkeys",)), progress=False)
+    assert not loads
+
+
+def test_progress_counts_all_tokens_and_a_log_file_gets_lines(
+    counted, tokenizer, capsys, monkeypatch
+):
+    bars = []
+
+    class Bar(suite.tqdm):
+        def __init__(self, *arguments, **more):
+            bars.append(self)
+            super().__init__(*arguments, **{**more, "disable": False})
+
+    subject, _ = counted
+    texts = Texts(documents=[np.array(token_ids(tokenizer, "x = 1\n" * 300))])
+    asked = settings(tasks=("perplexity", "passkey"), perplexity_windows=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "tqdm", Bar)
+        evaluate_model(subject, texts, [256, 512], asked)
+    said = capsys.readouterr()
+    assert not said.out and "evaluate it" in said.err and "passkey 512" in said.err
+    assert bars[0].n == bars[0].total == (256 + 512) * (2 + 4)
+    monkeypatch.setattr(suite, "_EVERY", 0)
+    evaluate_model(subject, texts, [256, 512], asked)
+    lines = capsys.readouterr().err.splitlines()
+    assert "perplexity done, 33%" in lines[0] and "passkey 512 done, 100%" in lines[-1]
+
+
+def test_lengths_are_lists_and_doublings():
+    assert parse_lengths("4k..32k") == [4096, 8192, 16384, 32768]
+    assert parse_lengths("4k..20k") == [4096, 8192, 16384, 20480]
+    assert parse_lengths("8k,4k") == [4096, 8192]
+    with pytest.raises(SkipwiseError, match="below the first"):
+        parse_lengths("8k..4k")
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(200)))
+    return file
+
+
+def test_eval_of_a_model_with_a_baseline_writes_a_folder_and_goes_on(
+    tiny, text, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "eval"
+    command = ["eval", str(tiny), "--lengths", "128..256", "--data", str(text)]
+    command += ["--tasks", "perplexity,passkey,needle", "--out", str(out), *SMALL]
+    assert main([*command, "--baseline", str(MODEL)]) == 0
+    said = capsys.readouterr().out
+    assert "tiny-llama" in said and "needle" in said and "results.json" in said
+    run = RunFolder(out)
+    assert {row["model"] for row in run.results()} == {"tiny-llama", "model"}
+    assert {row["metric"] for row in run.results()} >= {"bits_per_byte", "exact_match"}
+    assert run.facts()["baseline"] == "model" and (out / "report" / "index.html").exists()
+
+    def refuse(*arguments, **more):
+        raise AssertionError("it was measured already")
+
+    before = run.results()
+    monkeypatch.setattr(anything, "load_for_evaluation", refuse)
+    assert main([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == [row for row in before if row["model"] == "tiny-llama"]
+    assert run.results() == before
+    assert main(["report", str(out)]) == 0
+
+
+def test_eval_does_not_write_into_other_folders(tiny, text, tmp_path, capsys):
+    assert main(["eval", str(tiny), "--lengths", "128", "--out", str(text.parent)]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "nothing"), "--lengths", "1k"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_models_with_learned_positions_are_measured_as_far_as_they_go(tmp_path, text, capsys):
+    folder = tmp_path / "gpt2"
+    config = GPT2Config(
+        vocab_size=1024,
+        n_positions=256,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    command = ["eval", str(folder), "--data", str(text), "--out", str(tmp_path / "e"), *SMALL]
+    command += ["--tasks", "perplexity,passkey,niah_single_words"]
+    assert main([*command, "--lengths", "128,256"]) == 0
+    assert "| perplexity" in capsys.readouterr().out
+    assert main([*command, "--lengths", "512"]) == 2
+    assert "256 learned positions" in capsys.readouterr().err
+
+
+def test_several_evaluations_stand_side_by_side(tiny, text, tmp_path, capsys):
+    for name in ("one", "two"):
+        command = ["eval", str(tiny), "--lengths", "128", "--data", str(text), *SMALL]
+        assert main([*command, "--tasks", "passkey", "--out", str(tmp_path / name)]) == 0
+    page = tmp_path / "both.html"
+    folders = [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert main(["report", *folders, "--out", str(page)]) == 0
+    assert "passkey" in capsys.readouterr().out and page.stat().st_size > 5000
