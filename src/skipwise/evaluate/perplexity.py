@@ -34,7 +34,7 @@ def perplexity(
     stride: int | None = None,
     num_windows: int = 32,
     batch_tokens: int = 16384,
-    tick: Callable[[int], None] | None = None,
+    tick: Callable[[int], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of results, two a context length: perplexity, and bits per byte.
 
@@ -112,7 +112,7 @@ def _losses(
     windows: np.ndarray,
     num_targets: int,
     batch_tokens: int,
-    tick: Callable[[int], None] | None,
+    tick: Callable[[int], object] | None,
 ) -> np.ndarray:
     """(W,) mean loss of each window's targets, in nats."""
     length = windows.shape[1]

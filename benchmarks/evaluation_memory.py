@@ -1,0 +1,89 @@
+"""Peak memory of an evaluation at a long context, against its key-value cache.
+
+python benchmarks/evaluation_memory.py [--length 32k]
+
+Each task runs in a process of its own: resident memory with the model loaded and warm at 256
+tokens, then the peak at the full length. Their difference over the size of the keys and values of
+one context in float32.
+
+Bar: below 1.15 at 32,768 tokens.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from common import write_result
+
+TASKS = ("perplexity", "passkey", "needle", "niah_single_numbers")
+
+
+def run(task: str, length: int) -> dict:
+    """One task at one length, a trial each: memory before, peak, cache."""
+    from skipwise.evaluate.suite import Subject, Texts, evaluate_model
+    from skipwise.prepare import load_scaled
+    from skipwise.quickstart import MODEL
+    from skipwise.recipe import EvalSettings
+
+    model, tokenizer, _ = load_scaled(str(MODEL), length, rope_type="yarn")
+    rng = np.random.default_rng(0)
+    texts = Texts(documents=[rng.integers(3, 1000, length + 4096).astype(np.uint16)])
+    settings = EvalSettings(
+        tasks=(task,),
+        passkey_trials=2,
+        needle_trials=2,
+        num_depths=2,
+        ruler_samples=1,
+        perplexity_windows=1,
+        perplexity_stride=128,
+    )
+    subject = Subject(label="it", load=lambda: model, tokenizer=tokenizer)
+    evaluate_model(subject, texts, [512], settings, progress=False)
+    before = resident()
+    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rows = evaluate_model(subject, texts, [length], settings, progress=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    config = model.config
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * length
+    return {
+        "task": task,
+        "rows": len(rows),
+        "cache_mib": round(cache / 2**20, 1),
+        "before_mib": round(before / 2**20, 1),
+        "peak_before_mib": round(peak_before / 2**20, 1),
+        "peak_mib": round(peak / 2**20, 1),
+        "over_cache": round((peak - before) / cache, 3),
+    }
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def main() -> None:
+    from skipwise.recipe import parse_length
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", default="32k")
+    parser.add_argument("--task", help="run this one here, and print its figures")
+    given = parser.parse_args()
+    length = parse_length(given.length)
+    if given.task:
+        print(json.dumps(run(given.task, length)))
+        return
+    rows = []
+    for task in TASKS:
+        command = [sys.executable, __file__, "--length", given.length, "--task", task]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+    write_result("evaluation_memory", {"length": length, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
