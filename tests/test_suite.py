@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from skipwise.cli import main
 from skipwise.errors import SkipwiseError
-from skipwise.evaluate import anything, ruler, suite
+from skipwise.evaluate import anything, progress, ruler
 from skipwise.evaluate.prompts import token_ids
 from skipwise.evaluate.suite import Subject, Texts, evaluate_model
 from skipwise.quickstart import MODEL
@@ -130,9 +130,22 @@ def test_without_text_there_is_no_needle_grid_and_no_perplexity(counted):
 
 def test_a_task_nobody_knows_is_named_before_a_model_is_loaded(counted):
     subject, loads = counted
-    with pytest.raises(SkipwiseError, match="passkeys"):
-        evaluate_model(subject, Texts(), [256], settings(tasks=("passkeys",)), progress=False)
+    for name, word in (("passkeys", "mean passkey"), ("pose-tabel", "mean pose-table")):
+        with pytest.raises(SkipwiseError, match=word):
+            evaluate_model(subject, Texts(), [256], settings(tasks=(name,)), progress=False)
+    with pytest.raises(SkipwiseError, match=r"no task 'helaswag'.*hellaswag"):
+        evaluate_model(subject, Texts(), [256], settings(tasks=("helaswag",)), progress=False)
     assert not loads
+
+
+def test_what_could_not_be_measured_is_said(counted, tokenizer, capsys):
+    subject, _ = counted
+    evaluate_model(subject, Texts(), [64], settings(tasks=("perplexity", "needle", "vt")))
+    said = capsys.readouterr().err
+    assert "left out: perplexity (no text), needle (no text), vt 64 (it does not fit)" in said
+    texts = Texts(documents=[np.array(token_ids(tokenizer, "x = 1\n" * 30))])
+    evaluate_model(subject, texts, [64, 256], settings(tasks=("perplexity",)))
+    assert "perplexity at 256 (no document is as long)" in capsys.readouterr().err
 
 
 def test_progress_counts_all_tokens_and_a_log_file_gets_lines(
@@ -140,7 +153,7 @@ def test_progress_counts_all_tokens_and_a_log_file_gets_lines(
 ):
     bars = []
 
-    class Bar(suite.tqdm):
+    class Bar(progress.tqdm):
         def __init__(self, *arguments, **more):
             bars.append(self)
             super().__init__(*arguments, **{**more, "disable": False})
@@ -149,12 +162,12 @@ def test_progress_counts_all_tokens_and_a_log_file_gets_lines(
     texts = Texts(documents=[np.array(token_ids(tokenizer, "x = 1\n" * 300))])
     asked = settings(tasks=("perplexity", "passkey"), perplexity_windows=2)
     with monkeypatch.context() as patch:
-        patch.setattr(suite, "tqdm", Bar)
+        patch.setattr(progress, "tqdm", Bar)
         evaluate_model(subject, texts, [256, 512], asked)
     said = capsys.readouterr()
     assert not said.out and "evaluate it" in said.err and "passkey 512" in said.err
     assert bars[0].n == bars[0].total == (256 + 512) * (2 + 4)
-    monkeypatch.setattr(suite, "_EVERY", 0)
+    monkeypatch.setattr(progress, "_EVERY", 0)
     evaluate_model(subject, texts, [256, 512], asked)
     lines = capsys.readouterr().err.splitlines()
     assert "perplexity done, 33%" in lines[0] and "passkey 512 done, 100%" in lines[-1]
@@ -199,6 +212,14 @@ def test_eval_of_a_model_with_a_baseline_writes_a_folder_and_goes_on(
     assert rows == [row for row in before if row["model"] == "tiny-llama"]
     assert run.results() == before
     assert main(["report", str(out)]) == 0
+
+
+def test_a_task_asked_for_that_needs_text_is_an_error_without(tiny, tmp_path, capsys):
+    command = ["eval", str(tiny), "--lengths", "128", "--out", str(tmp_path / "e")]
+    assert main([*command, "--tasks", "passkey,needle"]) == 2
+    assert "needle need text: type --data" in capsys.readouterr().err
+    assert main([*command, "--tasks", "passkey", "--limit", "0"]) == 2
+    assert "--limit" in capsys.readouterr().err
 
 
 def test_eval_does_not_write_into_other_folders(tiny, text, tmp_path, capsys):

@@ -185,7 +185,7 @@ def test_an_oracle_scores_everything_and_mute_or_nearly_right_models_nothing(
 
 
 def _trials(task, tokenizer, length, documents, settings):
-    words = words_of(tokenizer, documents, 2 * 2048)
+    words = words_of(tokenizer, documents, 2 * length)
     common = {"num_trials": 6, "num_depths": 3}
     if task == "passkey":
         return passkey.passkey_trials(tokenizer, length, **common)

@@ -338,6 +338,8 @@ def _eval(given: argparse.Namespace) -> int:
     lengths = parse_lengths(given.lengths) if given.lengths else []
     tasks = [t.strip() for t in given.tasks.split(",")] if given.tasks else []
     limit = [f"eval.limit={given.limit}"] if given.limit is not None else []
+    if given.limit is not None and given.limit < 1:
+        raise SkipwiseError("--limit: 1 document or more; leave it out for all")
     _quiet()
     from skipwise.evaluate.anything import evaluate_anything
     from skipwise.report import format_table, write_report

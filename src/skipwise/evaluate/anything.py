@@ -78,6 +78,9 @@ def evaluate_anything(
     rows: Rows = []
     for one in subjects:
         documents = evaluation_documents(recipe, one.tokenizer, run if is_run else None, data)
+        wanting = [task for task in tasks if task in ("perplexity", "needle")]
+        if wanting and not documents:
+            raise SkipwiseError(f"{' and '.join(wanting)} need text: type --data FILE or FOLDER")
         rows += evaluate_model(
             one,
             Texts(documents=documents),

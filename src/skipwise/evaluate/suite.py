@@ -7,28 +7,28 @@ unit is not measured again, and the model is loaded only if something is missing
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate import benchmarks, passkey, ruler
 from skipwise.evaluate.intervals import mean_interval
 from skipwise.evaluate.perplexity import fitting_lengths, perplexity
+from skipwise.evaluate.progress import Progress
 from skipwise.evaluate.prompts import words_of
 from skipwise.evaluate.trials import Tick, answers_right, shares_found
 from skipwise.recipe import EvalSettings
 
 Rows = list[dict[str, Any]]
-_EVERY = 30  # seconds between lines of progress, where no bar is drawn
+_VERSION = 1  # of the tasks: raise it when what they ask or how they count changes
 OWN_TASKS = ("perplexity", "passkey", "needle", "ruler", *ruler.TASKS)
 
 
@@ -60,6 +60,7 @@ class _Unit:
     """A piece of work whose rows are saved together."""
 
     name: str
+    kind: str  # text, trials or benchmark
     key: str
     tokens: int  # that go through the model, about: the measure of progress
     measure: Callable[[Callable[[], Any], Tick], Rows]
@@ -85,43 +86,27 @@ def evaluate_model(
         SkipwiseError: an unknown task, a benchmark that cannot be had.
     """
     rows = list(done or [])
-    units = list(_units(subject, texts, sorted(set(context_lengths)), settings))
+    lengths = sorted(set(context_lengths))
+    units = list(_units(subject, texts, lengths, settings))
     have = {row.get("key") for row in rows if row["model"] == subject.label}
     missing = [unit for unit in units if unit.key not in have]
-    unknown = [unit.name for unit in missing if unit.name in _benchmarks(settings.tasks)]
-    benchmarks.check_benchmarks(unknown, task_folder=settings.task_folder)
+    _check_benchmarks([u.name for u in missing if u.kind == "benchmark"], settings)
     model = _Loaded(subject.load)
+    left_out = _without_text(texts, settings.tasks, lengths)
     total = sum(unit.tokens for unit in missing)
-    bar = tqdm(
-        desc=f"evaluate {subject.label}",
-        total=total,
-        unit=" tokens",
-        unit_scale=True,
-        disable=None if progress else True,
-    )
-    started = said = time.monotonic()
-    done_tokens = 0
-    with bar:
+    with Progress(f"evaluate {subject.label}", total, progress) as bar:
         for unit in missing:
-            bar.set_postfix_str(unit.name)
-            end = bar.n + unit.tokens
-            found = unit.measure(model, bar.update)
-            bar.update(end - bar.n)
-            done_tokens += unit.tokens
-            if progress and bar.disable and time.monotonic() - said > _EVERY:  # a log file
-                said = time.monotonic()
-                share = done_tokens / max(1, total)
-                minutes = (said - started) * (1 - share) / max(share, 1e-6) / 60
-                print(
-                    f"evaluate {subject.label}: {unit.name} done, {share:.0%}, about "
-                    f"{minutes:.0f} min left",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            bar.begin(unit.name, unit.tokens)
+            found = unit.measure(model, bar.tick)
+            bar.finish()
             rows = [row for row in rows if not _replaced(row, found, subject.label)]
             rows += [{"model": subject.label, **row, "key": unit.key} for row in found]
-            if save is not None and found:
+            if not found:
+                left_out.append(f"{unit.name} (it does not fit)")
+            elif save is not None:
                 save(rows)
+    if left_out and progress:
+        print(f"left out: {', '.join(left_out)}", file=sys.stderr, flush=True)
     keys = {unit.key for unit in units}
     return [row for row in rows if row["model"] == subject.label and row.get("key") in keys]
 
@@ -144,10 +129,10 @@ def _units(
     tasks = _expanded(settings.tasks)
     tokenizer = subject.tokenizer
     text = texts.identity()
-    words: list[str] | None = None
+    words: dict[int, list[str]] = {}
 
     def key(*facts: Any) -> str:
-        whole = json.dumps([subject.identity, settings.seed, *facts], default=str)
+        whole = json.dumps([_VERSION, subject.identity, settings.seed, *facts], default=str)
         return hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest()[:12]
 
     for task in tasks:
@@ -157,6 +142,7 @@ def _units(
                 continue
             yield _Unit(
                 name=task,
+                kind="text",
                 key=key(
                     task, fitting, settings.perplexity_windows, settings.perplexity_stride, text
                 ),
@@ -164,15 +150,16 @@ def _units(
                 measure=_perplexity(texts, tokenizer, fitting, settings),
             )
         elif task in OWN_TASKS:
-            if words is None and (task == "needle" or task in ruler.TASKS):
-                words = words_of(tokenizer, texts.documents, 2 * max(lengths, default=0))
             for length in lengths:
-                unit = _unit(task, length, tokenizer, words or [], settings, key, text)
+                if length not in words:  # of each length its own: the set depends on nothing else
+                    words[length] = words_of(tokenizer, texts.documents, 2 * length)
+                unit = _unit(task, length, tokenizer, words[length], settings, key, text)
                 if unit is not None:
                     yield unit
         else:
             yield _Unit(
                 name=task,
+                kind="benchmark",
                 key=key(task, settings.limit, settings.task_folder),
                 tokens=0,
                 measure=_benchmark(task, tokenizer, settings),
@@ -202,7 +189,13 @@ def _unit(
         measure = _ruler(task, length, tokenizer, words, settings)
     if not count:
         return None
-    return _Unit(name=f"{task} {length:,}", key=key(*facts), tokens=count * length, measure=measure)
+    return _Unit(
+        name=f"{task} {length:,}",
+        kind="trials",
+        key=key(*facts),
+        tokens=count * length,
+        measure=measure,
+    )
 
 
 def _perplexity(
@@ -312,9 +305,29 @@ def _expanded(tasks: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _benchmarks(tasks: Sequence[str]) -> list[str]:
-    """Those tasks that lm-evaluation-harness does."""
-    return [task for task in _expanded(tasks) if task not in OWN_TASKS]
+def _check_benchmarks(names: list[str], settings: EvalSettings) -> None:
+    """What lm-evaluation-harness would refuse, before a model is loaded."""
+    for name in names:
+        near = difflib.get_close_matches(name, [*OWN_TASKS, "pose-table"], 1, 0.75)
+        try:
+            benchmarks.check_benchmarks([name], task_folder=settings.task_folder)
+        except SkipwiseError as error:
+            if near and "no task" in str(error):
+                raise SkipwiseError(f"{name!r} is no task: did you mean {near[0]}?") from error
+            raise
+
+
+def _without_text(texts: Texts, tasks: Sequence[str], lengths: list[int]) -> list[str]:
+    """What is not measured for want of text."""
+    out = []
+    if not texts.documents:
+        out += [f"{task} (no text)" for task in ("perplexity", "needle") if task in tasks]
+    elif "perplexity" in tasks:
+        fitting = fitting_lengths(texts.documents, lengths)
+        missed = [f"{length:,}" for length in lengths if length not in fitting]
+        if missed:
+            out.append(f"perplexity at {', '.join(missed)} (no document is as long)")
+    return out
 
 
 def _replaced(row: dict[str, Any], found: Rows, label: str) -> bool:
