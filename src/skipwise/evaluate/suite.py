@@ -160,7 +160,7 @@ def _units(
             yield _Unit(
                 name=task,
                 kind="benchmark",
-                key=key(task, settings.limit, settings.task_folder),
+                key=key(task, settings.limit, _folder_identity(settings.task_folder)),
                 tokens=0,
                 measure=_benchmark(task, tokenizer, settings),
             )
@@ -339,6 +339,14 @@ def _replaced(row: dict[str, Any], found: Rows, label: str) -> bool:
         == (new["task"], new["metric"], new.get("context_length"))
         for new in found
     )
+
+
+def _folder_identity(folder: str | None) -> list[Any] | None:
+    """Names, sizes and times of a folder of tasks."""
+    if folder is None:
+        return None
+    files = sorted(f for f in Path(folder).expanduser().glob("*") if f.is_file())
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def files_identity(folder: str | Path) -> list[Any]:
