@@ -137,3 +137,32 @@ def test_windows_of_one_document_do_not_count_as_independent():
     apart = clustered_mean(values, np.arange(4))
     assert mean == pytest.approx(2.05) and high - low > 3 * (apart[2] - apart[1])
     assert clustered_mean(values, np.zeros(4))[1:] == pytest.approx(apart[1:])
+    # by hand: cluster sums of deviations -2, 2; error sqrt(8 * 2/1) / 4 = 1; t(1) = 12.706
+    assert clustered_mean(np.array([1.0, 1.0, 3.0, 3.0]), np.array([0, 0, 1, 1])) == pytest.approx(
+        (2.0, 2.0 - 12.706, 2.0 + 12.706), abs=1e-3
+    )
+    # and one that hangs on the mean: 5 windows, sums of deviations -1.7, -0.2, 1.9
+    values, owners = np.array([0.0, 0.5, 1.0, 1.0, 3.0]), np.array([0, 0, 1, 1, 2])
+    error = math.sqrt((1.7**2 + 0.2**2 + 1.9**2) * 3 / 2) / 5
+    mean, low, high = clustered_mean(values, owners)
+    assert (mean, high - low) == pytest.approx((1.1, 2 * 4.303 * error), rel=1e-3)
+
+
+def test_the_interval_is_over_documents_and_no_batch_is_over_the_limit(model):
+    """Two documents, one easy: the windows of each agree, so the spread is theirs."""
+    hard = np.random.default_rng(0).integers(3, 1000, 400)
+    easy = np.tile([11, 12, 13, 14], 100)
+    sizes = []
+    handle = model.model.embed_tokens.register_forward_hook(
+        lambda m, i, out: sizes.append(out.shape[0] * out.shape[1])
+    )
+    (row,) = perplexity(model, [hard, easy], [128], num_windows=8, batch_tokens=300)
+    handle.remove()
+    assert max(sizes) <= 300 and len(sizes) == 4
+    means = [
+        math.log(perplexity(model, [text], [128], num_windows=4)[0]["value"])
+        for text in (hard, easy)
+    ]
+    half = 12.706 * abs(means[0] - means[1]) / 2
+    assert math.log(row["value"]) == pytest.approx(sum(means) / 2, rel=1e-4)
+    assert math.log(row["high"]) == pytest.approx(sum(means) / 2 + half, rel=1e-3)

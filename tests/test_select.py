@@ -1,12 +1,18 @@
 """Checkpoint choice: the best of the saved ones is exported, by what was asked for."""
 
 import json
+import shutil
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from skipwise import select
+from skipwise.cli import main
 from skipwise.errors import SkipwiseError
 from skipwise.extend import extend
 from skipwise.recipe import parse_recipe
@@ -107,16 +113,48 @@ def test_lora_candidates_are_adapters(tiny, text_folder, tmp_path, monkeypatch):
     assert config["model_type"] == "llama"
 
 
-def test_a_choice_that_needs_text_is_refused_before_training(tiny, tmp_path):
-    recipe = parse_recipe({"model": str(tiny), "target_length": 256, "eval": {"select": "needles"}})
+def test_a_choice_that_cannot_be_made_is_refused_before_training(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+
+    def check(by, documents, target=256):
+        tree = {"model": str(tiny), "target_length": target, "eval": {"select": by}}
+        select.check_selection(parse_recipe(tree), documents, tokenizer, 64)
+
+    text = np.array(tokenizer("x = 1\n" * 100)["input_ids"])
     with pytest.raises(SkipwiseError, match=r"needs evaluation text.*\ntype"):
-        select.check_selection(recipe, [])
-    select.check_selection(recipe, [torch.zeros(10).numpy()])
-    by_loss = parse_recipe(
-        {"model": str(tiny), "target_length": 256, "eval": {"select": "perplexity"}}
-    )
+        check("needles", [])
     with pytest.raises(SkipwiseError, match="of 256 tokens"):
-        select.check_selection(by_loss, [torch.zeros(10).numpy()])
+        check("perplexity", [text[:10]])
+    with pytest.raises(SkipwiseError, match="no prompt fits 96 tokens"):
+        check("passkey", [], target=96)
+    check("needles", [text])
+    check("passkey", [])
+
+
+@pytest.mark.slow
+def test_a_candidate_that_was_removed_is_named(tiny, text_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(select, "_score", lambda plan, run, folder: 0.5)
+    run = extend(make_recipe(tiny, text_folder), tmp_path / "run")
+    shutil.rmtree(run.candidates)
+    assert main(["export", str(run.path)]) == 2
+    assert "no checkpoint to choose from" in capsys.readouterr().err
+
+
+def test_the_choice_asks_other_questions_than_the_evaluation(tiny, monkeypatch):
+    """Else the exported checkpoint is the one that knows the exam."""
+    seeds = []
+
+    def spy(subject, texts, lengths, settings, **more):
+        seeds.append((settings.seed, tuple(lengths)))
+        return [{"value": 0.5, "num_samples": 4, "metric": "exact_match"}]
+
+    monkeypatch.setattr(select, "evaluate_model", spy)
+    monkeypatch.setattr(select, "evaluation_documents", lambda *a: [])
+    recipe = make_recipe(tiny, "-", "eval.seed=7")
+    facts = types.SimpleNamespace(original_length=64)
+    plan = types.SimpleNamespace(recipe=recipe, facts=facts, tokenizer=None)
+    assert select._score(plan, None, Path("step-2")) == 0.5
+    assert seeds == [(8, (128, 256))]
 
 
 def test_without_a_choice_nothing_is_kept(tiny, text_folder, tmp_path):

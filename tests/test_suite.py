@@ -59,27 +59,6 @@ def test_what_was_measured_is_not_measured_again(counted):
     )
 
 
-@pytest.mark.parametrize("change", ["settings", "weights", "seed"])
-def test_other_settings_seeds_or_weights_are_measured_and_replace_the_old(counted, change):
-    subject, loads = counted
-    old = evaluate_model(subject, Texts(), [256], settings(), progress=False)
-    other = {"model": "other", **{k: v for k, v in old[0].items() if k != "model"}}
-    new_settings = settings()
-    if change == "settings":
-        new_settings = settings(passkey_trials=6)
-    if change == "seed":
-        new_settings = settings(seed=1)
-    if change == "weights":
-        subject = Subject(label="it", load=subject.load, tokenizer=subject.tokenizer, identity="b")
-    saved = []
-    evaluate_model(
-        subject, Texts(), [256], new_settings, done=[*old, other], save=saved.append, progress=False
-    )
-    assert len(loads) == 2
-    assert other in saved[-1] and not any(row in saved[-1] for row in old)
-    assert sum(row["model"] == "it" for row in saved[-1]) == 2
-
-
 def test_a_run_that_is_killed_keeps_what_it_had_measured(counted, monkeypatch):
     subject, _ = counted
     saved = []

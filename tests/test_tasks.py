@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 from oracle import Oracle
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skipwise.evaluate import passkey, ruler
 from skipwise.evaluate.prompts import fill, made_up_words, sprinkle, token_ids, words_of
@@ -122,6 +123,59 @@ def test_the_passkey_prompt_is_the_published_template():
     assert text.endswith("What is the pass key? The pass key is")
     before = text.split("The pass key is 81501.")[0]
     assert before.count("The grass is green.") == 1 and "The sun is yellow." not in before
+
+
+def test_hits_are_counted_at_their_depth(tokenizer):
+    trials = passkey.passkey_trials(tokenizer, 300, num_trials=9, num_depths=3)
+    right = [
+        trial.depth == 0 or (trial.depth == 0.5 and i % 3 == 0) for i, trial in enumerate(trials)
+    ]
+    rows = passkey.rows_by_depth("passkey", 300, trials, right)
+    assert [(row["depth"], round(row["value"], 3)) for row in rows] == [
+        (0.0, 1.0),
+        (0.5, 0.333),
+        (1.0, 0.0),
+    ]
+
+
+def test_a_tokenizer_that_ends_texts_does_not_end_the_prompts(tokenizer, words):
+    ending = AutoTokenizer.from_pretrained(MODEL)
+    ending._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert ending("a")["input_ids"][-1] == 2 and token_ids(ending, "a")[0] == 1
+    for task in ("passkey", "needle", *ruler.TASKS):
+        for trial in samples(task, ending, 1500, words):
+            assert trial.input_ids[0] == 1 and 2 not in trial.input_ids
+            if trial.num_answer:
+                answer = ending.decode(trial.input_ids[-trial.num_answer :]).strip()
+                assert answer.isdigit() and len(answer) == 5
+
+
+@pytest.mark.parametrize("model", [models.BPE, models.Unigram])
+def test_a_tokenizer_that_merges_over_spaces_still_has_an_answer(model):
+    """There the prompt's tokens are not the start of those of prompt and answer."""
+    texts = [f"{passkey.prompt(str(key), 5, 0.5)} {key}" for key in range(10000, 10400)]
+    inner = Tokenizer(model())
+    special = ["<unk>", "<s>", "</s>"]
+    if model is models.BPE:
+        trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=special, show_progress=False)
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=900, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    inner.train_from_iterator(texts, trainer)
+    merging = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    trials = passkey.passkey_trials(merging, 400, num_trials=20, num_depths=4)
+    assert len(trials) == 20
+    for trial in trials:
+        prompt, said = (
+            "".join(merging.convert_ids_to_tokens(ids))
+            for ids in (trial.prompt, trial.input_ids[len(trial.prompt) :])
+        )
+        key = re.search(r"pass.key.is.(\d{5})\. ?", prompt)[1]
+        assert trial.num_answer > 0 and said[1:] == key
 
 
 def test_passkey_trials_hold_their_key_at_their_depth(tokenizer):

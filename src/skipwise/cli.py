@@ -336,7 +336,7 @@ def _eval(given: argparse.Namespace) -> int:
     from skipwise.recipe import parse_lengths
 
     lengths = parse_lengths(given.lengths) if given.lengths else []
-    tasks = [t.strip() for t in given.tasks.split(",")] if given.tasks else []
+    tasks = [t.strip() for t in given.tasks.split(",")] if given.tasks is not None else []
     limit = [f"eval.limit={given.limit}"] if given.limit is not None else []
     if given.limit is not None and given.limit < 1:
         raise SkipwiseError("--limit: 1 document or more; leave it out for all")

@@ -94,7 +94,7 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
     if recipe.method != "none":
         data = load_training_data(plan, run)
         documents = evaluation_documents(recipe, plan.tokenizer, run)
-        check_selection(recipe, documents)
+        check_selection(recipe, documents, plan.tokenizer, plan.facts.original_length)
         facts["train_length"] = data.sampler.train_length
         facts["data"] = data_facts(plan, data, len(documents))
         facts["positions"] = describe_positions(data.sampler, recipe.seed)
@@ -170,14 +170,15 @@ def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
         else (str(run.model), recipe.load.of_own_folder())
     )
     lengths = list(context_lengths(recipe, plan.facts.original_length))
-    evaluate_model(
-        subject(label, model, settings, lengths, plan.tokenizer),
-        Texts(documents=evaluation_documents(recipe, plan.tokenizer, run)),
-        lengths,
-        recipe.eval,
-        done=run.results(),
-        save=run.write_results,
-    )
+    with run.lock():
+        evaluate_model(
+            subject(label, model, settings, lengths, plan.tokenizer),
+            Texts(documents=evaluation_documents(recipe, plan.tokenizer, run)),
+            lengths,
+            recipe.eval,
+            done=run.results(),
+            save=run.write_results,
+        )
     _free()
 
 

@@ -17,10 +17,17 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 from skipwise.errors import SkipwiseError
 from skipwise.recipe import Recipe, dump_recipe, load_recipe
@@ -77,7 +84,36 @@ class RunFolder:
         write_json(self.path / "run.json", {**self.facts(), **facts})
 
     def results(self) -> list[dict[str, Any]]:
-        return _read_json(self.path / "results.json", [])
+        file = self.path / "results.json"
+        rows = _read_json(file, [])
+        sound = isinstance(rows, list) and all(
+            isinstance(row, dict) and {"model", "task", "metric"} <= set(row) for row in rows
+        )
+        if not sound:
+            raise SkipwiseError(
+                f"{file} does not hold rows of results\nremove it: what it held is measured again"
+            )
+        return rows
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder's results: two that write them would lose each other's.
+
+        Raises:
+            SkipwiseError: another process holds them.
+        """
+        if fcntl is None:  # Windows
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise SkipwiseError(
+                    f"another process is measuring into {self.path}\nwait for it, or type "
+                    "another --out"
+                ) from error
+            yield
 
     def write_results(self, rows: list[dict[str, Any]]) -> None:
         write_json(self.path / "results.json", rows)
@@ -164,7 +200,7 @@ def _changed_lines(old: str, new: str) -> list[tuple[str, str]]:
 def _read_json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return default
     except ValueError as error:
         raise SkipwiseError(

@@ -18,6 +18,8 @@ import torch
 
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.anything import evaluation_documents
+from skipwise.evaluate.passkey import needle_trials, passkey_trials
+from skipwise.evaluate.prompts import words_of
 from skipwise.evaluate.suite import Subject, Texts, evaluate_model
 from skipwise.export import trained_model
 from skipwise.models.load import best_device, compute_dtype
@@ -31,11 +33,14 @@ _WINDOWS = 16
 _TASKS = {"needles": "needle", "passkey": "passkey", "perplexity": "perplexity"}
 
 
-def check_selection(recipe: Recipe, documents: list[Any]) -> None:
+def check_selection(
+    recipe: Recipe, documents: list[Any], tokenizer: Any, original_length: int
+) -> None:
     """Refuse a choice that could not be made, before training.
 
     Raises:
-        SkipwiseError: it needs text to hide needles in or to predict, and there is none.
+        SkipwiseError: it needs text to hide needles in or to predict, and there is none; no prompt
+            fits the lengths.
     """
     by = recipe.eval.select
     if by in ("needles", "perplexity"):
@@ -46,6 +51,17 @@ def check_selection(recipe: Recipe, documents: list[Any]) -> None:
                 + (f" of {recipe.target_length:,} tokens" if by == "perplexity" else "")
                 + "\ntype data.eval_sources=FILE, or eval.select=passkey"
             )
+    longest = context_lengths(recipe, original_length)[-1]
+    one = {"num_trials": 1, "num_depths": 1}
+    if by == "needles":
+        words = words_of(tokenizer, documents, 2 * longest)
+        fits = needle_trials(tokenizer, longest, **one, words=words)
+    else:
+        fits = by != "passkey" or passkey_trials(tokenizer, longest, **one)
+    if not fits:
+        raise SkipwiseError(
+            f"eval.select: {by}: no prompt fits {longest:,} tokens\ntype eval.select=perplexity"
+        )
 
 
 def chosen_checkpoint(plan: ModelPlan, run: RunFolder) -> Path | None:
@@ -65,12 +81,17 @@ def chosen_checkpoint(plan: ModelPlan, run: RunFolder) -> Path | None:
     folders = {int(f.name.split("-")[1]): f for f in run.candidates.glob("step-*")}
     if found is not None and found in folders:
         return folders[found]
+    if not folders:
+        raise SkipwiseError(
+            f"{run.candidates} holds no checkpoint to choose from: it was removed\n"
+            f"the last one is {finished}: train again with another --out to choose"
+        )
     for step in sorted(folders):
         if step not in scores:
             scores[step] = _score(plan, run, folders[step])
             print(f"  checkpoint {step}: {scores[step]:.4g}", file=sys.stderr, flush=True)
             _record(run, recipe, scores, higher, None)
-    best = max(scores, key=lambda step: (scores[step] if higher else -scores[step], step))
+    best = max(folders, key=lambda step: (scores[step] if higher else -scores[step], step))
     _record(run, recipe, scores, higher, best)
     for step, folder in folders.items():
         if step != best:

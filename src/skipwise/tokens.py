@@ -67,7 +67,7 @@ def tokenize_source(
     Raises:
         SkipwiseError: nothing to read, a bad record where `stop` is asked, a full disk.
     """
-    key = [_FORMAT, _PIECE, on_bad_record, describe(source), _tokenizer_text(tokenizer)]
+    key = [_FORMAT, _PIECE, on_bad_record, describe(source), tokenizer_fingerprint(tokenizer)]
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / fingerprint
     if not (folder / "meta.json").exists():
@@ -229,7 +229,7 @@ def _cut(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _tokenizer_text(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Everything that decides what ids a text gets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     inner = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())

@@ -15,13 +15,21 @@ import numpy as np
 
 from skipwise.documents import parse_sources
 from skipwise.errors import SkipwiseError
-from skipwise.evaluate.suite import Rows, Subject, Texts, evaluate_model, files_identity
+from skipwise.evaluate.identity import files_identity
+from skipwise.evaluate.suite import (
+    OWN_TASKS,
+    Rows,
+    Subject,
+    Texts,
+    check_settings,
+    evaluate_model,
+)
 from skipwise.models.configs import load_config
 from skipwise.models.families import check_reach
 from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
 from skipwise.recipe import ModelSettings, Recipe, context_lengths, parse_recipe
 from skipwise.run import RunFolder, machine, versions
-from skipwise.tokens import tokenize_source
+from skipwise.tokens import encode, tokenize_source, tokenizer_fingerprint
 
 
 def evaluate_anything(
@@ -53,19 +61,28 @@ def evaluate_anything(
     if is_run:
         recipe = run.recipe()
         if not run.model.is_dir():
-            raise SkipwiseError(f"{run.path} has no model yet: type skipwise export {run.path}")
+            trained = recipe.method == "none" or run.facts().get("training")
+            verb = "export" if trained else "extend"
+            raise SkipwiseError(f"{run.path} has no model yet: type skipwise {verb} {run.path}")
         if out is not None:
             raise SkipwiseError(f"--out: the results of a run go into it, {run.path}")
         tree = dataclasses.asdict(recipe)
     else:
         name = Path(thing).expanduser().resolve().name if Path(thing).exists() else thing
         tree = {"model": thing, "target_length": 1}
+        for key in (override.partition("=")[0] for override in overrides):
+            if key.split(".")[0] not in ("eval", "load") and key != "data.text_field":
+                raise SkipwiseError(
+                    f"{key} does not take effect on a model as it is: keys of eval. and load. do\n"
+                    "type skipwise extend to change a model, --data for text"
+                )
         run = RunFolder(out or Path("runs") / f"eval-{name.replace('/', '-')}")
     if tasks:
         tree["eval"] = {**tree.get("eval", {}), "tasks": tasks}
     recipe = parse_recipe(tree, overrides)
+    check_settings(recipe.eval)
     lengths = lengths or _own_lengths(recipe, run if is_run else None)
-    if not lengths and set(recipe.eval.tasks) & {"perplexity", "passkey", "needle", "ruler"}:
+    if not lengths and set(recipe.eval.tasks) & set(OWN_TASKS):
         raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
     labels = _labels(recipe, run, is_run, baseline)
     subjects = []
@@ -76,19 +93,20 @@ def evaluate_anything(
     if not is_run:
         _open(run, labels, baseline, command)
     rows: Rows = []
-    for one in subjects:
-        documents = evaluation_documents(recipe, one.tokenizer, run if is_run else None, data)
-        wanting = [task for task in tasks if task in ("perplexity", "needle")]
-        if wanting and not documents:
-            raise SkipwiseError(f"{' and '.join(wanting)} need text: type --data FILE or FOLDER")
-        rows += evaluate_model(
-            one,
-            Texts(documents=documents),
-            lengths,
-            recipe.eval,
-            done=run.results(),
-            save=run.write_results,
-        )
+    with run.lock():
+        for one in subjects:
+            documents = evaluation_documents(recipe, one.tokenizer, run if is_run else None, data)
+            wanting = [task for task in tasks if task in ("perplexity", "needle")]
+            if wanting and not documents:
+                raise SkipwiseError(f"{' and '.join(wanting)} need text: type --data PATH")
+            rows += evaluate_model(
+                one,
+                Texts(documents=documents),
+                lengths,
+                recipe.eval,
+                done=run.results(),
+                save=run.write_results,
+            )
     return rows, run
 
 
@@ -103,11 +121,19 @@ def subject(
     config = load_config(model, settings)
     check_reach(config.to_dict(), max(lengths, default=0))
     dtype = compute_dtype(settings)
+    tokenizer = tokenizer or load_tokenizer(model, settings)
     return Subject(
         label=label,
         load=lambda: load_for_evaluation(model, config, settings, dtype=dtype),
-        tokenizer=tokenizer or load_tokenizer(model, settings),
-        identity=[files_identity(model), settings.revision, str(dtype)],
+        tokenizer=tokenizer,
+        identity=[
+            files_identity(model),
+            settings.revision,
+            getattr(config, "_commit_hash", None),  # of the hub
+            str(dtype),
+            settings.attn_implementation,
+            tokenizer_fingerprint(tokenizer),
+        ],
     )
 
 
@@ -131,7 +157,12 @@ def evaluation_documents(
     if run is None or not run.eval_documents.exists():
         return []
     lines = run.eval_documents.read_text(encoding="utf-8").splitlines()
-    return [np.array(json.loads(line)["tokens"], np.int64) for line in lines]
+    held_out = [json.loads(line) for line in lines]
+    own = load_tokenizer(str(run.model), ModelSettings()) if run.model.is_dir() else tokenizer
+    if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(own):
+        return [np.array(document["tokens"], np.int64) for document in held_out]
+    texts = [document["text"] for document in held_out]  # a baseline's tokenizer is another
+    return [np.array(encode(tokenizer, text), np.int64) for text in texts]
 
 
 def _own_lengths(recipe: Recipe, run: RunFolder | None) -> list[int]:
@@ -145,8 +176,13 @@ def _labels(recipe: Recipe, run: RunFolder, is_run: bool, baseline: str | None) 
     """The models to measure by label, the baseline first."""
     if is_run:
         base = str(run.converted) if run.converted.is_dir() else recipe.model
-        before = base if baseline == "base" else baseline
-        return {**({"before": before} if before else {}), "after": str(run.model)}
+        first: dict[str, str] = {}
+        if baseline == "base":
+            first = {"before": base}
+        elif baseline:  # some other model, not what the run began with
+            name = _name(baseline)
+            first = {baseline if name in ("before", "after") else name: baseline}
+        return {**first, "after": str(run.model)}
     if baseline == "base":
         raise SkipwiseError("which baseline? type --baseline MODEL (a run knows its own)")
     name, other = (_name(model) if model else "" for model in (recipe.model, baseline))
@@ -158,6 +194,11 @@ def _labels(recipe: Recipe, run: RunFolder, is_run: bool, baseline: str | None) 
 def _name(model: str) -> str:
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else model
+
+
+def _place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
 
 
 def _open(run: RunFolder, labels: dict[str, str], baseline: str | None, command: str) -> None:
@@ -172,6 +213,12 @@ def _open(run: RunFolder, labels: dict[str, str], baseline: str | None, command:
     except OSError as error:
         raise SkipwiseError(f"{run.path} cannot be written: {error.strerror}") from error
     models = {label: {"name": model} for label, model in labels.items()}
+    for label, model in models.items():
+        known = facts.get("models", {}).get(label, model)["name"]
+        if _place(known) != _place(model["name"]):
+            raise SkipwiseError(
+                f"{run.path} holds results of another {label} ({known})\ntype another --out"
+            )
     run.update(
         name=run.path.name,
         kind="evaluation",

@@ -5,6 +5,9 @@ holds a layer twice while it grows), and only the positions that are asked for g
 at a time: vocabulary x length never stands whole. Positions are plain and a mask of ones is always
 sent, but for padding.
 
+Not every model can be read so: some lose their state between pieces, some count padding. `reading`
+tries it on a few tokens, and what a model cannot do is done in a slower way.
+
 Shapes:  B = batch, S = tokens, K = positions asked for, V = vocabulary
 """
 
@@ -12,8 +15,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache
@@ -76,8 +82,9 @@ class _Room(DynamicLayer):
 
 def new_cache(model: Any, room: int) -> Any:
     """An empty cache with room for some tokens; layers with a window or a state keep their own."""
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     cache.layers = [_Room(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.num_tokens = 0  # counted here: layers that hold a state do not know
     return cache
 
 
@@ -102,12 +109,13 @@ def fork(cache: Any, rows: int) -> Any:
         else:
             made.layers.append(copy.deepcopy(layer))
             if rows > 1:
-                made.layers[-1].batch_repeat_interleave(rows)
+                made.layers[-1].reorder_cache(torch.zeros(rows, dtype=torch.long))
     return made
 
 
 def rewind(cache: Any, tokens: int) -> None:
     """Take back what followed the first tokens, where the layers can."""
+    cache.num_tokens = tokens
     for layer in cache.layers:
         if isinstance(layer, _Room) and layer.is_initialized:
             layer.keep(tokens)
@@ -115,7 +123,7 @@ def rewind(cache: Any, tokens: int) -> None:
 
 def prefill(model: Any, input_ids: torch.Tensor, past: Any) -> None:
     """Put tokens (B, S) into the cache."""
-    start, total = 0, past.get_seq_length() + input_ids.shape[1]
+    start, total = 0, past.num_tokens + input_ids.shape[1]
     while start < input_ids.shape[1]:
         piece = input_ids[:, start : start + piece_size(model, total, len(input_ids))]
         _forward(model, piece, past, torch.tensor([piece.shape[1] - 1]))
@@ -143,8 +151,13 @@ def logits_in_slices(
 ) -> Iterator[torch.Tensor]:
     """The logits of `logits_at` a slice (B, k, V) of the positions at a time."""
     rows = len(input_ids)
-    before = past.get_seq_length() if past is not None else 0
+    before = past.num_tokens if past is not None else 0
     end, start = int(positions[-1]) + 1, 0
+    if not reading(model).pieces:
+        yield _forward(
+            model, input_ids if past is not None else input_ids[:, :end], past, positions
+        )
+        return
     piece = piece_size(model, before + end, rows)
     if before == 0 and end <= PREFILL and not _is_eager(model.config):
         piece = end  # with nothing before it no mask is made: it is causal and nothing else
@@ -181,6 +194,7 @@ def next_logits(
         past_key_values=past,
         use_cache=True,
     )
+    past.num_tokens += input_ids.shape[1]
     return out.logits[:, -1]
 
 
@@ -210,7 +224,7 @@ def _is_eager(config: Any) -> bool:
 def _forward(
     model: Any, input_ids: torch.Tensor, past: Any, positions: torch.Tensor
 ) -> torch.Tensor:
-    before = past.get_seq_length() if past is not None else 0
+    before = past.num_tokens if past is not None else 0
     rows, tokens = input_ids.shape
     device = input_ids.device
     positions = positions.to(device)
@@ -218,9 +232,101 @@ def _forward(
         "input_ids": input_ids,
         "position_ids": torch.arange(before, before + tokens, device=device).expand(rows, -1),
         "attention_mask": torch.ones(rows, before + tokens, dtype=torch.long, device=device),
-        "past_key_values": past,
         "use_cache": past is not None,
     }
+    if past is not None:
+        arguments["past_key_values"] = past
+        past.num_tokens += tokens
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**arguments, logits_to_keep=positions).logits
     return model(**arguments).logits[:, positions]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What gives a model's own logits, and may be done with it."""
+
+    pieces: bool  # several tokens behind others, also in rows that share them
+    padding: bool  # rows of unequal length, with padding between prompt and answer
+    steps: bool  # a token at a time behind a prompt
+
+
+_READINGS: WeakKeyDictionary[Any, Reading] = WeakKeyDictionary()
+
+
+def reading(model: Any) -> Reading:
+    """How the model can be read, tried on random tokens when it is first asked for."""
+    found = _READINGS.get(model)
+    if found is None:
+        _READINGS[model] = Reading(pieces=True, padding=True, steps=True)  # to try it
+        config = model.config.get_text_config(decoder=True)
+        steps = _agrees(model, _by_steps)
+        # learned windows and ALiBi may count the cache's places, padding among them
+        rotary = bool(getattr(config, "rope_parameters", None))
+        found = Reading(
+            pieces=_agrees(model, _by_pieces),
+            padding=steps and rotary and _agrees(model, _by_padding),
+            steps=steps,
+        )
+        _READINGS[model] = found
+        if not found.pieces:
+            print(
+                f"{config.model_type} cannot go on from a cache: every trial is read whole"
+                + ("" if steps else ", anew for each token of its answer"),
+                file=sys.stderr,
+            )
+    return found
+
+
+@torch.inference_mode()
+def _agrees(model: Any, way: Callable[[Any, torch.Tensor], Any]) -> bool:
+    """Whether a way of reading gives the logits of plain passes, up to rounding."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 58), generator=generator)
+    try:
+        have, want = way(model, ids.to(model.device))
+    except Exception:  # whatever a model says to an unusual call
+        return False
+    error, want = (have.float() - want.float()).abs(), want.float()
+    if have.dtype == torch.float32:
+        return float(error.max()) <= 1e-3 * max(float(want.abs().max()), 1e-6)
+    return float(error.mean()) <= 0.03 * max(float(want.std()), 1e-6)
+
+
+def _plain(model: Any, ids: torch.Tensor, first: int) -> torch.Tensor:
+    return _forward(model, ids, None, torch.arange(first, ids.shape[1]))
+
+
+def _by_pieces(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.cat([ids[:1, :32].expand(2, -1), ids[:, 32:]], 1)
+    base = new_cache(model, 64)
+    for piece in (ids[:1, :20], ids[:1, 20:32]):
+        _forward(model, piece, base, torch.tensor([piece.shape[1] - 1]))
+    have = _forward(model, ids[:, 32:], fork(base, 2), torch.arange(26))
+    return have, _plain(model, ids, 32)
+
+
+def _by_steps(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    cache = new_cache(model, 64)
+    _forward(model, ids[:, :50], cache, torch.tensor([49]))
+    have = []
+    for at in range(50, 54):
+        positions = torch.full((2, 1), at, device=ids.device)
+        mask = torch.ones(2, at + 1, dtype=torch.long, device=ids.device)
+        have.append(next_logits(model, ids[:, at : at + 1], positions, mask, cache))
+    return torch.stack(have, 1), _plain(model, ids[:, :54], 50)
+
+
+def _by_padding(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    cache = new_cache(model, 64)
+    if not holds_all(cache):
+        raise ValueError("layers with a window or a state")
+    _forward(model, ids[:, :50], cache, torch.tensor([49]))  # the first row ends at 30
+    mask = torch.ones(2, 51, dtype=torch.long, device=ids.device)
+    mask[0, 30:50] = 0
+    positions = torch.tensor([[30], [50]], device=ids.device)
+    have = next_logits(model, ids[:, 50:51], positions, mask, cache)
+    short = torch.cat([ids[:1, :30], ids[:1, 50:51]], 1)
+    want = [_plain(model, short, 30), _plain(model, ids[1:, :51], 50)]
+    return have, torch.cat(want)[:, 0]

@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from skipwise.evaluate.intervals import wilson
-from skipwise.evaluate.prompts import count_tokens, fill, made_up_words, sprinkle, token_ids
+from skipwise.evaluate.prompts import (
+    answered,
+    count_tokens,
+    fill,
+    made_up_words,
+    sprinkle,
+    token_ids,
+)
 from skipwise.evaluate.trials import Trial
 
 INTRO = (
@@ -199,11 +206,14 @@ def _filled(
 
     units = fill(size, length, guess)
     while units:
-        asked = text(units)
-        whole = [token_ids(tokenizer, f"{a} {k}") for a, k in zip(asked, keys, strict=True)]
+        texts = text(units)
+        asked = [token_ids(tokenizer, prompt) for prompt in texts]
+        whole = [
+            answered(tokenizer, prompt, ids, key)
+            for prompt, ids, key in zip(texts, asked, keys, strict=True)
+        ]
         if max(map(len, whole)) <= length:
-            prompts = [token_ids(tokenizer, a) for a in asked]
-            return units, list(zip(prompts, whole, strict=True))
+            return units, list(zip(asked, whole, strict=True))
         units -= 1
     return None
 

@@ -44,7 +44,32 @@ def count_tokens(tokenizer: Any, text: str) -> int:
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, verbose=False)["input_ids"]
+    """A text that goes on: without the token that some tokenizers put at the end of texts."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return ids[: len(ids) - _num_ending(tokenizer)]
+
+
+def answered(tokenizer: Any, prompt: str, asked: list[int], answer: str) -> list[int]:
+    """The prompt's tokens and those of the answer after it.
+
+    As both are in one text, where that begins with the prompt's own tokens; a tokenizer that
+    merges over the space between them gets the answer's tokens apart.
+    """
+    whole = token_ids(tokenizer, f"{prompt} {answer}")
+    if whole[: len(asked)] == asked and len(whole) > len(asked):
+        return whole
+    return asked + tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+
+
+def _num_ending(tokenizer: Any) -> int:
+    """Special tokens at the end of every text."""
+    whole, bare = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return len(whole) - len(bare) - start
+    return 0
 
 
 def words_of(tokenizer: Any, documents: Sequence[np.ndarray], num_tokens: int) -> list[str]:

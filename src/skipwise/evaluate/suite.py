@@ -13,13 +13,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate import benchmarks, passkey, ruler
+from skipwise.evaluate.identity import harness_identity
 from skipwise.evaluate.intervals import mean_interval
 from skipwise.evaluate.perplexity import fitting_lengths, perplexity
 from skipwise.evaluate.progress import Progress
@@ -48,6 +48,14 @@ class Texts:
 
     documents: Sequence[np.ndarray] = ()
 
+    def digest(self, tokenizer: Any) -> str:
+        """Tells texts apart, whatever tokenizer they went through: of how their documents begin."""
+        digest = hashlib.sha1(usedforsecurity=False)
+        for tokens in self.documents[:64]:
+            start = tokenizer.decode(np.asarray(tokens[:400]).tolist(), skip_special_tokens=True)
+            digest.update("".join(start.split())[:200].encode() + b"|")
+        return digest.hexdigest()[:12]
+
     def identity(self) -> str:
         digest = hashlib.sha1(usedforsecurity=False)
         for tokens in self.documents:
@@ -61,6 +69,7 @@ class _Unit:
 
     name: str
     kind: str  # text, trials or benchmark
+    of_text: bool  # whether the texts decide it
     key: str
     tokens: int  # that go through the model, about: the measure of progress
     measure: Callable[[Callable[[], Any], Tick], Rows]
@@ -85,6 +94,7 @@ def evaluate_model(
     Raises:
         SkipwiseError: an unknown task, a benchmark that cannot be had.
     """
+    check_settings(settings)
     rows = list(done or [])
     lengths = sorted(set(context_lengths))
     units = list(_units(subject, texts, lengths, settings))
@@ -92,6 +102,7 @@ def evaluate_model(
     missing = [unit for unit in units if unit.key not in have]
     _check_benchmarks([u.name for u in missing if u.kind == "benchmark"], settings)
     model = _Loaded(subject.load)
+    digest = texts.digest(subject.tokenizer)
     left_out = _without_text(texts, settings.tasks, lengths)
     total = sum(unit.tokens for unit in missing)
     with Progress(f"evaluate {subject.label}", total, progress) as bar:
@@ -100,7 +111,12 @@ def evaluate_model(
             found = unit.measure(model, bar.tick)
             bar.finish()
             rows = [row for row in rows if not _replaced(row, found, subject.label)]
-            rows += [{"model": subject.label, **row, "key": unit.key} for row in found]
+            if unit.kind == "text":  # other windows have other targets
+                tasks = {row["task"] for row in found}
+                mine = subject.label
+                rows = [r for r in rows if r["model"] != mine or r["task"] not in tasks]
+            marks = {"key": unit.key} | ({"text": digest} if unit.of_text else {})
+            rows += [{"model": subject.label, **row, **marks} for row in found]
             if not found:
                 left_out.append(f"{unit.name} (it does not fit)")
             elif save is not None:
@@ -109,6 +125,19 @@ def evaluate_model(
         print(f"left out: {', '.join(left_out)}", file=sys.stderr, flush=True)
     keys = {unit.key for unit in units}
     return [row for row in rows if row["model"] == subject.label and row.get("key") in keys]
+
+
+def check_settings(settings: EvalSettings) -> None:
+    """Refuse counts that would be read as something else.
+
+    Raises:
+        SkipwiseError: names the key.
+    """
+    for key in ("num_depths", "needles_per_haystack", "batch_tokens", "perplexity_stride", "limit"):
+        if getattr(settings, key) == 0:
+            raise SkipwiseError(f"eval.{key} is 0: give 1 or more")
+    if not settings.tasks or not all(settings.tasks):
+        raise SkipwiseError(f"which tasks? choose from {', '.join(OWN_TASKS)}, pose-table")
 
 
 class _Loaded:
@@ -143,6 +172,7 @@ def _units(
             yield _Unit(
                 name=task,
                 kind="text",
+                of_text=True,
                 key=key(
                     task, fitting, settings.perplexity_windows, settings.perplexity_stride, text
                 ),
@@ -160,7 +190,8 @@ def _units(
             yield _Unit(
                 name=task,
                 kind="benchmark",
-                key=key(task, settings.limit, _folder_identity(settings.task_folder)),
+                of_text=False,
+                key=key(task, settings.limit, harness_identity(settings.task_folder)),
                 tokens=0,
                 measure=_benchmark(task, tokenizer, settings),
             )
@@ -192,6 +223,7 @@ def _unit(
     return _Unit(
         name=f"{task} {length:,}",
         kind="trials",
+        of_text=task != "passkey",
         key=key(*facts),
         tokens=count * length,
         measure=measure,
@@ -298,8 +330,6 @@ def _expanded(tasks: Sequence[str]) -> list[str]:
             names.update(dict.fromkeys(ruler.TASKS))
         elif task in OWN_TASKS:
             names[task] = None
-        elif not task:
-            raise SkipwiseError("eval.tasks names an empty task")
         else:
             names.update(dict.fromkeys(benchmarks.expand([task])))
     return list(names)
@@ -339,22 +369,3 @@ def _replaced(row: dict[str, Any], found: Rows, label: str) -> bool:
         == (new["task"], new["metric"], new.get("context_length"))
         for new in found
     )
-
-
-def _folder_identity(folder: str | None) -> list[Any] | None:
-    """Names, sizes and times of a folder of tasks."""
-    if folder is None:
-        return None
-    files = sorted(f for f in Path(folder).expanduser().glob("*") if f.is_file())
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-
-
-def files_identity(folder: str | Path) -> list[Any]:
-    """Names, sizes and times of a folder's weights and config; a hub name as it is."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        return [str(folder)]
-    files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin"), path / "config.json"])
-    return [
-        [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()
-    ]

@@ -18,12 +18,12 @@ import torch
 
 from skipwise.evaluate.forward import (
     fork,
-    holds_all,
     logits_at,
     logits_in_slices,
     new_cache,
     next_logits,
     prefill,
+    reading,
     rewind,
 )
 
@@ -114,7 +114,10 @@ def shares_found(
 def greedy(
     model: Any, tokenizer: Any, trials: Sequence[Trial], batch_tokens: int
 ) -> list[list[int]]:
-    """What the model says after each prompt, token by token as `generate(do_sample=False)`."""
+    """What the model says after each prompt, token by token as `generate(do_sample=False)`.
+
+    As that is without the penalties and minimal lengths that a generation_config may hold.
+    """
     out: dict[int, list[int]] = {}
     for indices, rests, cache in _batches(model, trials, batch_tokens, lambda t: t.input_ids):
         most = [trials[i].max_new_tokens for i in indices]
@@ -159,21 +162,21 @@ def _batches_of_one(
     The prefix is what a trial shares with the last one: haystacks are the same up to the needle,
     so trials should come by its depth. It grows from batch to batch and is computed once.
     """
+    ways = reading(model)
     rows = [fed(trial) for trial in trials]
     shared = _shared(rows, rows[-1], [len(t.prompt) - 1 for t in trials])
     room = max(trial.reach for trial in trials)
     base = new_cache(model, room)
-    padded = holds_all(base)
-    if sum(n >= _WORTH for n in shared) < 2:
+    if not ways.pieces or sum(n >= _WORTH for n in shared) < 2:
         shared = [0] * len(trials)
     order = sorted(range(len(trials)), key=lambda i: (shared[i], len(rows[i])))
-    for indices in _grouped(order, shared, rows, trials, batch_tokens, padded):
+    for indices in _grouped(order, shared, rows, trials, batch_tokens, ways.padding):
         prefix = min(shared[i] for i in indices)
         rests = [rows[i][prefix:] for i in indices]
         if not prefix:
             yield indices, rests, None
             continue
-        have = base.get_seq_length()
+        have = base.num_tokens
         more = torch.tensor([rows[-1][have:prefix]], device=model.device)
         if more.shape[1]:
             prefill(model, more, base)
@@ -230,10 +233,12 @@ def _greedy(
     Rows are padded on the right; the padding is masked, and positions go on from each row's own
     length.
     """
+    if not reading(model).steps:
+        return _greedy_anew(model, rests, most, ends, done)
     device = model.device
     lengths = torch.tensor([len(r) for r in rests], device=device)
     width = int(lengths.max())
-    before = past.get_seq_length() if past is not None else 0
+    before = past.num_tokens if past is not None else 0
     past = past if past is not None else new_cache(model, width + max(most))
     ids = torch.tensor([r + [0] * (width - len(r)) for r in rests], device=device)
     first = int(lengths.min()) - 1
@@ -257,6 +262,25 @@ def _greedy(
         # a row that has ended waits for the others where it is: positions may end, as GPT-2's do
         positions = (before + lengths + torch.clamp(last, max=step))[:, None]
         tokens = next_logits(model, tokens[:, None], positions, seen, past).argmax(-1)
+    return said
+
+
+def _greedy_anew(
+    model: Any,
+    rows: list[list[int]],
+    most: list[int],
+    ends: set[int],
+    done: Callable[[int, list[int]], bool] | None,
+) -> list[list[int]]:
+    """The same without a cache, for models that cannot go on from one: a pass for each token."""
+    said: list[list[int]] = [[] for _ in rows]
+    for row, prompt in enumerate(rows):
+        while len(said[row]) < most[row]:
+            ids = torch.tensor([prompt + said[row]], device=model.device)
+            last = torch.tensor([ids.shape[1] - 1])
+            said[row].append(int(logits_at(model, ids, last)[0, -1].argmax()))
+            if said[row][-1] in ends or (done is not None and done(row, said[row])):
+                break
     return said
 
 

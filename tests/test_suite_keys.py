@@ -1,0 +1,214 @@
+"""What an evaluation keeps, and what makes it measure again: nothing old passes for new."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from oracle import Oracle
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from skipwise.cli import main
+from skipwise.errors import SkipwiseError
+from skipwise.evaluate.prompts import token_ids
+from skipwise.evaluate.suite import Subject, Texts, evaluate_model
+from skipwise.quickstart import MODEL
+from skipwise.recipe import EvalSettings, dump_recipe, parse_recipe
+from skipwise.run import RunFolder
+
+SMALL = ["eval.passkey_trials=4", "eval.perplexity_windows=2", "load.dtype=float32"]
+CHANGES = {
+    "passkey": [{"passkey_trials": 6}, {"num_depths": 1}, {"seed": 1}, "weights"],
+    "needle": [{"needle_trials": 6}, {"needles_per_haystack": 1}, {"seed": 1}, "text"],
+    "niah_single_words": [{"ruler_samples": 3}, {"seed": 1}, "text"],
+    "perplexity": [{"perplexity_windows": 3}, {"perplexity_stride": 16}, "text"],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture
+def counted(tokenizer):
+    loads = []
+
+    def load():
+        loads.append(1)
+        return Oracle()
+
+    return Subject(label="it", load=load, tokenizer=tokenizer, identity="a"), loads
+
+
+def settings(task, **more):
+    values = {"passkey_trials": 4, "num_depths": 2, "needle_trials": 4, "ruler_samples": 2}
+    return EvalSettings(**{"tasks": (task,), "perplexity_windows": 2, **values, **more})
+
+
+def texts_of(tokenizer, word):
+    return Texts(documents=[np.array(token_ids(tokenizer, f"{word} = 1\n" * 400))])
+
+
+@pytest.mark.parametrize(
+    ("task", "change"), [(task, change) for task, some in CHANGES.items() for change in some]
+)
+def test_other_settings_seeds_texts_or_weights_are_measured_and_replace_the_old(
+    task, change, counted, tokenizer
+):
+    subject, loads = counted
+    texts = texts_of(tokenizer, "one")
+    old = evaluate_model(subject, texts, [256], settings(task), progress=False)
+    asked = settings(task)
+    if change == "text":
+        texts = texts_of(tokenizer, "two")
+    elif change == "weights":
+        label, load = subject.label, subject.load
+        subject = Subject(label=label, load=load, tokenizer=tokenizer, identity="b")
+    else:
+        asked = settings(task, **change)
+    other, saved = {**old[0], "model": "other"}, []
+    new = evaluate_model(
+        subject, texts, [256], asked, done=[*old, other], save=saved.append, progress=False
+    )
+    assert len(loads) == 2 and new and not any(row in saved[-1] for row in old)
+    assert other in saved[-1]
+    places = [(r["task"], r["metric"], r["context_length"], r.get("depth")) for r in new]
+    assert len(places) == len(set(places)) == sum(r["model"] == "it" for r in saved[-1])
+
+
+def test_perplexity_at_other_lengths_replaces_all_of_it(counted, tokenizer):
+    """Its targets follow from the lengths: two calls have not the same ones."""
+    subject, _ = counted
+    texts, asked, saved = texts_of(tokenizer, "one"), settings("perplexity"), []
+    old = evaluate_model(subject, texts, [128, 256], asked, progress=False)
+    evaluate_model(subject, texts, [256, 512], asked, done=old, save=saved.append, progress=False)
+    assert {row["context_length"] for row in saved[-1]} == {256, 512}
+
+
+def test_the_seed_reaches_the_questions_and_other_lengths_do_not(counted, tokenizer, monkeypatch):
+    subject, _ = counted
+    documents = [np.array(token_ids(tokenizer, f"name{i} = {i}\n" * 20)) for i in range(40)]
+    texts, asked = Texts(documents=documents), []
+
+    def spy(model, *arguments):
+        trials = next(a for a in arguments if isinstance(a, list))
+        asked.append([t.input_ids for t in trials])
+        return [False] * len(trials)
+
+    monkeypatch.setattr("skipwise.evaluate.suite.answers_right", spy)
+    monkeypatch.setattr("skipwise.evaluate.suite.shares_found", spy)
+    for task in ("passkey", "needle", "niah_single_words"):
+        asked.clear()
+        for seed, lengths in ((0, [512]), (1, [512]), (0, [512, 1024])):
+            evaluate_model(subject, texts, lengths, settings(task, seed=seed), progress=False)
+        first, other, again, _longer = asked
+        assert first != other and first == again, task
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(200)))
+    return file
+
+
+def test_changed_weights_of_equal_size_and_time_are_measured_again(tiny, text, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    command = ["eval", str(folder), "--lengths", "128", "--data", str(text), *SMALL]
+    command += ["--tasks", "perplexity", "--out", str(tmp_path / "e")]
+    assert main(command) == 0
+    before = RunFolder(tmp_path / "e").results()[0]
+    file = folder / "model.safetensors"
+    times = file.stat()
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_size == times.st_size and file.stat().st_mtime_ns == times.st_mtime_ns
+    assert main(command) == 0
+    assert RunFolder(tmp_path / "e").results()[0]["value"] != before["value"]
+
+
+def test_two_models_of_one_name_are_not_mixed_up(tiny, tmp_path, capsys):
+    for place in ("a", "b"):
+        shutil.copytree(tiny, tmp_path / place / "model")
+    command = ["--lengths", "128", "--tasks", "passkey", "--out", str(tmp_path / "e"), *SMALL]
+    assert main(["eval", str(tmp_path / "a" / "model"), *command]) == 0
+    assert main(["eval", str(tmp_path / "b" / "model"), *command]) == 2
+    assert "results of another model" in capsys.readouterr().err
+
+
+def test_two_evaluations_into_one_folder_do_not_lose_each_others_rows(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.lock(), pytest.raises(SkipwiseError, match="another process"), run.lock():
+        pass
+    with run.lock():
+        pass
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", "null", '[{"a": 1}]', "{"])
+def test_a_broken_results_file_is_an_error_and_stays(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SkipwiseError, match=r"results\.json(.|\n)*\nremove it"):
+        RunFolder(tmp_path).results()
+    assert (tmp_path / "results.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["rope.type=linear"], "rope.type does not take effect"),
+        (["data.sources=docs"], "--data for text"),
+        (["--tasks", ""], "which tasks"),
+        (["eval.num_depths=0"], "eval.num_depths is 0"),
+        (["eval.batch_tokens=0"], "eval.batch_tokens is 0"),
+    ],
+)
+def test_settings_that_would_not_take_effect_are_errors(more, word, tiny, tmp_path, capsys):
+    command = ["eval", str(tiny), "--lengths", "128", "--out", str(tmp_path / "e"), *more]
+    assert main(command) == 2
+    assert word in capsys.readouterr().err and not (tmp_path / "e").exists()
+
+
+def test_a_file_is_no_evaluation_folder(tiny, text, capsys):
+    assert main(["eval", str(tiny), "--lengths", "128", "--out", str(text)]) == 2
+    assert "holds something else" in capsys.readouterr().err
+
+
+@pytest.fixture
+def run_of(tiny, tmp_path):
+    """A run folder with a model, results of its own, and held-out text."""
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(tiny, run.model)
+    tree = {"model": str(tiny), "target_length": 128, "load": {"dtype": "float32"}}
+    run.recipe_file.write_text(dump_recipe(parse_recipe(tree)))
+    run.update(original_length=64)
+    text = "one = 1\n" * 200
+    tokens = AutoTokenizer.from_pretrained(tiny)(text)["input_ids"]
+    run.eval_documents.write_text(json.dumps({"text": text, "tokens": tokens}) + "\n")
+    return run
+
+
+def test_a_runs_base_is_before_and_another_baseline_reads_the_text_its_own_way(
+    run_of, tmp_path, tiny
+):
+    command = ["eval", str(run_of.path), "--tasks", "perplexity", *SMALL]
+    assert main([*command, "--baseline"]) == 0
+    assert {row["model"] for row in run_of.results()} == {"before", "after"}
+    before = [row for row in run_of.results() if row["model"] == "before"]
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "one": 1, "=": 2, "1": 3}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(other)
+    assert main([*command, "--baseline", str(other)]) == 0
+    rows = run_of.results()
+    assert [row for row in rows if row["model"] == "before"] == before
+    assert {row["model"] for row in rows} == {"before", "after", "other"}
+    # three words of 8 bytes a line, so 2.7 bytes a token, each about as surprising as ln 1024
+    bits = [r["value"] for r in rows if (r["model"], r["metric"]) == ("other", "bits_per_byte")]
+    assert bits == pytest.approx([10 / 2.67] * 2, rel=0.25)
