@@ -4,7 +4,7 @@ import pytest
 from test_report_evaluation import complete_rows, make_evaluation, make_run, ppl, titles
 
 from skipwise.errors import SkipwiseError
-from skipwise.report import compare_runs
+from skipwise.report import compare_runs, format_table
 
 
 def models(table):
@@ -76,3 +76,18 @@ def test_a_folder_that_cannot_be_compared_is_named(tmp_path):
             compare_runs([good, bad], out)
         assert str(bad) in str(error.value)
     assert not out.exists()
+
+
+def test_columns_of_different_texts_are_told_apart(tmp_path):
+    rows = [{**ppl("before", 256, 8.0), "text": "a"}, {**ppl("after", 256, 7.0), "text": "b"}]
+    rows += [{**ppl("after", 256, 7.0), "task": "needle", "text": "b"}]
+    said = "Not on the same text everywhere: perplexity."
+    assert said in format_table(rows)
+    same = [{**row, "text": "a"} for row in rows]
+    assert "same text" not in format_table(same)
+    page = tmp_path / "all.html"
+    folders = [
+        make_run(tmp_path / name, name, [{**ppl("after", 256, 8.0), "text": name}])
+        for name in ("one", "two")
+    ]
+    assert said in compare_runs(folders, page) and said in page.read_text()

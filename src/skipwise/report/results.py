@@ -25,6 +25,7 @@ from skipwise.report.rows import (
     models_of,
     of,
     pooled,
+    say_mixed_texts,
 )
 from skipwise.report.ruler import (
     EFFECTIVE_LENGTH,
@@ -87,6 +88,7 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
     about = [text for task, text in _ABOUT.items() if of(rows, task)]
     if any(cell["low"] is not None for cell in cells.values()):
         about.append("In brackets 95 % intervals.")
+    about += [mixed] if (mixed := say_mixed_texts(rows)) else []
     return section(
         title,
         '<div class="scroll"><table><thead><tr><th scope="col">Task</th>'

@@ -99,6 +99,16 @@ def find(rows: Rows, model: str, task: str, length: int) -> Row | None:
     return None
 
 
+def say_mixed_texts(rows: Rows) -> str:
+    """Which tasks were measured on different texts, so that their columns do not compare."""
+    texts: dict[str, set[str]] = {}
+    for row in rows:
+        if row.get("text"):
+            texts.setdefault(row["task"], set()).add(row["text"])
+    mixed = sorted(task for task, digests in texts.items() if len(digests) > 1)
+    return f"Not on the same text everywhere: {', '.join(mixed)}." if mixed else ""
+
+
 def line_order(line: tuple[str, str, int]) -> tuple[Any, ...]:
     """Perplexity, bits per byte, passkey, needles, RULER, what is new, and RULER's average."""
     task, metric, length = line

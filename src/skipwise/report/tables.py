@@ -13,7 +13,15 @@ from skipwise.report.benchmarks import (
     shots_label,
 )
 from skipwise.report.quantities import METRICS, format_value
-from skipwise.report.rows import RULER_AVERAGE, Rows, by_context, line_order, models_of, pooled
+from skipwise.report.rows import (
+    RULER_AVERAGE,
+    Rows,
+    by_context,
+    line_order,
+    models_of,
+    pooled,
+    say_mixed_texts,
+)
 from skipwise.report.ruler import (
     EFFECTIVE_LENGTH,
     EFFECTIVE_THRESHOLD,
@@ -40,7 +48,7 @@ def format_table(rows: Rows) -> str:
     Intervals stand in brackets, standard errors behind ±. Under the lines the averages over the
     RULER tasks and the effective length, under the benchmarks what changed beyond error.
     """
-    parts = [_contexts(rows), _benchmarks(rows)]
+    parts = [_contexts(rows), say_mixed_texts(rows), _benchmarks(rows)]
     return "\n\n".join(part for part in parts if part) or "nothing was measured"
 
 
