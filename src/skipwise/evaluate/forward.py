@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 PREFILL = 4096  # tokens of a row in one piece, at most
 _LOGITS = 1 << 26  # numbers of logits held at once, at most
 _LEAST_PIECE = 64
-_LEAST_MASK = 16 << 20  # bytes
+_LEAST_MASK = 12 << 20  # bytes
 
 
 class _Room(DynamicLayer):
