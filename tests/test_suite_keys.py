@@ -212,3 +212,19 @@ def test_a_runs_base_is_before_and_another_baseline_reads_the_text_its_own_way(
     # three words of 8 bytes a line, so 2.7 bytes a token, each about as surprising as ln 1024
     bits = [r["value"] for r in rows if (r["model"], r["metric"]) == ("other", "bits_per_byte")]
     assert bits == pytest.approx([10 / 2.67] * 2, rel=0.25)
+
+
+def test_rows_tell_their_text_whatever_the_tokenizer(counted, tokenizer):
+    subject, _ = counted
+    digests = {}
+    for word in ("one", "two"):
+        texts = texts_of(tokenizer, word)
+        rows = evaluate_model(subject, texts, [256], settings("perplexity"), progress=False)
+        rows += evaluate_model(subject, texts, [256], settings("needle"), progress=False)
+        (digests[word],) = {row["text"] for row in rows}
+        characters = AutoTokenizer.from_pretrained(MODEL)
+        other = [np.array([i for c in f"{word} = 1\n" for i in token_ids(characters, c)] * 400)]
+        assert Texts(documents=other).digest(characters) == digests[word]
+    assert digests["one"] != digests["two"]
+    rows = evaluate_model(subject, Texts(), [256], settings("passkey"), progress=False)
+    assert not any("text" in row for row in rows)
