@@ -90,6 +90,7 @@ def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
     recipe = make_recipe(tiny, text_folder, f"eval.select={by}")
     with pytest.raises(KeyboardInterrupt):
         extend(recipe, tmp_path / "run")
+    (tmp_path / "run" / "candidates" / "step-4.part").mkdir()  # of a kill while it was linked
     run = extend(recipe, tmp_path / "run")
     assert measured == ["step-2", "step-4", "killed", "step-6"]
     selection = run.facts()["selection"]

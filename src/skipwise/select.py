@@ -78,7 +78,8 @@ def chosen_checkpoint(plan: ModelPlan, run: RunFolder) -> Path | None:
     }
     higher = recipe.eval.select != "perplexity"
     found = run.facts().get("selection", {}).get("chosen")
-    folders = {int(f.name.split("-")[1]): f for f in run.candidates.glob("step-*")}
+    whole = (f for f in run.candidates.glob("step-*") if f.suffix != ".part")  # a kill leaves those
+    folders = {int(f.name.split("-")[1]): f for f in whole}
     if found is not None and found in folders:
         return folders[found]
     if not folders:
@@ -140,7 +141,8 @@ def _score(plan: ModelPlan, run: RunFolder, folder: Path) -> float:
         torch.cuda.empty_cache()
     if recipe.eval.select == "perplexity":
         rows = [r for r in rows if r["metric"] == "perplexity"][-1:]
-        return float("inf") if not rows or rows[0]["value"] is None else rows[0]["value"]
+        beyond = not rows or rows[0]["value"] is None
+        return sys.float_info.max if beyond else rows[0]["value"]  # JSON has no infinity
     trials = sum(row["num_samples"] for row in rows)
     if not trials:
         raise SkipwiseError(
