@@ -101,9 +101,13 @@ def test_variable_tracking_answers_are_those_that_follow_the_chain(tokenizer, wo
         assert holds == set(trial.answers) and len(holds) == 5
 
 
-@pytest.mark.parametrize(("task", "count"), [("cwe", 10), ("fwe", 3)])
-def test_counted_words_are_the_most_frequent_by_a_margin(task, count, tokenizer, words):
-    for trial in samples(task, tokenizer, 3000, words):
+@pytest.mark.parametrize(
+    ("task", "count", "length"), [("cwe", 10, 3000), ("fwe", 3, 3000), ("fwe", 3, 150)]
+)
+def test_counted_words_are_the_most_frequent_by_a_margin(task, count, length, tokenizer, words):
+    made = samples(task, tokenizer, length, words, 12)
+    assert len(made) == 12
+    for trial in made:
         text = tokenizer.decode(trial.input_ids).rsplit("\nThe ", 1)[0].rsplit("\n", 1)[-1]
         found = re.findall(r"\b[a-z]+\b", text)
         counts = sorted(((found.count(w), w) for w in set(found)), reverse=True)
