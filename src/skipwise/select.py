@@ -141,8 +141,8 @@ def _score(plan: ModelPlan, run: RunFolder, folder: Path) -> float:
         torch.cuda.empty_cache()
     if recipe.eval.select == "perplexity":
         rows = [r for r in rows if r["metric"] == "perplexity"][-1:]
-        beyond = not rows or rows[0]["value"] is None
-        return sys.float_info.max if beyond else rows[0]["value"]  # JSON has no infinity
+        value = rows[0]["value"] if rows else None
+        return sys.float_info.max if value is None else value  # JSON has no infinity
     trials = sum(row["num_samples"] for row in rows)
     if not trials:
         raise SkipwiseError(
