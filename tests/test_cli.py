@@ -84,7 +84,8 @@ def test_positions_prints_draws_and_gives_json(tmp_path, capsys):
     assert sum(facts["examples"][0]["lengths"]) == 64 and facts["coverage"][0] > 0.9
 
 
-def test_eval_measures_any_folder(tiny, text_folder, capsys):
+def test_eval_measures_any_folder(tiny, text_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # its folder is runs/eval-tiny-llama
     code = main(
         [
             "eval",

@@ -174,6 +174,16 @@ def test_settings_that_would_not_take_effect_are_errors(more, word, tiny, tmp_pa
     assert word in capsys.readouterr().err and not (tmp_path / "e").exists()
 
 
+def test_unreadable_records_are_told_and_nothing_measured_is_an_error(tiny, tmp_path, capsys):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "a b c"}\n{"text": \n')
+    command = ["eval", str(tiny), "--lengths", "256", "--data", str(file), "--tasks", "perplexity"]
+    assert main([*command, "--out", str(tmp_path / "e"), *SMALL]) == 2
+    said = capsys.readouterr().err
+    assert "1 records of the text not readable" in said and "bad.jsonl" in said
+    assert "no document is as long" in said and "nothing was measured" in said
+
+
 def test_a_file_is_no_evaluation_folder(tiny, text, capsys):
     assert main(["eval", str(tiny), "--lengths", "128", "--out", str(text)]) == 2
     assert "holds something else" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,11 @@ def evaluate_anything(
                 done=run.results(),
                 save=run.write_results,
             )
+    if not rows:
+        raise SkipwiseError(
+            "nothing was measured: no prompt fits these lengths, and no document is as long\n"
+            "type other --lengths, or --data with longer documents"
+        )
     return rows, run
 
 
@@ -153,6 +159,10 @@ def evaluation_documents(
             tokenize_source(s, tokenizer, on_bad_record=settings.on_bad_record, progress=False)
             for s in parse_sources(sources, settings.text_field)
         ]
+        bad = [record for store in stores for record in store.bad_records]
+        if bad:
+            count = sum(store.num_bad_records for store in stores)
+            print(f"{count:,} records of the text not readable: {bad[0]}", file=sys.stderr)
         return [store.document(i) for store in stores for i in range(store.num_documents)]
     if run is None or not run.eval_documents.exists():
         return []
