@@ -51,6 +51,7 @@ class LoRASettings:
     target_modules: tuple[str, ...] = ()  # none given: every linear layer but the head
     train_norms: bool = True
     train_embeddings: bool = True
+    quantization: Literal["none", "nf4"] = "none"  # of the frozen weights: nf4 is QLoRA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = True
+    loss: Literal["auto", "whole", "chunked"] = "auto"  # auto: chunked where logits are large
     save_steps: int = 100
     save_total_limit: int = 2
 
@@ -131,6 +133,8 @@ class Recipe:
     train_length: int | None = None  # none given: original_length
     method: Literal["pose", "full", "randpos", "cream", "none"] = "pose"
     seed: int = 0
+    # what spreads training over processes; auto: what the launcher set up, else ddp
+    engine: Literal["auto", "ddp", "fsdp2", "zero3", "zero3-offload"] = "auto"
     load: ModelSettings = ModelSettings()
     lora: LoRASettings | None = None
     rope: RopeSettings = RopeSettings()
