@@ -10,7 +10,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,hub,bench]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,hub,bench,deepspeed,qlora]"
 	touch $@
 
 quickstart: $(STAMP)

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from skipwise.models.load import compute_dtype, load_model
 from skipwise.prepare import load_training_data, plan_model
 from skipwise.quickstart import make_recipe
-from skipwise.train import PositionTrainer
+from skipwise.trainer import PositionTrainer
 
 
 class PlainWindows(torch.utils.data.Dataset):

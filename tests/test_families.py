@@ -17,6 +17,7 @@ from sources import make_gptj, make_sentencepiece, save_baichuan, save_gptj
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipwise import export
+from skipwise.checkpoints import finished_checkpoint
 from skipwise.data import PositionCollator
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate import forward
@@ -28,7 +29,7 @@ from skipwise.prepare import plan_model, ready_weights, stand_in_data
 from skipwise.quickstart import MODEL
 from skipwise.recipe import dump_recipe, parse_recipe
 from skipwise.run import RunFolder, write_text
-from skipwise.train import finished_checkpoint, set_up, train
+from skipwise.train import set_up, train
 
 L, T = 64, 256
 SHAPE = {
@@ -342,7 +343,7 @@ def extend_and_reload(plan, run):
     """Two steps by the Trainer, then the export with its reload in plain transformers."""
     training = set_up(plan, stand_in_data(plan), run)
     before = {n: p.detach().clone() for n, p in training.trainer.model.named_parameters()}
-    train(training, run)
+    train(training, run, plan.recipe)
     changed = [
         n for n, p in training.trainer.model.named_parameters() if not torch.equal(p, before[n])
     ]

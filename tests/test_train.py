@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from skipwise import train as training_module
+from skipwise import trainer as training_module
+from skipwise.checkpoints import finished_checkpoint, newest_checkpoint
 from skipwise.cli import main
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.extend import check_run, prepare_run, train_run
@@ -19,7 +20,8 @@ from skipwise.models.load import compute_dtype
 from skipwise.prepare import plan_model
 from skipwise.recipe import ModelSettings, parse_recipe
 from skipwise.run import RunFolder, open_run
-from skipwise.train import finished_checkpoint, newest_checkpoint, read_metrics, training_arguments
+from skipwise.train import training_arguments
+from skipwise.trainer import read_metrics
 
 STEPS = 12
 
@@ -63,7 +65,7 @@ def equal(a, b):
 
 def stop_at(step, number):
     """A callback's on_step_end that gets a signal at a step."""
-    plain = training_module._Run.on_step_end
+    plain = training_module.RunCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -137,7 +139,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
 ):
     recipe = make_recipe(tiny, text_folder)
     with monkeypatch.context() as patch:
-        patch.setattr(training_module._Run, "on_step_end", stop_at(5, number))
+        patch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, number))
         with pytest.raises(RunStopped, match="stopped at step 5 of 12"):
             run_training(recipe, tmp_path / "run")
     assert newest_checkpoint(RunFolder(tmp_path / "run")).name == "checkpoint-5"
@@ -237,7 +239,7 @@ def test_lora_trains_and_goes_on_after_a_stop_to_the_same_adapter(
     metrics = read_metrics(whole)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     with monkeypatch.context() as patch:
-        patch.setattr(training_module._Run, "on_step_end", stop_at(5, signal.SIGINT))
+        patch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
         with pytest.raises(RunStopped):
             run_training(recipe, tmp_path / "parts")
     assert equal(weights(run_training(recipe, tmp_path / "parts")), weights(whole))
@@ -246,7 +248,7 @@ def test_lora_trains_and_goes_on_after_a_stop_to_the_same_adapter(
 def test_the_train_verb_stops_at_a_stop_code_of_its_own(
     tiny, text_folder, tmp_path, monkeypatch, capsys
 ):
-    def stopped(*args):
+    def stopped(*args, **kwargs):
         raise RunStopped("stopped at step 3 of 12")
 
     monkeypatch.setattr("skipwise.extend.train_run", stopped)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from skipwise import __version__
 from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.launch import FAILED, STOPPED, launched, num_gpus
+from skipwise.run import is_main_process
 
 if TYPE_CHECKING:
     from skipwise.recipe import Recipe
-
-_STOPPED = 75  # EX_TEMPFAIL: try again later
 
 _KEYS = "any key of the recipe, as training.num_steps=200 rope.type=linear"
 
@@ -54,14 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise SkipwiseError(f"{settings[0]}: {given.verb} takes no settings")
         return given.run(given) or 0
     except RunStopped as stopped:
-        print(stopped, file=sys.stderr)
-        return _STOPPED
+        if is_main_process():
+            print(stopped, file=sys.stderr)
+        return STOPPED
     except SkipwiseError as error:
         print(f"skipwise: {error}", file=sys.stderr)
-        return 2
+        return FAILED
     except KeyboardInterrupt:
         print("\nstopped; type the same command again to go on", file=sys.stderr)
-        return _STOPPED
+        return STOPPED
     except BrokenPipeError:
         sys.stderr.close()
         return 0
@@ -107,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         _KEYS,
     )
     _recipe_options(sub)
+    _engine_options(sub)
     _out(sub, "runs/NAME")
 
     sub = verb(
@@ -136,11 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "train a recipe, or go on with a run",
-        "skipwise train recipes/mine.yaml --out runs/mine",
+        "skipwise train recipes/mine.yaml --engine fsdp2 --gpus 8 --out runs/mine",
         _KEYS,
     )
     _recipe_options(sub)
+    _engine_options(sub)
     _out(sub, "runs/NAME")
+    sub.add_argument("--dry-run", action="store_true", help="stop after the preflight")
 
     sub = verb(
         "eval",
@@ -194,6 +198,15 @@ def _recipe_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lora", action="store_true", help="train LoRA, norms and embeddings only")
 
 
+def _engine_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--engine", metavar="E", help="ddp, fsdp2, zero3 or zero3-offload (ddp over several GPUs)"
+    )
+    sub.add_argument(
+        "--gpus", type=int, metavar="N", help="GPUs of this machine, a process each (all)"
+    )
+
+
 def _out(sub: argparse.ArgumentParser, default: str) -> None:
     sub.add_argument("--out", metavar="FOLDER", help=f"run folder ({default})")
 
@@ -208,6 +221,7 @@ def _recipe(given: argparse.Namespace) -> Recipe:
     options: list[str] = [f"target_length={given.to}"] if given.to else []
     options += [f"data.sources={json.dumps(data)}"] if data else []
     options += ["lora={}"] if given.lora else []
+    options += [f"engine={given.engine}"] if getattr(given, "engine", None) else []
     if path.suffix in (".yaml", ".yml"):
         return load_recipe(path, options + overrides)
     run = RunFolder(path)
@@ -254,14 +268,42 @@ def _quickstart(given: argparse.Namespace) -> int:
 
 
 def _extend(given: argparse.Namespace) -> int:
+    if launched():
+        raise SkipwiseError(
+            "extend starts its processes itself: type skipwise extend ... --gpus N\n"
+            "or accelerate launch -m skipwise train RECIPE, and skipwise extend RUN after it"
+        )
     recipe = _recipe(given)
     _quiet()
     from skipwise.extend import extend
     from skipwise.report import format_table
 
-    run = extend(recipe, _default_out(recipe, given), command=_command())
+    run = extend(
+        recipe,
+        _default_out(recipe, given),
+        command=_command(),
+        num_processes=_num_processes(given, recipe),
+    )
     _finish(run, format_table(run.results()))
     return 0
+
+
+def _num_processes(given: argparse.Namespace, recipe: Recipe) -> int:
+    """Processes to start, 0 for none: training in this one."""
+    if launched():
+        if given.gpus is not None:
+            raise SkipwiseError(
+                f"--gpus {given.gpus}: a launcher has started {os.environ['WORLD_SIZE']} processes "
+                "already\nleave --gpus out, or start skipwise without the launcher"
+            )
+        return 0
+    if given.gpus is not None and given.gpus < 1:
+        raise SkipwiseError("--gpus: 1 or more; leave it out for all of this machine")
+    found = num_gpus()
+    if given.gpus is not None and 0 < found < given.gpus:
+        raise SkipwiseError(f"--gpus {given.gpus}: this machine has {found}")
+    wanted = given.gpus or max(1, found)
+    return wanted if wanted > 1 or recipe.engine in ("fsdp2", "zero3", "zero3-offload") else 0
 
 
 def _check(given: argparse.Namespace) -> int:
@@ -315,20 +357,24 @@ def _positions(given: argparse.Namespace) -> int:
 
 def _train(given: argparse.Namespace) -> int:
     recipe = _recipe(given)
+    out = _default_out(recipe, given)
     _quiet()
-    from skipwise.extend import check_run, prepare_run, train_run
-    from skipwise.prepare import find_sources, plan_model
-    from skipwise.run import open_run
+    from skipwise.engines import Turn
+    from skipwise.extend import launch_training, open_training, prepare_training, train_run
 
-    plan = plan_model(recipe)
-    find_sources(recipe)
-    run = open_run(_default_out(recipe, given), recipe, _command())
-    data = prepare_run(plan, run)
-    if data is None:
-        raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
-    check_run(plan, data, run)
-    train_run(plan, data, run)
-    print(f"trained: {run.checkpoints}\nnext: skipwise export {run.path}")
+    num_processes = _num_processes(given, recipe)
+    if num_processes:
+        run = open_training(recipe, out, _command())
+        launch_training(run, num_processes, only_check=given.dry_run)
+    else:
+        with Turn(recipe):
+            plan, data, run = prepare_training(recipe, out, _command())
+        train_run(plan, data, run, record=True, only_check=given.dry_run)
+    if is_main_process():
+        if given.dry_run:
+            print("checked, nothing trained")
+        else:
+            print(f"trained: {run.checkpoints}\nnext: skipwise export {run.path}")
     return 0
 
 
@@ -400,6 +446,8 @@ def _quiet() -> None:
     """Our own progress is enough; warnings stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not num_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed complains on stdout
     for library in ("transformers", "peft", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     from transformers.utils import logging

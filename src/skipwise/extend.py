@@ -6,6 +6,7 @@ stopped goes on where it stood when the same command is typed again.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 import tempfile
@@ -17,12 +18,15 @@ from typing import Any
 
 import torch
 
+from skipwise.checkpoints import finished_checkpoint
+from skipwise.errors import SkipwiseError
 from skipwise.evaluate.anything import evaluation_documents, subject
 from skipwise.evaluate.suite import Texts, evaluate_model
 from skipwise.export import export_model, write_card
+from skipwise.launch import launch
 from skipwise.models.checks import check_model
 from skipwise.models.config_checks import Check, check_config, require
-from skipwise.models.load import compute_dtype, load_model
+from skipwise.models.load import compute_dtype, load_model, num_parameters
 from skipwise.picture import describe_positions
 from skipwise.prepare import (
     ModelPlan,
@@ -37,15 +41,25 @@ from skipwise.prepare import (
 )
 from skipwise.recipe import Recipe, context_lengths, dump_recipe
 from skipwise.report import format_table, write_report
-from skipwise.run import RunFolder, open_run, write_text
+from skipwise.run import RunFolder, is_main_process, open_run, write_text
 from skipwise.select import check_selection, chosen_checkpoint
-from skipwise.train import finished_checkpoint, set_up, train
+from skipwise.train import set_up, train
 
 STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "report")
 
 
-def extend(recipe: Recipe, out: str | Path, *, command: str = "skipwise extend") -> RunFolder:
+def extend(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    command: str = "skipwise extend",
+    num_processes: int = 0,
+) -> RunFolder:
     """Everything, from a recipe to a model with its proof.
+
+    Args:
+        num_processes: that train, each on a GPU of this machine; 0: this one trains. All else is
+            done by this one.
 
     Returns:
         the run folder: `model/`, `report/index.html`, `results.json`.
@@ -60,11 +74,18 @@ def extend(recipe: Recipe, out: str | Path, *, command: str = "skipwise extend")
     with _stage(run, "check"):
         plan = ready_weights(plan, run.converted)
         data = prepare_run(plan, run)
-        check_run(plan, data, run)
+        if num_processes and data is not None:
+            check_texts(plan, data, run)
+            launch_training(run, num_processes, only_check=True)
+        else:
+            check_run(plan, data, run)
     with _stage(run, "evaluate before"):
         evaluate_run(plan, run, "before")
     with _stage(run, "train"):
-        train_run(plan, data, run)
+        if num_processes and data is not None:
+            launch_training(run, num_processes)
+        else:
+            train_run(plan, data, run)
     with _stage(run, "export"):
         export_run(plan, run)
     with _stage(run, "evaluate after"):
@@ -105,8 +126,47 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
     return data
 
 
+def open_training(recipe: Recipe, out: str | Path, command: str) -> RunFolder:
+    """The run folder of a training that other processes will do; mistakes show here, once."""
+    plan_model(recipe)
+    find_sources(recipe)
+    return open_run(out, recipe, command)
+
+
+def launch_training(run: RunFolder, num_processes: int, only_check: bool = False) -> None:
+    """Train, or check, in processes of their own; those that evaluate hold no GPU memory then.
+
+    Raises:
+        SkipwiseError: a process failed. RunStopped: stopped and saved.
+    """
+    _free()
+    if finished_checkpoint(run, run.recipe().training.num_steps):
+        return
+    launch(["train", str(run.path), *(["--dry-run"] if only_check else [])], num_processes)
+
+
+def prepare_training(
+    recipe: Recipe, out: str | Path, command: str
+) -> tuple[ModelPlan, TrainingData, RunFolder]:
+    """What the train verb needs, in each of its processes."""
+    plan = plan_model(recipe)
+    find_sources(recipe)
+    if recipe.method == "none":
+        raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
+    run = open_run(out, recipe, command)
+    plan = ready_weights(plan, run.converted)
+    data = prepare_run(plan, run)
+    assert data is not None
+    check_texts(plan, data, run)
+    return plan, data, run
+
+
 def check(recipe: Recipe) -> list[Check]:
-    """The preflight alone, on the recipe's text, or on random tokens where it names none."""
+    """The preflight alone, on the recipe's text, or on random tokens where it names none.
+
+    In this process, whatever the recipe's engine: that is for `skipwise train --dry-run`.
+    """
+    recipe = dataclasses.replace(recipe, engine="auto")
     plan = plan_model(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
@@ -135,6 +195,17 @@ def check_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> Non
     require(checks)
 
 
+def check_texts(plan: ModelPlan, data: TrainingData, run: RunFolder) -> None:
+    """The part of the preflight that needs no model.
+
+    Raises:
+        SkipwiseError: a check failed.
+    """
+    checks = check_data(plan, data, evaluation_documents(plan.recipe, plan.tokenizer, run))
+    _record(run, checks)
+    require(checks)
+
+
 def _preflight(
     plan: ModelPlan, data: TrainingData | None, run: RunFolder
 ) -> tuple[list[Check], int | None]:
@@ -142,7 +213,9 @@ def _preflight(
     recipe, T = plan.recipe, plan.recipe.target_length
     if data is None:
         checks = check_config(plan.facts, plan.scaling, T)
-        model = load_model(plan.source, plan.scaled, plan.load, dtype=compute_dtype(recipe.load))
+        model: Any = load_model(
+            plan.source, plan.scaled, plan.load, dtype=compute_dtype(recipe.load)
+        )
         checks += check_model(model, plan.scaled, plan.facts, plan.scaling, T)
     elif recipe.data.sources:
         checks = check_data(plan, data, evaluation_documents(plan.recipe, plan.tokenizer, run))
@@ -153,12 +226,13 @@ def _preflight(
     if data is not None:
         training = set_up(plan, data, run)
         checks += training.checks
-        model: Any = training.trainer.model
+        count = training.num_parameters
         del training
-    num_parameters = sum(p.numel() for p in model.parameters())
-    del model
+    else:
+        count = num_parameters(model)
+        del model
     _free()
-    return checks, num_parameters
+    return checks, count
 
 
 def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
@@ -182,13 +256,32 @@ def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
     _free()
 
 
-def train_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> None:
-    """Train from the newest checkpoint to the end, if that is not done."""
+def train_run(
+    plan: ModelPlan,
+    data: TrainingData | None,
+    run: RunFolder,
+    *,
+    record: bool = False,
+    only_check: bool = False,
+) -> None:
+    """Train from the newest checkpoint to the end, if that is not done.
+
+    Args:
+        record: write the preflight down, where `check_run` has not.
+        only_check: stop after it.
+    """
     recipe = plan.recipe
     if data is None or finished_checkpoint(run, recipe.training.num_steps):
         return
     training = set_up(plan, data, run)
-    train(training, run)
+    count = training.num_parameters
+
+    def write_down(checks: list[Check]) -> None:
+        _record(run, checks)
+        run.update(model={**run.facts().get("model", {}), "num_parameters": count})
+
+    arguments: dict[str, Any] = {"record": write_down} if record else {}
+    train(training, run, recipe, only_check=only_check, **arguments)
     del training
     _free()
 
@@ -217,7 +310,7 @@ def report_run(run: RunFolder) -> str:
 
 
 def _record(run: RunFolder, checks: list[Check]) -> None:
-    for one in checks:
+    for one in checks if is_main_process() else []:
         print(f"  {one}", file=sys.stderr, flush=True)
     names = {one.name for one in checks}
     old = [c for c in run.facts().get("checks", []) if c["name"] not in names]

@@ -33,8 +33,21 @@ from skipwise.errors import SkipwiseError
 from skipwise.recipe import Recipe, dump_recipe, load_recipe
 
 
+def world_size() -> int:
+    """The number of processes that train together, as a launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the run folder: of those that train together the first does."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class RunFolder:
-    """Paths and JSON of one run; every file is replaced whole, so a kill leaves the old one."""
+    """Paths and JSON of one run; every file is replaced whole, so a kill leaves the old one.
+
+    Of several processes that train together the first one writes.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -81,7 +94,8 @@ class RunFolder:
 
     def update(self, **facts: Any) -> None:
         """Put facts into run.json, beside those already there."""
-        write_json(self.path / "run.json", {**self.facts(), **facts})
+        if is_main_process():
+            write_json(self.path / "run.json", {**self.facts(), **facts})
 
     def results(self) -> list[dict[str, Any]]:
         file = self.path / "results.json"
@@ -138,6 +152,11 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
         return run
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise SkipwiseError(f"{run.path} exists and is not a run folder: type another --out")
+    if not is_main_process():
+        raise SkipwiseError(
+            f"{run.path} is not there for process {os.environ['RANK']}\n"
+            "--out has to be on a disk that all machines share"
+        )
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.recipe_file, text)

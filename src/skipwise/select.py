@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from skipwise.checkpoints import finished_checkpoint
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.anything import evaluation_documents
 from skipwise.evaluate.passkey import needle_trials, passkey_trials
@@ -26,7 +27,6 @@ from skipwise.models.load import best_device, compute_dtype
 from skipwise.prepare import ModelPlan
 from skipwise.recipe import EvalSettings, Recipe, context_lengths
 from skipwise.run import RunFolder
-from skipwise.train import finished_checkpoint
 
 _TRIALS = 20  # a length
 _WINDOWS = 16

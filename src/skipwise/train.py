@@ -1,45 +1,64 @@
 """A recipe to a trained checkpoint, on transformers.Trainer.
 
-Skipwise owns the data set, the collator and the preflight; the Trainer does the rest. The data set
-is read in order (example k is decided by k), so a run that was killed goes on where its newest
-whole checkpoint stands and ends with the same weights.
+Skipwise owns the data set, the collator, the loss in slices and the preflight; the Trainer does the
+rest, under the recipe's engine. A run that was killed goes on where its newest whole checkpoint
+stands and ends with the same weights.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib.util
-import json
-import math
-import os
-import resource
-import shutil
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import SequentialSampler
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from skipwise.checkpoints import newest_checkpoint, num_processes_of
+from skipwise.engines import (
+    SHARDED,
+    bring_up,
+    check_engine,
+    engine_arguments,
+    engine_of,
+    is_kind,
+    mend_precision,
+    on_cpu,
+    part_step_counts,
+    rope_keeper,
+    spread_anew,
+)
 from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.failures import explained
+from skipwise.loss import chunk_loss, is_chunked
 from skipwise.models.checks import check_batch, check_model, check_tokenizer
 from skipwise.models.config_checks import Check, require
-from skipwise.models.load import add_lora, attention_for, compute_dtype, load_model
-from skipwise.models.masks import with_layer_masks
+from skipwise.models.load import (
+    add_lora,
+    attention_for,
+    compute_dtype,
+    load_model,
+    num_parameters,
+    quantization_for,
+)
 from skipwise.prepare import ModelPlan, TrainingData
 from skipwise.recipe import Recipe, TrainingSettings
-from skipwise.run import RunFolder, write_text
+from skipwise.run import RunFolder, world_size
+from skipwise.trainer import (
+    PositionTrainer,
+    RunCallback,
+    StopCallback,
+    examples_per_step,
+    peak_memory_gib,
+    read_metrics,
+    stop_on_signals,
+    tensorboard_in,
+)
 
-_WHOLE = "complete"  # a file in every checkpoint that was written to its end
 _OWNED = {
     "output_dir": "--out",
     "max_steps": "training.num_steps",
@@ -65,25 +84,23 @@ _OWNED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A Trainer that is ready to start, with what the preflight said of it."""
+    """A Trainer that is ready to start, with what the preflight said of it.
+
+    Under an engine that shards the model the preflight needs the wrapped model, which is there when
+    training begins: `checks` grows then.
+    """
 
     trainer: PositionTrainer
+    callback: RunCallback
+    check_wrapped: Callable[[], None] | None  # the rest of the preflight, where it is needed
     checks: list[Check]
     resume_from: Path | None
     train_length: int
+    num_parameters: int
 
 
-class PositionTrainer(Trainer):
-    """The Trainer, reading the data set in the order of the example numbers."""
-
-    base_config: Any = None  # of the model inside any wrapper
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        dataset: Any = train_dataset or self.train_dataset
-        return SequentialSampler(dataset)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return with_layer_masks(self.base_config, super()._prepare_inputs(inputs))
+class _Checked(Exception):
+    """The preflight is done, and nothing more was asked for."""
 
 
 def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
@@ -92,107 +109,180 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
     Raises:
         SkipwiseError: settings that do not fit each other, weights that cannot be loaded.
     """
+    try:
+        return _set_up(plan, data, run)
+    except Exception as error:
+        known = explained(error, plan.recipe, run)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
     recipe = plan.recipe
     set_seed(recipe.seed)
-    dtype = compute_dtype(recipe.load)
-    arguments = training_arguments(recipe, run, dtype)
+    engine = engine_of(recipe)
+    dtype = training_dtype(recipe, engine)
+    bring_up(engine, on_cpu())
+    deepspeed = is_kind(engine, "deepspeed")
+    resume_from = newest_checkpoint(run)
+    respread = False
+    if resume_from is not None:
+        respread = num_processes_of(resume_from, engine) != world_size() and deepspeed
+        if respread:
+            spread_anew(resume_from)
+    arguments = training_arguments(recipe, run, dtype, engine, respread)
     model = load_model(
         plan.source,
         plan.scaled,
         plan.load,
-        # what trains is kept in float32 and computed in bf16; a frozen base is bf16 itself
-        dtype=torch.float32 if recipe.lora is None else dtype,
+        # What trains is kept in float32 and computed in bf16; a frozen base is bf16 itself, and
+        # DeepSpeed keeps a float32 copy of its own.
+        dtype=torch.float32 if recipe.lora is None and not deepspeed else dtype,
         attn_implementation=attention_for(recipe.load, recipe.positions.weights, plan.facts.hybrid),
+        quantization=quantization_for(recipe.lora, dtype, engine),
     )
-    config = model.config
+    config, count = model.config, num_parameters(model)
     config.use_cache = False
     for name in plan.conversion.frozen if plan.conversion else ():
         model.get_parameter(name).requires_grad_(False)
-    checks = check_model(model, config, plan.facts, plan.scaling, recipe.target_length)
+    settings, train_length = recipe.training, data.sampler.train_length
+
+    def of_model() -> list[Check]:
+        return check_model(model, config, plan.facts, plan.scaling, recipe.target_length)
+
+    checks = of_model()
+    if cuts_loss(recipe, train_length, plan.facts.vocab_size):
+        chunk_loss(model)
+    whole = model
     if recipe.lora is not None:
-        model = add_lora(model, recipe.lora)
-        if recipe.training.gradient_checkpointing:
-            model.enable_input_require_grads()
-    if recipe.training.gradient_checkpointing:
-        enable_checkpointing(model)
-    resume_from = newest_checkpoint(run)
-    with _tensorboard_in(run.path / "tensorboard"):
+        whole = add_lora(model, recipe.lora, cast=not deepspeed)
+        if settings.gradient_checkpointing:
+            whole.enable_input_require_grads()
+    if settings.gradient_checkpointing:
+        enable_checkpointing(whole)
+    callback = RunCallback(run, recipe, train_length, engine)
+    with tensorboard_in(run.path / "tensorboard"):
         trainer = PositionTrainer(
-            model=model,
+            model=whole,
             args=arguments,
             train_dataset=data.dataset,
             data_collator=data.collator,
             processing_class=plan.tokenizer,
-            callbacks=[_Run(run, recipe, data.sampler.train_length), _Stop()],
+            callbacks=[callback, StopCallback()],
         )
-    trainer.base_config = config
+    trainer.base_config, trainer.run_folder = config, run
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    mend_precision(trainer, dtype)
     batch = data.telling_batch()
     checks.append(check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch))
-    batch = trainer._prepare_inputs(batch)
-    checks += check_batch(trainer.model, batch, trainer.accelerator.autocast)
+    restore_rope = rope_keeper(model)
+
+    def of_batch(wrapped: Any) -> list[Check]:
+        autocast = nullcontext if deepspeed else trainer.accelerator.autocast
+        return check_batch(wrapped, trainer._prepare_inputs(batch), autocast, trainer.model)
+
+    def of_wrapped() -> None:
+        restore_rope()
+        if respread:
+            part_step_counts(trainer)
+        again = [check_engine(engine, trainer), *of_model()]
+        if engine != "ddp":
+            again += of_batch(trainer.model_wrapped)
+        names = {check.name for check in again}
+        checks[:] = [check for check in checks if check.name not in names] + again
+
+    alone = world_size() == 1 and engine == "one process"
+    if alone or engine == "ddp":
+        checks += of_batch(trainer.model)
     return Training(
         trainer=trainer,
+        callback=callback,
+        check_wrapped=None if alone else of_wrapped,
         checks=checks,
         resume_from=resume_from,
-        train_length=data.sampler.train_length,
+        train_length=train_length,
+        num_parameters=count,
     )
 
 
-def train(training: Training, run: RunFolder) -> None:
+def train(
+    training: Training,
+    run: RunFolder,
+    recipe: Recipe,
+    *,
+    record: Callable[[list[Check]], None] = lambda checks: None,
+    only_check: bool = False,
+) -> None:
     """Train to the end, or to the point where the user stops it.
+
+    Args:
+        record: gets the checks when all are there, before the first step.
+        only_check: end there.
 
     Raises:
         RunStopped: Ctrl-C or SIGTERM; a checkpoint was written.
         SkipwiseError: a failed check, a loss that is not finite, a full disk, out of memory.
     """
-    require(training.checks)
-    trainer = training.trainer
+    trainer, check_wrapped = training.trainer, training.check_wrapped
+
+    def preflight() -> None:
+        if check_wrapped is not None:
+            check_wrapped()
+        record(training.checks)
+        require(training.checks)
+        if only_check:
+            raise _Checked
+
+    if check_wrapped is None:
+        require(training.checks)
+    training.callback.preflight = preflight
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with _stop_on_signals(trainer):
+    with stop_on_signals(trainer):
         try:
             resume = str(training.resume_from) if training.resume_from else None
             trainer.train(resume_from_checkpoint=resume)
-        except torch.OutOfMemoryError as error:
-            raise SkipwiseError(
-                "the accelerator's memory is full\n"
-                "type training.batch_size=1 training.gradient_checkpointing=true, or use LoRA"
-            ) from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except _Checked:
+            return
+        except Exception as error:
+            known = explained(error, recipe, run)
+            if known is None:
                 raise
-            raise SkipwiseError(
-                f"the disk of {run.path} is full: the checkpoint could not be written\n"
-                f"make room and type the command again: it goes on at {_place(run)}"
-            ) from error
+            raise known from error
     step, last = trainer.state.global_step, trainer.args.max_steps
     if step < last:
         raise RunStopped(
             f"stopped at step {step} of {last}, saved in {run.checkpoints}\n"
             "type the same command again to go on"
         )
-    arguments = trainer.args
-    model: Any = trainer.model
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens_per_step = _examples_per_step(arguments) * training.train_length
+    lora = recipe.lora
+    tokens_per_step = examples_per_step(trainer.args) * training.train_length
     run.update(
         training={
-            "method": run.recipe().method,
-            "mode": "full" if run.recipe().lora is None else "lora",
+            "method": recipe.method,
+            "mode": "full" if lora is None else "lora" if lora.quantization == "none" else "qlora",
+            "engine": engine_of(recipe),
+            "num_processes": world_size(),
             "num_steps": last,
-            "batch_size": _examples_per_step(arguments),
+            "batch_size": examples_per_step(trainer.args),
             "tokens_per_step": tokens_per_step,
             "num_tokens": tokens_per_step * last,
             "seconds": read_metrics(run)[-1]["seconds"],
-            "trainable_parameters": parameters,
+            "trainable_parameters": num_parameters(trainer.model, trainable=True),
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
     )
 
 
-def training_arguments(recipe: Recipe, run: RunFolder, dtype: torch.dtype) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe,
+    run: RunFolder,
+    dtype: torch.dtype,
+    engine: str = "one process",
+    respread: bool = False,
+) -> TrainingArguments:
     """The recipe as TrainingArguments, with its `trainer:` section on top.
 
     Raises:
@@ -209,7 +299,6 @@ def training_arguments(recipe: Recipe, run: RunFolder, dtype: torch.dtype) -> Tr
             )
     settings = recipe.training
     tensorboard = importlib.util.find_spec("tensorboard") is not None
-    on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     values: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
         "max_steps": settings.num_steps,
@@ -224,18 +313,46 @@ def training_arguments(recipe: Recipe, run: RunFolder, dtype: torch.dtype) -> Tr
         "save_total_limit": max(2, settings.save_total_limit),
         "seed": recipe.seed,
         "bf16": dtype == torch.bfloat16,
-        "use_cpu": on_cpu,
+        "use_cpu": on_cpu(),
         "remove_unused_columns": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would hide a loss that is not finite
         "disable_tqdm": True,
-        "dataloader_pin_memory": not on_cpu,
+        "log_level_replica": "error",
+        "dataloader_pin_memory": not on_cpu(),
         "report_to": ["tensorboard"] if tensorboard else [],
+        **engine_arguments(engine, on_cpu(), respread),
     }
     try:
         return TrainingArguments(**{**values, **recipe.trainer})
     except (ValueError, ImportError, TypeError) as error:
         raise SkipwiseError(f"the training settings do not fit: {error}") from error
+
+
+def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:
+    """The arithmetic's dtype; float32 where a sharding engine is tried without a GPU.
+
+    Raises:
+        SkipwiseError: bfloat16 was asked for there, which transformers refuses.
+    """
+    if not (on_cpu() and engine in SHARDED):
+        return compute_dtype(recipe.load)
+    if recipe.load.dtype == "bfloat16":
+        raise SkipwiseError(f"engine: {engine} computes in float32 on a CPU\nleave load.dtype out")
+    return torch.float32
+
+
+def cuts_loss(recipe: Recipe, train_length: int, vocab_size: int) -> bool:
+    """Whether the loss is computed in slices; Liger's kernels do it themselves."""
+    settings = recipe.training
+    if recipe.trainer.get("use_liger_kernel"):
+        if settings.loss == "chunked":
+            raise SkipwiseError(
+                "training.loss: chunked and trainer.use_liger_kernel both replace the loss\n"
+                "leave one of them out"
+            )
+        return False
+    return is_chunked(settings.loss, settings.batch_size, train_length, vocab_size)
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -247,198 +364,12 @@ def enable_checkpointing(model: Any) -> None:
         raise SkipwiseError(f"{error}\ntype training.gradient_checkpointing=false") from error
 
 
-def newest_checkpoint(run: RunFolder) -> Path | None:
-    """The newest checkpoint that was written to its end; broken ones are removed."""
-    found = []
-    for folder in run.checkpoints.glob("checkpoint-*"):
-        if (folder / _WHOLE).exists():
-            found.append((int(folder.name.rsplit("-", 1)[1]), folder))
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-    return max(found)[1] if found else None
-
-
-def finished_checkpoint(run: RunFolder, num_steps: int) -> Path | None:
-    """The checkpoint of the last step, where training has reached it."""
-    folder = run.checkpoints / f"checkpoint-{num_steps}"
-    return folder if (folder / _WHOLE).exists() else None
-
-
-def peak_memory_gib() -> float:
-    """Peak memory so far: of the accelerator where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
-
-
-class _Run(TrainerCallback):
-    """The run folder's side of training: metrics, progress, whole checkpoints, finite loss."""
-
-    def __init__(self, run: RunFolder, recipe: Recipe, train_length: int) -> None:
-        self.run, self.recipe, self.train_length = run, recipe, train_length
-        self.bar: tqdm | None = None
-        self.started = 0.0
-        self.seconds_before = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        kept = [m for m in read_metrics(self.run) if m["step"] <= state.global_step]
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        write_text(self.run.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
-        self.started = time.monotonic()
-        self.bar = tqdm(
-            total=args.max_steps,
-            initial=state.global_step,
-            desc="train",
-            unit=" steps",
-            disable=None,
-        )
-
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        loss = logs["loss"]
-        if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):
-            what = "loss" if not math.isfinite(loss) else "gradient"
-            raise SkipwiseError(
-                f"the {what} is not finite at step {state.global_step}; the newest checkpoint is "
-                f"{_place(self.run)}\ntry training.learning_rate={args.learning_rate / 4:g}, more "
-                "training.warmup_steps, or load.dtype=float32, with another --out"
-            )
-        if not state.is_world_process_zero:
-            return
-        metrics = {
-            "step": state.global_step,
-            "loss": loss,
-            "learning_rate": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
-            "num_tokens": state.global_step * _examples_per_step(args) * self.train_length,
-            "seconds": round(self.seconds_before + time.monotonic() - self.started, 3),
-        }
-        with self.run.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-        if state.global_step >= args.max_steps:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if self.recipe.eval.select != "last":
-                keep_candidate(folder, self.run.candidates / f"step-{state.global_step}")
-            write_text(folder / _WHOLE, f"{state.global_step}\n")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def keep_candidate(checkpoint: Path, folder: Path) -> None:
-    """Link a checkpoint's weights and configs into a folder that outlives it."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for file in checkpoint.iterdir():
-        weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
-        if weights or file.name in ("config.json", "adapter_config.json"):
-            try:
-                os.link(file, part / file.name)
-            except OSError:  # a file system without links
-                shutil.copyfile(file, part / file.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
-class _Stop(TrainerCallback):
-    """Save and leave after the step in which a signal came."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-@contextmanager
-def _stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C and SIGTERM save and stop; a second Ctrl-C stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    stop = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, _Stop))
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.asked = True
-        print("\nstopping after this step, and saving ...", file=sys.stderr, flush=True)
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """TensorBoard's folder, which a Trainer reads from the environment when it is made."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    given = os.environ.get(name)
-    os.environ[name] = given or str(folder)
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ[name]
-
-
-def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
-    if not run.metrics_file.exists():
-        return []
-    metrics = []
-    for line in run.metrics_file.read_text(encoding="utf-8").splitlines():
-        try:
-            metrics.append(json.loads(line))
-        except ValueError:
-            continue
-    return metrics
-
-
 def _accumulation(settings: TrainingSettings) -> int:
     """Accumulation steps that make up the global batch on this many devices."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    held = settings.batch_size * world
+    held = settings.batch_size * world_size()
     if held == 0 or settings.global_batch_size == 0 or settings.global_batch_size % held:
         raise SkipwiseError(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
-            f"training.batch_size {settings.batch_size} x {world} devices"
+            f"training.batch_size {settings.batch_size} x {world_size()} devices"
         )
     return settings.global_batch_size // held
-
-
-def _examples_per_step(arguments: TrainingArguments) -> int:
-    held = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return held * arguments.world_size
-
-
-def _place(run: RunFolder) -> str:
-    newest = newest_checkpoint(run)
-    return newest.name if newest else "none: it starts anew"

@@ -6,6 +6,7 @@ the model as it will train, on a real batch: most ways to void a PoSE run leave 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipwise.errors import SkipwiseError
 from skipwise.models.config_checks import Check
 from skipwise.models.families import ModelFacts
 from skipwise.models.masks import is_hybrid, sliding_reach
 from skipwise.positions import IGNORE_INDEX
 from skipwise.rope import Dynamic, Scaling
+
+_PROBED = 256  # positions whose logits are compared
 
 
 def check_model(
@@ -85,7 +87,10 @@ def check_labels(items: list[dict[str, Any]]) -> Check:
 
 
 def check_batch(
-    model: Any, batch: dict[str, Any], autocast: Callable[..., Any] = nullcontext
+    model: Any,
+    batch: dict[str, Any],
+    autocast: Callable[..., Any] = nullcontext,
+    inner: Any = None,
 ) -> list[Check]:
     """Chunk 2 learns from chunk 1, and chunk 1 not from chunk 2, on a real batch.
 
@@ -97,7 +102,9 @@ def check_batch(
     Args:
         batch: from the collator; `input_ids`, `labels`, `position_ids` (B, L) and the mask.
         autocast: gives the context manager to run a forward pass in.
+        inner: the model inside, where `model` is the wrapper that an engine put around it.
     """
+    inner = model if inner is None else inner
     skips = (batch["position_ids"].diff(dim=1) != 1).float()  # (B, L-1)
     if not bool(skips.any()):
         detail = "plain positions in this batch: no chunk to cut off"
@@ -108,15 +115,15 @@ def check_batch(
     cut = int(first[row])
     one = _row(batch, row)
     inputs = {k: v for k, v in one.items() if k != "labels"}
-    with _embeddings(model) as captured, autocast():
-        logits = model(**inputs, use_cache=False).logits.float()
-        losses = torch.nn.functional.cross_entropy(
-            logits[0, :-1], one["labels"][0, 1:].to(logits.device), reduction="none"
-        )  # loss i predicts token i + 1; masked labels give 0
-        embeddings = captured[0]
-        (late,) = torch.autograd.grad(losses[cut:].sum(), embeddings, retain_graph=True)
-        (early,) = torch.autograd.grad(losses[: cut - 1].sum(), embeddings)
-    model.zero_grad(set_to_none=True)
+    if getattr(inner.config, "output_router_logits", False):
+        inputs["output_router_logits"] = False  # the routers' loss is of all chunks
+    index = torch.arange(one["labels"].shape[1], device=one["labels"].device)
+    late_labels = one["labels"].where(index > cut, IGNORE_INDEX)
+    early_labels = one["labels"].where(index < cut, IGNORE_INDEX)
+    with _embeddings(inner) as captured:
+        late = _gradient(model, {**inputs, "labels": late_labels}, captured, autocast)
+        early = _gradient(model, {**inputs, "labels": early_labels}, captured, autocast)
+    model.zero_grad()
     seen = float(late[0, :cut].abs().max())
     leak = float(early[0, cut:].abs().max())
     finite = bool(torch.isfinite(late).all())
@@ -140,10 +147,26 @@ def check_batch(
     )
     checks = [learns, causal]
     if finite and seen > 0:
-        checks.append(_check_skips(model, inputs, cut, autocast))
-    if is_hybrid(model.config):
-        checks.append(_check_sliding(model.config, batch))
+        checks.append(_check_skips(model, inputs, cut, autocast, inner))
+    if is_hybrid(inner.config):
+        checks.append(_check_sliding(inner.config, batch))
     return checks
+
+
+def _gradient(
+    model: Any,
+    inputs: dict[str, Any],
+    captured: list[torch.Tensor],
+    autocast: Callable[..., Any],
+) -> torch.Tensor:
+    """(1, L, width) of the model's own loss with respect to the embeddings; 0 without labels."""
+    captured.clear()
+    with autocast():
+        loss = model(**inputs, use_cache=False).loss
+    (gradient,) = torch.autograd.grad(loss, captured[0])
+    if not bool((inputs["labels"][:, 1:] != IGNORE_INDEX).any()):
+        return torch.zeros_like(gradient)
+    return gradient
 
 
 def _row(batch: dict[str, Any], row: int) -> dict[str, Any]:
@@ -160,7 +183,7 @@ def _row(batch: dict[str, Any], row: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_skips(
-    model: Any, inputs: dict[str, Any], cut: int, autocast: Callable[..., Any]
+    model: Any, inputs: dict[str, Any], cut: int, autocast: Callable[..., Any], inner: Any
 ) -> Check:
     """What follows a skip depends on how far it is.
 
@@ -169,16 +192,22 @@ def _check_skips(
     its full-attention layers have no positions (Cohere 2, EXAONE 4). In float32 where the weights
     and the attention implementation are, for there rounding is smallest.
     """
-    mixed = (model.config._attn_implementation or "").startswith("flash") or any(
-        parameter.dtype != torch.float32 for parameter in model.parameters()
+    mixed = (inner.config._attn_implementation or "").startswith("flash") or any(
+        parameter.dtype != torch.float32 for parameter in inner.parameters()
     )
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    length = inputs["position_ids"].shape[1]
+    kept = torch.arange(cut, length, max(1, (length - cut) // _PROBED))  # all would be large
+    sliced = "logits_to_keep" in inspect.signature(type(base).forward).parameters
 
     def logits(positions: torch.Tensor) -> torch.Tensor:
         devices = [positions.device] if positions.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), autocast() if mixed else nullcontext():
             torch.manual_seed(0)  # the same dropout each time
-            out = model(**{**inputs, "position_ids": positions}, use_cache=False).logits
-        return out[0, cut:].float()
+            own = {**inputs, "position_ids": positions}
+            if sliced:
+                return model(**own, logits_to_keep=kept, use_cache=False).logits[0].float()
+            return model(**own, use_cache=False).logits[0, kept].float()
 
     positions = inputs["position_ids"]
     plain = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
@@ -334,11 +363,6 @@ def _embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
     model.train()
     try:
         yield captured
-    except torch.OutOfMemoryError as error:
-        raise SkipwiseError(
-            "one example does not fit in the accelerator's memory\n"
-            "type training.gradient_checkpointing=true, or use LoRA"
-        ) from error
     finally:
         model.train(training)
         handle.remove()

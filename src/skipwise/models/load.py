@@ -6,6 +6,8 @@ config is made before the model, and the preflight compares what the model compu
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ def load_model(
     *,
     dtype: torch.dtype,
     attn_implementation: str | None = None,
-    device_map: str | None = None,
+    device_map: Any = None,
+    quantization: Any = None,
 ) -> Any:
     """The causal language model with safetensors weights and the given config.
 
@@ -57,7 +60,8 @@ def load_model(
             dtype=dtype,
             revision=settings.revision,
             attn_implementation=attn_implementation,
-            device_map=device_map,
+            device_map=device_map if quantization is None else {"": best_device()},
+            quantization_config=quantization,
             use_safetensors=settings.use_safetensors,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
@@ -130,7 +134,7 @@ def compute_dtype(settings: ModelSettings) -> torch.dtype:
 
 def best_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -151,8 +155,55 @@ def attention_for(settings: ModelSettings, weights: str, hybrid: bool = False) -
     return None if asked == "auto" else asked  # transformers' own choice is sdpa, else eager
 
 
-def add_lora(model: Any, settings: LoRASettings) -> Any:
+def quantization_for(lora: LoRASettings | None, dtype: torch.dtype, engine: str) -> Any:
+    """The bitsandbytes configuration of QLoRA, or None.
+
+    Source: QLoRA, Dettmers et al. 2023, arXiv 2305.14314: NF4, constants quantised as well.
+
+    Raises:
+        SkipwiseError: bitsandbytes is missing, or the engine cannot shard such weights.
+    """
+    if lora is None or lora.quantization == "none":
+        return None
+    if "zero3" in engine or "deepspeed" in engine:
+        raise SkipwiseError(
+            f"lora.quantization: {lora.quantization}: DeepSpeed cannot shard quantised weights\n"
+            "type --engine ddp, or --engine fsdp2"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SkipwiseError(
+            f"lora.quantization: {lora.quantization} needs bitsandbytes\n"
+            "pip install 'skipwise[qlora]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if "fsdp" in engine else torch.uint8,  # FSDP shards floats
+    )
+
+
+def num_parameters(model: Any, trainable: bool = False) -> int:
+    """Parameters of a model, whether sharded, quantised or neither."""
+    total = 0
+    for parameter in model.parameters():
+        if trainable and not parameter.requires_grad:
+            continue
+        count = getattr(parameter, "ds_numel", None) or parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()  # packed
+        total += count
+    return total
+
+
+def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
     """The model with LoRA on its linear layers; norms and embeddings train whole if asked.
+
+    Args:
+        cast: keep what trains in float32; DeepSpeed does that itself.
 
     Source: LongLoRA, Chen et al. 2023, arXiv 2309.12307, section 3.3.
     """
@@ -183,6 +234,6 @@ def add_lora(model: Any, settings: LoRASettings) -> Any:
     except ValueError as error:
         raise SkipwiseError(f"lora.target_modules: {error}") from error
     for parameter in adapted.parameters():
-        if parameter.requires_grad:
+        if cast and parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted

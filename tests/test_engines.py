@@ -1,0 +1,307 @@
+"""Engines on two real processes over gloo train what one process trains, and go on from it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from skipwise import engines
+from skipwise.checkpoints import mark_whole, newest_checkpoint, num_processes_of
+from skipwise.engines import engine_of, rope_keeper
+from skipwise.errors import SkipwiseError
+from skipwise.models.load import num_parameters
+from skipwise.recipe import parse_recipe
+from skipwise.run import RunFolder
+from skipwise.trainer import read_metrics
+
+STEPS = 20
+ENGINES = ["ddp", "fsdp2", "zero3"]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
+EACH = [pytest.param(e, marks=needs_deepspeed if e == "zero3" else ()) for e in ENGINES]
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tiny, text_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    os.environ["SKIPWISE_CACHE"] = str(folder / "cache")
+    tree = {
+        "model": str(tiny),
+        "target_length": 256,
+        "positions": {"content": "aligned"},
+        "data": {"sources": [str(text_folder)]},
+        "load": {"dtype": "float32"},
+        "training": {
+            "num_steps": STEPS,
+            "global_batch_size": 4,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "save_steps": 8,
+            "loss": "chunked",
+        },
+        "trainer": {"report_to": "none"},
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def start(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "skipwise", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def skipwise(*arguments, code=0):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    return out, err
+
+
+def losses(folder):
+    return [m["loss"] for m in read_metrics(RunFolder(folder))]
+
+
+def weights(folder, step=STEPS):
+    (file,) = (folder / "checkpoints" / f"checkpoint-{step}").glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_close(a, b, atol):
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.allclose(tensor.float(), b[name].float(), atol=atol), name
+
+
+@pytest.fixture(scope="module")
+def alone(recipe_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    skipwise("train", recipe_file, "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(recipe_file, tmp_path_factory):
+    """Runs of two processes, by engine."""
+    made = {}
+
+    def run(engine):
+        if engine not in made:
+            made[engine] = tmp_path_factory.mktemp(engine) / "run"
+            arguments = ("--out", made[engine], "--gpus", 2, "--engine", engine)
+            out, _ = skipwise("train", recipe_file, *arguments)
+            assert out.count("trained:") == 1
+        return made[engine]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", EACH)
+def test_two_processes_have_the_loss_and_weights_of_one(alone, trained, engine):
+    folder = trained(engine)
+    want, have = losses(alone), losses(folder)
+    assert len(have) == STEPS and want[-1] < want[0]
+    assert max(abs(a - b) for a, b in zip(want, have, strict=True)) < 1e-5
+    assert_close(weights(folder), weights(alone), 1e-5)
+    facts = RunFolder(folder).facts()
+    assert facts["training"]["engine"] == engine and facts["training"]["num_processes"] == 2
+    checks = {check["name"]: check for check in facts["checks"]}
+    assert all(check["passed"] for check in checks.values())
+    assert "over 2 processes" in checks["engine"]["detail"]
+    assert {"rope", "positions", "chunks see each other", "no look ahead"} <= checks.keys()
+    assert facts["model"]["num_parameters"] == RunFolder(alone).facts()["model"]["num_parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", EACH)
+def test_one_process_goes_on_where_two_were_stopped(alone, trained, engine, tmp_path):
+    shutil.copytree(trained(engine), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-20")
+    skipwise("train", tmp_path / "run", "--gpus", 1)
+    want, have = losses(alone), losses(tmp_path / "run")
+    assert max(abs(a - b) for a, b in zip(want, have, strict=True)) < 1e-5
+    assert_close(weights(tmp_path / "run"), weights(alone), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", EACH)
+def test_what_an_engine_trained_is_exported(trained, engine):
+    _, err = skipwise("export", trained(engine))
+    assert "ok   reload" in err
+    model = trained(engine) / "model"
+    exported = load_file(model / "model.safetensors")
+    assert_close(exported, weights(trained(engine)), 1e-6)
+    assert json.loads((model / "config.json").read_text())["max_position_embeddings"] == 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", EACH)
+def test_lora_on_two_processes_goes_on_with_one(recipe_file, tmp_path, engine):
+    short = ("training.num_steps=4", "training.save_steps=2", "--lora")
+    skipwise("train", recipe_file, "--out", tmp_path / "alone", *short)
+    arguments = ("--out", tmp_path / "run", "--gpus", 2, "--engine", engine)
+    skipwise("train", recipe_file, *arguments, *short)
+    want = weights(tmp_path / "alone", 4)
+    assert_close(weights(tmp_path / "run", 4), want, 1e-5)
+    assert any("lora_A" in name for name in want) and any("norm" in name for name in want)
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-4")
+    skipwise("train", tmp_path / "run", "--gpus", 1)
+    assert_close(weights(tmp_path / "run", 4), want, 1e-5)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_training(alone, recipe_file, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *("-m", "skipwise", "train", str(recipe_file), "--out", str(tmp_path / "run")),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(weights(tmp_path / "run"), weights(alone), 1e-5)
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_in_every_process(alone, recipe_file, tmp_path):
+    out = tmp_path / "run"
+    process = start("train", recipe_file, "--out", out, "--gpus", 2, "--engine", "fsdp2")
+    wait_for(lambda: len(losses(out)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75 and "saved" in err
+    stopped = newest_checkpoint(RunFolder(out))
+    assert stopped is not None and stopped.name != "checkpoint-20"
+    skipwise("train", out)  # the recipe says fsdp2, so a process is started for it
+    assert_close(weights(out), weights(alone), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(alone, recipe_file, tmp_path):
+    out = tmp_path / "run"
+    process = start("train", recipe_file, "--out", out, "--gpus", 2)
+    wait_for(lambda: len(losses(out)) >= 3, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "was killed (signal 9)" in err and "--gpus" in err
+    skipwise("train", out, "--gpus", 2)
+    assert_close(weights(out), weights(alone), 1e-5)
+
+
+def make(engine, **tree):
+    return parse_recipe({"model": "m", "target_length": 256, "engine": engine, **tree})
+
+
+def test_an_engine_that_shards_needs_processes(monkeypatch):
+    with pytest.raises(SkipwiseError, match=r"processes.*\n.*--gpus N"):
+        engine_of(make("fsdp2"))
+    assert engine_of(make("ddp")) == engine_of(make("auto")) == "one process"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert engine_of(make("fsdp2")) == "fsdp2" and engine_of(make("auto")) == "ddp"
+
+
+def test_a_launcher_that_chose_another_engine_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert engine_of(make("auto")) == "fsdp of the launcher"
+    assert engine_of(make("fsdp2")) == "fsdp2"
+    with pytest.raises(SkipwiseError, match=r"zero3 and the launcher's configuration fsdp"):
+        engine_of(make("zero3"))
+
+
+def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SkipwiseError, match=r"skipwise\[deepspeed\]"):
+        engine_of(make("zero3"))
+
+
+def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    mark_whole(folder, 4, "zero3")
+    assert num_processes_of(folder, "zero3") == 1
+    with pytest.raises(SkipwiseError, match=r"engine zero3.*\ntype --engine zero3"):
+        num_processes_of(folder, "ddp")
+    (folder / "complete").write_text("4\n")  # of version 0.1
+    assert num_processes_of(folder, "ddp") == 1
+
+
+def test_frequencies_are_float32_again_after_a_cast_of_the_model(tiny):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    exact = model.model.rotary_emb.inv_freq.clone()
+    restore = rope_keeper(model)
+    model.bfloat16()  # what DeepSpeed does
+    assert not torch.equal(model.model.rotary_emb.inv_freq.float(), exact)
+    restore()
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+
+
+def test_more_gpus_than_there_are_is_an_error(recipe_file, monkeypatch, capsys):
+    from skipwise import cli
+
+    monkeypatch.setattr(cli, "num_gpus", lambda: 2)
+    assert cli.main(["train", str(recipe_file), "--gpus", "4"]) == 2
+    assert "this machine has 2" in capsys.readouterr().err
+    assert cli.main(["train", str(recipe_file), "--gpus", "0"]) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["train", str(recipe_file), "--gpus", "2"]) == 2
+    assert "launcher has started 2" in capsys.readouterr().err
+    assert cli.main(["extend", str(recipe_file)]) == 2
+    assert "extend starts its processes itself" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+def test_qlora_trains_packed_weights_and_exports_whole_ones(recipe_file, tmp_path):
+    out = tmp_path / "run"
+    lora = ("--lora", "lora.quantization=nf4", "training.num_steps=3")
+    skipwise("train", recipe_file, "--out", out, *lora)
+    facts = RunFolder(out).facts()
+    assert facts["training"]["mode"] == "qlora"
+    _, err = skipwise("export", out)
+    assert "ok   reload" in err
+    whole = load_file(out / "model/model.safetensors")
+    assert sum(t.numel() for t in whole.values()) == facts["model"]["num_parameters"]
+
+
+@needs_deepspeed
+def test_quantised_weights_under_deepspeed_are_refused(recipe_file, tmp_path):
+    arguments = ("--gpus", 2, "--engine", "zero3", "--lora", "lora.quantization=nf4")
+    _, err = skipwise("train", recipe_file, "--out", tmp_path / "run", *arguments, code=2)
+    assert "DeepSpeed cannot shard quantised weights" in err and "--engine fsdp2" in err
+
+
+def test_parameters_of_a_plain_model_are_counted(tiny):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert num_parameters(model) == sum(p.numel() for p in model.parameters())
