@@ -1,6 +1,5 @@
 """The data set: a pure function of the example number, and honest about what it leaves out."""
 
-import json
 import pickle
 
 import numpy as np
@@ -13,7 +12,7 @@ from skipwise.documents import parse_sources
 from skipwise.errors import SkipwiseError
 from skipwise.positions import FullLength, PoSE
 from skipwise.quickstart import MODEL
-from skipwise.tokens import TokenStore, encode, tokenize_source
+from skipwise.tokens import TokenStore, tokenize_source
 
 L, T = 16, 64
 
@@ -160,40 +159,156 @@ def test_full_length_takes_whole_windows_at_plain_positions():
     assert len(data) == 9
 
 
-def make_text(folder, lines):
-    (folder / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in lines))
-    return parse_sources([str(folder / "x.jsonl")])[0]
+def packed_by_hand(store, min_length, target_length, separator):
+    """Short documents joined one by one in memory, as a reference."""
+    joined, out = [], []
+    for i in range(store.num_documents):
+        if len(store.document(i)) < min_length:
+            joined += [*store.document(i).tolist(), *([] if separator is None else [separator])]
+            if len(joined) >= target_length:
+                out.append(joined)
+                joined = []
+    return [*out, joined] if len(joined) >= min_length else out
 
 
-def test_tokens_are_cached_until_the_text_or_the_tokenizer_changes(tmp_path):
+@pytest.mark.parametrize("separator", [7, None])
+def test_packed_documents_are_those_joined_in_memory_and_read_alike_from_any_place(separator):
+    rng = np.random.default_rng(0)
+    for target_length in (L, 20, 64, 10_000):
+        lengths = rng.integers(0, 30, 200)
+        lengths[-2:] = 0  # nothing to read at the end
+        store = store_of(*lengths)
+        packed = corpus_of(
+            store, short_documents="pack", separator=separator, target_length=target_length
+        ).stores[1]
+        expected = packed_by_hand(store, L, target_length, separator)
+        assert [d.tolist() for d in map(packed.document, range(packed.num_documents))] == expected
+        whole = np.concatenate([np.array(d, np.int64) for d in expected])
+        places = rng.integers(0, len(whole), (5, 9))
+        assert packed.take(places).tolist() == whole[places].tolist()
+        assert packed.read(3, 3).tolist() == []
+
+
+def test_empty_documents_alone_pack_to_their_separators():
+    store = TokenStore(tokens=np.zeros(0, np.uint16), offsets=np.zeros(41, np.int64))
+    packed = corpus_of(store, short_documents="pack", separator=7, target_length=20).stores[1]
+    assert packed.document(1).tolist() == [7] * 20
+
+
+def test_a_beginning_that_most_documents_share_is_not_taken_for_copies_of_one():
+    for shift in range(20):  # whatever its hash
+        licence = np.arange(600) + shift
+        documents = [np.concatenate([licence, 1000 * i + np.arange(100)]) for i in range(1, 41)]
+        documents += [1000 * i + np.arange(700) for i in range(41, 61)]
+        tokens = np.concatenate(documents).astype(np.uint32)
+        store = TokenStore(tokens=tokens, offsets=np.arange(61) * 700)
+        corpus = corpus_of(store, num_held_out=8)
+        assert len(corpus.held_out) == 3  # a twentieth of 60
+        assert all(tokens[0] >= 41_000 for tokens in corpus.held_out)
+        assert corpus.num_documents == 57
+        assert corpus.count_copies(corpus.held_out) == 0
+
+
+def test_a_copy_is_told_by_the_first_512_tokens_or_by_all_of_a_shorter_document():
+    long = np.arange(1000)
+    store = store_of(1000, 700, 512, 511, 30)
+    corpus = corpus_of(store)
+    assert corpus.count_copies([]) == 0
+    assert corpus.count_copies([long]) == 1
+    assert corpus.count_copies([np.concatenate([long[:512], long[:5]])]) == 1
+    assert corpus.count_copies([np.concatenate([long[:511], long[:5]])]) == 0
+    short = 4000 + np.arange(30)
+    assert corpus.count_copies([short.astype(np.uint16)]) == 1
+    assert corpus.count_copies([short[:29], np.append(short, 1)]) == 0
+    swapped = short[[1, 0, *range(2, 30)]]
+    assert corpus.count_copies([swapped]) == 0
+    assert corpus.count_copies([short, long, short]) == 2
+
+
+def test_the_order_of_an_epoch_does_not_depend_on_the_width_of_its_numbers():
+    data = dataset_of(corpus_of(store_of(*[50] * 1000)), seed=3)
+    wide = np.random.default_rng([3, 5, 0, 1]).permutation(1000)  # int64
+    assert [int(data.document(5000 + i)[0]) // 1000 for i in range(1000)] == wide.tolist()
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Tells which examples are read."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, k):
+        return {"k": torch.tensor(k), "input_ids": torch.from_numpy(self.data[k]["input_ids"])}
+
+
+def steps_read(data, num_processes, batch_size, num_steps, start=0, global_batch=16):
+    """The examples that each step of each process reads, through accelerate as the Trainer does."""
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+
+    accumulation = global_batch // (batch_size * num_processes)
+    steps = [[] for _ in range(num_steps)]
+    for rank in range(num_processes):
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=batch_size, sampler=torch.utils.data.SequentialSampler(data)
+        )
+        shard = prepare_data_loader(
+            loader, num_processes=num_processes, process_index=rank, put_on_device=False
+        )
+        if start:
+            shard = skip_first_batches(shard, start * accumulation)
+        batches = [batch["k"].tolist() for batch in shard]
+        assert len(batches) == (num_steps - start) * accumulation
+        for i, batch in enumerate(batches):
+            steps[start + i // accumulation] += batch
+    return steps
+
+
+@pytest.fixture
+def no_rng_exchange(monkeypatch):
+    """Ranks are played one after another here, with no one to exchange random states with."""
+    monkeypatch.setattr("accelerate.data_loader.synchronize_rng_states", lambda *args: None)
+
+
+def test_every_example_is_read_once_by_one_rank_in_the_same_step_for_1_2_and_4_processes(
+    no_rng_exchange,
+):
+    data = Numbered(dataset_of(corpus_of(store_of(*[50] * 40)), num_examples=16 * 6))
+    for num_processes, batch_size in ((1, 16), (1, 2), (2, 8), (2, 1), (4, 2), (4, 4)):
+        steps = steps_read(data, num_processes, batch_size, 6)
+        assert [sorted(step) for step in steps] == [
+            list(range(16 * i, 16 * (i + 1))) for i in range(6)
+        ]
+
+
+def test_a_run_resumed_with_another_number_of_processes_goes_on_with_the_next_examples(
+    no_rng_exchange,
+):
+    data = Numbered(dataset_of(corpus_of(store_of(*[50] * 40)), num_examples=16 * 6))
+    first = steps_read(data, 2, 2, 6)[:3]
+    for num_processes, batch_size in ((1, 4), (4, 2), (2, 2)):
+        rest = steps_read(data, num_processes, batch_size, 6, start=3)[3:]
+        read = sorted(k for step in first + rest for k in step)
+        assert read == list(range(16 * 6))
+        assert [min(step) for step in rest] == [48, 64, 80]
+
+
+def test_a_data_set_goes_to_its_workers_without_the_corpus(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(40):
+        (folder / f"{i}.txt").write_text("".join(f"x{i}_{j} = {j}\n" for j in range(40)))
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    source = make_text(tmp_path, ["def f(): pass", "x = 1"])
-    cache = tmp_path / "cache"
-
-    def folders():
-        return sorted(p.name for p in (cache / "tokens").iterdir())
-
-    first = tokenize_source(source, tokenizer, cache=cache)
-    assert first.document(1).tolist() == encode(tokenizer, "x = 1")
-    (only,) = folders()
-    tokenize_source(source, tokenizer, cache=cache)
-    assert folders() == [only]
-    tokenizer.add_tokens(["f(): p"])
-    other = tokenize_source(source, tokenizer, cache=cache)
-    assert other.document(0).tolist() != first.document(0).tolist()
-    source = make_text(tmp_path, ["def f(): pass", "x = 12"])
-    assert len(tokenize_source(source, tokenizer, cache=cache).document(1)) > 0
-    assert len(folders()) == 3
-
-
-def test_processes_and_pieces_give_the_same_tokens_as_one_call(tmp_path, monkeypatch):
-    monkeypatch.setattr("skipwise.tokens._PIECE", 40)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    texts = ["".join(f"line {i}\n" for i in range(n)) for n in (3, 50, 7)]
-    source = make_text(tmp_path, texts)
-    one = tokenize_source(source, tokenizer, cache=tmp_path / "a")
-    two = tokenize_source(source, tokenizer, cache=tmp_path / "b", num_proc=2)
-    for i, text in enumerate(texts):
-        # this tokenizer merges nothing over a line end, so cuts there leave no trace
-        assert one.document(i).tolist() == tokenizer(text, verbose=False)["input_ids"]
-        assert two.document(i).tolist() == one.document(i).tolist()
+    store = tokenize_source(parse_sources([str(folder)])[0], tokenizer, cache=tmp_path / "cache")
+    for min_length in (L, 10_000):  # as they are, and packed
+        corpus = corpus_of(
+            store, min_length=min_length, target_length=12_000, short_documents="pack"
+        )
+        data = PositionDataset(
+            corpus, PoSE(train_length=L, target_length=T), seed=0, num_examples=10
+        )
+        pickled = pickle.dumps(data)
+        assert len(pickled) < store.tokens.nbytes / 2
+        assert same(pickle.loads(pickled)[3], data[3])

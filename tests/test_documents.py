@@ -1,20 +1,23 @@
 """Text sources: what is read, and how a broken record is named."""
 
 import gzip
+import io
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from skipwise.documents import BadRecords, parse_sources, read_documents
+from skipwise.chunks import read_chunks, read_documents
+from skipwise.documents import BadRecord, BadRecords, parse_sources
 from skipwise.errors import SkipwiseError
 
 
 def read(path, policy="skip", **source):
     bad = BadRecords(policy=policy)
     (parsed,) = parse_sources([{"path": str(path), **source}])
-    return [text for _, text in read_documents(parsed, bad)], bad
+    return list(read_documents(parsed, bad)), bad
 
 
 def test_text_json_lines_json_parquet_and_gzip_in_one_folder_are_read_in_order(tmp_path):
@@ -88,8 +91,115 @@ def test_a_hub_data_set_is_streamed_by_name(monkeypatch):
         ({"path": "x", "waight": 2}, "unknown key waight"),
         ({"weight": 2}, "lacks path"),
         ({"path": ".", "weight": -1}, "from 0 up"),
+        ({"path": ".", "max_tokens": 0}, "whole number from 1 up"),
+        ({"path": ".", "max_tokens": 1.5}, "whole number from 1 up"),
+        ({"path": ".", "max_tokens": "many"}, "whole number from 1 up"),
     ],
 )
 def test_a_wrong_source_is_an_error_that_says_what_is_wrong(value, word):
     with pytest.raises(SkipwiseError, match=word):
         parse_sources([value])
+
+
+def test_max_tokens_may_be_written_as_yaml_reads_2e9():
+    sources = parse_sources(
+        [{"path": ".", "max_tokens": value} for value in (2e9, "2e9", 2 * 10**9)]
+    )
+    assert {source.max_tokens for source in sources} == {2 * 10**9}
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_spans_of_any_size_read_every_line_once_and_name_it_by_its_number(
+    tmp_path, monkeypatch, end
+):
+    lines = ["", '{"text": "a"}', "no", '{"text": "' + "b" * 300 + '"}', " ", "{", '{"text": "c"}']
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join(lines) + end)
+    whole = file.stat().st_size
+    for size in (*range(1, 40), 300, 301, whole - 1, whole, whole + 1):
+        monkeypatch.setattr("skipwise.chunks._CHUNK", size)
+        texts, bad = read(file)
+        assert texts == ["a", "b" * 300, "c"]
+        assert [line.split(": ")[0] for line in bad.first] == [f"{file}:{n}" for n in (3, 6)]
+
+
+def test_a_line_over_many_spans_is_read_once_not_once_a_span(tmp_path, monkeypatch):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"text": "b" * 100_000}) + "\n" + '{"text": "c"}\n')
+    monkeypatch.setattr("skipwise.chunks._CHUNK", 100)
+    num_read = 0
+
+    class Counting(io.BufferedReader):
+        def readline(self, size=-1):
+            nonlocal num_read
+            line = super().readline(size)
+            num_read += len(line)
+            return line
+
+    monkeypatch.setattr("skipwise.chunks.open_file", lambda path: Counting(io.FileIO(path)))
+    assert read(file)[0] == ["b" * 100_000, "c"]
+    assert num_read < 3 * file.stat().st_size
+
+
+def test_what_cannot_be_held_in_memory_is_an_error_that_names_json_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr("skipwise.documents.LARGEST", 1000)
+    for name, content in (
+        ("a.txt", b"x" * 1001),
+        ("b.json", json.dumps([{"text": "x" * 1001}]).encode()),
+        ("c.txt.gz", gzip.compress(b"x" * 1001)),
+        ("d.json.gz", gzip.compress(json.dumps([{"text": "x" * 1001}]).encode())),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SkipwiseError, match=rf"{name} is larger.*\n.*JSON lines"):
+            read(tmp_path / name)
+    (tmp_path / "e.txt").write_bytes(b"x" * 1000)
+    assert read(tmp_path / "e.txt")[0] == ["x" * 1000]
+
+
+def test_a_line_too_long_to_hold_is_a_bad_record_and_the_next_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("skipwise.documents.LARGEST", 100)
+    content = '{"text": "' + "b" * 1000 + '"}\n{"text": "c"}\n'
+    (tmp_path / "x.jsonl").write_text(content)
+    (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    for name in ("x.jsonl", "y.jsonl.gz"):
+        texts, bad = read(tmp_path / name)
+        assert texts == ["c"] and bad.count == 1 and bad.first[0].startswith(f"{tmp_path / name}:1")
+
+
+def test_half_a_surrogate_pair_is_a_bad_record(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a \\ud800 b"}\n{"text": "\\ud83d\\ude00"}\n')
+    texts, bad = read(tmp_path)
+    assert texts == ["\N{GRINNING FACE}"] and "surrogate" in bad.first[0]
+
+
+def test_a_file_that_cannot_be_opened_is_one_bad_record_however_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("skipwise.chunks._CHUNK", 10)
+    (tmp_path / "x.jsonl").write_text('{"text": "abcdefghijkl"}\n' * 10)
+    opened = Path.open
+
+    def denied(self, *args, **options):
+        if self.name == "x.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert read(tmp_path)[1].count == 1
+
+
+def test_reading_goes_on_from_the_end_of_any_chunk(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text("".join(f'{{"text": "b{i}"}}\n' for i in range(9)))
+    whole = gzip.compress(b"".join(b'{"text": "c%d"}\n' % i for i in range(600)))
+    (tmp_path / "c.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    table = pyarrow.table({"text": [f"d{i}" for i in range(50)]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=7)
+    (tmp_path / "e.json").write_text(json.dumps([{"text": f"e{i}"} for i in range(9)]))
+    monkeypatch.setattr("skipwise.chunks._CHUNK", 1)
+    (source,) = parse_sources([str(tmp_path)])
+    chunks = list(read_chunks(source))
+    outcomes = [[o for o in chunk.read() if o] for chunk in chunks]
+    assert sum(isinstance(o, BadRecord) for some in outcomes for o in some) == 1
+    assert [c.done for c in chunks] == sorted(c.done for c in chunks)
+    for i in range(len(chunks)):
+        again = [[o for o in chunk.read() if o] for chunk in read_chunks(source, chunks[i].end)]
+        assert again == outcomes[i + 1 :]

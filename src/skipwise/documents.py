@@ -1,21 +1,30 @@
 """Text sources to documents: files, folders, JSON lines, Parquet, or a `datasets` name on the hub.
 
-A record that cannot be read is named by file and line, counted, and skipped or fatal, as asked.
+What a reader meets is an `Outcome`: a document's text (a blank line is an empty one), or a record
+that cannot be read, which is named by file and line, counted, and skipped or fatal, as asked.
+`chunks.py` decides who reads what, and where reading goes on after a kill.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from skipwise.errors import SkipwiseError
 
+LARGEST = 1 << 30  # bytes of a text file, a line or a JSON array: each is held in memory whole
+BROKEN_FILE = (OSError, EOFError, zlib.error)  # what a file that cannot be read raises
 _LINES = {".jsonl", ".ndjson"}
+
+Kind = Literal["text", "lines", "array", "parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +34,7 @@ class Source:
     path: str  # file, folder, or name of a data set on the hub
     weight: float | None = None  # share of the examples, in proportion to the others'
     text_field: str = "text"
+    max_tokens: int | None = None  # the first documents, until they hold so many
     split: str = "train"  # hub only, as the next two
     config: str | None = None
     revision: str | None = None
@@ -32,6 +42,26 @@ class Source:
     @property
     def is_local(self) -> bool:
         return Path(self.path).expanduser().exists()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRecord:
+    """A record that could not be read."""
+
+    where: str  # its name; of a line, the file's
+    why: str
+    line: int | None = None  # from 1, counted from byte `start` of the file
+    start: int = 0
+
+    def __str__(self) -> str:
+        if self.line is None:
+            return f"{self.where}: {self.why}"
+        # Lines before a span are counted only for the few records that are named.
+        number = _lines_before(self.where, self.start) + self.line
+        return f"{self.where}:{number}: {self.why}"
+
+
+Outcome = str | BadRecord
 
 
 @dataclass
@@ -42,19 +72,20 @@ class BadRecords:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, where: str, why: str) -> None:
+    def add(self, record: BadRecord) -> None:
         if self.policy == "stop":
-            raise SkipwiseError(f"{where}: {why}\nmend the record, or type data.on_bad_record=skip")
+            raise SkipwiseError(f"{record}\nmend the record, or type data.on_bad_record=skip")
         self.count += 1
         if len(self.first) < 5:
-            self.first.append(f"{where}: {why}")
+            self.first.append(str(record))
 
 
 def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Source]:
     """Sources from the recipe: a path or name, or a mapping with more than that.
 
     Raises:
-        SkipwiseError: a local path that does not exist, an unknown key, a weight below 0.
+        SkipwiseError: a local path that does not exist, an unknown key, a weight below 0, a number
+            of tokens below 1.
     """
     keys = [f.name for f in dataclasses.fields(Source)]
     sources = []
@@ -70,6 +101,14 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
             raise SkipwiseError(
                 f"the weight of {source.path} is {weight!r}: give a number from 0 up"
             )
+        if source.max_tokens is not None:
+            limit = _whole_number(source.max_tokens)
+            if limit is None:
+                raise SkipwiseError(
+                    f"max_tokens of {source.path} is {source.max_tokens!r}: give a whole number "
+                    "from 1 up, such as 2000000000 or 2e9"
+                )
+            source = dataclasses.replace(source, max_tokens=limit)
         if not source.is_local and not _is_hub_name(source.path):
             raise SkipwiseError(
                 f"{source.path}: no such file or folder\n"
@@ -77,28 +116,6 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
             )
         sources.append(source)
     return sources
-
-
-def read_documents(source: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
-    """(where, text) of every document: a text file is one, JSON lines and Parquet one a record."""
-    if not source.is_local:
-        yield from _read_hub(source, bad)
-        return
-    for path in list_files(source):
-        name = path.name.removesuffix(".gz")
-        suffix = Path(name).suffix.lower()
-        try:
-            if suffix == ".parquet":
-                yield from _read_parquet(path, source.text_field, bad)
-            elif suffix in _LINES or suffix == ".json":
-                yield from _read_json(path, suffix, source.text_field, bad)
-            else:
-                with _open(path) as file:
-                    yield str(path), file.read().decode("utf-8")
-        except (OSError, EOFError) as error:
-            bad.add(str(path), str(error) or type(error).__name__)
-        except UnicodeDecodeError:
-            bad.add(str(path), "not UTF-8 text")
 
 
 def list_files(source: Source) -> list[Path]:
@@ -118,68 +135,116 @@ def list_files(source: Source) -> list[Path]:
 
 def describe(source: Source) -> list[Any]:
     """What decides a source's documents, for a fingerprint: files, sizes and times, or the name."""
+    common = [source.text_field, source.max_tokens]
     if not source.is_local:
-        return ["hub", source.path, source.config, source.split, source.revision, source.text_field]
-    files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in list_files(source)]
-    return ["local", files, source.text_field]
+        return ["hub", source.path, source.config, source.split, source.revision, *common]
+    stats = [(p.resolve(), p.stat()) for p in list_files(source)]
+    return ["local", [(str(p), s.st_size, s.st_mtime_ns) for p, s in stats], *common]
 
 
-def _read_json(
-    path: Path, suffix: str, text_field: str, bad: BadRecords
-) -> Iterator[tuple[str, str]]:
-    with _open(path) as file:
-        if suffix == ".json" and file.read(64).lstrip()[:1] == b"[":
-            file.seek(0)
-            try:
-                records = json.load(file)
-            except ValueError as error:
-                bad.add(str(path), f"not JSON ({error})")
-                return
-            for number, record in enumerate(records):
-                yield from _record(f"{path}[{number}]", record, text_field, bad)
-            return
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                bad.add(f"{path}:{number}", f"not JSON ({error})")
-                continue
-            yield from _record(f"{path}:{number}", record, text_field, bad)
+def check_sizes(files: list[Path], sizes: list[int]) -> None:
+    """Before hours of work: no file is one that cannot be held.
+
+    Raises:
+        SkipwiseError: a text file or JSON array of more than 1 GiB.
+    """
+    for path, size in zip(files, sizes, strict=True):
+        if size > LARGEST and file_kind(path) in ("text", "array"):
+            raise _too_large(path)
 
 
-def _record(where: str, record: Any, text_field: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if isinstance(text, str):
-        yield where, text
-    elif isinstance(record, dict):
-        bad.add(where, f"no text in {text_field!r}; its fields are {', '.join(map(str, record))}")
-    else:
-        bad.add(where, f"a {type(record).__name__}, not an object with a {text_field!r} field")
+def file_kind(path: Path) -> Kind:
+    """How a file is read, told by its name, and of .json by its first character.
+
+    Raises:
+        OSError, EOFError, zlib.error: the file cannot be read.
+    """
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix == ".parquet":
+        return "parquet"
+    if suffix in _LINES:
+        return "lines"
+    if suffix != ".json":
+        return "text"
+    with open_file(path) as file:
+        return "array" if file.read(64).lstrip()[:1] == b"[" else "lines"
 
 
-def _read_parquet(path: Path, text_field: str, bad: BadRecords) -> Iterator[tuple[str, str]]:
-    import pyarrow
-    import pyarrow.parquet
+def read_text(path: Path) -> Outcome:
+    """A text file is one document.
 
+    Raises:
+        SkipwiseError: it is larger than can be held.
+        OSError, EOFError, zlib.error: the file cannot be read.
+    """
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if text_field not in names:
-            bad.add(str(path), f"no column {text_field!r}; its columns are {', '.join(names)}")
-            return
-        number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                yield from _record(f"{path}:{number}", {text_field: text}, text_field, bad)
-                number += 1
-    except pyarrow.ArrowException as error:
-        bad.add(str(path), f"not Parquet ({error})")
+        return _whole(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return BadRecord(where=str(path), why="not UTF-8 text")
 
 
-def _read_hub(source: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
+def read_lines(
+    file: Any,
+    path: Path,
+    text_field: str,
+    *,
+    skip: int = 0,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Outcome]:
+    """JSON lines from where the open file stands.
+
+    Args:
+        skip: lines that are passed over unread.
+        start: byte that lines are counted from, where that is not the file's first.
+        stop: byte from which on no line begins that is still wanted.
+    """
+    lines = enumerate(_lines(file, stop), 1)
+    for number, line in itertools.islice(lines, skip, None):
+        if line is None:
+            text, why = None, f"longer than {LARGEST >> 30} GiB"
+        elif not line.strip():
+            text, why = "", ""
+        else:
+            try:
+                text, why = _text_of(json.loads(line), text_field)
+            except ValueError as error:
+                text, why = None, f"not JSON ({error})"
+        if text is None:
+            yield BadRecord(where=str(path), why=why, line=number, start=start)
+        else:
+            yield text
+
+
+def read_records(
+    path: Path, kind: Kind, text_field: str, skip: int = 0
+) -> Iterator[tuple[Outcome, int]]:
+    """Outcomes of a file that can only be read from its start, and the bytes of it passed so far.
+
+    Args:
+        skip: records that are passed over.
+
+    Raises:
+        SkipwiseError: a JSON array larger than can be held.
+        OSError, EOFError, zlib.error: the file cannot be read.
+    """
+    if kind == "parquet":
+        yield from _read_parquet(path, text_field, skip)
+    elif kind == "array":
+        yield from _read_array(path, text_field, skip)
+    else:
+        with open_file(path) as file:
+            raw = getattr(file, "fileobj", file)
+            for outcome in read_lines(file, path, text_field, skip=skip):
+                yield outcome, raw.tell()
+
+
+def open_hub(source: Source) -> Any:
+    """A data set of the hub, streamed: an iterable of records.
+
+    Raises:
+        SkipwiseError: `datasets` is not installed, or finds no such data set.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -187,26 +252,133 @@ def _read_hub(source: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
             f"{source.path} is neither a file nor a folder here\n"
             "for a data set of the hub: pip install 'skipwise[hub]'"
         ) from error
-    try:
-        records = datasets.load_dataset(
+    with hub_errors(source):
+        return datasets.load_dataset(
             source.path,
             source.config,
             split=source.split,
             revision=source.revision,
             streaming=True,
         )
-        for number, record in enumerate(records):
-            yield from _record(f"{source.path}[{number}]", record, source.text_field, bad)
+
+
+@contextmanager
+def hub_errors(source: Source) -> Iterator[None]:
+    """Errors of `datasets`, which raises many kinds, as one sentence for the user."""
+    try:
+        yield
     except SkipwiseError:
         raise
-    except Exception as error:  # datasets raises many kinds; the user needs its sentence
+    except Exception as error:
         raise SkipwiseError(
             f"{source.path}: no file or folder here, and no readable data set of the hub\n{error}"
         ) from error
 
 
-def _open(path: Path) -> Any:
+def read_record(where: str, record: Any, text_field: str) -> Outcome:
+    text, why = _text_of(record, text_field)
+    return BadRecord(where=where, why=why) if text is None else text
+
+
+def open_file(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _read_array(path: Path, text_field: str, skip: int) -> Iterator[tuple[Outcome, int]]:
+    size = path.stat().st_size
+    try:
+        records = json.loads(_whole(path))
+    except ValueError as error:
+        yield BadRecord(where=str(path), why=f"not JSON ({error})"), size
+        return
+    for number in range(skip, len(records)):
+        outcome = read_record(f"{path}[{number}]", records[number], text_field)
+        yield outcome, size * (number + 1) // len(records)
+
+
+def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Outcome, int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    size = path.stat().st_size
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                why = f"no column {text_field!r}; its columns are {', '.join(names)}"
+                yield BadRecord(where=str(path), why=why), size
+                return
+            number, groups = 0, list(range(file.num_row_groups))
+            while groups and number + file.metadata.row_group(groups[0]).num_rows <= skip:
+                number += file.metadata.row_group(groups.pop(0)).num_rows
+            batches = file.iter_batches(256, row_groups=groups, columns=[text_field])
+            for batch in batches if groups else ():
+                for text in batch.column(0).to_pylist():
+                    if number >= skip:
+                        outcome = read_record(f"{path}:{number}", {text_field: text}, text_field)
+                        yield outcome, size * (number + 1) // file.metadata.num_rows
+                    number += 1
+    except pyarrow.ArrowException as error:
+        yield BadRecord(where=str(path), why=f"not Parquet ({error})"), size
+
+
+def _text_of(record: Any, text_field: str) -> tuple[str | None, str]:
+    """The text of a record, or why there is none."""
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if isinstance(text, str):
+        try:
+            if not text.isascii():
+                text.encode()
+        except UnicodeEncodeError:  # which in a tokenizer would end the run
+            return None, f"{text_field!r} holds half of a surrogate pair, which is no text"
+        return text, ""
+    if isinstance(record, dict):
+        return None, f"no text in {text_field!r}; its fields are {', '.join(map(str, record))}"
+    return None, f"a {type(record).__name__}, not an object with a {text_field!r} field"
+
+
+def _lines(file: Any, stop: int | None) -> Iterator[bytes | None]:
+    """Lines that begin before `stop`; None for one too long to hold."""
+    while (stop is None or file.tell() < stop) and (line := file.readline(LARGEST)):
+        if len(line) < LARGEST or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(LARGEST)
+        yield None
+
+
+def _lines_before(path: str, stop: int) -> int:
+    count = 0
+    with open(path, "rb") as file:
+        while stop > 0 and (block := file.read(min(stop, 1 << 24))):
+            count += block.count(b"\n")
+            stop -= len(block)
+    return count
+
+
+def _whole(path: Path) -> bytes:
+    with open_file(path) as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise _too_large(path)
+    return data
+
+
+def _too_large(path: Path) -> SkipwiseError:
+    return SkipwiseError(
+        f"{path} is larger than {LARGEST >> 30} GiB, and a text file, which is one document, or a "
+        "JSON array is held in memory whole\nwrite it as JSON lines, a document a line (an array: "
+        "jq -c '.[]'), or take it out of the folder"
+    )
+
+
+def _whole_number(value: Any) -> int | None:
+    try:
+        number = int(float(value))
+        return number if number == float(value) and number >= 1 and value is not True else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _is_hub_name(name: str) -> bool:

@@ -29,7 +29,6 @@ from skipwise.run import RunFolder, write_text
 from skipwise.tokens import TokenStore, tokenize_source
 
 _NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe names none
-_SAME_PREFIX = 512  # tokens that tell whether a training document is an evaluation document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,12 +276,7 @@ def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: i
     """No evaluation document is trained on, told by its first tokens."""
     name = "evaluation text"
     usable = sum(len(tokens) >= target_length for tokens in held_out)
-    starts = {np.asarray(t[:_SAME_PREFIX], np.int64).tobytes() for t in held_out}
-    seen = 0
-    for ids, begins, lengths in zip(corpus.store_ids, corpus.starts, corpus.lengths, strict=True):
-        for store, begin, length in zip(ids, begins, lengths, strict=True):
-            prefix = corpus.stores[store].tokens[begin : begin + min(int(length), _SAME_PREFIX)]
-            seen += np.asarray(prefix, np.int64).tobytes() in starts
+    seen = corpus.count_copies(held_out)
     if seen:
         detail = f"{seen} of its documents are trained on as well: take them out of data.sources"
     elif not held_out:

@@ -1,50 +1,57 @@
 """Documents to token ids, once: a flat file of them under a fingerprint of all that decides it.
 
 Small texts are tokenized in this process, where the tokenizer's own threads use every core; large
-ones by a pool of processes. A cache is written beside its place and moved there when it is whole.
+ones by a pool of processes that read the files themselves. This process alone writes, in the
+documents' order, so that the files do not depend on the number of processes nor on how often
+tokenization was killed and taken up again (`token_store.py`).
+
+In memory are two chunks of text and their ids a process, some hundred megabytes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from skipwise.documents import BadRecords, Source, describe, list_files, read_documents
+from skipwise.chunks import Chunk, read_chunks
+from skipwise.documents import BadRecord, BadRecords, Source, describe, list_files
 from skipwise.errors import SkipwiseError
+from skipwise.token_bar import TokenBar, warn_of_room
+from skipwise.token_store import (
+    Progress,
+    TokenStore,
+    TokenWriter,
+    is_whole,
+    open_store,
+    part_of,
+    remove_abandoned,
+)
 
-_FORMAT = 1  # of the cache: raise it when what is written changes
+__all__ = ["TokenStore", "cache_folder", "encode", "tokenize_source", "tokenizer_fingerprint"]
+
+_FORMAT = 2  # of the cache: raise it when what is written changes
 _PIECE = 1 << 20  # characters handed to the tokenizer at once; longer texts are cut at line ends
-_BATCH = 1 << 22  # characters in a batch of documents
+_BATCH = 1 << 22  # characters in a call of the tokenizer
 _LARGE = 1 << 28  # bytes of text from which on processes pay
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenStore:
-    """Tokens of all documents, one after another."""
-
-    tokens: np.ndarray  # (sum L_x,) uint16 or uint32
-    offsets: np.ndarray  # (num_documents + 1,) int64
-    num_bad_records: int = 0
-    bad_records: list[str] = field(default_factory=list)  # the first few, by name
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.offsets) - 1
-
-    def document(self, i: int) -> np.ndarray:
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+_WAITING = 1 << 30  # bytes of text handed to processes and not yet back, at most
+_SAVE_SECONDS = 2.0  # of work that a kill may lose
 
 
 def tokenize_source(
@@ -58,6 +65,8 @@ def tokenize_source(
 ) -> TokenStore:
     """The tokens of a source, from the cache where it was tokenized before.
 
+    Killed, it goes on where it was. Of several processes that ask for the same, one tokenizes.
+
     Args:
         tokenizer: a transformers tokenizer; its special tokens are added as it does by default.
         on_bad_record: `skip` or `stop`.
@@ -65,43 +74,35 @@ def tokenize_source(
         cache: folder; None: $SKIPWISE_CACHE, else ~/.cache/skipwise.
 
     Raises:
-        SkipwiseError: nothing to read, a bad record where `stop` is asked, a full disk.
+        SkipwiseError: nothing to read, a bad record where `stop` is asked, a file too large to be
+            held, a source that changed meanwhile, a full disk.
     """
-    key = [_FORMAT, _PIECE, on_bad_record, describe(source), tokenizer_fingerprint(tokenizer)]
+    described = describe(source)
+    key = [_FORMAT, _PIECE, on_bad_record, described, tokenizer_fingerprint(tokenizer)]
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / fingerprint
-    if not (folder / "meta.json").exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=f"{fingerprint}.part", dir=folder.parent))
-        except OSError as error:
-            raise SkipwiseError(
-                f"{folder.parent} cannot be written: {error.strerror}\n"
-                "set SKIPWISE_CACHE to a folder with room"
-            ) from error
-        try:
-            _tokenize(source, tokenizer, part, on_bad_record, num_proc, progress)
-            if folder.exists():  # a broken one
-                shutil.rmtree(folder)
-            os.replace(part, folder)
-        except OSError as error:
-            if not (folder / "meta.json").exists():  # else another process was faster
-                raise SkipwiseError(
-                    f"{folder.parent}: {error.strerror or error}\n"
-                    "set SKIPWISE_CACHE to a folder with room"
-                ) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    offsets = np.load(folder / "offsets.npy")
-    dtype = np.dtype(meta["dtype"])
-    empty = np.zeros(0, dtype)
-    return TokenStore(
-        tokens=np.memmap(folder / "tokens.bin", dtype, "r") if offsets[-1] else empty,
-        offsets=offsets,
-        num_bad_records=meta["num_bad_records"],
-        bad_records=meta["bad_records"],
-    )
+    if is_whole(folder):
+        return open_store(folder)
+    try:
+        with part_of(folder) as part:
+            if not is_whole(folder):  # else another process was faster
+                remove_abandoned(folder.parent)
+                with TokenWriter(part, _dtype(tokenizer)) as writer:
+                    _tokenize(source, tokenizer, writer, on_bad_record, num_proc, progress)
+                    if describe(source) != described:
+                        raise SkipwiseError(f"{source.path} changed while it was read: try again")
+                    writer.finish(folder, source.path)
+    except BrokenProcessPool as error:
+        raise SkipwiseError(
+            f"{source.path}: a tokenizer process was ended from outside, often for memory\n"
+            "type data.num_proc=N with fewer processes; what was done is kept"
+        ) from error
+    except OSError as error:
+        raise SkipwiseError(
+            f"{folder.parent} cannot be written: {error.strerror or error}\n"
+            "set SKIPWISE_CACHE to a folder with room, or make room: what was done is kept"
+        ) from error
+    return open_store(folder)
 
 
 def cache_folder() -> Path:
@@ -115,108 +116,178 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return _encode_batch(tokenizer, [text])[0].tolist()
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Everything that decides what ids a text gets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    inner = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    options = [type(tokenizer).__name__, tokenizer.special_tokens_map]
+    options += [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
+    return hashlib.sha256((inner + json.dumps(options, default=str)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """A chunk's documents."""
+
+    tokens: np.ndarray  # (sum L_x,)
+    lengths: np.ndarray  # (n,) L_x
+    bad: list[BadRecord]
+
+
 def _tokenize(
     source: Source,
     tokenizer: Any,
-    folder: Path,
+    writer: TokenWriter,
     on_bad_record: str,
     num_proc: int | None,
-    progress: bool,
+    shown: bool,
 ) -> None:
-    bad = BadRecords(policy="stop" if on_bad_record == "stop" else "skip")
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    """Append what is left of the source to the writer, saving now and then."""
     size = sum(p.stat().st_size for p in list_files(source)) if source.is_local else None
     if num_proc is None:
-        num_proc = (os.cpu_count() or 1) if size is not None and size >= _LARGE else 1
-    lengths: list[int] = []
-    bar = tqdm(
-        desc=f"tokenize {Path(source.path).name}",
-        unit=" tokens",
-        unit_scale=True,
-        disable=None if progress else True,
-        delay=1,
+        num_proc = _num_cores() if size is not None and size >= _LARGE else 1
+    now = writer.progress
+    bad = BadRecords(
+        policy="stop" if on_bad_record == "stop" else "skip",
+        count=now.num_bad_records,
+        first=list(now.bad_records),
     )
-    with (folder / "tokens.bin").open("wb") as file, bar:
-        for ids in _encode_all(_batches(source, bad), tokenizer, num_proc):
-            for tokens in ids:
-                file.write(tokens.astype(dtype).tobytes())
-                lengths.append(len(tokens))
-                bar.update(len(tokens))
-        file.flush()
-        os.fsync(file.fileno())
-    if not lengths and bad.count:
+    bar = TokenBar(source, size, now, shown)
+    saved = time.monotonic()
+    is_warned = False
+    chunks = iter(()) if now.is_complete else read_chunks(source, now.position)
+    work = _encode_all(chunks, tokenizer, num_proc)
+    try:
+        for chunk, encoded in work:
+            now = _append(writer, now, chunk, encoded, bad, source.max_tokens)
+            bar.update(now)
+            if now.is_complete:
+                break
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                writer.save(now)
+                free = shutil.disk_usage(writer.part).free
+                is_warned = is_warned or warn_of_room(now, size, writer.dtype.itemsize, free)
+                saved = time.monotonic()
+        now = dataclasses.replace(now, is_complete=True)
+    finally:
+        work.close()
+        bar.close()
+        writer.save(now)  # on Ctrl-C and at a bad record as well
+    if not now.num_documents and bad.count:
         raise SkipwiseError(
             f"{source.path}: none of its {bad.count} records could be read\n{bad.first[0]}"
         )
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    meta = {
-        "dtype": np.dtype(dtype).name,
-        "num_bad_records": bad.count,
-        "bad_records": bad.first,
-        "source": source.path,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def _batches(source: Source, bad: BadRecords) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for _, text in read_documents(source, bad):
-        if not text.strip():
-            continue
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _append(
+    writer: TokenWriter,
+    now: Progress,
+    chunk: Chunk,
+    encoded: _Encoded,
+    bad: BadRecords,
+    max_tokens: int | None,
+) -> Progress:
+    """Write a chunk's documents, up to the one that makes `max_tokens` full."""
+    for record in encoded.bad:
+        bad.add(record)
+    tokens, lengths = encoded.tokens, encoded.lengths
+    is_complete = False
+    if max_tokens is not None:
+        ends = now.num_tokens + np.cumsum(lengths)
+        is_complete = bool(len(ends)) and bool(ends[-1] >= max_tokens)
+        lengths = lengths[: int(np.searchsorted(ends, max_tokens)) + 1]
+        tokens = tokens[: int(lengths.sum())]
+    writer.append(tokens, lengths)
+    return dataclasses.replace(
+        now,
+        position=chunk.end,
+        is_complete=is_complete,
+        num_tokens=now.num_tokens + len(tokens),
+        num_documents=now.num_documents + len(lengths),
+        num_bad_records=bad.count,
+        bad_records=list(bad.first),
+        num_bytes=chunk.done,
+    )
 
 
 def _encode_all(
-    batches: Iterator[list[str]], tokenizer: Any, num_proc: int
-) -> Iterator[list[np.ndarray]]:
+    chunks: Iterator[Chunk], tokenizer: Any, num_proc: int
+) -> Generator[tuple[Chunk, _Encoded], None, None]:
+    """Chunks and their tokens in order."""
     if num_proc <= 1:
-        for batch in batches:
-            yield _encode_batch(tokenizer, batch)
+        for chunk in chunks:
+            yield chunk, _encode_chunk(tokenizer, chunk)
         return
     context = multiprocessing.get_context("spawn")  # fork after torch's threads can hang
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         num_proc, mp_context=context, initializer=_start_worker, initargs=(tokenizer,)
-    ) as pool:
-        waiting: list[Any] = []
-        for batch in batches:
-            waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * num_proc:  # bounds the memory
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
+    )
+    waiting: deque[tuple[Chunk, Future[_Encoded]]] = deque()
+    size = 0
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_work, chunk)))
+            size += chunk.size
+            while len(waiting) > 2 * num_proc or (size > _WAITING and waiting):
+                first, future = waiting.popleft()
+                size -= first.size
+                yield first, future.result()
+        for chunk, future in waiting:
+            yield chunk, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(tokenizer: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     globals()["_worker_tokenizer"] = tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _work(batch: list[str]) -> list[np.ndarray]:
-    return _encode_batch(globals()["_worker_tokenizer"], batch)
+def _end_with_parent() -> None:
+    """A worker of a killed process would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(chunk: Chunk) -> _Encoded:
+    return _encode_chunk(globals()["_worker_tokenizer"], chunk)
+
+
+def _encode_chunk(tokenizer: Any, chunk: Chunk) -> _Encoded:
+    outcomes = list(chunk.read())
+    texts = [text for text in outcomes if isinstance(text, str) and text.strip()]
+    bad = [record for record in outcomes if isinstance(record, BadRecord)]
+    dtype = _dtype(tokenizer)
+    ids = [tokens.astype(dtype) for tokens in _encode_batch(tokenizer, texts)]
+    lengths = np.array([len(tokens) for tokens in ids], np.int64)
+    return _Encoded(tokens=np.concatenate([np.zeros(0, dtype), *ids]), lengths=lengths, bad=bad)
 
 
 def _encode_batch(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """Ids of each text; one longer than a piece is cut at a line end and joined again."""
-    pieces: list[str] = []
-    owners: list[int] = []
-    for i, text in enumerate(texts):
-        cut = _cut(text)
-        pieces += cut
-        owners += [i] * len(cut)
-    ids = tokenizer(pieces, verbose=False)["input_ids"]
-    out: list[list[np.ndarray]] = [[] for _ in texts]
-    for owner, piece, tokens in zip(owners, pieces, ids, strict=True):
-        if out[owner]:  # special tokens stand at the start of the text only
-            tokens = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        out[owner].append(np.asarray(tokens, np.uint32))
-    return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in out]
+    """Ids of each text; one longer than a piece is cut at line ends and joined again."""
+    cuts = [_cut(text) for text in texts]
+    first = _ids(tokenizer, [pieces[0] for pieces in cuts])
+    later = [piece for pieces in cuts for piece in pieces[1:]]
+    # Special tokens stand at the start of the text only.
+    rest = _ids(tokenizer, later, add_special_tokens=False)
+    return [
+        np.concatenate([next(first), *itertools.islice(rest, len(pieces) - 1)]) for pieces in cuts
+    ]
+
+
+def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarray]:
+    """Ids of each piece, from calls of the tokenizer that are large, and bounded."""
+    begin = size = 0
+    for i, piece in enumerate(pieces):
+        size += len(piece)
+        if size >= _BATCH or i + 1 == len(pieces):
+            for ids in tokenizer(pieces[begin : i + 1], verbose=False, **options)["input_ids"]:
+                yield np.asarray(ids, np.uint32)
+            begin, size = i + 1, 0
 
 
 def _cut(text: str) -> list[str]:
@@ -229,10 +300,11 @@ def _cut(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Everything that decides what ids a text gets."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    inner = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-    options = [type(tokenizer).__name__, tokenizer.special_tokens_map]
-    options += [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
-    return hashlib.sha256((inner + json.dumps(options, default=str)).encode()).hexdigest()
+def _dtype(tokenizer: Any) -> np.dtype:
+    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
