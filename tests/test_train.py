@@ -224,6 +224,12 @@ def test_training_settings_that_do_not_fit_are_errors(tiny, text_folder, tmp_pat
         training_arguments(recipe, RunFolder(tmp_path), compute_dtype(ModelSettings()))
 
 
+def test_an_optimizer_that_would_not_be_used_is_an_error(tiny, text_folder, tmp_path):
+    recipe = make_recipe(tiny, text_folder, "trainer.optim=adafactor")
+    with pytest.raises(SkipwiseError, match="zero3-offload has an optimizer of its own"):
+        training_arguments(recipe, RunFolder(tmp_path), torch.float32, "zero3-offload")
+
+
 def test_the_trainer_section_passes_arguments_through(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "trainer.adam_beta2=0.9", "trainer.optim=adafactor")
     arguments = training_arguments(recipe, RunFolder(tmp_path), torch.float32)
@@ -265,3 +271,43 @@ def test_the_train_verb_stops_at_a_stop_code_of_its_own(
     )
     assert main(["train", str(file), "--out", str(tmp_path / "run")]) == 75
     assert "stopped at step 3" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_anything_is_touched(
+    tiny, text_folder, tmp_path, monkeypatch
+):
+    from skipwise import checkpoints
+
+    real = checkpoints.shutil.disk_usage
+    recipe = make_recipe(tiny, text_folder)
+    with monkeypatch.context() as patch:
+        saved = []
+        plain = checkpoints.check_room
+
+        def filling(run, num_bytes):
+            saved.append(num_bytes)
+            free = num_bytes - 1 if len(saved) > 1 else num_bytes
+            patch.setattr(
+                checkpoints.shutil, "disk_usage", lambda path: real(path)._replace(free=free)
+            )
+            plain(run, num_bytes)
+
+        patch.setattr(training_module, "check_room", filling)
+        with pytest.raises(SkipwiseError, match=r"GiB left.*\n.*goes on at checkpoint-4"):
+            run_training(recipe, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert [p.name for p in run.checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
+    size = sum(f.stat().st_size for f in run.checkpoints.rglob("*") if f.is_file())
+    assert 0.5 * size < saved[0] <= size == saved[1]  # foretold from what is held, then known
+    run_training(recipe, run.path)
+
+
+def test_a_recipe_for_liger_leaves_the_loss_to_it(tiny, text_folder):
+    from skipwise.train import cuts_loss
+
+    assert cuts_loss(make_recipe(tiny, text_folder), 8192, 32000)
+    assert not cuts_loss(make_recipe(tiny, text_folder, "training.loss=whole"), 8192, 32000)
+    liger = "trainer.use_liger_kernel=true"
+    assert not cuts_loss(make_recipe(tiny, text_folder, liger), 8192, 32000)
+    with pytest.raises(SkipwiseError, match="both replace the loss"):
+        cuts_loss(make_recipe(tiny, text_folder, liger, "training.loss=chunked"), 8192, 32000)

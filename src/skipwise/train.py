@@ -161,7 +161,7 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
             whole.enable_input_require_grads()
     if settings.gradient_checkpointing:
         enable_checkpointing(whole)
-    callback = RunCallback(run, recipe, train_length, engine)
+    callback = RunCallback(run, recipe, train_length, engine, config)
     with tensorboard_in(run.path / "tensorboard"):
         trainer = PositionTrainer(
             model=whole,
@@ -297,6 +297,11 @@ def training_arguments(
             raise SkipwiseError(
                 f"trainer.{key} is not an argument of transformers' TrainingArguments"
             )
+    if engine == "zero3-offload" and "optim" in recipe.trainer:
+        raise SkipwiseError(
+            "trainer.optim: engine zero3-offload has an optimizer of its own, for the CPU\n"
+            "leave it out, or type --engine zero3"
+        )
     settings = recipe.training
     tensorboard = importlib.util.find_spec("tensorboard") is not None
     values: dict[str, Any] = {

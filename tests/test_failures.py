@@ -1,0 +1,84 @@
+"""Failures of engines end with the setting to change."""
+
+import errno
+
+import pytest
+import torch
+
+from skipwise.errors import SkipwiseError
+from skipwise.failures import explained, is_out_of_memory
+from skipwise.recipe import parse_recipe
+from skipwise.run import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path)
+
+
+def make(**keys):
+    return parse_recipe({"model": "m", "target_length": 256, **keys})
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "python", "cpu", "cublas"])
+def test_out_of_memory_names_the_next_setting(run, error):
+    assert is_out_of_memory(error)
+    said = str(explained(error, make(training={"batch_size": 4}), run))
+    assert "out of memory at 4 x" in said and "training.batch_size=1" in said
+    said = str(explained(error, make(training={"gradient_checkpointing": False}), run))
+    assert "training.gradient_checkpointing=true" in said
+
+
+def test_each_step_down_the_ladder_is_another_setting(run):
+    error, recipe, seen = MemoryError(), make(training={"batch_size": 2}), []
+    for overrides in (
+        {"training": {"batch_size": 1}},
+        {"training": {"batch_size": 1}, "lora": {}},
+        {"training": {"batch_size": 1}, "lora": {"train_embeddings": False}},
+    ):
+        seen.append(str(explained(error, recipe, run)).splitlines()[1])
+        recipe = make(**overrides)
+    seen.append(str(explained(error, recipe, run)).splitlines()[1])
+    assert len(set(seen)) == len(seen), seen
+
+
+KNOWN = [
+    ("Watchdog caught collective operation timeout: NCCL", "ddp_timeout"),
+    ("The server socket has failed to listen: Address already in use", "MASTER_PORT"),
+    ("NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled system error", "NCCL_DEBUG=INFO"),
+    ("CUDA error: device-side assert triggered", "CUDA_LAUNCH_BLOCKING=1"),
+    ("CUDA_HOME does not exist, unable to compile CUDA op(s)", "--engine fsdp2"),
+    ("Error building extension 'cpu_adam'", "CUDA toolkit"),
+    ("Using `bitsandbytes` 4-bit quantization requires bitsandbytes", "skipwise[qlora]"),
+    ("You have set `use_liger_kernel` to `True` but liger-kernel is missing", "liger-kernel"),
+    ("FlashAttention2 has been toggled on, but flash_attn is not installed", "=sdpa"),
+    ("CUDA error: no kernel image is available for execution on the device", "pytorch.org"),
+]
+
+
+@pytest.mark.parametrize(("words", "mend"), KNOWN, ids=[mend for _, mend in KNOWN])
+def test_a_known_failure_says_what_to_type(run, words, mend):
+    error = RuntimeError(f"first line\n{words}\n  at frame 1\n  at frame 2")
+    said = explained(error, make(), run)
+    assert isinstance(said, SkipwiseError)
+    assert mend in str(said).splitlines()[1] and words[:40] in str(said)
+    assert len(str(said).splitlines()) == 2
+
+
+def test_a_full_disk_says_where_it_goes_on(run):
+    said = str(explained(OSError(errno.ENOSPC, "No space left on device"), make(), run))
+    assert "is full" in said and "none: it starts anew" in said
+
+
+def test_an_unknown_failure_keeps_its_trace(run):
+    assert explained(RuntimeError("some bug"), make(), run) is None
+    own = SkipwiseError("mine")
+    assert explained(own, make(), run) is own
