@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.cli import main
 from skipwise.errors import SkipwiseError
-from skipwise.export import export_model, make_portable
+from skipwise.export import export_model
 from skipwise.extend import extend
+from skipwise.portable import make_portable
 from skipwise.prepare import plan_model
 from skipwise.recipe import parse_recipe
 from skipwise.run import RunFolder
@@ -46,6 +47,8 @@ def test_the_run_folder_holds_everything(finished):
     assert (finished.report / "index.html").exists()
     card = (finished.model / "README.md").read_text()
     assert "64 to 256 tokens" in card and "perplexity" in card
+    recipe = (finished.model / "skipwise_recipe.yaml").read_text()
+    assert "model: tiny-llama\n" in recipe and "/" not in recipe  # no path of this machine
     assert list((finished.path / "tensorboard").glob("events*"))  # on where it is installed
 
 
@@ -113,8 +116,8 @@ def test_other_scalings_without_training_export_and_reload(tiny, tmp_path, scali
 
 
 def test_the_reload_check_catches_a_config_that_lost_its_scaling(tiny, tmp_path, monkeypatch):
-    def lose(folder):
-        make_portable(folder)
+    def lose(folder, target_length):
+        make_portable(folder, target_length)
         file = folder / "config.json"
         config = json.loads(file.read_text())
         for key in ("rope_parameters", "rope_scaling"):
@@ -141,6 +144,67 @@ def test_merged_lora_gives_the_logits_of_the_adapted_model(tiny, text_folder, tm
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 1000, (1, 200)))
     with torch.no_grad():
         assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-4)
+
+
+def far_logits(model):
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 1000, (1, 16)))
+    with torch.no_grad():
+        return model.eval()(ids, position_ids=torch.arange(240, 256)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def with_lora(tiny, text_folder, tmp_path_factory):
+    recipe = make_recipe(tiny, text_folder, "lora.rank=4", "eval.tasks=[passkey]")
+    return extend(recipe, tmp_path_factory.mktemp("lora") / "run")
+
+
+@pytest.mark.slow
+def test_an_adapter_alone_comes_with_the_config_it_needs(with_lora, capsys):
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    assert main(["export", str(with_lora.path), "--to", "adapter"]) == 0
+    assert "ok   reload of the adapter" in capsys.readouterr().err
+    merged = AutoModelForCausalLM.from_pretrained(with_lora.model)
+    base = with_lora.recipe().model
+    scaled = AutoConfig.from_pretrained(with_lora.adapter)
+    right = AutoModelForCausalLM.from_pretrained(base, config=scaled)
+    right = PeftModel.from_pretrained(right, with_lora.adapter)
+    assert torch.allclose(far_logits(right), far_logits(merged), atol=1e-4)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), with_lora.adapter)
+    assert not torch.allclose(far_logits(plain), far_logits(merged), atol=1e-4)
+    assert "config=config" in (with_lora.adapter / "README.md").read_text()
+    config = json.loads((with_lora.adapter / "config.json").read_text())
+    assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 4
+
+
+@pytest.mark.slow
+def test_a_run_of_all_weights_has_no_adapter(finished, capsys):
+    assert main(["export", str(finished.path), "--to", "adapter"]) == 2
+    assert "has no adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("of", ["finished", "with_lora"])
+def test_a_checkpoint_in_the_middle_has_both_spellings(of, request):
+    run = request.getfixturevalue(of)
+    folder = run.checkpoints / "checkpoint-4"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_scaling"]["rope_type"] == "yarn" and config["use_cache"]
+    assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 4
+    assert config["max_position_embeddings"] == 256
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == 256
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_large_weights_are_written_in_shards_that_load(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("skipwise.export._SHARD", "60KB")
+    run = RunFolder(tmp_path)
+    run.recipe_file.write_text("{}")
+    plan = plan_model(make_recipe(tiny, "-", "method=none", "data.sources=[]"))
+    (check,) = export_model(plan, run, None)
+    assert check.passed and len(list(run.model.glob("model-*.safetensors"))) > 1
+    assert (run.model / "model.safetensors.index.json").exists()
 
 
 def test_mistakes_are_found_before_anything_is_written(tiny, text_folder, tmp_path):

@@ -206,7 +206,7 @@ def plain_transformers(tmp_path_factory):
         text=True,
     )
 
-    def ask(folder: Path, probe: np.ndarray) -> np.ndarray:
+    def ask(folder: Path, probe: np.ndarray, program: str = "") -> np.ndarray:
         task = {"folder": str(folder), "probe": probe.tolist(), "out": str(out)}
         worker.stdin.write(json.dumps(task) + "\n")
         worker.stdin.flush()

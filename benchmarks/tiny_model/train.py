@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from skipwise.export import make_portable
+from skipwise.portable import make_portable
 from skipwise.quickstart import corpus
 
 LENGTH, BATCH, PASSKEYS = 256, 16, 4

@@ -32,6 +32,7 @@ examples:
   skipwise quickstart                                  the whole job on a bundled model, in minutes
   skipwise extend ./my-model --to 32k --data ./books   your model to 32k tokens, with proof
   skipwise check ./my-model --to 32k                   can it be extended? what would go wrong?
+  skipwise plan ./my-model --to 32k                    memory, hours, and on which GPU it fits
   skipwise positions --length 8k --to 32k              what training sees, and how much it covers
   skipwise eval ./my-model --lengths 4k..32k --data ./books     how well does it read, and how far?
 
@@ -122,6 +123,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the checks as JSON")
 
     sub = verb(
+        "plan",
+        _plan,
+        "memory, time and the GPUs that a run needs, from a config alone",
+        "skipwise plan ./my-model --to 32k --engine fsdp2 --gpus 8 --gpu A100-80GB",
+        _KEYS,
+    )
+    _recipe_options(sub)
+    sub.add_argument("--engine", metavar="E", help="ddp, fsdp2, zero3 or zero3-offload (ddp)")
+    sub.add_argument("--gpus", type=int, metavar="N", help="GPUs of a machine (1)")
+    sub.add_argument("--gpu", metavar="NAME", help="look at this GPU only, as A100-80GB (all)")
+    sub.add_argument("--measure", action="store_true", help="run three steps and compare")
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    sub = verb(
         "positions",
         _positions,
         "print and draw training positions and their coverage",
@@ -185,9 +200,29 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="FILE", help="page of several (comparison.html)")
 
     sub = verb(
-        "export", _export, "write a run's model folder again", "skipwise export runs/quickstart"
+        "export",
+        _export,
+        "write a run's model again, as GGUF or the adapter alone; or verify any folder",
+        "skipwise export runs/my-model-32k --to hf,gguf --outtype q8_0",
+    )
+    sub.add_argument("thing", metavar="RUN|FOLDER", help="run folder; with --verify any model's")
+    sub.add_argument("--to", default="hf", metavar="F,F", help="hf, gguf, adapter (hf)")
+    sub.add_argument("--outtype", default="f16", help="of GGUF: f32, f16, bf16 or q8_0 (f16)")
+    sub.add_argument("--llama-cpp", metavar="PATH", help="of llama.cpp, for its converter (found)")
+    sub.add_argument("--verify", action="store_true", help="say what each runtime would load")
+    sub.add_argument("--json", action="store_true", help="print what --verify finds as JSON")
+
+    sub = verb(
+        "publish",
+        _publish,
+        "upload a run's model to the Hugging Face Hub, once you have seen what and said yes",
+        "skipwise publish runs/my-model-32k me/my-model-32k --private",
     )
     sub.add_argument("thing", metavar="RUN", help="run folder")
+    sub.add_argument("name", metavar="USER/NAME", help="of the model on the Hub")
+    sub.add_argument("--private", action="store_true", help="for you and your organisation alone")
+    sub.add_argument("--yes", action="store_true", help="do not ask")
+    sub.add_argument("--dry-run", action="store_true", help="show what would be uploaded")
     return parser
 
 
@@ -329,6 +364,28 @@ def _check(given: argparse.Namespace) -> int:
     return 0 if all(c.passed for c in checks) else 2
 
 
+def _plan(given: argparse.Namespace) -> int:
+    from skipwise.plan import as_json, find_gpu, format_measured, format_plan, make_plan
+
+    recipe = _recipe(given)
+    gpu = find_gpu(given.gpu) if given.gpu else None
+    plan = make_plan(recipe, num_gpus=1 if given.gpus is None else given.gpus, gpu=gpu)
+    measured = None
+    if not given.json:
+        print(format_plan(plan), flush=True)
+    if given.measure:
+        from skipwise.measure import measure
+
+        print("measuring three steps ...", file=sys.stderr, flush=True)
+        measured = measure(recipe)
+    if given.json:
+        taken = {"measured": dataclasses.asdict(measured)} if measured else {}
+        print(json.dumps({**as_json(plan), **taken}, indent=1))
+    elif measured:
+        print(f"\n{format_measured(plan, measured)}")
+    return 0
+
+
 def _positions(given: argparse.Namespace) -> int:
     from skipwise.picture import describe_positions, draw_text
     from skipwise.recipe import make_sampler, parse_length, parse_recipe
@@ -428,17 +485,44 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
+    if given.verify:
+        return _verify(given)
+    kinds = [kind.strip() for kind in given.to.split(",")]
+    unknown = [kind for kind in kinds if kind not in ("hf", "gguf", "adapter")]
+    if unknown:
+        raise SkipwiseError(f"--to {unknown[0]}: choose from hf, gguf, adapter")
     _quiet()
-    from skipwise.extend import export_run, report_run
-    from skipwise.prepare import plan_model
+    from skipwise.extend import export_again
     from skipwise.run import RunFolder
 
     run = RunFolder(given.thing)
-    plan = plan_model(run.recipe())
-    run.update(exported=False)
-    export_run(plan, run)
-    report_run(run)
-    print(f"model   {run.model}\nnext: skipwise eval {run.path}")
+    for path in export_again(run, kinds, given.outtype, given.llama_cpp):
+        print(path)
+    print(f"next: skipwise eval {run.path}, or skipwise publish {run.path} USER/NAME")
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    raise SkipwiseError("--verify: not there yet")
+
+
+def _publish(given: argparse.Namespace) -> int:
+    from skipwise.card import write_card
+    from skipwise.publish import confirm, describe_upload, plan_upload, upload_files
+    from skipwise.run import RunFolder
+
+    run = RunFolder(given.thing)
+    run.recipe()
+    plan_upload(run, given.name, given.private)  # nothing is written where it would be refused
+    write_card(run, given.name)
+    upload = plan_upload(run, given.name, given.private)
+    print(describe_upload(upload), file=sys.stderr, flush=True)
+    if given.dry_run:
+        print("nothing uploaded")
+    elif given.yes or confirm(upload):
+        print(upload_files(upload))
+    else:
+        print("nothing uploaded")
     return 0
 
 

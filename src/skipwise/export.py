@@ -7,6 +7,7 @@ logits at the far end of the window must equal those of the model that was saved
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,11 +23,13 @@ import torch
 from skipwise.errors import SkipwiseError
 from skipwise.models.config_checks import Check
 from skipwise.models.load import load_model
+from skipwise.portable import make_portable, save_tokenizer
 from skipwise.prepare import ModelPlan
-from skipwise.rope import both_spellings
+from skipwise.recipe import Recipe, dump_recipe
 from skipwise.run import RunFolder, write_json, write_text
 
 _TOLERANCE = 1e-4
+_SHARD = "5GB"
 _PROBE = 64  # tokens of the reload check: half at the start of the window, half at its end
 _RELOAD = """
 import sys, numpy, torch
@@ -39,6 +42,29 @@ with torch.no_grad():
     logits = model(ids[None], position_ids=positions[None], attention_mask=ones,
                    use_cache=False).logits
 numpy.save(out, logits[0].numpy())
+"""
+_RELOAD_ADAPTER = _RELOAD.replace(
+    "model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()",
+    """from peft import PeftConfig, PeftModel
+from transformers import AutoConfig
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+model = AutoModelForCausalLM.from_pretrained(
+    base, config=AutoConfig.from_pretrained(folder), dtype=torch.float32)
+model = PeftModel.from_pretrained(model, folder).eval()""",
+)
+_ADAPTER = """# An adapter that needs its own config
+
+The adapter was trained on `{base}` with rescaled RoPE, which an adapter does not carry: load the
+base with the `config.json` of this folder. On the base's own config it computes something else.
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("FOLDER")
+base = AutoModelForCausalLM.from_pretrained("{base}", config=config, dtype="auto")
+model = PeftModel.from_pretrained(base, "FOLDER")
+```
 """
 
 
@@ -70,15 +96,52 @@ def export_model(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> li
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        model.save_pretrained(part)
-        save_tokenizer(plan.tokenizer, plan.source, part, recipe.target_length)
-        make_portable(part)
-        write_text(part / "skipwise_recipe.yaml", run.recipe_file.read_text(encoding="utf-8"))
+        model.save_pretrained(part, max_shard_size=_SHARD)
+        save_tokenizer(plan.tokenizer, plan.source, part)
+        make_portable(part, recipe.target_length)
+        write_text(part / "skipwise_recipe.yaml", dump_recipe(without_places(recipe)))
         shutil.rmtree(run.model, ignore_errors=True)
         os.replace(part, run.model)
     except OSError as error:
         raise SkipwiseError(f"{run.model} could not be written: {error.strerror}") from error
-    return [_check_reload(run, probe, want)]
+    return [_check_reload(run.model, probe, want)]
+
+
+def export_adapter(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> list[Check]:
+    """Write `adapter/`: LoRA alone, with the base's scaled config, and check it.
+
+    An adapter does not carry the change of RoPE: on the plain base it computes something else,
+    without a word. So its folder holds the base's config as it has to be, and says how to load.
+
+    Raises:
+        SkipwiseError: the run trained no adapter, or not to its end.
+    """
+    if plan.recipe.lora is None:
+        raise SkipwiseError(f"{run.path} trained all weights: it has no adapter\ntype --to hf")
+    if checkpoint is None:
+        raise SkipwiseError(
+            f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
+        )
+    part = run.path / "adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copyfile(checkpoint / name, part / name)
+        base = plan.recipe.model if plan.conversion is None else plan.source
+        settings = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
+        write_json(part / "adapter_config.json", {**settings, "base_model_name_or_path": base})
+        plan.scaled.save_pretrained(part)
+        save_tokenizer(plan.tokenizer, plan.source, part)
+        make_portable(part, plan.recipe.target_length)
+        write_text(part / "README.md", _ADAPTER.format(base=base))
+        shutil.rmtree(run.adapter, ignore_errors=True)
+        os.replace(part, run.adapter)
+    except OSError as error:
+        raise SkipwiseError(f"{run.adapter} could not be written: {error.strerror}") from error
+    probe = _probe(plan.facts.vocab_size, plan.recipe.target_length)
+    want = _logits(trained_model(plan, checkpoint), probe)
+    return [_check_reload(run.adapter, probe, want, "reload of the adapter", _RELOAD_ADAPTER)]
 
 
 def trained_model(
@@ -97,78 +160,23 @@ def trained_model(
     return PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload().eval()
 
 
-def make_portable(folder: Path) -> None:
-    """Both spellings of RoPE in config.json, and a tokenizer class that transformers 4 knows."""
-    file = folder / "config.json"
-    config = both_spellings(json.loads(file.read_text(encoding="utf-8")))
-    config.pop("model_max_length", None)
-    write_json(file, config)
-    file = folder / "tokenizer_config.json"
-    if file.exists():
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings.get("tokenizer_class") == "TokenizersBackend":
-            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-            write_json(file, settings)
+def without_places(recipe: Recipe) -> Recipe:
+    """The recipe with local files and folders by their names alone: it is handed to others."""
 
+    def name(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {**value, "path": name(value.get("path"))}
+        path = Path(str(value)).expanduser()
+        return path.resolve().name if path.exists() else value
 
-def save_tokenizer(tokenizer: Any, source: str, folder: Path, target_length: int) -> None:
-    """The tokenizer with its new length, and its SentencePiece file where the source has one."""
-    old = tokenizer.model_max_length
-    tokenizer.model_max_length = target_length
-    tokenizer.save_pretrained(folder)
-    tokenizer.model_max_length = old
-    for name in ("tokenizer.model",):
-        file = Path(source).expanduser() / name
-        if file.is_file() and not (folder / name).exists():
-            shutil.copyfile(file, folder / name)
-
-
-def write_card(run: RunFolder, table: str) -> None:
-    """The model card: what it is, the measured table, how it was made, how to load it."""
-    recipe, facts = run.recipe(), run.facts()
-    L, T = facts.get("original_length"), recipe.target_length
-    scaling = facts.get("scaling", recipe.rope.type)
-    data, name = facts.get("data", {}), facts.get("model", {}).get("name", recipe.model)
-    training = facts.get("training", {})
-    base = recipe.model if not Path(recipe.model).expanduser().exists() else None
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    header += [f"base_model: {base}"] if base else []
-    header += ["tags:", "- long-context", "- pose", "---"]
-    how = (
-        f"Trained for {training['num_steps']:,} steps of {training['tokens_per_step']:,} tokens\n"
-        f"(method `{recipe.method}`, {training['mode']}) on "
-        f"{data.get('num_documents', 0):,} documents."
-        if training
-        else "Rescaled without training."
+    data = dataclasses.replace(
+        recipe.data,
+        sources=tuple(map(name, recipe.data.sources)),
+        eval_sources=tuple(map(name, recipe.data.eval_sources)),
     )
-    card = f"""{chr(10).join(header)}
-
-# {recipe.run_name}
-
-`{name}` with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
-[PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{scaling}`
-RoPE scaling. {how}
-
-## Measured before and after
-
-{table}
-
-95 % intervals in brackets. Perplexity is on the same target tokens at every context length;
-passkey is exact match, over all depths.
-
-## Load
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
-
-No code of Skipwise is needed. The recipe is in `skipwise_recipe.yaml`. Retrieval of a passkey and
-perplexity do not show every skill that a long context needs: test it on your task.
-"""
-    write_text(run.model / "README.md", card)
+    tasks = recipe.eval.task_folder
+    settings = dataclasses.replace(recipe.eval, task_folder=tasks and name(tasks))
+    return dataclasses.replace(recipe, model=name(recipe.model), data=data, eval=settings)
 
 
 def _probe(vocab_size: int, target_length: int) -> np.ndarray:
@@ -187,7 +195,7 @@ def _logits(model: Any, probe: np.ndarray) -> np.ndarray:
     return out.logits[0].float().cpu().numpy()
 
 
-def fresh_logits(folder: Path, probe: np.ndarray) -> np.ndarray:
+def fresh_logits(folder: Path, probe: np.ndarray, program: str = _RELOAD) -> np.ndarray:
     """Logits of the probe (K, V) by plain transformers in a process of its own.
 
     Raises:
@@ -197,7 +205,7 @@ def fresh_logits(folder: Path, probe: np.ndarray) -> np.ndarray:
         files = Path(scratch) / "probe.npy", Path(scratch) / "logits.npy"
         np.save(files[0], probe)
         done = subprocess.run(
-            [sys.executable, "-c", _RELOAD, str(folder), *map(str, files)],
+            [sys.executable, "-c", program, str(folder), *map(str, files)],
             capture_output=True,
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -208,10 +216,11 @@ def fresh_logits(folder: Path, probe: np.ndarray) -> np.ndarray:
         return np.load(files[1])
 
 
-def _check_reload(run: RunFolder, probe: np.ndarray, want: np.ndarray) -> Check:
-    name = "reload"
+def _check_reload(
+    folder: Path, probe: np.ndarray, want: np.ndarray, name: str = "reload", program: str = _RELOAD
+) -> Check:
     try:
-        have = fresh_logits(run.model, probe)
+        have = fresh_logits(folder, probe, program)
     except SkipwiseError as failed:
         return Check(name=name, passed=False, detail=str(failed))
     error = float(np.abs(have - want).max())

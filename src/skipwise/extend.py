@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from skipwise.card import write_card
 from skipwise.checkpoints import finished_checkpoint
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.anything import evaluation_documents, subject
 from skipwise.evaluate.suite import Texts, evaluate_model
-from skipwise.export import export_model, write_card
+from skipwise.export import export_adapter, export_model
 from skipwise.launch import launch
 from skipwise.models.checks import check_model
 from skipwise.models.config_checks import Check, check_config, require
@@ -300,12 +301,38 @@ def export_run(plan: ModelPlan, run: RunFolder) -> None:
     run.update(exported=True)
 
 
+def export_again(
+    run: RunFolder, kinds: list[str], outtype: str = "f16", llama_cpp: str | None = None
+) -> list[Path]:
+    """Write what is asked for anew: the folder (`hf`), GGUF (`gguf`), the `adapter` alone.
+
+    Returns:
+        what was written.
+
+    Raises:
+        SkipwiseError: the run is not trained, a check failed, no converter for GGUF.
+    """
+    plan = plan_model(run.recipe())
+    written = []
+    if "hf" in kinds:
+        run.update(exported=False)
+        export_run(plan, run)
+        report_run(run)
+        written.append(run.model)
+    if "adapter" in kinds:
+        checks = export_adapter(plan, run, chosen_checkpoint(plan, run))
+        _record(run, checks)
+        require(checks)
+        written.append(run.adapter)
+    return written
+
+
 def report_run(run: RunFolder) -> str:
     """The page, the model card, and the table, which is returned."""
     table = format_table(run.results())
     write_report(run.path)
     if run.model.is_dir():
-        write_card(run, table)
+        write_card(run)
     return table
 
 

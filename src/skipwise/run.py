@@ -7,7 +7,8 @@ checkpoints/    of the Trainer
 candidates/     weights of checkpoints to choose from, where the recipe chooses
 converted/      the base model, where its family had to be converted
 results.json    tidy rows of the evaluation
-report/         the page        model/   what is handed over
+report/         the page        model/   what is handed over        gguf/   the same for llama.cpp
+adapter/        LoRA alone, with the config it needs
 """
 
 from __future__ import annotations
@@ -79,6 +80,14 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def gguf(self) -> Path:
+        return self.path / "gguf"
 
     @property
     def report(self) -> Path:

@@ -34,6 +34,7 @@ from skipwise.checkpoints import (
 )
 from skipwise.errors import SkipwiseError
 from skipwise.models.masks import with_layer_masks
+from skipwise.portable import make_portable
 from skipwise.recipe import Recipe
 from skipwise.run import RunFolder, world_size, write_text
 
@@ -60,9 +61,11 @@ class PositionTrainer(Trainer):
 class RunCallback(TrainerCallback):
     """The run folder's side of training: metrics, progress, whole checkpoints, finite loss."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, train_length: int, engine: str) -> None:
+    def __init__(
+        self, run: RunFolder, recipe: Recipe, train_length: int, engine: str, config: Any
+    ) -> None:
         self.run, self.recipe, self.train_length = run, recipe, train_length
-        self.engine = engine
+        self.engine, self.config = engine, config  # config: of the model inside any wrapper
         self.preflight: Callable[[], None] = lambda: None  # once the model is wrapped
         self.bar: tqdm | None = None
         self.started = 0.0
@@ -128,6 +131,9 @@ class RunCallback(TrainerCallback):
             torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not (folder / "config.json").exists():  # of an adapter: its base's, as scaled
+                self.config.save_pretrained(folder)
+            make_portable(folder, self.recipe.target_length)
             if self.recipe.eval.select != "last":
                 keep_candidate(folder, self.run.candidates / f"step-{state.global_step}")
             mark_whole(folder, state.global_step, self.engine)
