@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test families check clean
+.PHONY: install quickstart test test-gguf families check clean
 
 install: $(STAMP)
 
@@ -18,6 +18,11 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-gguf: $(STAMP) # builds llama.cpp once, about ten minutes on two cores
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf,llama-cpp]"
+	$(BIN)/python tools/fetch_converter.py
+	LLAMA_CPP_TESTS=1 $(BIN)/python -m pytest tests/test_gguf.py tests/test_gguf_llama_cpp.py
 
 families: $(STAMP)
 	$(BIN)/python tools/make_config_defaults.py

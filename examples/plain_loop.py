@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from skipwise import PoSE
+from skipwise import PoSE, finish_folder
 from skipwise.models.checks import check_batch
 from skipwise.models.config_checks import require
 from skipwise.models.masks import with_layer_masks
@@ -49,6 +49,7 @@ def main() -> None:
     if args.out:
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
+        finish_folder(args.out, args.to)  # readable by transformers 4, vLLM and llama.cpp, too
 
 
 if __name__ == "__main__":

@@ -1,39 +1,38 @@
-"""PoSE in a transformers Trainer of your own: Skipwise's data set and collator, your arguments.
+"""PoSE in a transformers Trainer of your own: your records and arguments, our collator and checks.
 
-python examples/transformers_trainer.py MODEL TEXT_FOLDER --to 2048 --steps 20
+python examples/transformers_trainer.py MODEL TEXTS.jsonl --to 2048 --steps 20
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainingArguments
 
-from skipwise import PoSE
-from skipwise.data import PositionCollator, PositionDataset, build_corpus
-from skipwise.documents import parse_sources
+from skipwise import PoSE, PoSECollator, PreflightCallback, finish_folder
 from skipwise.prepare import load_scaled
-from skipwise.tokens import tokenize_source
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("texts")
+    parser.add_argument("texts", type=Path, help='lines of {"text": ...}')
     parser.add_argument("--to", type=int, default=2048, help="target length in tokens")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="trainer-out")
     args = parser.parse_args()
 
+    # The scaled config comes first and the weights into it, never the other way round.
     model, tokenizer, facts = load_scaled(args.model, args.to, rope_type="yarn")
-    L = facts.original_length
-    stores = [tokenize_source(source, tokenizer) for source in parse_sources([args.texts])]
-    corpus = build_corpus(stores, [None], min_length=L, target_length=args.to)
-    dataset = PositionDataset(
-        corpus,
-        PoSE(train_length=L, target_length=args.to),
-        seed=0,
-        num_examples=args.steps * 2,
-    )
+
+    # Records are whole documents, not cut to the window: the collator cuts them anew each epoch.
+    lines = args.texts.read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    records = [{"input_ids": ids} for ids in tokenizer(texts, verbose=False)["input_ids"]]
+
+    sampler = PoSE(train_length=facts.original_length, target_length=args.to, content="aligned")
+    collator = PoSECollator(sampler, seed=0, config=model.config)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -43,17 +42,17 @@ def main() -> None:
             learning_rate=1e-4,
             logging_steps=5,
             save_strategy="no",
-            remove_unused_columns=False,  # position_ids would be kept, the example's facts not
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
         ),
-        train_dataset=dataset,
-        data_collator=PositionCollator(
-            config=model.config
-        ),  # sends the attention mask with the skips
+        train_dataset=records,
+        data_collator=collator,
+        processing_class=tokenizer,
+        callbacks=[PreflightCallback(collator, facts=facts)],  # stops a run that would be void
     )
     trainer.train()
     trainer.save_model(args.out)
+    finish_folder(args.out, args.to)  # readable by transformers 4, vLLM and llama.cpp, too
 
 
 if __name__ == "__main__":

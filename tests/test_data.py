@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from skipwise.data import PositionCollator, PositionDataset, build_corpus
 from skipwise.documents import parse_sources
 from skipwise.errors import SkipwiseError
+from skipwise.models.masks import with_chunk_weights
 from skipwise.positions import FullLength, PoSE
 from skipwise.quickstart import MODEL
 from skipwise.tokens import TokenStore, tokenize_source
@@ -138,7 +139,12 @@ def test_the_collator_always_sends_a_mask():
     data = dataset_of(corpus_of(store_of(100, 300)))
     plain = PositionCollator()([data[0], data[1]])
     assert plain["attention_mask"].tolist() == torch.ones(2, L).tolist()
+    later = PositionCollator("importance", later=True)([data[0], data[1]])
+    assert "position_ids" in later and later["chunk_ids"].shape == later["input_ids"].shape
+    made = with_chunk_weights(later, torch.float32)
+    assert set(made) == {"input_ids", "labels", "position_ids", "attention_mask"}
     weighted = PositionCollator("importance")([data[0], data[1]])["attention_mask"]
+    assert torch.equal(made["attention_mask"], weighted)
     assert weighted.shape == (2, 1, L, L)
     example = data[0]["example"]
     cut, gap = int(example.lengths[0]), int(example.position_starts[1])

@@ -306,15 +306,14 @@ def test_a_setting_that_saves_memory_is_predicted_to(folder, more, less):
     assert predicted(folder, *more)[1].total > predicted(folder, *less)[1].total
 
 
-def test_masks_of_all_passes_of_a_step_are_held_at_once(folder):
+def test_one_mask_is_held_whatever_the_number_of_passes(folder):
     few, many = (
         predicted(
             folder, "positions.weights=importance", f"training.global_batch_size={n}", "lora={}"
         )
         for n in (2, 32)
     )
-    more = many[1].parts["mask"] - few[1].parts["mask"]
-    assert more == 30 * 4 * 8192**2
+    assert few[1].parts["mask"] == many[1].parts["mask"] == 2 * 8192**2
 
 
 def test_offloading_moves_weights_and_optimizer_to_the_cpu(folder):

@@ -3,8 +3,14 @@
 Only numpy is loaded here; everything that needs torch lives in submodules.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from skipwise.errors import SkipwiseError
 from skipwise.positions import CREAM, Example, FullLength, PoSE, RandPos, coverage
+
+if TYPE_CHECKING:
+    from skipwise.callbacks import PreflightCallback, finish_folder
+    from skipwise.collator import PoSECollator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,7 +18,24 @@ __all__ = [
     "Example",
     "FullLength",
     "PoSE",
+    "PoSECollator",
+    "PreflightCallback",
     "RandPos",
     "SkipwiseError",
     "coverage",
+    "finish_folder",
 ]
+
+_LAZY = {  # these load torch
+    "PoSECollator": "collator",
+    "PreflightCallback": "callbacks",
+    "finish_folder": "callbacks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'skipwise' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"skipwise.{_LAZY[name]}"), name)

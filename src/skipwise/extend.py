@@ -24,6 +24,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.evaluate.anything import evaluation_documents, subject
 from skipwise.evaluate.suite import Texts, evaluate_model
 from skipwise.export import export_adapter, export_model
+from skipwise.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.launch import launch
 from skipwise.models.checks import check_model
 from skipwise.models.config_checks import Check, check_config, require
@@ -312,9 +313,12 @@ def export_again(
     Raises:
         SkipwiseError: the run is not trained, a check failed, no converter for GGUF.
     """
+    if outtype not in OUTTYPES:
+        raise SkipwiseError(f"--outtype {outtype}: choose from {', '.join(OUTTYPES)}")
+    converter = find_converter(llama_cpp) if "gguf" in kinds else None  # before anything is done
     plan = plan_model(run.recipe())
     written = []
-    if "hf" in kinds:
+    if "hf" in kinds or (converter is not None and not run.model.is_dir()):
         run.update(exported=False)
         export_run(plan, run)
         report_run(run)
@@ -324,6 +328,12 @@ def export_again(
         _record(run, checks)
         require(checks)
         written.append(run.adapter)
+    if converter is not None:
+        run.gguf.mkdir(exist_ok=True)
+        file = run.gguf / f"{plan.recipe.run_name}-{outtype}.gguf"
+        to_gguf(run.model, file, outtype, converter=converter, name=plan.recipe.run_name)
+        _record(run, check_gguf(file, run.model))
+        written.append(file)
     return written
 
 

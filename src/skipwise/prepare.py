@@ -208,7 +208,7 @@ def load_training_data(
             seed=recipe.seed,
             num_examples=training.num_steps * training.global_batch_size,
         ),
-        collator=PositionCollator(recipe.positions.weights),
+        collator=PositionCollator(recipe.positions.weights, later=True),
         num_bad_records=sum(store.num_bad_records for store in stores),
         bad_records=[line for store in stores for line in store.bad_records][:5],
     )
@@ -227,7 +227,7 @@ def stand_in_data(plan: ModelPlan) -> TrainingData:
         corpus=corpus,
         sampler=sampler,
         dataset=PositionDataset(corpus, sampler, seed=recipe.seed, num_examples=16),
-        collator=PositionCollator(recipe.positions.weights),
+        collator=PositionCollator(recipe.positions.weights, later=True),
         num_bad_records=0,
         bad_records=[],
     )

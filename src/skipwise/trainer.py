@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from skipwise.checkpoints import (
     place_of,
 )
 from skipwise.errors import SkipwiseError
-from skipwise.models.masks import with_layer_masks
+from skipwise.models.masks import with_chunk_weights, with_layer_masks
 from skipwise.portable import make_portable
 from skipwise.recipe import Recipe
 from skipwise.run import RunFolder, world_size, write_text
@@ -50,7 +51,17 @@ class PositionTrainer(Trainer):
         return SequentialSampler(dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return with_layer_masks(self.base_config, super()._prepare_inputs(inputs))
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        inputs = with_chunk_weights(super()._prepare_inputs(inputs), dtype)
+        return with_layer_masks(self.base_config, inputs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Without its config.json: it is read as one of no family, which both spellings break."""
+        with tempfile.TemporaryDirectory() as view:
+            for file in Path(resume_from_checkpoint).resolve().iterdir():
+                if file.name != "config.json":
+                    (Path(view) / file.name).symlink_to(file)
+            super()._load_from_checkpoint(view, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         last = newest_checkpoint(self.run_folder)
@@ -211,6 +222,10 @@ def peak_memory_gib() -> float:
     """Peak memory so far: of the accelerator where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss counts what the parent process held as well
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
 

@@ -58,6 +58,27 @@ def with_layer_masks(config: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "attention_mask": masks}
 
 
+def with_chunk_weights(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The batch with the additive mask of importance weights, made where the batch is.
+
+    Equal to `positions.additive_mask`, from what the collator sends in its stead.
+
+    Args:
+        batch: with `chunk_ids` and `key_weights` (B, L); without them it stays as it is.
+        dtype: of the arithmetic; the mask is (B, 1, L, L) of it.
+    """
+    if "chunk_ids" not in batch:
+        return batch
+    batch = dict(batch)
+    chunks, weights = batch.pop("chunk_ids"), batch.pop("key_weights").to(dtype)
+    rows, length = chunks.shape
+    mask = weights[:, None, :].expand(rows, length, length).contiguous()  # by query, by key
+    mask.masked_fill_(chunks[:, :, None] == chunks[:, None, :], 0.0)
+    index = torch.arange(length, device=chunks.device)
+    mask.masked_fill_(index[None, :] > index[:, None], torch.finfo(torch.bfloat16).min)
+    return {**batch, "attention_mask": mask[:, None]}
+
+
 def sliding_reach(config: Any, batch: dict[str, Any]) -> int:
     """The largest distance in positions that sliding layers see in this batch."""
     positions = batch["position_ids"]

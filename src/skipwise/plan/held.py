@@ -113,19 +113,6 @@ def optimizer_temporaries(job: Job) -> float:
     return 0.0
 
 
-def autocast_copies(job: Job) -> list[Held]:
-    """bf16 copies of the float32 matrices, which autocast keeps through a forward pass."""
-    if not job.bf16 or job.engine != "ddp":
-        return []
-    a = job.architecture
-    if job.lora is None:
-        found = [(count * m.copies * m.weight, m.weight) for count, m in a.matrices()]
-    else:
-        largest = max(m.rows_in for _, m in a.matrices()) * job.lora.rank
-        found = [(job.lora_parameters, largest)]
-    return [Held("bf16 copies", n * 2, block * 2) for n, block in found] + head_copy(job)
-
-
 def head_copy(job: Job) -> list[Held]:
     """The head's bf16 copy, where the head trains (tied to an embedding that does, or in full)."""
     a = job.architecture
@@ -201,8 +188,6 @@ def layer_activations(job: Job, layer: Layer, tokens: int, batch_size: int) -> l
         found.append(Held("activations", 4 * H * pairs, 4 * H * pairs))
         if job.bf16:
             found.append(Held("activations", 2 * H * pairs, 2 * H * pairs))
-    elif job.importance and job.bf16:  # each layer casts the mask anew
-        found.append(Held("mask", 2 * pairs, 2 * pairs))
     return found
 
 
@@ -249,8 +234,9 @@ def batch(job: Job, on_cpu: bool) -> list[Held]:
     pairs = job.batch_size * job.length**2
     number = job.accumulation + on_cpu  # the loader is one batch ahead, in the host's memory
     found = [Held("batch", 4 * 8 * job.tokens * number, 8 * job.tokens)]
-    if job.importance:
-        found.append(Held("mask", 4 * pairs * number, 4 * pairs))
+    if job.importance:  # of the pass at work, and while it is made a boolean one
+        size = (2 if job.bf16 else 4) * pairs
+        found.append(Held("mask", size, size))
     a = job.architecture
     if a.sliding_layers:  # a boolean mask for each kind of layer
         found.append(Held("mask", 2 * pairs, pairs))

@@ -104,7 +104,7 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Held]]:
     loss, back = held.logits(job, backward=False), held.logits(job, backward=True)
     head_gradient = [g for g in gradients if g.block >= 4 * a.vocab_size * a.hidden_size][:1]
     tied_gradient = head_gradient if a.tied and job.lora is None else []
-    cache = held.autocast_copies(job) if job.checkpointing else held.head_copy(job)
+    cache = held.head_copy(job)
     temporaries = held.optimizer_temporaries(job)
     inner = [*one, *copies] if job.checkpointing else []
     return {

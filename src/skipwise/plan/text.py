@@ -79,7 +79,7 @@ def _memory(plan: Plan) -> str:
         "activations": f"{job.batch_size} x {job.length:,} tokens, "
         + ("checkpointed" if job.checkpointing else "without checkpointing"),
         "logits and loss": "in chunks" if job.chunked else "whole",
-        "mask": f"importance weights, {job.accumulation} batches" if job.importance else "",
+        "mask": "of importance weights" if job.importance else "",
         "bf16 copies": "autocast's, of what a pass has used",
         "runtime": "CUDA, libraries, 3 % lost to rounding",
     }

@@ -1,0 +1,104 @@
+"""Reading a GGUF file, setting numbers in it, and copying it with other keys and tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipwise.errors import SkipwiseError
+
+
+def read_file(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(keys, the tokenizer's lists left out; tensors that divide RoPE's frequencies).
+
+    Raises:
+        SkipwiseError: not a GGUF file.
+    """
+    try:
+        reader = gguf_package().GGUFReader(file)
+    except (OSError, ValueError, IndexError) as error:
+        raise SkipwiseError(f"{file} is not a whole GGUF file: {error}") from error
+    arrays = gguf_package().GGUFValueType.ARRAY
+    keys = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not (name.startswith("tokenizer.") and field.types[0] == arrays)
+    }
+    tables = {
+        t.name: np.array(t.data, dtype=np.float64)
+        for t in reader.tensors
+        if t.name.startswith(("rope_freqs", "rope_factors"))
+    }
+    return keys, tables
+
+
+def set_numbers(file: Path, values: dict[str, int | float]) -> None:
+    """Set numbers that the file has, where they stand."""
+    reader = gguf_package().GGUFReader(file, "r+")
+    for key, value in values.items():
+        field = reader.fields[key]
+        field.parts[field.data[0]][0] = value
+    reader.data.flush()
+
+
+def rewrite(
+    file: Path,
+    keys: dict[str, str | int | float | None],
+    tensors: dict[str, np.ndarray],
+) -> None:
+    """Copy the file with other keys, None removing one, and other float32 tensors.
+
+    GGUF has no room for a new key in place.
+    """
+    gguf = gguf_package()
+    reader = gguf.GGUFReader(file)
+    copy = file.with_name(file.name + ".mended")
+    writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
+    kinds = {
+        str: gguf.GGUFValueType.STRING,
+        int: gguf.GGUFValueType.UINT32,
+        float: gguf.GGUFValueType.FLOAT32,
+    }
+    try:
+        for name, field in reader.fields.items():
+            if name.startswith("GGUF.") or name == "general.architecture" or name in keys:
+                continue
+            kind, *inner = field.types
+            of = inner[-1] if inner else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=of)
+        for name, value in keys.items():
+            if value is not None:
+                writer.add_key_value(name, value, kinds[type(value)])
+        kept = [t for t in reader.tensors if t.name not in tensors]
+        for t in kept:
+            size = t.data.nbytes
+            writer.add_tensor_info(t.name, list(t.data.shape), t.data.dtype, size, t.tensor_type)
+        for name, data in tensors.items():
+            writer.add_tensor_info(name, list(data.shape), data.dtype, data.nbytes)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for data in [*(t.data for t in kept), *tensors.values()]:
+            writer.write_tensor_data(data)
+        writer.close()
+        os.replace(copy, file)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def gguf_package() -> Any:
+    """llama.cpp's package for reading and writing these files.
+
+    Raises:
+        SkipwiseError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise SkipwiseError(
+            'the gguf package is missing\ntype pip install "skipwise[gguf]"'
+        ) from error
+    return gguf
