@@ -195,6 +195,8 @@ def _check_skips(
     mixed = (inner.config._attn_implementation or "").startswith("flash") or any(
         parameter.dtype != torch.float32 for parameter in inner.parameters()
     )
+    if not mixed:  # a mask made for bf16 arithmetic
+        inputs = {**inputs, "attention_mask": _in_float32(inputs.get("attention_mask"))}
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     length = inputs["position_ids"].shape[1]
     kept = torch.arange(cut, length, max(1, (length - cut) // _PROBED))  # all would be large
@@ -224,6 +226,13 @@ def _check_skips(
         else f"plain positions give the same logits (to {effect:.0e}; rounding: {rounding:.0e}): "
         "the layers that look far back have no positions to learn, so PoSE would teach nothing",
     )
+
+
+def _in_float32(mask: Any) -> Any:
+    """The mask, or the masks by kind of layer, as float32 where they are additive."""
+    if isinstance(mask, dict):
+        return {kind: _in_float32(one) for kind, one in mask.items()}
+    return mask.float() if mask is not None and mask.is_floating_point() else mask
 
 
 def _check_sliding(config: Any, batch: dict[str, Any]) -> Check:
