@@ -503,7 +503,30 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    raise SkipwiseError("--verify: not there yet")
+    from skipwise.run import RunFolder
+    from skipwise.verify import as_json, format_verdict, verify_folder
+
+    folder = Path(given.thing).expanduser()
+    run = RunFolder(folder)
+    files = sorted(folder.glob("*.gguf"))
+    if run.recipe_file.exists():
+        folder = run.model
+        files = sorted(run.gguf.glob("*.gguf"))
+    verdict = verify_folder(folder)
+    checks = []
+    for file in files:
+        from skipwise.gguf import check_gguf
+
+        checks += [(file.name, check) for check in check_gguf(file, folder)]
+    well = verdict.well and all(check.passed for _, check in checks)
+    if given.json:
+        found = [{"file": name, **dataclasses.asdict(check)} for name, check in checks]
+        print(json.dumps({**as_json(verdict), "gguf": found, "well": well}, indent=1))
+    else:
+        print(format_verdict(verdict))
+        for name, check in checks:
+            print(f"{name}: {check}")
+    return 0 if well else FAILED
 
 
 def _publish(given: argparse.Namespace) -> int:

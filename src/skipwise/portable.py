@@ -19,8 +19,8 @@ from skipwise.run import write_json
 def make_portable(folder: Path, target_length: int | None = None) -> None:
     """Mend the configs of a saved model in place.
 
-    Both spellings of RoPE in config.json, the cache on (training turns it off), the tokenizer's
-    length, and a tokenizer class that transformers 4 knows.
+    Both spellings of RoPE in config.json, the cache on (training turns it off), the lengths of the
+    tokenizer and of generation, and a tokenizer class that transformers 4 knows.
 
     Args:
         target_length: T, for the tokenizer; None: as it is.
@@ -30,6 +30,11 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
     config.pop("model_max_length", None)
     config["use_cache"] = True
     write_json(file, config)
+    file = folder / "generation_config.json"
+    if file.exists() and target_length is not None:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if "max_length" in settings:  # Llama 2 has its window there, and generate() stops at it
+            write_json(file, {**settings, "max_length": target_length})
     file = folder / "tokenizer_config.json"
     if file.exists():
         settings = json.loads(file.read_text(encoding="utf-8"))

@@ -177,7 +177,8 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
     trainer.remove_callback(ProgressCallback)
     mend_precision(trainer, dtype)
     # Autocast would keep a bf16 copy of every weight through a forward pass, and use each once.
-    trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+    accelerator: Any = trainer.accelerator
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     batch = data.telling_batch()
     checks.append(check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch))
     restore_rope = rope_keeper(model)
