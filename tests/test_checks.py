@@ -17,6 +17,7 @@ from skipwise.models.checks import (
 from skipwise.models.config_checks import check_config, require
 from skipwise.models.configs import facts_of, load_config
 from skipwise.models.load import load_model
+from skipwise.models.masks import with_chunk_weights
 from skipwise.models.scaling import scaled_config, scaling_for
 from skipwise.prepare import plan_model, stand_in_data
 from skipwise.recipe import LoRASettings, ModelSettings, Recipe, parse_recipe
@@ -43,7 +44,7 @@ def batch(plan):
 
 def make_batch(plan):
     data = stand_in_data(plan)
-    return data.collator(data.items(4))
+    return with_chunk_weights(data.collator(data.items(4)), torch.float32)
 
 
 def passed(checks):
