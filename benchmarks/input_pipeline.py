@@ -15,6 +15,7 @@ from common import write_result
 
 from skipwise.data import PositionCollator, PositionDataset, build_corpus
 from skipwise.models.load import attention_for, compute_dtype, load_model
+from skipwise.models.masks import with_chunk_weights
 from skipwise.positions import PoSE
 from skipwise.prepare import load_training_data, plan_model
 from skipwise.quickstart import make_recipe
@@ -59,7 +60,7 @@ def quickstart_shares():
     for _ in range(12):
         size = recipe.training.global_batch_size
         making.append(seconds_per_batch(data.dataset, data.collator, size, 20))
-        batch = data.collator(data.items(size))
+        batch = with_chunk_weights(data.collator(data.items(size)), torch.float32)
         start = time.perf_counter()
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
             loss = model(**batch, use_cache=False).loss
