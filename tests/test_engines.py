@@ -253,6 +253,17 @@ def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
     assert num_processes_of(folder, "ddp") == 1
 
 
+def test_only_the_first_process_loads_weights_under_fsdp2(monkeypatch):
+    name = "ACCELERATE_USE_FSDP"
+    monkeypatch.delenv(name, raising=False)
+    with engines.loading("fsdp2", quantized=False):
+        assert os.environ[name] == "true"
+    assert name not in os.environ
+    for engine, quantized in (("ddp", False), ("zero3", False), ("fsdp2", True)):
+        with engines.loading(engine, quantized):
+            assert name not in os.environ
+
+
 def test_frequencies_are_float32_again_after_a_cast_of_the_model(tiny):
     from transformers import AutoModelForCausalLM
 

@@ -27,6 +27,7 @@ from skipwise.engines import (
     engine_arguments,
     engine_of,
     is_kind,
+    loading,
     mend_precision,
     on_cpu,
     part_step_counts,
@@ -133,16 +134,20 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
         if respread:
             spread_anew(resume_from)
     arguments = training_arguments(recipe, run, dtype, engine, respread)
-    model = load_model(
-        plan.source,
-        plan.scaled,
-        plan.load,
-        # What trains is kept in float32 and computed in bf16; a frozen base is bf16 itself, and
-        # DeepSpeed keeps a float32 copy of its own.
-        dtype=torch.float32 if recipe.lora is None and not deepspeed else dtype,
-        attn_implementation=attention_for(recipe.load, recipe.positions.weights, plan.facts.hybrid),
-        quantization=quantization_for(recipe.lora, dtype, engine),
-    )
+    quantization = quantization_for(recipe.lora, dtype, engine)
+    with loading(engine, quantization is not None):
+        model = load_model(
+            plan.source,
+            plan.scaled,
+            plan.load,
+            # What trains is kept in float32 and computed in bf16; a frozen base is bf16 itself,
+            # and DeepSpeed keeps a float32 copy of its own.
+            dtype=torch.float32 if recipe.lora is None and not deepspeed else dtype,
+            attn_implementation=attention_for(
+                recipe.load, recipe.positions.weights, plan.facts.hybrid
+            ),
+            quantization=quantization,
+        )
     config, count = model.config, num_parameters(model)
     config.use_cache = False
     for name in plan.conversion.frozen if plan.conversion else ():

@@ -17,7 +17,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,24 @@ def check_engine(engine: str, trainer: Any) -> Check:
         else f"{engine} was asked for, and {len(parameters) - sharded} of {len(parameters)} "
         f"trained tensors are not {done}",
     )
+
+
+@contextmanager
+def loading(engine: str, quantized: bool) -> Iterator[None]:
+    """Under FSDP2 the first process of a machine loads the weights, and hands them on when it
+    shards them: else every process would hold the whole model in memory.
+
+    transformers does so where accelerate's launcher has set this; quantised weights it cannot.
+    """
+    name = "ACCELERATE_USE_FSDP"
+    if engine != "fsdp2" or quantized or name in os.environ:
+        yield
+        return
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def rope_keeper(model: Any) -> Callable[[], None]:
