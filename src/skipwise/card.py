@@ -115,9 +115,7 @@ def metadata(run: RunFolder, carried: dict[str, Any]) -> str:
     return data.to_yaml(line_break="\n").strip()
 
 
-def _body(
-    run: RunFolder, facts: dict[str, Any], carried: dict[str, Any], place: str
-) -> str:
+def _body(run: RunFolder, facts: dict[str, Any], carried: dict[str, Any], place: str) -> str:
     recipe, rows = run.recipe(), run.results()
     L, T = facts.get("original_length") or 0, recipe.target_length
     scaling = facts.get("scaling", recipe.rope.type)

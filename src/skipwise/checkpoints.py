@@ -55,9 +55,12 @@ def num_processes_of(checkpoint: Path, engine: str) -> int:
     by = facts["engine"]
     plain = ("one process", "ddp")  # whose optimizer states are the same file
     if by != engine and not (by in plain and engine in plain):
+        mend = f"type --engine {'ddp' if by in plain else by}"
+        if by.endswith("launcher"):
+            mend = "start it with the same accelerate configuration"
         raise SkipwiseError(
             f"{checkpoint} was written by engine {by}, and {engine} cannot read its optimizer\n"
-            f"type --engine {by} to go on, or another --out to begin anew"
+            f"{mend} to go on, or another --out to begin anew"
         )
     return facts["num_processes"]
 
@@ -96,7 +99,8 @@ def check_room(run: RunFolder, num_bytes: int) -> None:
 def checkpoint_bytes(model: Any, optimizer: Any, checkpoint: Path | None) -> int:
     """Bytes that the next checkpoint takes: those of the last one, or what is held to be saved."""
     if checkpoint is not None:
-        return sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        files = [file for file in checkpoint.rglob("*") if file.is_file()]
+        return sum(f.stat().st_size for f in files if "_universal" not in str(f))
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights = sum(_numbers(p) * p.element_size() for p in parameters)
     states = sum(

@@ -12,7 +12,9 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from skipwise import __version__
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.launch import FAILED, STOPPED, launched, num_gpus
-from skipwise.run import is_main_process
+from skipwise.run import is_main_process, world_size
 
 if TYPE_CHECKING:
     from skipwise.recipe import Recipe
@@ -50,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     given.overrides = settings
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminated) if in_main_thread else None
     try:
         if settings and not given.takes_settings:
             raise SkipwiseError(f"{settings[0]}: {given.verb} takes no settings")
@@ -67,6 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM as Ctrl-C: what is done stays, and the exit code says to try again."""
+    raise KeyboardInterrupt
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -328,7 +340,7 @@ def _num_processes(given: argparse.Namespace, recipe: Recipe) -> int:
     if launched():
         if given.gpus is not None:
             raise SkipwiseError(
-                f"--gpus {given.gpus}: a launcher has started {os.environ['WORLD_SIZE']} processes "
+                f"--gpus {given.gpus}: a launcher has started {world_size()} processes "
                 "already\nleave --gpus out, or start skipwise without the launcher"
             )
         return 0
@@ -421,7 +433,7 @@ def _train(given: argparse.Namespace) -> int:
 
     num_processes = _num_processes(given, recipe)
     if num_processes:
-        run = open_training(recipe, out, _command())
+        run = open_training(recipe, out, _command(), num_processes)
         launch_training(run, num_processes, only_check=given.dry_run)
     else:
         with Turn(recipe):

@@ -45,7 +45,7 @@ from skipwise.recipe import Recipe, context_lengths, dump_recipe
 from skipwise.report import format_table, write_report
 from skipwise.run import RunFolder, is_main_process, open_run, write_text
 from skipwise.select import check_selection, chosen_checkpoint
-from skipwise.train import set_up, train
+from skipwise.train import accumulation, set_up, train
 
 STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "report")
 
@@ -71,6 +71,7 @@ def extend(
         RunStopped: the user stopped it.
     """
     plan = plan_model(recipe)  # before anything is written: most mistakes show here
+    accumulation(recipe.training, num_processes or 1)
     find_sources(recipe)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
@@ -128,8 +129,9 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
     return data
 
 
-def open_training(recipe: Recipe, out: str | Path, command: str) -> RunFolder:
+def open_training(recipe: Recipe, out: str | Path, command: str, num_processes: int) -> RunFolder:
     """The run folder of a training that other processes will do; mistakes show here, once."""
+    accumulation(recipe.training, num_processes)
     plan_model(recipe)
     find_sources(recipe)
     return open_run(out, recipe, command)

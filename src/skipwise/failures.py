@@ -40,17 +40,17 @@ _KNOWN = (  # (words of the error, what it means, what to type)
         "type skipwise check, or set CUDA_LAUNCH_BLOCKING=1 to see where",
     ),
     (
-        r"cuda_home|nvcc|cpuadam|cpu_adam|error building extension|ninja",
+        r"cuda_home|\bnvcc\b|cpuadam|cpu_adam|error building extension|\bninja\b",
         "DeepSpeed could not compile what it needs",
         "install a compiler and the CUDA toolkit of torch's version, or type --engine fsdp2",
     ),
     (
-        r"bitsandbytes",
+        r"\bbitsandbytes\b",
         "bitsandbytes is needed and missing, or does not know this device",
         "pip install 'skipwise[qlora]', or leave out lora.quantization and 8-bit optimizers",
     ),
     (
-        r"liger",
+        r"\bliger|use_liger",
         "Liger kernels are needed and missing",
         "pip install liger-kernel, or leave out trainer.use_liger_kernel",
     ),
@@ -72,18 +72,26 @@ def explained(error: BaseException, recipe: Recipe, run: RunFolder) -> SkipwiseE
     if isinstance(error, SkipwiseError):
         return error
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return SkipwiseError(
-            f"the disk of {run.path} is full: the checkpoint could not be written\n"
-            f"make room and type the command again: it goes on at {place_of(run)}"
-        )
+        return _disk_full(run)
+    if re.search(r"no space left|os error 28|unexpected pos \d+ vs", str(error), re.IGNORECASE):
+        return _disk_full(run)  # in the words of safetensors and torch.save
     if is_out_of_memory(error):
         return out_of_memory(recipe)
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        return None  # their words are paths
     text = f"{type(error).__name__}: {error}"
     for words, meaning, mend in _KNOWN:
         if re.search(words, text, re.IGNORECASE):
             line = _telling_line(str(error), words)
             return SkipwiseError(f"{meaning} ({line})\n{mend}")
     return None
+
+
+def _disk_full(run: RunFolder) -> SkipwiseError:
+    return SkipwiseError(
+        f"the disk of {run.path} is full: the checkpoint could not be written\n"
+        f"make room and type the command again: it goes on at {place_of(run)}"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

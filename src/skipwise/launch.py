@@ -30,8 +30,8 @@ _GRACE = 5.0  # seconds for the others to fail by themselves, with their own wor
 
 
 def launched() -> bool:
-    """Whether a launcher started this process."""
-    return "WORLD_SIZE" in os.environ
+    """Whether a launcher started this process; accelerate's for one process sets no WORLD_SIZE."""
+    return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def launch(arguments: list[str], num_processes: int) -> None:
@@ -57,12 +57,14 @@ def launch(arguments: list[str], num_processes: int) -> None:
                     preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
             )
-        with _passed_on(processes):
-            failed = _wait(processes)
+        with _passed_on(processes) as signals:
+            failed = _wait(processes, signals)
         if failed is None:
-            if all(process.returncode == STOPPED for process in processes):
+            if signals or any(process.returncode == STOPPED for process in processes):
                 raise RunStopped("stopped and saved; type the same command again to go on")
             return
+        if processes[0].returncode == FAILED:  # it has spoken: the others say the same
+            failed = 0
         code = processes[failed].returncode
         log = Path(logs) / f"{failed}.log"
         if log.exists():
@@ -107,37 +109,42 @@ def _environments(num_processes: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(num_processes)]
 
 
-def _wait(processes: list[Any]) -> int | None:
+def _wait(processes: list[Any], signals: list[int]) -> int | None:
     """The number of the process that failed first, when all have ended; None: none did."""
-    failed, since = None, 0.0
+    failed, since = None, None
     while any(process.poll() is None for process in processes):
         if failed is None:
-            failed = _first_failure(processes)
-            since = time.monotonic()
-        elif time.monotonic() - since > _GRACE:  # they wait for the one that is gone
-            for process in processes:
+            failed = _first_failure(processes, signals)
+        gone = failed is not None or any(process.poll() == STOPPED for process in processes)
+        since = since or (time.monotonic() if gone else None)
+        if since is not None and time.monotonic() - since > (_GRACE if failed is not None else 60):
+            for process in processes:  # they wait for the one that is gone
                 process.kill()
         time.sleep(0.05)
-    return _first_failure(processes) if failed is None else failed
+    return _first_failure(processes, signals) if failed is None else failed
 
 
-def _first_failure(processes: list[Any]) -> int | None:
+def _first_failure(processes: list[Any], signals: list[int]) -> int | None:
+    """A process that was ended by the signal handed on to it has not failed."""
+    fine = (None, 0, STOPPED, *(-number for number in signals))
     codes = [process.poll() for process in processes]
-    return next((i for i, code in enumerate(codes) if code not in (None, 0, STOPPED)), None)
+    return next((i for i, code in enumerate(codes) if code not in fine), None)
 
 
 @contextmanager
-def _passed_on(processes: list[Any]) -> Iterator[None]:
-    """Hand on SIGINT and SIGTERM to every process, as often as they come."""
+def _passed_on(processes: list[Any]) -> Iterator[list[int]]:
+    """Hand on SIGINT and SIGTERM to every process, as often as they come; gives those that came."""
+    came: list[int] = []
 
     def hand_on(number: int, frame: Any) -> None:
+        came.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     old = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -25,7 +25,7 @@ from skipwise.models.scaling import scaled_config, scaling_for
 from skipwise.positions import Sampler
 from skipwise.recipe import ModelSettings, Recipe, make_sampler, parse_recipe
 from skipwise.rope import Scaling
-from skipwise.run import RunFolder, write_text
+from skipwise.run import RunFolder, is_main_process, write_text
 from skipwise.tokens import TokenStore, tokenize_source
 
 _NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe names none
@@ -196,7 +196,7 @@ def load_training_data(
         separator=plan.tokenizer.eos_token_id,
         num_held_out=0 if settings.eval_sources else _NUM_HELD_OUT,
     )
-    if run is not None and not settings.eval_sources:
+    if run is not None and not settings.eval_sources and is_main_process():
         _write_held_out(run, corpus, plan.tokenizer)
     training = recipe.training
     return TrainingData(

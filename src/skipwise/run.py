@@ -13,6 +13,7 @@ adapter/        LoRA alone, with the config it needs
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -151,8 +152,12 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
     run = RunFolder(path)
     text = dump_recipe(recipe)
     if run.recipe_file.exists():
-        old = dump_recipe(run.recipe())
-        if old != text:
+        before = run.recipe()
+        old = dump_recipe(dataclasses.replace(before, engine=recipe.engine))
+        if old == text and before != recipe:
+            if is_main_process():  # another engine trains the same
+                write_text(run.recipe_file, text)
+        elif old != text:
             changed = [a.strip() for a, b in _changed_lines(old, text)][:3]
             raise SkipwiseError(
                 f"{run.path} holds a run of another recipe (it differs in {'; '.join(changed)})\n"

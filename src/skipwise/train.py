@@ -76,6 +76,7 @@ _OWNED = {
     "activation_checkpointing": "training.gradient_checkpointing",
     "save_steps": "training.save_steps",
     "save_total_limit": "training.save_total_limit",
+    "logging_steps": "nothing: every step is written down",
     "seed": "seed",
     "bf16": "load.dtype",
     "fp16": "load.dtype",
@@ -249,11 +250,13 @@ def train(
     training.callback.preflight = preflight
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with stop_on_signals(trainer):
+    with stop_on_signals(trainer) as stop:
         try:
             resume = str(training.resume_from) if training.resume_from else None
             trainer.train(resume_from_checkpoint=resume)
         except _Checked:
+            if stop.asked:
+                raise RunStopped("stopped before the first step\ntype it again") from None
             return
         except Exception as error:
             known = explained(error, recipe, run)
@@ -283,6 +286,8 @@ def train(
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
     )
+    if stop.asked:
+        raise RunStopped(f"stopped after the last step, saved in {run.checkpoints}")
 
 
 def training_arguments(
@@ -317,7 +322,7 @@ def training_arguments(
         "output_dir": str(run.checkpoints),
         "max_steps": settings.num_steps,
         "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": _accumulation(settings),
+        "gradient_accumulation_steps": accumulation(settings, world_size()),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler,
         "warmup_steps": settings.warmup_steps,
@@ -378,12 +383,16 @@ def enable_checkpointing(model: Any) -> None:
         raise SkipwiseError(f"{error}\ntype training.gradient_checkpointing=false") from error
 
 
-def _accumulation(settings: TrainingSettings) -> int:
-    """Accumulation steps that make up the global batch on this many devices."""
-    held = settings.batch_size * world_size()
+def accumulation(settings: TrainingSettings, num_processes: int) -> int:
+    """Accumulation steps that make up the global batch on this many devices.
+
+    Raises:
+        SkipwiseError: the devices cannot share the batch.
+    """
+    held = settings.batch_size * num_processes
     if held == 0 or settings.global_batch_size == 0 or settings.global_batch_size % held:
         raise SkipwiseError(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
-            f"training.batch_size {settings.batch_size} x {world_size()} devices"
+            f"training.batch_size {settings.batch_size} x {num_processes} devices"
         )
     return settings.global_batch_size // held

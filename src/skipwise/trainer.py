@@ -64,6 +64,10 @@ class PositionTrainer(Trainer):
             super()._load_from_checkpoint(view, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self.run_folder.recipe_file.exists():
+            raise SkipwiseError(
+                f"{self.run_folder.path} was removed while it trained: nothing can be saved there"
+            )
         last = newest_checkpoint(self.run_folder)
         check_room(self.run_folder, checkpoint_bytes(self.model, self.optimizer, last))
         super()._save_checkpoint(model, trial)
@@ -148,6 +152,8 @@ class RunCallback(TrainerCallback):
             if self.recipe.eval.select != "last":
                 keep_candidate(folder, self.run.candidates / f"step-{state.global_step}")
             mark_whole(folder, state.global_step, self.engine)
+        if world_size() > 1:
+            torch.distributed.barrier()  # none ends, and has the others killed, before that
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -171,12 +177,12 @@ class StopCallback(TrainerCallback):
 
 
 @contextmanager
-def stop_on_signals(trainer: Trainer) -> Iterator[None]:
+def stop_on_signals(trainer: Trainer) -> Iterator[StopCallback]:
     """Ctrl-C and SIGTERM save and stop; a second Ctrl-C stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     stop = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, StopCallback))
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def handle(number: int, frame: Any) -> None:
         if stop.asked and number == signal.SIGINT:
@@ -186,7 +192,7 @@ def stop_on_signals(trainer: Trainer) -> Iterator[None]:
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

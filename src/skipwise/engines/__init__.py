@@ -241,11 +241,11 @@ def rope_keeper(model: Any) -> Callable[[], None]:
 
 
 class Turn:
-    """The first process first, and the others when it is done; alone there is nothing to wait for.
+    """The first process first, then the others, and none goes on before all are done.
 
-    A barrier of its own, for what the first one does (tokenizing) may take longer than any step of
-    training, after which the training's own communication gives up. A first process that fails
-    ends, and with it the others.
+    With barriers of their own, for what is done (tokenizing, on each machine) may take longer than
+    any step of training, after which the training's own communication gives up. A process that
+    fails ends, and with it the others. Alone there is nothing to wait for.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -258,7 +258,10 @@ class Turn:
         if not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("gloo" if on_cpu() else "nccl")
+            seconds = int(recipe.trainer.get("ddp_timeout", 1800))  # the Trainer takes this group
+            dist.init_process_group(
+                "gloo" if on_cpu() else "nccl", timeout=timedelta(seconds=seconds)
+            )
         self.group = dist.new_group(backend="gloo", timeout=_WAIT)
 
     def __enter__(self) -> Turn:
@@ -267,7 +270,9 @@ class Turn:
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        if is_main_process() and kind is None:
+        if kind is None:
+            if is_main_process():
+                self._wait()
             self._wait()
 
     def _wait(self) -> None:
