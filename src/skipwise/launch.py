@@ -63,8 +63,8 @@ def launch(arguments: list[str], num_processes: int) -> None:
             if signals or any(process.returncode == STOPPED for process in processes):
                 raise RunStopped("stopped and saved; type the same command again to go on")
             return
-        if processes[0].returncode == FAILED:  # it has spoken: the others say the same
-            failed = 0
+        if processes[failed].returncode == processes[0].returncode == FAILED:
+            failed = 0  # it has spoken, and the others say the same
         code = processes[failed].returncode
         log = Path(logs) / f"{failed}.log"
         if log.exists():
