@@ -493,3 +493,8 @@ def test_the_predicted_peak_is_within_15_percent_of_three_real_steps(settings):
     memory = predict_memory(job, on_cpu=True, runtime=taken.runtime_bytes + LATE_IMPORTS)
     assert 0.85 < memory.total / taken.peak_bytes < 1.15
     assert taken.peak_bytes > taken.runtime_bytes + 0.05 * GIB
+
+
+def test_a_plan_of_no_steps_is_an_error(folder, capsys):
+    assert main(["plan", str(folder), "--to", "32k", "training.num_steps=0"]) == 2
+    assert "nothing to plan" in capsys.readouterr().err

@@ -79,6 +79,8 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
     """
     if num_gpus < 1:
         raise SkipwiseError("--gpus: 1 or more")
+    if recipe.training.num_steps < 1:
+        raise SkipwiseError("training.num_steps is 0: there is nothing to plan")
     facts, architecture = read_model(recipe)
     job = make_job(recipe, facts, architecture, num_gpus=num_gpus, gpu=gpu)
     memory = predict_memory(job)
