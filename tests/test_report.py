@@ -354,6 +354,16 @@ def test_any_key_of_run_json_may_be_missing(tmp_path):
         assert "<h1>" in _page(tmp_path, {**RUN, "positions": less})
 
 
+def test_training_by_several_processes_says_so(folder):
+    training = {"num_steps": 10, "batch_size": 4, "peak_memory_gib": 1.5, "mode": "full"}
+    many = {**training, "engine": "fsdp2", "num_processes": 8}
+    lengths = {"train_length": 64, "target_length": 256}
+    page = _page(folder, {"training": many, **lengths})
+    assert "fsdp2 over 8 processes" in page and "at the peak, of one process" in page
+    page = _page(folder, {"training": training, **lengths})
+    assert "processes" not in page and "1.50 GiB of memory at the peak." in page
+
+
 def test_a_failed_check_is_shown_as_failed(tmp_path):
     bad = {"name": "rope", "passed": False, "detail": "unscaled"}
     page = _page(tmp_path, {**RUN, "checks": [bad], "positions": None})

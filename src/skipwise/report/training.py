@@ -103,7 +103,8 @@ def _cost(run: dict[str, Any]) -> str:
         speed = num * L / training["seconds"]
         spent.append(f"{duration(training['seconds'])}, {speed:,.0f} tokens a second")
     if training.get("peak_memory_gib"):
-        spent.append(f"{training['peak_memory_gib']:.2f} GiB of memory at the peak")
+        each = ", of one process" if training.get("num_processes", 1) > 1 else ""
+        spent.append(f"{training['peak_memory_gib']:.2f} GiB of memory at the peak{each}")
     return (
         f"<p>{escape('; '.join(spent))}.</p>\n"
         '<div class="scroll"><table><thead><tr><td></td><th class="n" scope="col">Tokens</th>'
@@ -138,6 +139,8 @@ def details_section(run: dict[str, Any]) -> str:
         if run.get(key)
     ]
     trained = [count(training, "trainable_parameters", "parameters"), training.get("mode")]
+    if training.get("num_processes", 1) > 1:
+        trained.append(f"{training.get('engine', '?')} over {training['num_processes']} processes")
     shorts = count(data, "num_short", "short ones")
     documents = [
         count(data, "num_documents", "documents"),
