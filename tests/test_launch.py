@@ -43,6 +43,13 @@ def test_which_process_failed_first(codes, signals, first):
     assert launch_module._wait(ending(*codes), signals) == first
 
 
+def test_a_killed_process_is_the_cause_of_the_others_failure():
+    processes = ending(2, -signal.SIGKILL)
+    for process in processes:
+        process.wait()
+    assert launch_module._first_failure(processes, []) == 1
+
+
 @pytest.fixture
 def ends(monkeypatch):
     """`launch` with processes that end as told."""

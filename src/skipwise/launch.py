@@ -128,7 +128,9 @@ def _first_failure(processes: list[Any], signals: list[int]) -> int | None:
     """A process that was ended by the signal handed on to it has not failed."""
     fine = (None, 0, STOPPED, *(-number for number in signals))
     codes = [process.poll() for process in processes]
-    return next((i for i, code in enumerate(codes) if code not in fine), None)
+    failed = [i for i, code in enumerate(codes) if code not in fine]
+    # one that was killed is the cause of those that fail in words at the same moment
+    return min(failed, key=lambda i: ((codes[i] or 0) >= 0, i), default=None)
 
 
 @contextmanager

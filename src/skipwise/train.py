@@ -254,6 +254,8 @@ def train(
         try:
             resume = str(training.resume_from) if training.resume_from else None
             trainer.train(resume_from_checkpoint=resume)
+            if world_size() > 1:
+                torch.distributed.barrier()  # none leaves, and can be stopped, before the others
         except _Checked:
             if stop.asked:
                 raise RunStopped("stopped before the first step\ntype it again") from None
