@@ -35,8 +35,8 @@ def ending(*codes):
         ((0, 75), [], None),
         ((0, 2), [], 1),
         ((-signal.SIGKILL, 0), [], 0),
-        ((-signal.SIGINT, 75), [signal.SIGINT], None),
-        ((-signal.SIGINT, 75), [], 0),
+        ((-signal.SIGTERM, 75), [signal.SIGTERM], None),
+        ((-signal.SIGTERM, 75), [], 0),
     ],
 )
 def test_which_process_failed_first(codes, signals, first):
