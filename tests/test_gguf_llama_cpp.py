@@ -16,8 +16,8 @@ from test_gguf import SCALINGS, YARN, F, rescaled
 
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.passkey import passkey_trials
-from skipwise.export import make_portable
 from skipwise.gguf import convert, find_converter, to_gguf
+from skipwise.portable import make_portable
 from skipwise.quickstart import MODEL
 from skipwise.rope import make_scaling
 

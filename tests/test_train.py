@@ -209,6 +209,27 @@ def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_pa
     assert [c["name"] for c in failed] == ["chunks see each other"]
 
 
+def test_the_train_verb_writes_a_failed_check_down(
+    tiny, text_folder, tmp_path, monkeypatch, capsys
+):
+    from skipwise.data import PositionCollator
+    from skipwise.recipe import dump_recipe
+
+    plain = PositionCollator.__call__
+    monkeypatch.setattr(
+        PositionCollator,
+        "__call__",
+        lambda self, items: {k: v for k, v in plain(self, items).items() if k != "attention_mask"},
+    )
+    (tmp_path / "r.yaml").write_text(dump_recipe(make_recipe(tiny, text_folder)))
+    out = tmp_path / "run"
+    assert main(["train", str(tmp_path / "r.yaml"), "--out", str(out)]) == 2
+    assert "FAIL chunks see each other" in capsys.readouterr().err
+    failed = [c["name"] for c in RunFolder(out).facts()["checks"] if not c["passed"]]
+    assert failed == ["chunks see each other"]
+    assert not read_metrics(RunFolder(out))
+
+
 @pytest.mark.parametrize(
     ("override", "word"),
     [

@@ -21,14 +21,13 @@ from transformers import TrainerCallback
 
 from skipwise.collator import PoSECollator
 from skipwise.errors import SkipwiseError
-from skipwise.export import make_portable
 from skipwise.models.checks import check_batch, check_labels, check_model, check_tokenizer
 from skipwise.models.config_checks import Check, require
 from skipwise.models.configs import complete
 from skipwise.models.families import ModelFacts, read_facts
+from skipwise.portable import make_portable
 from skipwise.positions import IGNORE_INDEX, FullLength
 from skipwise.rope import Linear, Scaling, YaRN
-from skipwise.run import write_json
 
 _LOOKED_AT = 16  # records of the data set that are collated for the preflight
 
@@ -132,12 +131,7 @@ def finish_folder(folder: str | Path, target_length: int) -> Path:
             f"the model in {folder} reaches {window:,} tokens, not {target_length:,}: it was saved "
             "with the config of its base\nsave the model that was trained, in its scaled config"
         )
-    write_json(file, {**config, "use_cache": True})
-    make_portable(folder)
-    file = folder / "tokenizer_config.json"
-    if file.exists():
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, {**settings, "model_max_length": target_length})
+    make_portable(folder, target_length)
     return folder
 
 

@@ -346,11 +346,13 @@ def _num_processes(given: argparse.Namespace, recipe: Recipe) -> int:
         return 0
     if given.gpus is not None and given.gpus < 1:
         raise SkipwiseError("--gpus: 1 or more; leave it out for all of this machine")
+    from skipwise.recipe import SHARDED_ENGINES
+
     found = num_gpus()
     if given.gpus is not None and 0 < found < given.gpus:
         raise SkipwiseError(f"--gpus {given.gpus}: this machine has {found}")
     wanted = given.gpus or max(1, found)
-    return wanted if wanted > 1 or recipe.engine in ("fsdp2", "zero3", "zero3-offload") else 0
+    return wanted if wanted > 1 or recipe.engine in SHARDED_ENGINES else 0
 
 
 def _check(given: argparse.Namespace) -> int:

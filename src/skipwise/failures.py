@@ -14,6 +14,7 @@ import torch
 
 from skipwise.checkpoints import place_of
 from skipwise.errors import SkipwiseError
+from skipwise.plan import next_change
 from skipwise.recipe import Recipe
 from skipwise.run import RunFolder, world_size
 
@@ -104,8 +105,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(recipe: Recipe) -> SkipwiseError:
     """What to change first; the same order in which `skipwise plan` looks for what fits."""
-    from skipwise.plan import next_change
-
     change = next_change(recipe, world_size())
     mend = f"type {change}" if change else "take a GPU with more memory, or more of them"
     return SkipwiseError(

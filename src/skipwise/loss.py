@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from skipwise.errors import SkipwiseError
 from skipwise.positions import IGNORE_INDEX
 
-SLICE = 512  # C: at 128k of vocabulary 0.8 GiB in the head, and no slower than whole
+SLICE = 512  # C: at 128k of vocabulary 0.8 GiB in the head (time: benchmarks/loss_memory.py)
 _SMALL = 64 << 20  # bytes of float32 logits up to which slices save nothing worth having
 
 

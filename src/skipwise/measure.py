@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.configs import is_config_alone
 from skipwise.plan.plan import Measured
 from skipwise.recipe import Recipe, dump_recipe, load_recipe
-from skipwise.run import RunFolder, write_json, write_text
+from skipwise.run import RunFolder, process_memory, write_json, write_text
 
 _STEPS = 3  # the first has no optimizer states yet, and is the slowest
 
@@ -93,7 +92,7 @@ def _steps(folder: Path) -> None:
     from skipwise.trainer import read_metrics
 
     assert skipwise.extend  # what a run of its own loads besides
-    runtime = _status("VmRSS")
+    runtime = process_memory("VmRSS")
     recipe = load_recipe(folder / "recipe.yaml")
     run = RunFolder(folder / "run")
     run.path.mkdir()
@@ -116,7 +115,7 @@ def _steps(folder: Path) -> None:
             "on_cpu": on_cpu(),
             "device": torch.cuda.get_device_name() if cuda else "CPU",
             "runtime_bytes": 0 if cuda else runtime,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else _status("VmHWM"),
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else process_memory("VmHWM"),
             "seconds_per_step": step,
             "tokens_per_second": tokens / step,
         },
@@ -140,21 +139,6 @@ def _make(source: Path, folder: Path) -> None:
         if config.vocab_size < 1024:
             raise SkipwiseError(f"{source} has no tokenizer, and too few tokens for a stand-in")
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
-
-
-def _status(key: str) -> int:
-    """VmRSS (resident) or VmHWM (its peak) of this process, in bytes.
-
-    Not getrusage's ru_maxrss: that begins at the peak of the process that started this one.
-    """
-    try:
-        text = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(re.findall(rf"{key}:\s+(\d+) kB", text)[0]) * 1024
-    except (OSError, IndexError):  # no Linux
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

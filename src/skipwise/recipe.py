@@ -21,6 +21,8 @@ import yaml
 from skipwise.errors import SkipwiseError
 from skipwise.positions import CREAM, FullLength, PoSE, RandPos, Sampler
 
+SHARDED_ENGINES = ("fsdp2", "zero3", "zero3-offload")  # of `engine`: they split the model
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:

@@ -21,7 +21,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from skipwise.checkpoints import newest_checkpoint, num_processes_of
 from skipwise.engines import (
-    SHARDED,
     bring_up,
     check_engine,
     engine_arguments,
@@ -48,7 +47,7 @@ from skipwise.models.load import (
     quantization_for,
 )
 from skipwise.prepare import ModelPlan, TrainingData
-from skipwise.recipe import Recipe, TrainingSettings
+from skipwise.recipe import SHARDED_ENGINES, Recipe, TrainingSettings
 from skipwise.run import RunFolder, world_size
 from skipwise.trainer import (
     PositionTrainer,
@@ -245,8 +244,6 @@ def train(
         if only_check:
             raise _Checked
 
-    if check_wrapped is None:
-        require(training.checks)
     training.callback.preflight = preflight
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -356,7 +353,7 @@ def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:
     Raises:
         SkipwiseError: bfloat16 was asked for there, which transformers refuses.
     """
-    if not (on_cpu() and engine in SHARDED):
+    if not (on_cpu() and engine in SHARDED_ENGINES):
         return compute_dtype(recipe.load)
     if recipe.load.dtype == "bfloat16":
         raise SkipwiseError(f"engine: {engine} computes in float32 on a CPU\nleave load.dtype out")

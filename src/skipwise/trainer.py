@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.masks import with_chunk_weights, with_layer_masks
 from skipwise.portable import make_portable
 from skipwise.recipe import Recipe
-from skipwise.run import RunFolder, world_size, write_text
+from skipwise.run import RunFolder, process_memory, world_size, write_text
 
 
 class PositionTrainer(Trainer):
@@ -228,12 +227,7 @@ def peak_memory_gib() -> float:
     """Peak memory so far: of the accelerator where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss counts what the parent process held as well
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+    return process_memory("VmHWM") / 2**30
 
 
 def examples_per_step(arguments: TrainingArguments) -> int:

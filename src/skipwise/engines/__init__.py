@@ -27,10 +27,9 @@ import torch
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.config_checks import Check
-from skipwise.recipe import Recipe
+from skipwise.recipe import SHARDED_ENGINES, Recipe
 from skipwise.run import is_main_process, world_size
 
-SHARDED = ("fsdp2", "zero3", "zero3-offload")
 _OURS = "SKIPWISE_DEEPSPEED"  # in the environment: `bring_up` has set what a launcher sets
 _KINDS = {"fsdp2": "fsdp", "zero3": "deepspeed", "zero3-offload": "deepspeed"}
 _WAIT = timedelta(days=2)  # for the process that tokenizes
@@ -58,7 +57,7 @@ def engine_of(recipe: Recipe) -> str:
             f"engine: {recipe.engine} needs DeepSpeed\n"
             "pip install 'skipwise[deepspeed]', or type --engine fsdp2"
         )
-    if recipe.engine in SHARDED and "WORLD_SIZE" not in os.environ:
+    if recipe.engine in SHARDED_ENGINES and "WORLD_SIZE" not in os.environ:
         raise SkipwiseError(
             f"engine: {recipe.engine} shards the model over processes that a launcher starts\n"
             "type --gpus N, or start it with accelerate launch or torchrun"
@@ -84,11 +83,11 @@ def engine_arguments(engine: str, cpu: bool, respread: bool = False) -> dict[str
             values["ddp_backend"] = "gloo"
     elif engine == "fsdp2":
         values.update(fsdp=True, fsdp_config=_shipped(engine))
-    elif engine in SHARDED:
+    elif engine in SHARDED_ENGINES:
         values["deepspeed"] = _shipped(engine)
         if respread:
             values["deepspeed"]["checkpoint"] = {"load_universal": True}
-    if engine in SHARDED and cpu:
+    if engine in SHARDED_ENGINES and cpu:
         values.update(use_cpu=False, accelerator_config={"use_configured_state": True})
     return values
 
@@ -99,7 +98,7 @@ def bring_up(engine: str, cpu: bool) -> None:
     On a CPU accelerate would run DDP where FSDP was asked for, and DeepSpeed takes it for a GPU
     machine; so their state is made by hand here. It lets a recipe for many GPUs be tried anywhere.
     """
-    if not cpu or engine not in SHARDED:
+    if not cpu or engine not in SHARDED_ENGINES:
         return
     from accelerate import PartialState
     from accelerate.utils import DistributedType

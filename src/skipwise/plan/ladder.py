@@ -16,7 +16,7 @@ from skipwise.plan.architecture import Architecture
 from skipwise.plan.gpus import Gpu
 from skipwise.plan.job import make_job
 from skipwise.plan.memory import predict_memory
-from skipwise.recipe import LoRASettings, Recipe, format_length
+from skipwise.recipe import SHARDED_ENGINES, LoRASettings, Recipe, format_length
 
 _MOST_GPUS = 8  # of one machine
 _SHORTEST = 1024  # tokens below which an example teaches little
@@ -135,7 +135,7 @@ def _fsdp(number: int) -> _Rung:
     """Shard over this many GPUs."""
 
     def rung(recipe: Recipe, num_gpus: int) -> _Step | None:
-        sharded = recipe.engine in ("fsdp2", "zero3", "zero3-offload")
+        sharded = recipe.engine in SHARDED_ENGINES
         if number < num_gpus or (number == num_gpus and (sharded or number == 1)):
             return None
         more = f"--gpus {number}" if number > num_gpus else ""
