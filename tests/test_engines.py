@@ -19,7 +19,7 @@ from skipwise.checkpoints import mark_whole, newest_checkpoint, num_processes_of
 from skipwise.engines import engine_of, rope_keeper
 from skipwise.errors import SkipwiseError
 from skipwise.models.load import num_parameters
-from skipwise.recipe import parse_recipe
+from skipwise.recipe import LoRASettings, parse_recipe
 from skipwise.run import RunFolder
 from skipwise.trainer import read_metrics
 
@@ -261,12 +261,34 @@ def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
 def test_only_the_first_process_loads_weights_under_fsdp2(monkeypatch):
     name = "ACCELERATE_USE_FSDP"
     monkeypatch.delenv(name, raising=False)
-    with engines.loading("fsdp2", quantized=False):
-        assert os.environ[name] == "true"
-    assert name not in os.environ
-    for engine, quantized in (("ddp", False), ("zero3", False), ("fsdp2", True)):
-        with engines.loading(engine, quantized):
-            assert name not in os.environ
+    for once in (True, False):
+        with engines.loading(once):
+            assert (os.environ.get(name) == "true") == once
+        assert name not in os.environ
+    lora, frozen = LoRASettings(), LoRASettings(train_embeddings=False)
+    assert engines.loads_once("fsdp2", None, True) and engines.loads_once("fsdp2", lora, False)
+    assert engines.loads_once("fsdp2", frozen, True)
+    assert not engines.loads_once("fsdp2", lora, True)
+    assert not engines.loads_once("fsdp2", LoRASettings(quantization="nf4"), False)
+    assert not engines.loads_once("ddp", None, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [(), ("--lora",)], ids=["full", "lora"])
+def test_tied_embeddings_train_alike_under_fsdp2(recipe_file, tmp_path, tiny, mode):
+    from transformers import LlamaForCausalLM
+
+    model = tmp_path / "tied"
+    shutil.copytree(tiny, model)
+    tied = LlamaForCausalLM.from_pretrained(tiny, tie_word_embeddings=True)
+    tied.tie_weights()
+    tied.save_pretrained(model)
+    short = ("training.num_steps=3", f"model={model}", *mode)
+    skipwise("train", recipe_file, "--out", tmp_path / "one", *short)
+    arguments = ("--gpus", 2, "--engine", "fsdp2")
+    skipwise("train", recipe_file, "--out", tmp_path / "two", *arguments, *short)
+    pairs = zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-5
 
 
 def test_frequencies_are_float32_again_after_a_cast_of_the_model(tiny):

@@ -27,6 +27,7 @@ from skipwise.engines import (
     engine_of,
     is_kind,
     loading,
+    loads_once,
     mend_precision,
     on_cpu,
     part_step_counts,
@@ -133,9 +134,12 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
         respread = num_processes_of(resume_from, engine) != world_size() and deepspeed
         if respread:
             spread_anew(resume_from)
-    arguments = training_arguments(recipe, run, dtype, engine, respread)
+    once = loads_once(engine, recipe.lora, plan.facts.tied_embeddings)
+    arguments = training_arguments(
+        recipe, run, dtype, engine, engine_options={"respread": respread, "load_once": once}
+    )
     quantization = quantization_for(recipe.lora, dtype, engine)
-    with loading(engine, quantization is not None):
+    with loading(once):
         model = load_model(
             plan.source,
             plan.scaled,
@@ -294,9 +298,12 @@ def training_arguments(
     run: RunFolder,
     dtype: torch.dtype,
     engine: str = "one process",
-    respread: bool = False,
+    engine_options: dict[str, bool] | None = None,
 ) -> TrainingArguments:
     """The recipe as TrainingArguments, with its `trainer:` section on top.
+
+    Args:
+        engine_options: further arguments of `engine_arguments`.
 
     Raises:
         SkipwiseError: a key that Skipwise sets itself, or one that TrainingArguments lacks; a
@@ -339,7 +346,7 @@ def training_arguments(
         "log_level_replica": "error",
         "dataloader_pin_memory": not on_cpu(),
         "report_to": ["tensorboard"] if tensorboard else [],
-        **engine_arguments(engine, on_cpu(), respread),
+        **engine_arguments(engine, on_cpu(), **(engine_options or {})),
     }
     try:
         return TrainingArguments(**{**values, **recipe.trainer})

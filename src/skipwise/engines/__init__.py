@@ -27,7 +27,7 @@ import torch
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.config_checks import Check
-from skipwise.recipe import SHARDED_ENGINES, Recipe
+from skipwise.recipe import SHARDED_ENGINES, LoRASettings, Recipe
 from skipwise.run import is_main_process, world_size
 
 _OURS = "SKIPWISE_DEEPSPEED"  # in the environment: `bring_up` has set what a launcher sets
@@ -70,11 +70,14 @@ def is_kind(engine: str, kind: str) -> bool:
     return _KINDS.get(engine, engine).startswith(kind)
 
 
-def engine_arguments(engine: str, cpu: bool, respread: bool = False) -> dict[str, Any]:
+def engine_arguments(
+    engine: str, cpu: bool, *, respread: bool = False, load_once: bool = False
+) -> dict[str, Any]:
     """The TrainingArguments of an engine.
 
     Args:
         respread: go on from a checkpoint that `spread_anew` has prepared.
+        load_once: see `loads_once`.
     """
     values: dict[str, Any] = {}
     if engine == "ddp":
@@ -82,7 +85,8 @@ def engine_arguments(engine: str, cpu: bool, respread: bool = False) -> dict[str
         if cpu:
             values["ddp_backend"] = "gloo"
     elif engine == "fsdp2":
-        values.update(fsdp=True, fsdp_config=_shipped(engine))
+        config = {**_shipped(engine), "cpu_ram_efficient_loading": load_once}
+        values.update(fsdp=True, fsdp_config=config)
     elif engine in SHARDED_ENGINES:
         values["deepspeed"] = _shipped(engine)
         if respread:
@@ -199,15 +203,23 @@ def check_engine(engine: str, trainer: Any) -> Check:
     )
 
 
-@contextmanager
-def loading(engine: str, quantized: bool) -> Iterator[None]:
-    """Under FSDP2 the first process of a machine loads the weights, and hands them on when it
-    shards them: else every process would hold the whole model in memory.
+def loads_once(engine: str, lora: LoRASettings | None, tied: bool) -> bool:
+    """Whether the first process of a machine loads the weights, and hands them on when it shards
+    them: else every process holds the whole model in memory while it loads.
 
-    transformers does so where accelerate's launcher has set this; quantised weights it cannot.
+    FSDP2 can, but for quantised weights, and for a tied embedding that trains beside LoRA, which
+    accelerate ties anew (1.15: KeyError).
     """
+    if lora is not None and (lora.quantization != "none" or (tied and lora.train_embeddings)):
+        return False
+    return engine == "fsdp2"
+
+
+@contextmanager
+def loading(once: bool) -> Iterator[None]:
+    """What transformers looks for to load weights in the first process alone."""
     name = "ACCELERATE_USE_FSDP"
-    if engine != "fsdp2" or quantized or name in os.environ:
+    if not once or name in os.environ:
         yield
         return
     os.environ[name] = "true"
