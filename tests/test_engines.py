@@ -305,9 +305,9 @@ def test_frequencies_are_float32_again_after_a_cast_of_the_model(tiny):
 
 
 def test_more_gpus_than_there_are_is_an_error(recipe_file, monkeypatch, capsys):
-    from skipwise import cli
+    from skipwise import cli, verbs
 
-    monkeypatch.setattr(cli, "num_gpus", lambda: 2)
+    monkeypatch.setattr(verbs, "num_gpus", lambda: 2)
     assert cli.main(["train", str(recipe_file), "--gpus", "4"]) == 2
     assert "this machine has 2" in capsys.readouterr().err
     assert cli.main(["train", str(recipe_file), "--gpus", "0"]) == 2
