@@ -1,214 +1,26 @@
-"""Other trainers: what the collator draws, and each fault that the preflight stops a Trainer at."""
+"""The preflight in other trainers: each fault that it stops a Trainer at."""
 
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from other_trainers import POSE, L, T, loaded, make_records, make_trainer, stopped
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
     Gemma2Config,
     Gemma2ForCausalLM,
     Trainer,
-    TrainingArguments,
 )
 
-from skipwise import CREAM, FullLength, PoSE, PoSECollator, RandPos, SkipwiseError
+from skipwise import FullLength, PoSECollator, SkipwiseError
 from skipwise.callbacks import PreflightCallback, finish_folder
 from skipwise.data import PositionCollator
-from skipwise.models.checks import check_batch
 from skipwise.models.configs import facts_of
 from skipwise.models.masks import sliding_reach
 from skipwise.prepare import load_scaled
 from skipwise.rope import Linear
-
-L, T = 64, 256
-POSE = PoSE(train_length=L, target_length=T, content="aligned")
-
-
-def make_records(count=12, length=400):
-    """Tokens tell where they stand: token i of record r is (7 r + i) modulo the vocabulary."""
-    return [{"input_ids": [(7 * r + i) % 1000 for i in range(length)]} for r in range(count)]
-
-
-def loaded(tiny):
-    model, tokenizer, facts = load_scaled(str(tiny), T, rope_type="yarn")
-    return model, tokenizer, facts
-
-
-def make_trainer(model, records, collator, callback, folder, cls=Trainer, **arguments):
-    settings = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **arguments,
-    }
-    return cls(
-        model=model,
-        args=TrainingArguments(output_dir=str(folder), **settings),
-        train_dataset=records,
-        data_collator=collator,
-        callbacks=[callback],
-    )
-
-
-# ---- the collator
-
-
-@pytest.mark.parametrize(
-    "sampler",
-    [POSE, CREAM(train_length=L, target_length=T), RandPos(train_length=L, target_length=T)],
-)
-def test_a_batch_holds_the_records_own_tokens_at_skipping_positions_with_a_mask_of_ones(sampler):
-    batch = PoSECollator(sampler)(make_records(4))
-    keys = ("input_ids", "labels", "position_ids", "attention_mask")
-    assert {k: tuple(v.shape) for k, v in batch.items()} == dict.fromkeys(keys, (4, L))
-    assert (batch["attention_mask"] == 1).all()
-    steps = batch["position_ids"].diff(dim=1)
-    assert (steps >= 1).all() and (steps > 1).any() and batch["position_ids"].max() < T
-    kept = batch["labels"] != -100
-    assert (batch["labels"][kept] == batch["input_ids"][kept]).all() and kept.float().mean() > 0.9
-
-
-def test_the_label_after_each_jump_of_the_text_is_masked():
-    batch = PoSECollator(POSE)(make_records(8))
-    jumps = batch["input_ids"].diff(dim=1) % 1000 != 1
-    assert jumps.any()
-    assert ((batch["labels"][:, 1:] == -100) == jumps).all()
-
-
-def test_draws_depend_on_seed_epoch_and_tokens_alone():
-    records = make_records(6)
-    whole = PoSECollator(POSE, seed=3)(records)["position_ids"]
-    alone = PoSECollator(POSE, seed=3)
-    for row in (4, 0, 5):  # another order, another batch size, another collator
-        assert torch.equal(alone([records[row]])["position_ids"][0], whole[row])
-    assert len({tuple(row.tolist()) for row in whole}) == 6
-    assert not torch.equal(PoSECollator(POSE, seed=4)(records)["position_ids"], whole)
-    alone.set_epoch(1)
-    assert not torch.equal(alone(records)["position_ids"], whole)
-    alone.set_epoch(0)
-    assert torch.equal(alone(records)["position_ids"], whole)
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_workers_draw_what_one_process_draws_and_anew_in_the_next_epoch(persistent):
-    records = make_records(8)
-    collator = PoSECollator(POSE)
-    loader = DataLoader(
-        records, batch_size=2, collate_fn=collator, num_workers=2, persistent_workers=persistent
-    )
-    for epoch in (0, 1):
-        collator.set_epoch(epoch)
-        positions = torch.cat([batch["position_ids"] for batch in loader])
-        want = PoSECollator(POSE)
-        want.set_epoch(epoch)
-        assert torch.equal(positions, want(records)["position_ids"])
-
-
-def test_a_masked_prompt_is_cut_as_the_tokens_are_and_stays_masked():
-    records = make_records(8, 200)
-    for record in records:
-        record["labels"] = [-100] * 120 + record["input_ids"][120:]
-    batch = PoSECollator(POSE)(records)
-    for row, record in enumerate(records):
-        index = (batch["input_ids"][row] - record["input_ids"][0]) % 1000  # place in the record
-        want = torch.tensor(record["labels"])[index]
-        jumps = torch.cat([torch.tensor([False]), index.diff() != 1])
-        assert torch.equal(batch["labels"][row], want.where(~jumps, -100))
-    assert (batch["labels"] != -100).any(1).all()
-
-
-@pytest.mark.parametrize("key", ["completion_mask", "assistant_masks"])
-def test_masks_that_older_trl_leaves_to_its_collator_become_labels(key):
-    (record,) = make_records(1, 100)
-    want = PoSECollator(POSE)([{**record, "labels": [-100] * 70 + record["input_ids"][70:]}])
-    have = PoSECollator(POSE)([{**record, key: [0] * 70 + [1] * 30}])
-    assert torch.equal(have["labels"], want["labels"])
-
-
-def test_an_example_holds_a_label_however_short_the_answer():
-    for length, answer in ((400, 20), (4000, 1)):
-        records = make_records(16, length)
-        for record in records:
-            record["labels"] = [-100] * (length - answer) + record["input_ids"][-answer:]
-        labels = PoSECollator(POSE)(records)["labels"]
-        assert (labels[:, 1:] != -100).any(1).all()
-
-
-def test_padding_of_a_record_is_taken_off():
-    (record,) = make_records(1, 100)
-    padded = {
-        "input_ids": [5] * 3 + record["input_ids"] + [5] * 7,
-        "attention_mask": [0] * 3 + [1] * 100 + [0] * 7,
-    }
-    want, have = PoSECollator(POSE)([record]), PoSECollator(POSE)([padded])
-    assert all(torch.equal(want[key], have[key]) for key in want)
-
-
-def test_a_short_record_stays_whole_at_plain_positions_and_its_padding_is_masked():
-    short, long = {"input_ids": list(range(10, 30))}, make_records(1)[0]
-    batch = PoSECollator(POSE, pad_token_id=9)([short, long])
-    assert batch["input_ids"][0].tolist() == [*range(10, 30)] + [9] * (L - 20)
-    assert batch["labels"][0].tolist() == [*range(10, 30)] + [-100] * (L - 20)
-    assert batch["attention_mask"][0].tolist() == [1] * 20 + [0] * (L - 20)
-    assert batch["position_ids"][0].tolist() == [*range(L)]  # counts on: a zero would begin anew
-    assert (batch["attention_mask"][1] == 1).all()
-    alone = PoSECollator(POSE)([short])
-    assert alone["input_ids"].shape == (1, 20)
-    with pytest.raises(SkipwiseError, match="20 tokens is shorter than train_length 64"):
-        PoSECollator(POSE, short_records="raise")([short])
-
-
-def test_a_short_record_gives_the_loss_that_it_has_alone(tiny):
-    model = loaded(tiny)[0].eval()
-    short = {"input_ids": list(range(10, 30))}
-    for weights in ("none", "importance"):
-        batch = PoSECollator(POSE, weights=weights)([short, make_records(1)[0]])
-        row = {key: value[:1] for key, value in batch.items()}
-        ids = torch.tensor([short["input_ids"]])
-        with torch.no_grad():
-            assert torch.isclose(model(**row).loss, model(ids, labels=ids).loss, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        ({"text": "words"}, "holds text, and no input_ids"),
-        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "labels"),
-        ({"input_ids": [[1, 2, 3]]}, "one sequence a record"),
-        ({"input_ids": []}, "one sequence a record"),
-    ],
-)
-def test_records_that_are_none_say_so(record, said):
-    with pytest.raises(SkipwiseError, match=said):
-        PoSECollator(POSE)([record])
-
-
-def test_importance_weights_pass_the_preflight(tiny):
-    model = loaded(tiny)[0]
-    batch = PoSECollator(POSE, weights="importance")(make_records(4))
-    assert batch["attention_mask"].shape == (4, 1, L, L)
-    assert all(check.passed for check in check_batch(model, batch))
-    with pytest.raises(SkipwiseError, match="choose one of none, importance"):
-        PoSECollator(POSE, weights="some")  # type: ignore[arg-type]
-
-
-def test_the_package_gives_the_collator_without_loading_torch_before():
-    code = "import sys, skipwise; assert 'torch' not in sys.modules; skipwise.PoSECollator; "
-    code += "assert 'torch' in sys.modules; skipwise.nothing"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "has no attribute 'nothing'" in done.stderr
-
-
-# ---- the preflight in a Trainer
 
 
 def test_a_sound_run_reports_every_check_and_draws_new_skips_each_epoch(tiny, tmp_path):
@@ -286,14 +98,6 @@ def stop_after(step):
             control.should_training_stop = state.global_step >= step
 
     return Stop()
-
-
-def stopped(trainer):
-    """What the preflight says when it stops a run, before its first step."""
-    with pytest.raises(SkipwiseError) as raised:
-        trainer.train()
-    assert trainer.state.global_step == 0
-    return str(raised.value)
 
 
 class Dropping:
@@ -575,94 +379,3 @@ def test_an_adapter_and_a_base_are_not_finished(tiny, tmp_path):
     (tmp_path / "base" / "adapter_config.json").write_text("{}")
     with pytest.raises(SkipwiseError, match="merge_and_unload"):
         finish_folder(tmp_path / "base", T)
-
-
-# ---- in TRL's SFTTrainer
-
-
-def make_sft(model, tokenizer, records, folder, collator=None, callback=None, **settings):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    arguments = {
-        "max_length": T,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-        **settings,
-    }
-    return trl.SFTTrainer(
-        model=model,
-        args=trl.SFTConfig(output_dir=str(folder), **arguments),
-        train_dataset=Dataset.from_list(records),
-        data_collator=collator,
-        processing_class=tokenizer,
-        callbacks=[callback or PreflightCallback(collator, report=lambda check: None)],
-    )
-
-
-def test_trl_with_its_own_collator_is_caught(tiny, tmp_path):
-    model, tokenizer, _ = loaded(tiny)
-    callback = PreflightCallback(target_length=T, report=lambda check: None)
-    trainer = make_sft(model, tokenizer, make_records(), tmp_path, callback=callback)
-    assert "no position_ids in the trainer's batches" in stopped(trainer)
-
-
-def test_trl_dropping_the_position_ids_of_a_data_set_is_caught(tiny, tmp_path):
-    model, tokenizer, _ = loaded(tiny)
-    batch = PoSECollator(POSE)(make_records())
-    rows = [
-        {"input_ids": ids.tolist(), "labels": labels.tolist(), "position_ids": places.tolist()}
-        for ids, labels, places in zip(
-            batch["input_ids"], batch["labels"], batch["position_ids"], strict=True
-        )
-    ]
-    callback = PreflightCallback(target_length=T, report=lambda check: None)
-    trainer = make_sft(model, tokenizer, rows, tmp_path, callback=callback)
-    assert "no position_ids in the trainer's batches" in stopped(trainer)
-
-
-def test_an_unscaled_model_in_trl_is_caught(tiny, tmp_path):
-    _, tokenizer, _ = loaded(tiny)
-    model = AutoModelForCausalLM.from_pretrained(tiny)
-    trainer = make_sft(model, tokenizer, make_records(), tmp_path, PoSECollator(POSE))
-    assert "the model's config has a window of 64 tokens" in stopped(trainer)
-
-
-def test_short_conversations_in_trl_are_caught_and_train_when_packed(tiny, tmp_path):
-    model, tokenizer, _ = loaded(tiny)
-    short = make_records(40, 30)
-    trainer = make_sft(model, tokenizer, short, tmp_path, PoSECollator(POSE))
-    assert "pack the records" in stopped(trainer)
-    packed = {"packing": True, "packing_strategy": "wrapped"}
-    collator = PoSECollator(POSE)
-    trainer = make_sft(loaded(tiny)[0], tokenizer, short, tmp_path, collator, **packed)
-    trainer.train()
-    assert trainer.state.global_step == 3
-
-
-def test_trl_trains_on_the_answers_and_masks_the_prompts(tiny, tmp_path):
-    model, tokenizer, facts = loaded(tiny)
-    seen = []
-
-    class Watching(PoSECollator):
-        def __call__(self, records):
-            batch = super().__call__(records)
-            seen.append((records, batch))
-            return batch
-
-    chats = [
-        {"prompt": f"value_{i} = {i}\n" * 30, "completion": f"the answer is {i}"} for i in range(8)
-    ]
-    collator = Watching(POSE)
-    callback = PreflightCallback(collator, facts=facts, report=lambda check: None)
-    make_sft(model, tokenizer, chats, tmp_path, collator, callback).train()
-    records, batch = seen[-1]
-    for record, labels in zip(records, batch["labels"], strict=True):
-        answer = {t for t in record["labels"] if t != -100}
-        kept = labels[labels != -100].tolist()
-        assert kept and set(kept) <= answer and len(kept) < L / 2

@@ -22,8 +22,7 @@ from skipwise.chunks import read_chunks
 from skipwise.documents import parse_sources
 from skipwise.errors import SkipwiseError
 from skipwise.quickstart import MODEL
-from skipwise.token_bar import warn_of_room
-from skipwise.token_store import Progress, TokenWriter, part_of
+from skipwise.token_store import TokenWriter
 from skipwise.tokens import encode, tokenize_source
 
 # Small chunks and a progress file for each, so that a small corpus is interrupted many times.
@@ -487,26 +486,3 @@ def test_where_no_terminal_is_progress_is_a_line_now_and_then(
     shares = [int(line.split(": ")[1].split(" %")[0]) for line in lines]
     assert 5 <= len(shares) <= 10 and shares == sorted(set(shares)) and shares[-1] <= 100
     assert all("min left" in line for line in lines)
-
-
-def test_too_little_room_for_the_rest_is_told_once_it_can_be_foreseen():
-    half = Progress(num_tokens=10**9, num_bytes=4 * 10**9)
-    needed = 2 * 10**9  # as many tokens again, of two bytes
-    assert not warn_of_room(half, 8 * 10**9, 2, needed)
-    with pytest.warns(UserWarning, match=r"some 2 GB.*1 GB are free.*SKIPWISE_CACHE"):
-        assert warn_of_room(half, 8 * 10**9, 2, needed // 2)
-    assert not warn_of_room(half, None, 2, 0)  # of a stream the end is not known
-    assert not warn_of_room(Progress(num_tokens=1, num_bytes=1), 10**12, 2, 0)  # too early to tell
-
-
-def test_a_second_process_says_that_it_waits(tmp_path):
-    with part_of(tmp_path / "tokens/x") as part:
-        code = (
-            "import sys; from pathlib import Path; from skipwise.token_store import part_of\n"
-            f"with part_of(Path({str(tmp_path / 'tokens/x')!r})): print('mine')"
-        )
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        second = subprocess.Popen([sys.executable, "-c", code], **pipes)
-        assert "waiting for it" in second.stderr.readline()
-        assert second.poll() is None and part.name == "x.part"
-    assert second.communicate()[0] == "mine\n"

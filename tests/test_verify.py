@@ -13,11 +13,12 @@ from verify_cases import (
     AT_L,
     BASE,
     CASES,
+    FAULTS,
     LINEAR,
     LLAMA3,
     LONGROPE,
     MISTRAL,
-    ORIGINAL,
+    RUNTIMES,
     THETA,
     YARN,
     L,
@@ -37,7 +38,6 @@ from skipwise.recipe import parse_recipe
 from skipwise.verify import as_json, format_verdict, verify_folder
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-RUNTIMES = ("transformers 5", "transformers 4", "vLLM", "SGLang", "llama.cpp")
 TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": T}
 
 
@@ -171,178 +171,6 @@ def test_a_class_that_lists_two_thetas_is_read_with_both(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (fault,) = verify_folder(folder).faults
     assert fault.name == "older spelling missing"
-
-
-FAULTS = {  # name: (changes, name of the fault, whom it hits, words of it and of its mend)
-    "newer only": (
-        newer(YARN),
-        "older spelling missing",
-        ["transformers 4"],
-        ["yarn x8 of 4,096, theta 500,000", "no scaling, theta 10,000", '"rope_theta": 500000.0'],
-    ),
-    "newer only, theta alone": (
-        newer({"rope_type": "default"}),
-        "older spelling missing",
-        ["transformers 4"],
-        ["theta 10,000: rope_theta is missing", 'add to config.json "rope_theta": 500000.0'],
-    ),
-    "two factors": (
-        CASES["two factors"],
-        "two spellings",
-        RUNTIMES,
-        ["rope_scaling says yarn (factor 4.0)", "rope_parameters says yarn (factor 8.0)"],
-    ),
-    "two types": (CASES["two types"], "two spellings", RUNTIMES, ["says linear", "says yarn"]),
-    "two thetas": (CASES["two thetas"], "two spellings", ["transformers 4"], ["1,000,000"]),
-    "stale rope_scaling": (
-        {**newer(YARN), "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
-        "two spellings",
-        RUNTIMES,
-        ["transformers, vLLM and SGLang take rope_scaling, llama.cpp's converter rope_parameters"],
-    ),
-    "older without theta": (
-        CASES["older without theta"],
-        "two spellings",
-        RUNTIMES,
-        ["take theta 10,000 and not the 500,000", 'add "rope_theta": 500000.0'],
-    ),
-    "type and rope_type": (
-        CASES["type and rope_type"],
-        "rope_type",
-        ["transformers 4", "vLLM"],
-        ["type is linear and rope_type yarn"],
-    ),
-    "yarn at L": (
-        both(YARN, **AT_L),
-        "length",
-        ["vLLM", "SGLang", "llama.cpp"],
-        ["max_position_embeddings is 4,096", "to 32768"],
-    ),
-    "yarn beyond": (
-        both(YARN, max_position_embeddings=2 * T),
-        "length",
-        ["vLLM", "SGLang", "llama.cpp"],
-        ["no angles beyond 32,768", "to 32768"],
-    ),
-    "linear at T": (both(LINEAR), "length", ["vLLM", "SGLang"], ["serve 262,144", "to 4096"]),
-    "L missing": (
-        older(without(YARN, ORIGINAL)),
-        "original length",
-        RUNTIMES,
-        ["count from 32,768", f'"{ORIGINAL}": 4096'],
-    ),
-    "L missing, llama3": (
-        newer(without(LLAMA3, ORIGINAL)),
-        "original length",
-        RUNTIMES,
-        ["transformers 4: fails, llama.cpp: 8,192"],
-    ),
-    "two L": (
-        CASES["yarn, two L"],
-        "original length",
-        ["transformers 4", "llama.cpp"],
-        ["2,048 at the top level", "4,096 inside"],
-    ),
-    "longrope, L inside": (
-        CASES["longrope, L inside"],
-        "original length",
-        ["transformers 4"],
-        ["counts from 32,768", f'"{ORIGINAL}": 4096'],
-    ),
-    "attention_factor": (
-        both({**YARN, "attention_factor": 1.5}),
-        "attention factor",
-        ["SGLang", "llama.cpp"],
-        ["1.5000", "compute 1.2079", "attn_factor = 1.241779 (", "SGLang attn_factor = 1.241779"],
-    ),
-    "attn_factor": (CASES["attn_factor"], "attention factor", ["SGLang"], ["attn_factor 1.5"]),
-    "mscale": (CASES["mscale"], "attention factor", ["llama.cpp"], ["mscale"]),
-    "truncate": (CASES["truncate"], "ramp", ["llama.cpp"], ["truncate False", "whole pairs"]),
-    "betas": (CASES["betas"], "ramp", ["llama.cpp"], ["beta_fast 16.0", "from 32 turns to 1"]),
-    "ntk": (
-        both({"rope_type": "ntk", "factor": 8.0}),
-        "rope_type",
-        RUNTIMES,
-        ["known to vLLM alone", f"rope_theta to {5e5 * 8 ** (64 / 62)!r}"],
-    ),
-    "su": (CASES["su"], "rope_type", ["transformers 5", "transformers 4", "SGLang"], ["longrope"]),
-    "Phi-3's su": (
-        CASES["phi3 su"],
-        "does not load",
-        ["transformers 5", "vLLM", "SGLang"],
-        [f"longrope has no {ORIGINAL}"],
-    ),
-    "factor missing": (
-        CASES["yarn without factor"],
-        "does not load",
-        ["transformers 5", "transformers 4", "vLLM", "SGLang"],
-        ["yarn has no factor"],
-    ),
-    "whole factor": (
-        both({**LINEAR, "factor": 8}, **AT_L),
-        "does not load",
-        ["vLLM", "SGLang"],
-        ["only 8.0 is taken", "write 8.0"],
-    ),
-    "factor below 1": (both({**LINEAR, "factor": 0.5}), "does not load", RUNTIMES, ["1 or more"]),
-    "head_dim": (
-        CASES["mistral yarn without head_dim"],
-        "does not load",
-        ["transformers 4"],
-        ["needs head_dim in the config of mistral", 'add "head_dim": 64'],
-    ),
-    "sliding window": (
-        {**MISTRAL, **both(YARN), "head_dim": 64, "sliding_window": L},
-        "sliding window",
-        ["transformers 5", "transformers 4", "vLLM", "SGLang"],
-        ["sliding_window is 4,096 in every layer", "null"],
-    ),
-    "sliding window by default": (
-        {**MISTRAL, **both(YARN), "head_dim": 64},
-        "sliding window",
-        ["transformers 5", "transformers 4", "vLLM", "SGLang"],
-        ["4,096 (the class's default)"],
-    ),
-    "model_max_length": (
-        both(YARN, model_max_length=L),
-        "other length",
-        ["vLLM"],
-        ["model_max_length 4,096", "serves 4,096 tokens", "take model_max_length out"],
-    ),
-    "seq_length": ({**THETA, "seq_length": 2048}, "other length", ["SGLang"], ["seq_length 2,048"]),
-    "seq_length in vLLM": (
-        {**THETA, "seq_length": 2048},
-        "other length",
-        ["vLLM"],
-        ["vLLM takes seq_length 2,048"],
-    ),
-    "a longer key": (
-        {**THETA, "max_sequence_length": 2 * T},
-        "other length",
-        ["SGLang"],
-        ["SGLang takes max_sequence_length 65,536"],
-    ),
-    "dynamic": (
-        CASES["dynamic"],
-        "not portable",
-        ["vLLM", "SGLang", "llama.cpp"],
-        ["stays unscaled in vLLM", "rope.type=yarn"],
-    ),
-    "longrope": (CASES["longrope"], "not portable", ["llama.cpp"], ["drops longrope for llama"]),
-    "longrope attention": (
-        CASES["longrope, attention_factor"],
-        "not portable",
-        ["vLLM"],
-        ["1.1180", "1.3000"],
-    ),
-    "llama3 elsewhere": (
-        CASES["qwen2 llama3"],
-        "not portable",
-        ["llama.cpp"],
-        ["drops llama3 for qwen2"],
-    ),
-    "use_cache": (both(YARN, use_cache=False), "use_cache", RUNTIMES[:2], ["set it to true"]),
-}
 
 
 @pytest.mark.parametrize("name", FAULTS)
