@@ -1,5 +1,6 @@
 """The data set: a pure function of the example number, and honest about what it leaves out."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -133,6 +134,12 @@ def test_of_a_single_book_the_last_part_is_held_out():
     assert tail[-1] == 3999 and len(tail) == 200
     data = dataset_of(corpus, content="aligned")
     assert max(int(data[k]["input_ids"].max()) for k in range(300)) < 3800
+
+
+def test_records_that_could_not_be_read_are_named_where_nothing_is_long_enough():
+    store = dataclasses.replace(store_of(3), num_bad_records=2, bad_records=["a.jsonl:2: not JSON"])
+    with pytest.raises(SkipwiseError, match=r"2 records could not be read \(a.jsonl:2: not JSON\)"):
+        corpus_of(store)
 
 
 def test_the_collator_always_sends_a_mask():

@@ -286,4 +286,7 @@ def _too_short(stores: list[TokenStore], min_length: int, short_documents: str) 
     if short_documents == "drop" and lengths.sum() >= min_length:
         mend += ", or join the short ones with data.short_documents=pack"
     need = f"no document has the {min_length:,} tokens that an example needs"
-    return f"{need}: {found} {quartiles}\n{mend}"
+    bad = sum(store.num_bad_records for store in stores)
+    first = next((record for store in stores for record in store.bad_records), "")
+    unread = f"; {bad:,} records could not be read ({first})" if bad else ""
+    return f"{need}: {found} {quartiles}{unread}\n{mend}"
