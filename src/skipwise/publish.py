@@ -41,9 +41,7 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise SkipwiseError(
-            f"{repo_id!r} is no name on the Hub: type USER/NAME\n{error}"
-        ) from error
+        raise SkipwiseError(f"{repo_id!r} is no name on the Hub: {_line(error)}") from error
     if repo_id.count("/") != 1:
         raise SkipwiseError(f"{repo_id!r} is no name on the Hub: type USER/NAME")
     if not run.facts().get("exported") or not run.model.is_dir():
@@ -54,9 +52,8 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
             f"{run.path}: the check {failed[0]!r} has failed, and what is not right is not "
             f"published\nsee {run.report / 'index.html'}"
         )
-    files = [
-        (f, str(f.relative_to(run.model))) for f in sorted(run.model.rglob("*")) if f.is_file()
-    ]
+    found = [file for file in sorted(run.model.rglob("*")) if file.is_file()]
+    files = [(file, file.relative_to(run.model).as_posix()) for file in found]
     files += [(f, f.name) for f in sorted(run.gguf.glob("*.gguf"))]
     return Upload(repo_id=repo_id, private=private, files=files)
 
