@@ -251,6 +251,23 @@ def test_an_optimizer_that_would_not_be_used_is_an_error(tiny, text_folder, tmp_
         training_arguments(recipe, RunFolder(tmp_path), torch.float32, "zero3-offload")
 
 
+def test_masks_of_importance_weights_are_made_a_pass_at_a_time(tiny, text_folder, tmp_path):
+    from skipwise.positions import additive_mask
+    from skipwise.train import set_up
+
+    recipe = make_recipe(tiny, text_folder, "positions.weights=importance")
+    plan = plan_model(recipe)
+    run = open_run(tmp_path / "run", recipe, "test")
+    data = prepare_run(plan, run)
+    training = set_up(plan, data, run)
+    assert all(check.passed for check in training.checks)
+    fetched = next(iter(training.trainer.get_train_dataloader()))  # a whole step's are held
+    assert all(tensor.dim() <= 2 for tensor in fetched.values())
+    made = training.trainer._prepare_inputs(fetched)["attention_mask"]
+    want = additive_mask([data.dataset[k]["example"] for k in range(2)], made.min().item())
+    assert torch.allclose(made.float(), torch.from_numpy(want), rtol=1e-2)
+
+
 def test_the_trainer_section_passes_arguments_through(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "trainer.adam_beta2=0.9", "trainer.optim=adafactor")
     arguments = training_arguments(recipe, RunFolder(tmp_path), torch.float32)
