@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-gguf families check clean
+.PHONY: install quickstart test test-gguf study study-smoke families check clean
 
 install: $(STAMP)
 
@@ -23,6 +23,15 @@ test-gguf: $(STAMP) # builds llama.cpp once, about ten minutes on two cores
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf,llama-cpp]"
 	$(BIN)/python tools/fetch_converter.py
 	LLAMA_CPP_TESTS=1 $(BIN)/python -m pytest tests/test_gguf.py tests/test_gguf_llama_cpp.py
+
+study: $(STAMP) # hours on two cores; type it again to go on
+	$(BIN)/python benchmarks/study/run.py
+	$(BIN)/python benchmarks/study/run.py --collect
+	$(BIN)/python benchmarks/study/efficiency.py
+	$(BIN)/python benchmarks/study/figures.py
+
+study-smoke: $(STAMP) # minutes: every table in small, into runs/study-smoke
+	$(BIN)/python benchmarks/study/run.py --smoke
 
 families: $(STAMP)
 	$(BIN)/python tools/make_config_defaults.py

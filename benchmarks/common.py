@@ -1,6 +1,12 @@
-"""What every benchmark writes: a dated JSON with machine, versions, commit and command."""
+"""What every benchmark writes: a dated JSON with machine, versions, commit and command.
+
+It goes to results/, or to the folder in OUT where that is set. COMMIT stands in for git's answer
+where only a copy of the tree is (a lent machine).
+"""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -9,15 +15,17 @@ from typing import Any
 
 from skipwise.run import machine, versions
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(os.environ.get("OUT") or Path(__file__).with_name("results"))
 
 
-def write_result(name: str, figures: dict[str, Any]) -> Path:
-    """Write and print the figures of one benchmark."""
+def write_result(name: str, figures: dict[str, Any], *, show: bool = True) -> Path:
+    """Write the figures of one benchmark, and print them unless `show` is false."""
     now = datetime.now(timezone.utc)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = os.environ.get("COMMIT", "")
+    if not commit and shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
     file = RESULTS / f"{name}_{now:%Y-%m-%d}.json"
     result = {
         "benchmark": name,
@@ -28,7 +36,8 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
         "versions": versions(),
         **figures,
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(figures, indent=1))
+    if show:
+        print(json.dumps(figures, indent=1))
     return file

@@ -1,0 +1,251 @@
+"""One training of the study: the library's samplers and masks in a plain PyTorch loop.
+
+The Trainer of `skipwise train` gives the same weights (tests/test_study.py compares them); this
+loop runs a step as one CUDA graph where there is a GPU, for a model of 3.4 M parameters does not
+keep one busy otherwise.
+
+Shapes:  B = batch, L = tokens of an example
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from samplers import VariantDataset
+from settings import BATCH, L, Setting
+from text import Text
+from torch.nn.functional import cross_entropy, kl_div
+
+from skipwise.data import PositionCollator, PositionDataset, build_corpus
+from skipwise.models.load import best_device, compute_dtype, load_model
+from skipwise.models.masks import with_chunk_weights
+from skipwise.positions import Example, FullLength, Sampler
+from skipwise.prepare import plan_model
+from skipwise.quickstart import MODEL
+from skipwise.recipe import LoRASettings, ModelSettings, make_sampler, parse_recipe
+from skipwise.token_store import TokenStore
+
+DTYPE = compute_dtype(ModelSettings())  # of the arithmetic; weights stay float32
+
+
+def trained(
+    setting: Setting, text: Text, each: Callable[[int, Any], None] | None = None
+) -> tuple[Any, list[float]]:
+    """The model after training, and the loss of every step.
+
+    Args:
+        each: is called with the number of steps done and the model, at a tenth of them each.
+    """
+    torch.manual_seed(setting.seed)
+    model = load_base(setting)
+    if setting.method == "none":
+        return model, []
+    if setting.lora_rank:
+        from skipwise.models.load import add_lora
+
+        model = add_lora(model, LoRASettings(rank=setting.lora_rank, alpha=2 * setting.lora_rank))
+    losses = []
+    finish = round(setting.steps * setting.finish)
+    steps = setting.steps - finish
+    sampler = _sampler(setting)
+    if steps:
+        losses += _phase(model, setting, text, sampler, steps, setting.learning_rate, each)
+    if finish:
+        full = FullLength(target_length=setting.target)
+        last = dataclasses.replace(setting, end=0.0)
+        losses += _phase(model, last, text, full, finish, setting.finish_learning_rate, None)
+    if setting.lora_rank:
+        model = model.merge_and_unload()
+    return model, losses
+
+
+def load_base(setting: Setting, target: int | None = None) -> Any:
+    """The quickstart's base in float32 with the setting's RoPE."""
+    target = target or setting.target
+    rope: dict[str, Any] = {"type": setting.rope}
+    if setting.rope_stretch != 1.0:
+        rope["factor"] = setting.rope_stretch * target / L
+    if setting.beta_fast:
+        rope["options"] = {"beta_fast": setting.beta_fast}
+    tree = {"model": str(MODEL), "target_length": target, "rope": rope}
+    plan = plan_model(parse_recipe(tree))
+    config = copy.deepcopy(plan.config if setting.rope_off else plan.scaled)
+    model = load_model(str(MODEL), config, plan.load, dtype=torch.float32)
+    return model.to(best_device())
+
+
+def _sampler(setting: Setting) -> Sampler:
+    tree: dict[str, Any] = {
+        "model": "-",
+        "target_length": setting.target,
+        "method": setting.method,
+    }
+    if setting.method == "pose":
+        names = ("num_chunks", "cut", "gaps", "content", "plain_fraction")
+        tree["positions"] = {name: getattr(setting, name) for name in names}
+    return make_sampler(parse_recipe(tree), L)
+
+
+def _corpus(text: Text, sampler: Sampler, count: int, seed: int) -> Any:
+    """Source and passkey prompts, three to one in tokens."""
+    full = isinstance(sampler, FullLength)
+    passkeys = text.long_passkeys(sampler.train_length, count // 4 + 8, seed) if full else None
+    stores: list[TokenStore] = [text.source, passkeys or text.passkeys]
+    return build_corpus(
+        stores, [3, 1], min_length=sampler.train_length, target_length=sampler.target_length
+    )
+
+
+def _phase(
+    model: Any,
+    setting: Setting,
+    text: Text,
+    sampler: Sampler,
+    steps: int,
+    learning_rate: float,
+    each: Callable[[int, Any], None] | None,
+) -> list[float]:
+    """Train on `steps` x BATCH x L tokens, whatever the length of an example."""
+    tokens = steps * BATCH * L
+    batch = max(1, min(BATCH, BATCH * L // sampler.train_length))
+    if setting.full_batch and sampler.train_length > L:
+        batch = setting.full_batch
+    num_steps = max(1, round(tokens / (batch * sampler.train_length)))
+    corpus = _corpus(text, sampler, num_steps * batch, setting.seed)
+    numbers: dict[str, Any] = {"seed": setting.seed, "num_examples": num_steps * batch}
+    if setting.variant and not isinstance(sampler, FullLength):
+        dataset = VariantDataset(setting.variant, corpus, sampler, **numbers)
+    else:
+        dataset = PositionDataset(corpus, sampler, **numbers)
+    weighted = setting.strength > 0 and setting.method in ("pose", "cream")
+    weighted &= not isinstance(sampler, FullLength)
+    collator = PositionCollator("importance" if weighted else "none", later=True)
+    device = best_device()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rate = torch.tensor(learning_rate, device=device)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=rate if device.type == "cuda" else learning_rate,
+        betas=(0.9, setting.beta2),
+        weight_decay=0.0,
+        capturable=device.type == "cuda",
+    )
+    teacher = load_base(dataclasses.replace(setting, rope_off=True)) if setting.distil else None
+    model.train()
+    full = isinstance(sampler, FullLength)
+
+    def step(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast(
+            device.type, DTYPE, enabled=torch.float32 != DTYPE, cache_enabled=False
+        ):
+            loss = _loss(model, teacher, given, setting, full)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return loss.detach()
+
+    def given(k: int) -> dict[str, torch.Tensor]:
+        items = [dataset[k * batch + i] for i in range(batch)]
+        made = collator(items)
+        made.pop("attention_mask")
+        if teacher is not None:
+            made["taught"] = torch.stack([_taught(item["example"], setting) for item in items])
+        if "key_weights" in made:
+            made["key_weights"] = made["key_weights"] * setting.strength
+        return made
+
+    def rate_at(k: int) -> float:
+        rising = min(1.0, (k + 1) / max(1, setting.warmup))
+        left = 1 - k / num_steps
+        return learning_rate * min(rising, setting.end + (1 - setting.end) * left)
+
+    run = _graph(step, given(0), model, optimizer) if device.type == "cuda" else step
+    losses = []
+    for k in range(num_steps):
+        for group in optimizer.param_groups:
+            if device.type == "cuda":
+                rate.fill_(rate_at(k))
+            else:
+                group["lr"] = rate_at(k)
+        loss = run({name: value.to(device) for name, value in given(k).items()})
+        losses.append(loss.clone())
+        if each is not None and (k + 1) % max(1, num_steps // 10) == 0:
+            each(k + 1, model)
+            model.train()
+    return torch.stack(losses).float().tolist()
+
+
+def _loss(
+    model: Any, teacher: Any, given: dict[str, torch.Tensor], setting: Setting, full: bool
+) -> Any:
+    """Next-token loss, and self-distillation where it is asked for."""
+    arguments: dict[str, Any] = {"use_cache": False}
+    plain = given["position_ids"]
+    if not full:
+        batch = {k: v for k, v in given.items() if k in ("chunk_ids", "key_weights")}
+        arguments |= with_chunk_weights(batch, DTYPE) or {"attention_mask": _causal(plain)}
+        arguments["position_ids"] = plain
+    logits = model(given["input_ids"], **arguments).logits[:, :-1].float()
+    labels = given["labels"][:, 1:]
+    loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    if teacher is None:
+        return loss
+    near = slice(0, L)  # of a full-length example, what the base can read
+    with torch.no_grad():
+        if not full:
+            arguments["position_ids"] = torch.arange(L, device=plain.device).expand_as(plain)
+        wanted = teacher(given["input_ids"][:, near], **arguments).logits[:, :-1]
+        wanted = wanted.float().log_softmax(-1)
+    mine = logits[:, : L - 1].log_softmax(-1)
+    apart = kl_div(mine, wanted, log_target=True, reduction="none").sum(-1)
+    taught = given["taught"][:, : L - 1]
+    return loss + setting.distil * (apart * taught).sum() / taught.sum().clamp_min(1.0)
+
+
+def _taught(example: Example, setting: Setting) -> torch.Tensor:
+    """(L,) 1 where the base's own prediction holds: plain examples, or every first chunk."""
+    chunks = torch.from_numpy(example.chunk_ids())
+    plain = len(example.lengths) == 1
+    return (chunks == 0).float() * float(plain or setting.distil_on == "first")
+
+
+def _causal(position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, 1, L, L): what lies ahead is hidden, nothing is weighted."""
+    rows, length = position_ids.shape
+    lowest = torch.finfo(torch.bfloat16).min
+    mask = torch.full((length, length), lowest, dtype=DTYPE, device=position_ids.device)
+    return mask.triu(1).expand(rows, 1, -1, -1).contiguous()
+
+
+def _graph(step: Any, first: dict[str, torch.Tensor], model: Any, optimizer: Any) -> Any:
+    """The step captured once; a call copies a batch in and replays it."""
+    static = {name: value.cuda() for name, value in first.items()}
+    kept = [p.detach().clone() for p in model.parameters()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(static)
+    with torch.no_grad():
+        for parameter, old in zip(model.parameters(), kept, strict=True):
+            parameter.copy_(old)
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def run(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        for name, value in given.items():
+            static[name].copy_(value)
+        graph.replay()
+        return loss
+
+    return run
