@@ -61,6 +61,7 @@ KNOWN = [
     ("You have set `use_liger_kernel` to `True` but liger-kernel is missing", "liger-kernel"),
     ("FlashAttention2 has been toggled on, but flash_attn is not installed", "=sdpa"),
     ("CUDA error: no kernel image is available for execution on the device", "pytorch.org"),
+    ("LoweringException: RuntimeError: Failed to find C compiler", "load.attn_implementation"),
 ]
 
 

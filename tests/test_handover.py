@@ -86,6 +86,7 @@ def test_gguf_is_made_of_the_exported_folder_and_checked(tmp_path, monkeypatch, 
     run.model.mkdir(parents=True)
     plan = type("Plan", (), {"recipe": type("Recipe", (), {"run_name": "mine"})})
     monkeypatch.setattr(RunFolder, "recipe", lambda self: None)
+    monkeypatch.setattr(extend_module, "with_choice", lambda recipe, run: recipe)
     monkeypatch.setattr(extend_module, "plan_model", lambda recipe: plan)
     monkeypatch.setattr(extend_module, "find_converter", lambda given: "script")
     monkeypatch.setattr(extend_module, "to_gguf", convert)

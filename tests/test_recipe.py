@@ -13,19 +13,49 @@ from skipwise.recipe import (
     make_sampler,
     parse_length,
     parse_recipe,
+    settled,
 )
 from skipwise.run import open_run
 
 BASE = {"model": "m", "target_length": "32k"}
 
 
-def test_defaults_are_the_papers():
+def test_training_is_the_papers_by_default():
     recipe = parse_recipe(BASE)
     training = recipe.training
     assert (training.num_steps, training.global_batch_size) == (1000, 64)
     assert (training.learning_rate, training.warmup_steps) == (2e-5, 10)
-    assert make_sampler(recipe, 8192) == PoSE(train_length=8192, target_length=32768)
     assert context_lengths(recipe, 8192) == (8192, 16384, 32768)
+
+
+def test_the_published_positions_are_a_line_of_overrides():
+    published = ["positions.content=uniform", "positions.cut=random", "positions.weights=none"]
+    recipe = settled(parse_recipe(BASE, published), 8192)
+    assert make_sampler(recipe, 8192) == PoSE(train_length=8192, target_length=32768)
+    assert recipe.positions.weights == "none"
+
+
+@pytest.mark.parametrize(
+    ("target", "overrides", "cut", "content", "weights"),
+    [
+        ("32k", [], "random", "aligned", "importance"),
+        ("128k", [], "random", "aligned", "importance"),
+        ("256k", [], "first-half", "aligned", "importance"),
+        ("256k", ["positions.num_chunks=3"], "random", "aligned", "importance"),
+        ("256k", ["positions.cut=random"], "random", "aligned", "importance"),
+        ("32k", ["load.attn_implementation=flash_attention_2"], "random", "aligned", "none"),
+        ("32k", ["positions.num_chunks=1"], "random", "aligned", "none"),
+        ("32k", ["method=cream"], "random", "contiguous", "none"),
+        ("256k", ["method=full"], "random", "uniform", "none"),
+        ("32k", ["method=randpos"], "random", "uniform", "none"),
+    ],
+)
+def test_auto_positions_are_settled_by_method_and_factor(target, overrides, cut, content, weights):
+    recipe = settled(parse_recipe({"model": "m", "target_length": target}, overrides), 8192)
+    found = recipe.positions
+    assert (found.cut, found.content, found.weights) == (cut, content, weights)
+    assert settled(recipe, 8192) == recipe
+    make_sampler(recipe, 8192)
 
 
 def test_yaml_round_trip_keeps_every_value(tmp_path):
@@ -55,7 +85,7 @@ def test_yaml_round_trip_keeps_every_value(tmp_path):
         ("training.num_steps=2.5", "a whole number"),
         ("training.num_steps=-1", "0 or more"),
         ("training.gradient_checkpointing=3", "true or false"),
-        ("positions.cut=half", "choose one of random, first-half"),
+        ("positions.cut=half", "choose one of auto, random, first-half"),
         ("method=pse", "choose one of pose"),
         ("target_length=32kb", "not a length"),
         ("model.path.x=1", "no keys below"),

@@ -196,7 +196,7 @@ def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_pa
         return batch
 
     monkeypatch.setattr(PositionCollator, "__call__", without_mask)
-    recipe = make_recipe(tiny, text_folder)
+    recipe = make_recipe(tiny, text_folder, "positions.weights=none")
     plan = plan_model(recipe)
     run = open_run(tmp_path / "run", recipe, "test")
     data = prepare_run(plan, run)
@@ -221,7 +221,9 @@ def test_the_train_verb_writes_a_failed_check_down(
         "__call__",
         lambda self, items: {k: v for k, v in plain(self, items).items() if k != "attention_mask"},
     )
-    (tmp_path / "r.yaml").write_text(dump_recipe(make_recipe(tiny, text_folder)))
+    (tmp_path / "r.yaml").write_text(
+        dump_recipe(make_recipe(tiny, text_folder, "positions.weights=none"))
+    )
     out = tmp_path / "run"
     assert main(["train", str(tmp_path / "r.yaml"), "--out", str(out)]) == 2
     assert "FAIL chunks see each other" in capsys.readouterr().err

@@ -82,7 +82,9 @@ class SkipwisePlugin(BasePlugin):
             "trust_remote_code": bool(cfg.get("trust_remote_code")),
         }
         seed = {"seed": cfg["seed"]} if cfg.get("seed") is not None else {}
-        tree = {**seed, **section, "model": cfg["base_model"], "load": load}
+        positions = {"weights": "none", **(section.get("positions") or {})}  # its attention: any
+        tree = {**seed, **section, "positions": positions}
+        tree |= {"model": cfg["base_model"], "load": load}
         plan = plan_model(parse_recipe(tree))
         if plan.conversion is not None:
             raise SkipwiseError(

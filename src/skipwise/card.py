@@ -199,8 +199,10 @@ def _short(rows: list[dict[str, Any]], L: int) -> str:
 
 def _made(recipe: Any, facts: dict[str, Any]) -> str:
     training, data = facts.get("training", {}), facts.get("data", {})
+    value = facts.get("temperature", {}).get("value", 1)
+    sharper = [f"- attention temperature {value:g}, in the query weights"] if value != 1 else []
     if not training:
-        return "Rescaled without training."
+        return "\n".join(["Rescaled without training.", *(["", *sharper] if sharper else [])])
     mode = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}[training["mode"]]
     lines = [
         f"- method `{recipe.method}`, {mode}, {training['num_steps']:,} steps of "
@@ -208,14 +210,26 @@ def _made(recipe: Any, facts: dict[str, Any]) -> str:
         f"rate {recipe.training.learning_rate:g}",
         f"- trained on examples of {facts.get('train_length', 0):,} tokens with position indices "
         f"up to {recipe.target_length:,}",
+        *_finish(recipe, facts.get("finish", {})),
         f"- {data.get('num_documents', 0):,} documents, {data.get('num_tokens', 0):,} tokens"
         + (f", from {', '.join(names)}" if (names := _hub_datasets(facts)) else ""),
     ]
     if (chosen := facts.get("selection", {}).get("chosen")) is not None:
         lines.append(f"- the checkpoint of step {chosen:,}, chosen by {facts['selection']['by']}")
+    lines += sharper
     versions = facts.get("versions", {})
     told = [f"{k} {versions[k]}" for k in ("skipwise", "transformers", "torch") if k in versions]
     return "\n".join([*lines, f"- {', '.join(told)}"])
+
+
+def _finish(recipe: Any, finish: dict[str, Any]) -> list[str]:
+    if finish.get("seconds") is None:
+        return []
+    return [
+        f"- then at full length: {finish['num_steps']:,} steps of {finish['batch_size']:,} examples"
+        f" of {recipe.target_length:,} tokens ({finish['num_tokens']:,} in all), learning rate "
+        f"{finish['learning_rate']:g}"
+    ]
 
 
 def _hub_datasets(facts: dict[str, Any]) -> list[str]:

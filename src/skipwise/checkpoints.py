@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
+from skipwise.recipe import Recipe
 from skipwise.run import RunFolder, is_main_process, world_size, write_text
 
 _WHOLE = "complete"
@@ -41,6 +42,15 @@ def finished_checkpoint(run: RunFolder, num_steps: int) -> Path | None:
     """The checkpoint of the last step, where training has reached it."""
     folder = run.checkpoints / f"checkpoint-{num_steps}"
     return folder if (folder / _WHOLE).exists() else None
+
+
+def trained_checkpoint(run: RunFolder, recipe: Recipe) -> Path | None:
+    """The checkpoint that all training ends in, that of the finish where there is one."""
+    if not recipe.finish.share:
+        return finished_checkpoint(run, recipe.training.num_steps)
+    if not run.finish.recipe_file.exists():
+        return None
+    return finished_checkpoint(run.finish, run.finish.recipe().training.num_steps)
 
 
 def num_processes_of(checkpoint: Path, engine: str) -> int:

@@ -37,7 +37,8 @@ class PoSECollator:
 
     Args:
         sampler: PoSE, CREAM, RandPos, or FullLength.
-        weights: "importance" sends the additive mask (B, 1, L, L), for sdpa and eager.
+        weights: "importance" sends the additive mask (B, 1, L, L), for sdpa and eager: `skipwise
+            train` alone does without it on a GPU, by an attention that it gives the model.
         config: of the loaded model; needed where it has sliding layers beside full ones (Gemma 2
             and 3, Olmo 3, gpt-oss), for a mask for each kind of layer. TRL 1.16 counts tokens by
             the mask: it fails on these, and logs a num_tokens of nan with "importance".

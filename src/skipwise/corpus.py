@@ -11,6 +11,7 @@ Shapes:  n = documents of a group, T = target_length, P = tokens that tell a doc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,6 +88,24 @@ class Corpus:
     @property
     def longest(self) -> int:
         return max(int(lengths.max()) for lengths in self.lengths)
+
+    def longer(self, min_length: int) -> Corpus | None:
+        """Its documents of at least that many tokens, sources in their old proportion.
+
+        None: it has no such document.
+        """
+        rows = [np.flatnonzero(lengths >= min_length) for lengths in self.lengths]
+        keep = [g for g, found in enumerate(rows) if len(found)]
+        if not keep:
+            return None
+        total = sum(self.shares[g] for g in keep)
+        return dataclasses.replace(
+            self,
+            store_ids=[self.store_ids[g][rows[g]] for g in keep],
+            starts=[self.starts[g][rows[g]] for g in keep],
+            lengths=[self.lengths[g][rows[g]] for g in keep],
+            shares=[self.shares[g] / total for g in keep],
+        )
 
     def document(self, group: int, row: int) -> np.ndarray:
         """(L_x,) tokens."""

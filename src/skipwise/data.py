@@ -112,11 +112,21 @@ class PositionCollator:
     for each kind of layer. `skipwise train` adds these on the device instead, and with `later` the
     weights too: a Trainer fetches the batches of a whole step at once, and 64 masks of 8,192 x
     8,192 take 16 GiB. Then the batch holds `chunk_ids` and `key_weights`, (B, L), for
-    `models.masks.with_chunk_weights`.
+    `models.masks.with_carrier` or `with_chunk_weights`.
+
+    With a `base_length`, the tokens that the base reads, the batch holds `first_lengths` (B,): how
+    many of an example's first tokens read like any text, for `loss.Distillation`.
     """
 
-    def __init__(self, weights: str = "none", config: Any = None, later: bool = False) -> None:
+    def __init__(
+        self,
+        weights: str = "none",
+        config: Any = None,
+        later: bool = False,
+        base_length: int | None = None,
+    ) -> None:
         self.weights, self.config, self.later = weights, config, later
+        self.base_length = base_length
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         keys = ("input_ids", "labels", "position_ids")
@@ -133,6 +143,9 @@ class PositionCollator:
             batch["attention_mask"] = torch.from_numpy(mask)
         else:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        if self.base_length is not None:
+            first = [min(int(item["example"].lengths[0]), self.base_length) for item in items]
+            batch["first_lengths"] = torch.tensor(first)
         return batch if self.config is None else with_layer_masks(self.config, batch)
 
 

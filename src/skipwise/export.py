@@ -23,6 +23,7 @@ import torch
 from skipwise.errors import SkipwiseError
 from skipwise.models.config_checks import Check
 from skipwise.models.load import load_model
+from skipwise.models.temperature import fold_temperature
 from skipwise.portable import make_portable, save_tokenizer
 from skipwise.prepare import ModelPlan
 from skipwise.recipe import Recipe, dump_recipe
@@ -66,23 +67,32 @@ base = AutoModelForCausalLM.from_pretrained("{base}", config=config, dtype="auto
 model = PeftModel.from_pretrained(base, "FOLDER")
 ```
 """
+_TEMPERATURE = """
+The merged model of this run has an attention temperature ({value}) in its query weights, the base's
+among them, which an adapter cannot change: this one has none, and computes something else at every
+length. Take the merged model to have it.
+"""
 
 
-def export_model(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> list[Check]:
+def export_model(
+    plan: ModelPlan, run: RunFolder, checkpoint: Path | None, temperature: float = 1.0
+) -> list[Check]:
     """Write `model/` from a trained checkpoint and check it in a fresh process.
 
     Args:
         checkpoint: with the trained weights; None: training has not reached its end.
+        temperature: to fold into the weights.
 
     Raises:
-        SkipwiseError: training has not reached its end, or the disk is full.
+        SkipwiseError: training has not reached its end, the weights cannot carry the temperature,
+            or the disk is full.
     """
     recipe = plan.recipe
-    if checkpoint is None and recipe.method != "none":
-        raise SkipwiseError(
-            f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
-        )
+    if recipe.method != "none":
+        require_trained(run, checkpoint)
     model = trained_model(plan, checkpoint)
+    if temperature != 1:
+        fold_temperature(model, temperature)
     dtype = getattr(plan.config, "dtype", None) or torch.float32
     for parameter in model.parameters():  # parameters only: a cast of inv_freq ruins positions
         parameter.data = parameter.data.to(dtype).float()
@@ -118,10 +128,7 @@ def export_adapter(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
     """
     if plan.recipe.lora is None:
         raise SkipwiseError(f"{run.path} trained all weights: it has no adapter\ntype --to hf")
-    if checkpoint is None:
-        raise SkipwiseError(
-            f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
-        )
+    checkpoint = require_trained(run, checkpoint)
     part = run.path / "adapter.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -134,7 +141,7 @@ def export_adapter(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
         plan.scaled.save_pretrained(part)
         save_tokenizer(plan.tokenizer, plan.source, part)
         make_portable(part, plan.recipe.target_length)
-        write_text(part / "README.md", _ADAPTER.format(base=base))
+        write_text(part / "README.md", _ADAPTER.format(base=base) + _without_temperature(run))
         shutil.rmtree(run.adapter, ignore_errors=True)
         os.replace(part, run.adapter)
     except OSError as error:
@@ -142,6 +149,19 @@ def export_adapter(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
     probe = _probe(plan.facts.vocab_size, plan.recipe.target_length)
     want = _logits(trained_model(plan, checkpoint), probe)
     return [_check_reload(run.adapter, probe, want, "reload of the adapter", _RELOAD_ADAPTER)]
+
+
+def require_trained(run: RunFolder, checkpoint: Path | None) -> Path:
+    """The checkpoint, where training has reached its end.
+
+    Raises:
+        SkipwiseError: it has not.
+    """
+    if checkpoint is None:
+        raise SkipwiseError(
+            f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
+        )
+    return checkpoint
 
 
 def trained_model(
@@ -177,6 +197,13 @@ def without_places(recipe: Recipe) -> Recipe:
     tasks = recipe.eval.task_folder
     settings = dataclasses.replace(recipe.eval, task_folder=tasks and name(tasks))
     return dataclasses.replace(recipe, model=name(recipe.model), data=data, eval=settings)
+
+
+def _without_temperature(run: RunFolder) -> str:
+    """What an adapter lacks of the merged model, for its README."""
+    value = run.facts().get("temperature", {}).get("value", run.recipe().temperature)
+    value = "searched at its export" if value == "auto" else value
+    return "" if value == 1 else _TEMPERATURE.format(value=value)
 
 
 def _probe(vocab_size: int, target_length: int) -> np.ndarray:

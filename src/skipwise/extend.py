@@ -6,7 +6,6 @@ stopped goes on where it stood when the same command is typed again.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import sys
 import tempfile
@@ -19,16 +18,28 @@ from typing import Any
 import torch
 
 from skipwise.card import write_card
-from skipwise.checkpoints import finished_checkpoint
+from skipwise.checkpoints import finished_checkpoint, trained_checkpoint
+from skipwise.distillation import in_one_process
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.anything import evaluation_documents, subject
 from skipwise.evaluate.suite import Texts, evaluate_model
 from skipwise.export import export_adapter, export_model
+from skipwise.finish import (
+    check_long_text,
+    check_step,
+    finish_facts,
+    first_plan,
+    is_checked,
+    plan_finish,
+    release,
+    train_finish,
+)
 from skipwise.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.launch import launch
 from skipwise.models.checks import check_model
 from skipwise.models.config_checks import Check, check_config, require
 from skipwise.models.load import compute_dtype, load_model, num_parameters
+from skipwise.phases import finish_part
 from skipwise.picture import describe_positions
 from skipwise.prepare import (
     ModelPlan,
@@ -44,7 +55,9 @@ from skipwise.prepare import (
 from skipwise.recipe import Recipe, context_lengths, dump_recipe
 from skipwise.report import format_table, write_report
 from skipwise.run import RunFolder, is_main_process, open_run, write_text
+from skipwise.scaling_choice import choose_scaling, with_choice
 from skipwise.select import check_selection, chosen_checkpoint
+from skipwise.temperature import chosen_temperature
 from skipwise.train import accumulation, set_up, train
 
 STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "report")
@@ -72,13 +85,14 @@ def extend(
     """
     plan = plan_model(recipe)  # before anything is written: most mistakes show here
     accumulation(recipe.training, num_processes or 1)
+    finish_part(plan.recipe, plan.facts.original_length, num_processes or 1)
     find_sources(recipe)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
-        plan = ready_weights(plan, run.converted)
-        data = prepare_run(plan, run)
+        plan = choose_scaling(ready_weights(plan, run.converted), run)
+        data = prepare_run(plan, run, num_processes)
         if num_processes and data is not None:
-            check_texts(plan, data, run)
+            check_texts(plan, data, run, num_processes)
             launch_training(run, num_processes, only_check=True)
         else:
             check_run(plan, data, run)
@@ -99,8 +113,12 @@ def extend(
     return run
 
 
-def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
-    """Tokens and examples, written down in run.json; None where nothing is trained."""
+def prepare_run(plan: ModelPlan, run: RunFolder, num_processes: int = 0) -> TrainingData | None:
+    """Tokens and examples, written down in run.json; None where nothing is trained.
+
+    Args:
+        num_processes: that will train; 0: as many as run now.
+    """
     recipe = plan.recipe
     model: dict[str, Any] = {"name": Path(recipe.model).name, "family": plan.facts.family}
     if plan.conversion is not None:
@@ -122,6 +140,8 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
         facts["train_length"] = data.sampler.train_length
         facts["data"] = data_facts(plan, data, len(documents))
         facts["positions"] = describe_positions(data.sampler, recipe.seed)
+        if (finish := plan_finish(plan, data, run, num_processes)) is not None:
+            facts["finish"] = {**run.facts().get("finish", {}), **finish_facts(finish)}
     if torch.cuda.is_available():
         gpu = {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
         facts["machine"] = {**run.facts().get("machine", {}), **gpu}
@@ -132,7 +152,8 @@ def prepare_run(plan: ModelPlan, run: RunFolder) -> TrainingData | None:
 def open_training(recipe: Recipe, out: str | Path, command: str, num_processes: int) -> RunFolder:
     """The run folder of a training that other processes will do; mistakes show here, once."""
     accumulation(recipe.training, num_processes)
-    plan_model(recipe)
+    plan = plan_model(recipe)
+    finish_part(plan.recipe, plan.facts.original_length, num_processes)
     find_sources(recipe)
     return open_run(out, recipe, command)
 
@@ -144,7 +165,7 @@ def launch_training(run: RunFolder, num_processes: int, only_check: bool = False
         SkipwiseError: a process failed. RunStopped: stopped and saved.
     """
     _free()
-    if finished_checkpoint(run, run.recipe().training.num_steps):
+    if trained_checkpoint(run, run.recipe()):
         return
     launch(["train", str(run.path), *(["--dry-run"] if only_check else [])], num_processes)
 
@@ -158,7 +179,7 @@ def prepare_training(
     if recipe.method == "none":
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
     run = open_run(out, recipe, command)
-    plan = ready_weights(plan, run.converted)
+    plan = ready_weights(plan_model(with_choice(recipe, run)), run.converted)
     data = prepare_run(plan, run)
     assert data is not None
     check_texts(plan, data, run)
@@ -170,7 +191,7 @@ def check(recipe: Recipe) -> list[Check]:
 
     In this process, whatever the recipe's engine: that is for `skipwise train --dry-run`.
     """
-    recipe = dataclasses.replace(recipe, engine="auto")
+    recipe = in_one_process(recipe)
     plan = plan_model(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
@@ -199,15 +220,25 @@ def check_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> Non
     require(checks)
 
 
-def check_texts(plan: ModelPlan, data: TrainingData, run: RunFolder) -> None:
+def check_texts(
+    plan: ModelPlan, data: TrainingData, run: RunFolder, num_processes: int = 0
+) -> None:
     """The part of the preflight that needs no model.
 
     Raises:
         SkipwiseError: a check failed.
     """
-    checks = check_data(plan, data, evaluation_documents(plan.recipe, plan.tokenizer, run))
+    checks = _text_checks(plan, data, run, num_processes)
     _record(run, checks)
     require(checks)
+
+
+def _text_checks(
+    plan: ModelPlan, data: TrainingData, run: RunFolder, num_processes: int = 0
+) -> list[Check]:
+    checks = check_data(plan, data, evaluation_documents(plan.recipe, plan.tokenizer, run))
+    finish = plan_finish(plan, data, run, num_processes)
+    return checks if finish is None else [*checks, check_long_text(finish)]
 
 
 def _preflight(
@@ -222,16 +253,20 @@ def _preflight(
         )
         checks += check_model(model, plan.scaled, plan.facts, plan.scaling, T)
     elif recipe.data.sources:
-        checks = check_data(plan, data, evaluation_documents(plan.recipe, plan.tokenizer, run))
+        checks = _text_checks(plan, data, run)
     else:
         checks = check_config(plan.facts, plan.scaling, T)
     if not all(check.passed for check in checks):
         return checks, None
     if data is not None:
-        training = set_up(plan, data, run)
+        training = set_up(first_plan(plan), data, run)
         checks += training.checks
         count = training.num_parameters
         del training
+        finish = plan_finish(plan, data, run)
+        if finish is not None and all(c.passed for c in checks) and not is_checked(finish, run):
+            _free()
+            checks.append(check_step(finish, run))
     else:
         count = num_parameters(model)
         del model
@@ -274,20 +309,31 @@ def train_run(
         record: write the preflight down, where `check_run` has not.
         only_check: stop after it.
     """
-    recipe = plan.recipe
-    if data is None or finished_checkpoint(run, recipe.training.num_steps):
+    if data is None or trained_checkpoint(run, plan.recipe):
         return
-    training = set_up(plan, data, run)
-    count = training.num_parameters
+    finish = plan_finish(plan, data, run)
+    if finish is not None and (only_check or not is_checked(finish, run)):
+        _record(run, [check_step(finish, run)])
+        _free()
+    first = first_plan(plan)
+    begun = finish is not None and finish.begun
+    if not begun and not finished_checkpoint(run, first.recipe.training.num_steps):
+        training = set_up(first, data, run)
+        count = training.num_parameters
 
-    def write_down(checks: list[Check]) -> None:
-        _record(run, checks)
-        run.update(model={**run.facts().get("model", {}), "num_parameters": count})
+        def write_down(checks: list[Check]) -> None:
+            _record(run, checks)
+            run.update(model={**run.facts().get("model", {}), "num_parameters": count})
 
-    arguments: dict[str, Any] = {"record": write_down} if record else {}
-    train(training, run, recipe, only_check=only_check, **arguments)
-    del training
-    _free()
+        arguments: dict[str, Any] = {"record": write_down} if record else {}
+        train(training, run, first.recipe, only_check=only_check, **arguments)
+        if finish is not None:
+            release(training)
+        del training
+        _free()
+    if finish is not None and not only_check:
+        train_finish(finish, run)
+        _free()
 
 
 def export_run(plan: ModelPlan, run: RunFolder) -> None:
@@ -298,7 +344,8 @@ def export_run(plan: ModelPlan, run: RunFolder) -> None:
     """
     if run.facts().get("exported") and run.model.is_dir():
         return
-    checks = export_model(plan, run, chosen_checkpoint(plan, run))
+    checkpoint = chosen_checkpoint(plan, run)
+    checks = export_model(plan, run, checkpoint, chosen_temperature(plan, run, checkpoint))
     _record(run, checks)
     require(checks)
     run.update(exported=True)
@@ -318,7 +365,7 @@ def export_again(
     if outtype not in OUTTYPES:
         raise SkipwiseError(f"--outtype {outtype}: choose from {', '.join(OUTTYPES)}")
     converter = find_converter(llama_cpp) if "gguf" in kinds else None  # before anything is done
-    plan = plan_model(run.recipe())
+    plan = plan_model(with_choice(run.recipe(), run))
     written = []
     if "hf" in kinds or (converter is not None and not run.model.is_dir()):
         run.update(exported=False)

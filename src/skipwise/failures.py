@@ -14,6 +14,7 @@ import torch
 
 from skipwise.checkpoints import place_of
 from skipwise.errors import SkipwiseError
+from skipwise.phases import is_finish
 from skipwise.plan import next_change
 from skipwise.recipe import Recipe
 from skipwise.run import RunFolder, world_size
@@ -65,6 +66,12 @@ _KNOWN = (  # (words of the error, what it means, what to type)
         "this torch was not built for this GPU",
         "install the torch build for it: pytorch.org/get-started",
     ),
+    (
+        r"flex_attention|inductor|backendcompilerfailed|find c compiler|out of resource",
+        "a kernel could not be compiled for this GPU",
+        "type load.attn_implementation=sdpa, where importance weights are on, and leave out "
+        "trainer.torch_compile",
+    ),
 )
 
 
@@ -109,7 +116,8 @@ def out_of_memory(recipe: Recipe) -> SkipwiseError:
     mend = f"type {change}" if change else "take a GPU with more memory, or more of them"
     return SkipwiseError(
         f"{'the GPU' if torch.cuda.is_available() else 'this machine'} is out of memory at "
-        f"{recipe.training.batch_size} x {recipe.train_length or 'L'} tokens a process\n{mend}; "
+        f"{recipe.training.batch_size} x {recipe.train_length or 'L'} tokens a process"
+        f"{', in the full-length finish' if is_finish(recipe) else ''}\n{mend}; "
         "skipwise plan RECIPE tells what fits"
     )
 

@@ -17,10 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from skipwise.distillation import in_one_process
 from skipwise.errors import SkipwiseError
 from skipwise.models.configs import is_config_alone
 from skipwise.plan.plan import Measured
-from skipwise.recipe import Recipe, dump_recipe, load_recipe
+from skipwise.recipe import FinishSettings, Recipe, dump_recipe, load_recipe
 from skipwise.run import RunFolder, process_memory, write_json, write_text
 
 _STEPS = 3  # the first has no optimizer states yet, and is the slowest
@@ -50,11 +51,12 @@ def _shortened(recipe: Recipe) -> Recipe:
 
     One process: an engine that shards needs several.
     """
+    recipe = in_one_process(recipe)
     training = recipe.training
     passes = min(2, max(1, training.global_batch_size // max(1, training.batch_size)))
     return dataclasses.replace(
         recipe,
-        engine="auto",
+        finish=FinishSettings(),
         training=dataclasses.replace(
             training,
             num_steps=_STEPS,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from skipwise.data import Corpus, PositionCollator, PositionDataset, build_corpus
+from skipwise.distillation import distillation_weight
 from skipwise.documents import Source, parse_sources
 from skipwise.errors import SkipwiseError
 from skipwise.models.checks import check_documents, check_labels
@@ -22,8 +23,10 @@ from skipwise.models.convert import Conversion, conversion_for, convert_model, l
 from skipwise.models.families import ModelFacts
 from skipwise.models.load import attention_for, check_weights, load_model, load_tokenizer
 from skipwise.models.scaling import scaled_config, scaling_for
+from skipwise.models.temperature import check_foldable
+from skipwise.phases import finish_part, first_part
 from skipwise.positions import Sampler
-from skipwise.recipe import ModelSettings, Recipe, make_sampler, parse_recipe
+from skipwise.recipe import ModelSettings, Recipe, make_sampler, parse_recipe, settled
 from skipwise.rope import Scaling
 from skipwise.run import RunFolder, is_main_process, write_text
 from skipwise.tokens import TokenStore, tokenize_source
@@ -90,14 +93,21 @@ def plan_model(recipe: Recipe) -> ModelPlan:
         check_weights(Path(recipe.model).expanduser(), recipe.load)
     config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
     facts = facts_of(config, recipe.original_length)
+    recipe = settled(recipe, facts.original_length)
     scaling = scaling_for(recipe, facts)
+    first_part(recipe)
+    finish_part(recipe, facts.original_length)
     if recipe.method != "none":
         make_sampler(recipe, facts.original_length)
-        attention_for(recipe.load, recipe.positions.weights, facts.hybrid)
+        attention_for(recipe.load, recipe.positions.weights, facts.hybrid, config)
         if recipe.training.num_steps < 1:
             raise SkipwiseError(
                 "training.num_steps is 0: type method=none to rescale without training"
             )
+    scaled = scaled_config(config, facts, scaling, recipe.target_length)
+    distillation_weight(recipe, router_loss=bool(getattr(config, "output_router_logits", False)))
+    if recipe.temperature not in ("auto", 1.0):
+        check_foldable(scaled)
     in_code = conversion is not None and conversion.sentencepiece
     return ModelPlan(
         recipe=recipe,
@@ -105,7 +115,7 @@ def plan_model(recipe: Recipe) -> ModelPlan:
         conversion=conversion,
         raw=raw,
         config=config,
-        scaled=scaled_config(config, facts, scaling, recipe.target_length),
+        scaled=scaled,
         facts=facts,
         scaling=scaling,
         tokenizer=(load_sentencepiece if in_code else load_tokenizer)(recipe.model, recipe.load),
@@ -198,7 +208,7 @@ def load_training_data(
     )
     if run is not None and not settings.eval_sources and is_main_process():
         _write_held_out(run, corpus, plan.tokenizer)
-    training = recipe.training
+    training = first_part(recipe).training
     return TrainingData(
         corpus=corpus,
         sampler=sampler,

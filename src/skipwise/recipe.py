@@ -10,6 +10,7 @@ examples, lr 2e-5 after 10 warm-up steps, N = 2); YaRN is the scaling it takes t
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import yaml
 from skipwise.errors import SkipwiseError
 from skipwise.positions import CREAM, FullLength, PoSE, RandPos, Sampler
 
+_FAR = 32  # factor from which the first chunk is kept short
 SHARDED_ENGINES = ("fsdp2", "zero3", "zero3-offload")  # of `engine`: they split the model
 
 
@@ -31,7 +33,7 @@ class ModelSettings:
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: hardware
     attn_implementation: Literal[
-        "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"
+        "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = "auto"
     use_safetensors: bool = True  # false: .bin, read with weights_only
     text_only: bool = False  # of a multimodal wrapper: extend its text model, leave the rest
@@ -58,14 +60,17 @@ class LoRASettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionSettings:
-    """The sampler of `method: pose`, and `weights`, which holds for cream as well."""
+    """The sampler of `method: pose`, and `weights`, which holds for cream as well.
+
+    What auto becomes, and why, stands at `settled`.
+    """
 
     num_chunks: int = 2
-    cut: Literal["random", "first-half"] = "random"
+    cut: Literal["auto", "random", "first-half"] = "auto"
     gaps: Literal["sequential", "sorted"] = "sequential"
-    content: Literal["uniform", "contiguous", "aligned"] = "uniform"
+    content: Literal["auto", "uniform", "contiguous", "aligned"] = "auto"
     plain_fraction: float = 0.0
-    weights: Literal["none", "importance"] = "none"
+    weights: Literal["auto", "none", "importance"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +108,18 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = True
     loss: Literal["auto", "whole", "chunked"] = "auto"  # auto: chunked where logits are large
+    # w of KL(base || model) at each token of a first chunk; auto: distillation.py; 0: none
+    distillation: Literal["auto"] | float = "auto"
     save_steps: int = 100
     save_total_limit: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishSettings:
+    """The last share of the training tokens at full length, plain positions (phases.py)."""
+
+    share: float = 0.0  # of training.num_steps x global_batch_size x L tokens; 0: none
+    learning_rate: float | None = None  # none given: that of training; falls to 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +152,15 @@ class Recipe:
     seed: int = 0
     # what spreads training over processes; auto: what the launcher set up, else ddp
     engine: Literal["auto", "ddp", "fsdp2", "zero3", "zero3-offload"] = "auto"
+    # multiplies every attention logit, in the weights, after training; auto: searched at T
+    temperature: Literal["auto"] | float = "auto"
     load: ModelSettings = ModelSettings()
     lora: LoRASettings | None = None
     rope: RopeSettings = RopeSettings()
     positions: PositionSettings = PositionSettings()
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
+    finish: FinishSettings = FinishSettings()
     eval: EvalSettings = EvalSettings()
     trainer: dict[str, Any] = field(default_factory=dict)  # further TrainingArguments
 
@@ -151,15 +169,39 @@ class Recipe:
         return self.name or f"{Path(self.model).name}-{format_length(self.target_length)}"
 
 
+def settled(recipe: Recipe, original_length: int) -> Recipe:
+    """The recipe with the auto of `positions` decided, by the target's factor f = T / L.
+
+    PoSE: text that stands where its positions say, importance weights, and from f = 32 on the first
+    chunk in the first half. docs/study.md has the measurements. The baselines are as published.
+    """
+    f = recipe.target_length / (recipe.train_length or original_length)
+    positions, pose = recipe.positions, recipe.method == "pose"
+    if positions.content == "auto":
+        content = {"pose": "aligned", "cream": "contiguous"}.get(recipe.method, "uniform")
+        positions = dataclasses.replace(positions, content=content)
+    if positions.cut == "auto":
+        half = pose and f >= _FAR and positions.num_chunks == 2
+        positions = dataclasses.replace(positions, cut="first-half" if half else "random")
+    if positions.weights == "auto":
+        masked = recipe.load.attn_implementation not in ("flash_attention_2", "flash_attention_3")
+        weighted = pose and masked and positions.num_chunks > 1
+        weights = "importance" if weighted else "none"
+        positions = dataclasses.replace(positions, weights=weights)
+    return dataclasses.replace(recipe, positions=positions)
+
+
 def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
     """The position sampler that `method` names; `none` trains nothing and has none."""
+    recipe = settled(recipe, original_length)
     L, T = recipe.train_length or original_length, recipe.target_length
     settings = recipe.positions
     if recipe.method != "pose":
-        plain = PositionSettings(weights=settings.weights)
+        plain = settled(dataclasses.replace(recipe, positions=PositionSettings()), L).positions
+        kept = {"weights": settings.weights}
         if recipe.method == "cream":
-            plain = dataclasses.replace(plain, content=settings.content)
-        if settings != plain:
+            kept["content"] = settings.content
+        if settings != dataclasses.replace(plain, **kept):
             raise SkipwiseError(
                 "positions: settings of the PoSE sampler do not take effect with method: "
                 f"{recipe.method}\nremove them, or type method=pose"
@@ -178,7 +220,7 @@ def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
         case "randpos":
             return RandPos(train_length=L, target_length=T)
         case "cream":
-            content = "contiguous" if settings.content == "uniform" else settings.content
+            content = "aligned" if settings.content == "aligned" else "contiguous"
             return CREAM(train_length=L, target_length=T, content=content)
     raise SkipwiseError("method: none rescales RoPE and trains nothing: there are no positions")
 
@@ -303,6 +345,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
+        if typing.get_origin(args[0]) is Literal:
+            return _word_or_factor(args[0], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
@@ -322,6 +366,21 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise SkipwiseError(f"{where} should map keys to values, not be {value!r}")
         return value
     return _scalar(hint, value, where)
+
+
+def _word_or_factor(words: Any, value: Any, where: str) -> Any:
+    """One of the words, or a number above 0."""
+    choices = typing.get_args(words)
+    if value in choices:
+        return value
+    try:
+        number = _scalar(float, value, where)
+    except SkipwiseError:
+        number = math.nan
+    off = number == 0 and where == "training.distillation"
+    if not 0 < number < math.inf and not off:
+        raise SkipwiseError(f"{where} is {value!r}: give {', '.join(choices)} or a number above 0")
+    return number
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:

@@ -4,6 +4,7 @@ recipe.yaml     what was asked, defaults written out
 run.json        what is known of the run: model, data, checks, stages, versions
 metrics.jsonl   a line a training step
 checkpoints/    of the Trainer
+finish/         recipe.yaml and checkpoints of the last part, at full length
 candidates/     weights of checkpoints to choose from, where the recipe chooses
 converted/      the base model, where its family had to be converted
 results.json    tidy rows of the evaluation
@@ -51,8 +52,9 @@ class RunFolder:
     Of several processes that train together the first one writes.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, part_of: RunFolder | None = None) -> None:
         self.path = Path(path)
+        self.whole = part_of or self  # whose metrics and candidates a part's go to
 
     @property
     def recipe_file(self) -> Path:
@@ -60,7 +62,7 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.whole.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -72,7 +74,12 @@ class RunFolder:
 
     @property
     def candidates(self) -> Path:
-        return self.path / "candidates"
+        return self.whole.path / "candidates"
+
+    @property
+    def finish(self) -> RunFolder:
+        """The folder of the last part of training, where the recipe has a finish."""
+        return RunFolder(self.path / "finish", part_of=self)
 
     @property
     def eval_documents(self) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from skipwise.checkpoints import finished_checkpoint
+from skipwise.checkpoints import trained_checkpoint
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.anything import evaluation_documents
 from skipwise.evaluate.passkey import needle_trials, passkey_trials
@@ -70,7 +70,7 @@ def chosen_checkpoint(plan: ModelPlan, run: RunFolder) -> Path | None:
     Measures the candidates that were not measured yet, and removes those not chosen.
     """
     recipe = plan.recipe
-    finished = finished_checkpoint(run, recipe.training.num_steps)
+    finished = trained_checkpoint(run, recipe)
     if finished is None or recipe.eval.select == "last":
         return finished
     scores: dict[int, float] = {

@@ -42,15 +42,20 @@ from skipwise.models.config_checks import Check, require
 from skipwise.models.load import (
     add_lora,
     attention_for,
+    check_kernel,
     compute_dtype,
+    load_adapter,
     load_model,
     num_parameters,
     quantization_for,
 )
+from skipwise.models.teacher import place_teacher
 from skipwise.prepare import ModelPlan, TrainingData
 from skipwise.recipe import SHARDED_ENGINES, Recipe, TrainingSettings
 from skipwise.run import RunFolder, world_size
+from skipwise.teaching import check_distillation, make_distillation
 from skipwise.trainer import (
+    Before,
     PositionTrainer,
     RunCallback,
     StopCallback,
@@ -106,14 +111,19 @@ class _Checked(Exception):
     """The preflight is done, and nothing more was asked for."""
 
 
-def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
+def set_up(
+    plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before | None = None
+) -> Training:
     """Load the model into a Trainer and run the preflight on it.
+
+    Args:
+        before: of a part that comes after another one: what that has trained.
 
     Raises:
         SkipwiseError: settings that do not fit each other, weights that cannot be loaded.
     """
     try:
-        return _set_up(plan, data, run)
+        return _set_up(plan, data, run, before or Before())
     except Exception as error:
         known = explained(error, plan.recipe, run)
         if known is None:
@@ -121,7 +131,7 @@ def set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
         raise known from error
 
 
-def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
+def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before) -> Training:
     recipe = plan.recipe
     set_seed(recipe.seed)
     engine = engine_of(recipe)
@@ -139,17 +149,20 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
         recipe, run, dtype, engine, engine_options={"respread": respread, "load_once": once}
     )
     quantization = quantization_for(recipe.lora, dtype, engine)
+    weights = recipe.positions.weights
+    attention = attention_for(recipe.load, weights, plan.facts.hybrid, plan.scaled)
+    source, load = plan.source, plan.load
+    if before.checkpoint is not None and recipe.lora is None:
+        source, load = str(before.checkpoint), recipe.load.of_own_folder()
     with loading(once):
         model = load_model(
-            plan.source,
+            source,
             plan.scaled,
-            plan.load,
+            load,
             # What trains is kept in float32 and computed in bf16; a frozen base is bf16 itself,
             # and DeepSpeed keeps a float32 copy of its own.
             dtype=torch.float32 if recipe.lora is None and not deepspeed else dtype,
-            attn_implementation=attention_for(
-                recipe.load, recipe.positions.weights, plan.facts.hybrid
-            ),
+            attn_implementation=attention,
             quantization=quantization,
         )
     config, count = model.config, num_parameters(model)
@@ -161,17 +174,21 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
     def of_model() -> list[Check]:
         return check_model(model, config, plan.facts, plan.scaling, recipe.target_length)
 
-    checks = of_model()
-    if cuts_loss(recipe, train_length, plan.facts.vocab_size):
-        chunk_loss(model)
+    checks = of_model() + check_kernel(recipe.load, weights, config)
+    distillation, data, said = make_distillation(plan, data, model, dtype, engine)
+    checks += said
+    if distillation is not None or cuts_loss(recipe, train_length, plan.facts.vocab_size):
+        chunk_loss(model, distillation)
     whole = model
     if recipe.lora is not None:
         whole = add_lora(model, recipe.lora, cast=not deepspeed)
+        if before.checkpoint is not None:
+            load_adapter(whole, before.checkpoint)
         if settings.gradient_checkpointing:
             whole.enable_input_require_grads()
     if settings.gradient_checkpointing:
         enable_checkpointing(whole)
-    callback = RunCallback(run, recipe, train_length, engine, config)
+    callback = RunCallback(run, recipe, train_length, engine, config, before)
     with tensorboard_in(run.path / "tensorboard"):
         trainer = PositionTrainer(
             model=whole,
@@ -182,6 +199,9 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
             callbacks=[callback, StopCallback()],
         )
     trainer.base_config, trainer.run_folder = config, run
+    callback.distillation = distillation
+    if distillation is not None:
+        place_teacher(distillation.teacher, arguments.device)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     mend_precision(trainer, dtype)
@@ -194,7 +214,13 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder) -> Training:
 
     def of_batch(wrapped: Any) -> list[Check]:
         autocast = nullcontext if deepspeed else trainer.accelerator.autocast
-        return check_batch(wrapped, trainer._prepare_inputs(batch), autocast, trainer.model)
+        inputs = trainer._prepare_inputs(batch)
+        first_lengths = inputs.pop("first_lengths", None)  # chunk 2 learns by its own loss
+        found = check_batch(wrapped, inputs, autocast, trainer.model)
+        if distillation is not None:
+            ids = inputs["input_ids"]
+            found.append(check_distillation(distillation, plan, ids, first_lengths, autocast))
+        return found
 
     def of_wrapped() -> None:
         restore_rope()

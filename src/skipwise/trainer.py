@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from skipwise.checkpoints import (
     place_of,
 )
 from skipwise.errors import SkipwiseError
-from skipwise.models.masks import with_chunk_weights, with_layer_masks
+from skipwise.loss import Distillation
+from skipwise.models.masks import FLEX, with_carrier, with_chunk_weights, with_layer_masks
+from skipwise.phases import is_finish
 from skipwise.portable import make_portable
 from skipwise.recipe import Recipe
 from skipwise.run import RunFolder, process_memory, world_size, write_text
@@ -51,6 +54,8 @@ class PositionTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        if self.base_config._attn_implementation == FLEX:
+            inputs = with_carrier(inputs)  # first, for DeepSpeed's casts the weights
         inputs = with_chunk_weights(super()._prepare_inputs(inputs), dtype)
         return with_layer_masks(self.base_config, inputs)
 
@@ -72,13 +77,31 @@ class PositionTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """What a run has trained before this part of it: its metrics go on from there."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    checkpoint: Path | None = None  # whose weights this part begins with; None: the base's
+
+
 class RunCallback(TrainerCallback):
     """The run folder's side of training: metrics, progress, whole checkpoints, finite loss."""
 
     def __init__(
-        self, run: RunFolder, recipe: Recipe, train_length: int, engine: str, config: Any
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        train_length: int,
+        engine: str,
+        config: Any,
+        before: Before | None = None,
     ) -> None:
         self.run, self.recipe, self.train_length = run, recipe, train_length
+        self.before = before or Before()
+        self.phase = "finish" if is_finish(recipe) else "train"
+        self.distillation: Distillation | None = None
         self.engine, self.config = engine, config  # config: of the model inside any wrapper
         self.preflight: Callable[[], None] = lambda: None  # once the model is wrapped
         self.bar: tqdm | None = None
@@ -89,14 +112,15 @@ class RunCallback(TrainerCallback):
         self.preflight()
         if not state.is_world_process_zero:
             return
-        kept = [m for m in read_metrics(self.run) if m["step"] <= state.global_step]
+        done = self.before.num_steps + state.global_step
+        kept = [m for m in read_metrics(self.run) if m["step"] <= done]
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         write_text(self.run.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
         self.started = time.monotonic()
         self.bar = tqdm(
             total=args.max_steps,
             initial=state.global_step,
-            desc="train",
+            desc=self.phase,
             unit=" steps",
             disable=None,
         )
@@ -116,23 +140,39 @@ class RunCallback(TrainerCallback):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise SkipwiseError(
                 f"the {what} is not finite at step {state.global_step}; the newest checkpoint is "
-                f"{place_of(self.run)}\ntry training.learning_rate={args.learning_rate / 4:g}, "
+                f"{place_of(self.run)}\n"
+                f"try {'finish' if self.phase == 'finish' else 'training'}.learning_rate="
+                f"{args.learning_rate / 4:g}, "
                 "more training.warmup_steps, or load.dtype=float32, with another --out"
             )
+        taught = self._divergence(args)
         if not state.is_world_process_zero:
             return
+        tokens = state.global_step * examples_per_step(args) * self.train_length
         metrics = {
-            "step": state.global_step,
+            "step": self.before.num_steps + state.global_step,
             "loss": loss,
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "num_tokens": state.global_step * examples_per_step(args) * self.train_length,
+            "num_tokens": self.before.num_tokens + tokens,
             "seconds": round(self.seconds_before + time.monotonic() - self.started, 3),
+            **({"phase": self.phase} if self.phase == "finish" else {}),
+            **taught,
         }
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+    def _divergence(self, args: Any) -> dict[str, float]:
+        """The mean of KL(base || model) over the step's taught tokens, of all processes."""
+        if self.distillation is None:
+            return {}
+        sums = torch.tensor(self.distillation.take_divergence(), device=args.device)
+        if world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        apart, count = sums.tolist()
+        return {"distillation": apart / count}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -149,7 +189,8 @@ class RunCallback(TrainerCallback):
                 self.config.save_pretrained(folder)
             make_portable(folder, self.recipe.target_length)
             if self.recipe.eval.select != "last":
-                keep_candidate(folder, self.run.candidates / f"step-{state.global_step}")
+                step = self.before.num_steps + state.global_step
+                keep_candidate(folder, self.run.candidates / f"step-{step}")
             mark_whole(folder, state.global_step, self.engine)
         if world_size() > 1:
             torch.distributed.barrier()  # none ends, and has the others killed, before that

@@ -205,7 +205,8 @@ def train_verb(given: argparse.Namespace) -> int:
         if given.dry_run:
             print("checked, nothing trained")
         else:
-            print(f"trained: {run.checkpoints}\nnext: skipwise export {run.path}")
+            last = run.finish if recipe.finish.share else run
+            print(f"trained: {last.checkpoints}\nnext: skipwise export {run.path}")
     return 0
 
 

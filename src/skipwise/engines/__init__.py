@@ -105,8 +105,10 @@ def bring_up(engine: str, cpu: bool) -> None:
     if not cpu or engine not in SHARDED_ENGINES:
         return
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
+    AcceleratorState._reset_state()  # of an earlier Trainer in this process
     if engine == "fsdp2":
         state = PartialState(cpu=True)
         # A private attribute, and the only way: accelerate has no FSDP on CPUs.

@@ -148,22 +148,17 @@ def evaluation_documents(
 ) -> list[np.ndarray]:
     """Token ids of the documents to measure with: given, named by the recipe, or held out.
 
-    Where nothing is trained (`method: none`) there is nothing to keep apart from: all sources.
+    Where nothing is trained (`method: none`) there is nothing to keep apart from: all sources, but
+    for what a temperature is searched on.
     """
     settings = recipe.data
     sources = data or settings.eval_sources
-    if not sources and recipe.method == "none":
-        sources = settings.sources
     if sources:
-        stores = [
-            tokenize_source(s, tokenizer, on_bad_record=settings.on_bad_record, progress=False)
-            for s in parse_sources(sources, settings.text_field)
-        ]
-        bad = [record for store in stores for record in store.bad_records]
-        if bad:
-            count = sum(store.num_bad_records for store in stores)
-            print(f"{count:,} records of the text not readable: {bad[0]}", file=sys.stderr)
-        return [store.document(i) for store in stores for i in range(store.num_documents)]
+        return _documents(sources, recipe, tokenizer)
+    if recipe.method == "none" and settings.sources:
+        documents = _documents(settings.sources, recipe, tokenizer)
+        searched = recipe.temperature == "auto"
+        return _share_out(documents, recipe.target_length)[0] if searched else documents
     if run is None or not run.eval_documents.exists():
         return []
     lines = run.eval_documents.read_text(encoding="utf-8").splitlines()
@@ -173,6 +168,41 @@ def evaluation_documents(
         return [np.array(document["tokens"], np.int64) for document in held_out]
     texts = [document["text"] for document in held_out]  # a baseline's tokenizer is another
     return [np.array(encode(tokenizer, text), np.int64) for text in texts]
+
+
+def documents_for_search(recipe: Recipe, tokenizer: Any) -> list[np.ndarray]:
+    """Token ids of what `method: none` may search a temperature on: not what is measured with."""
+    documents = _documents(recipe.data.sources, recipe, tokenizer)
+    if recipe.data.eval_sources:
+        return documents
+    return _share_out(documents, recipe.target_length)[1]
+
+
+def _documents(sources: Any, recipe: Recipe, tokenizer: Any) -> list[np.ndarray]:
+    settings = recipe.data
+    stores = [
+        tokenize_source(s, tokenizer, on_bad_record=settings.on_bad_record, progress=False)
+        for s in parse_sources(sources, settings.text_field)
+    ]
+    bad = [record for store in stores for record in store.bad_records]
+    if bad:
+        count = sum(store.num_bad_records for store in stores)
+        print(f"{count:,} records of the text not readable: {bad[0]}", file=sys.stderr)
+    return [store.document(i) for store in stores for i in range(store.num_documents)]
+
+
+def _share_out(
+    documents: list[np.ndarray], length: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(to measure with, to search on): every second long document, or halves of the only one."""
+    long = [i for i, tokens in enumerate(documents) if len(tokens) >= length]
+    if len(long) == 1 and len(documents[long[0]]) >= 2 * length:
+        whole = documents[long[0]]
+        half = len(whole) // 2
+        return [*documents[: long[0]], whole[:half], *documents[long[0] + 1 :]], [whole[half:]]
+    taken = set(long[1::2])
+    kept = [tokens for i, tokens in enumerate(documents) if i not in taken]
+    return kept, [documents[i] for i in sorted(taken)]
 
 
 def _own_lengths(recipe: Recipe, run: RunFolder | None) -> list[int]:

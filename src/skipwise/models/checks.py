@@ -16,7 +16,7 @@ import torch
 
 from skipwise.models.config_checks import Check
 from skipwise.models.families import ModelFacts
-from skipwise.models.masks import is_hybrid, sliding_reach
+from skipwise.models.masks import FLEX, is_hybrid, sliding_reach
 from skipwise.positions import IGNORE_INDEX
 from skipwise.rope import Dynamic, Scaling
 
@@ -28,7 +28,7 @@ def check_model(
 ) -> list[Check]:
     """What the loaded model really computes: frequencies, window, exact positions."""
     return [
-        _check_rope(model, facts, scaling),
+        check_rope(model, facts, scaling),
         _check_window(config, facts, target_length),
         _check_exact(model, facts, scaling, target_length),
     ]
@@ -104,7 +104,7 @@ def check_batch(
         autocast: gives the context manager to run a forward pass in.
         inner: the model inside, where `model` is the wrapper that an engine put around it.
     """
-    assert "chunk_ids" not in batch, "a model ignores them: masks.with_chunk_weights comes first"
+    assert "chunk_ids" not in batch, "a model ignores them: masks.with_carrier comes first"
     inner = model if inner is None else inner
     skips = (batch["position_ids"].diff(dim=1) != 1).float()  # (B, L-1)
     if not bool(skips.any()):
@@ -193,7 +193,7 @@ def _check_skips(
     its full-attention layers have no positions (Cohere 2, EXAONE 4). In float32 where the weights
     and the attention implementation are, for there rounding is smallest.
     """
-    mixed = (inner.config._attn_implementation or "").startswith("flash") or any(
+    mixed = (inner.config._attn_implementation or "").startswith(("flash", FLEX)) or any(
         parameter.dtype != torch.float32 for parameter in inner.parameters()
     )
     if not mixed:  # a mask made for bf16 arithmetic
@@ -248,7 +248,7 @@ def _check_sliding(config: Any, batch: dict[str, Any]) -> Check:
     )
 
 
-def _check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:
+def check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:
     """Every rotary module's frequencies and attention factor against `rope.py`."""
     want = scaling.inv_freq(facts.rope_theta, facts.rotary_dim)
     if isinstance(scaling, Dynamic):  # grows with what it has seen: nothing yet

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from skipwise.errors import SkipwiseError
+from skipwise.models.config_checks import Check
 from skipwise.models.configs import first_line, is_local
+from skipwise.models.masks import FLEX
 from skipwise.recipe import LoRASettings, ModelSettings
 
 
@@ -91,7 +94,8 @@ def load_for_evaluation(
         config,
         settings,
         dtype=dtype,
-        attn_implementation=None if asked == "auto" else asked,
+        # flex_attention is of training: cached keys and short queries are sdpa's
+        attn_implementation=None if asked in ("auto", "flex_attention") else asked,
         device_map=settings.device_map,
     )
     if settings.device_map is None:
@@ -138,11 +142,19 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def attention_for(settings: ModelSettings, weights: str, hybrid: bool = False) -> str | None:
-    """The attention implementation.
+def attention_for(
+    settings: ModelSettings, weights: str, hybrid: bool = False, config: Any = None
+) -> str | None:
+    """The attention implementation to train on; None: transformers' own choice, sdpa, else eager.
 
-    Importance weights need one that takes an additive mask, sliding layers beside full ones need
-    one that takes a mask for each kind.
+    Sliding layers beside full ones need one that takes a mask for each kind. Importance weights
+    need flex_attention, or one that takes an additive mask: `why_mask` says which.
+
+    Args:
+        config: of the model; None: without flex_attention.
+
+    Raises:
+        SkipwiseError: the implementation asked for cannot do it.
     """
     asked = settings.attn_implementation
     needs = "positions.weights: importance" if weights != "none" else ""
@@ -152,7 +164,47 @@ def attention_for(settings: ModelSettings, weights: str, hybrid: bool = False) -
             f"load.attn_implementation: {asked} takes no mask of pairs, which {needs} needs\n"
             "type load.attn_implementation=sdpa"
         )
-    return None if asked == "auto" else asked  # transformers' own choice is sdpa, else eager
+    if asked == "flex_attention" and weights == "none":
+        raise SkipwiseError(
+            f"load.attn_implementation: {asked} is for positions.weights: importance, and without "
+            "them slower than sdpa\nleave it out"
+        )
+    if weights != "none" and asked in ("auto", "flex_attention"):
+        reason = why_mask(settings, config)
+        if not reason:
+            return FLEX
+        if asked == "flex_attention":
+            raise SkipwiseError(f"load.attn_implementation: {asked}: {reason}\nleave it out")
+    return None if asked == "auto" else asked
+
+
+def why_mask(settings: ModelSettings, config: Any) -> str:
+    """Why importance weights take a mask of pairs and not flex_attention; "": they do not."""
+    from skipwise.models.attention import machine_lacks, model_lacks
+
+    if settings.attn_implementation not in ("auto", "flex_attention"):
+        return "load.attn_implementation says so"
+    if config is None:
+        return "no config was given"
+    if settings.trust_remote_code and "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        return "the model brings code of its own"
+    return machine_lacks() or model_lacks(config)
+
+
+def check_kernel(settings: ModelSettings, weights: str, config: Any) -> list[Check]:
+    """A line of the preflight: how importance weights reach the attention, and why so.
+
+    Args:
+        config: of the model as loaded.
+    """
+    if weights == "none":
+        return []
+    used = config._attn_implementation
+    reason = f"by a mask of pairs through {used}: {why_mask(settings, config)}"
+    detail = "by flex_attention, without a mask of pairs" if used == FLEX else reason
+    return [Check(name="importance weights", passed=True, detail=detail)]
 
 
 def quantization_for(lora: LoRASettings | None, dtype: torch.dtype, engine: str) -> Any:
@@ -237,3 +289,28 @@ def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
         if cast and parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def load_adapter(model: Any, checkpoint: Path) -> None:
+    """Put a checkpoint's adapter, and what trained whole beside it, into a model with LoRA.
+
+    Under DeepSpeed the first process gives what is sharded to the others.
+
+    Raises:
+        SkipwiseError: the checkpoint is of another adapter.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    sharded = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    whole: Any = nullcontext()
+    if sharded:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        whole = GatheredParameters(sharded, modifier_rank=0)
+    states = load_peft_weights(str(checkpoint), device="cpu")
+    with whole:
+        result = set_peft_model_state_dict(model, states)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    wrong = [*result.unexpected_keys, *trained.intersection(result.missing_keys)]
+    if wrong:
+        raise SkipwiseError(f"{checkpoint} is of another adapter than the recipe's: {wrong[0]}")

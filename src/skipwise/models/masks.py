@@ -11,10 +11,11 @@ Shapes:  B = batch, L = tokens of an example, W = sliding_window
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
+FLEX = "skipwise_flex"  # the attention of models/attention.py, by its name in transformers
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -29,8 +30,8 @@ def with_layer_masks(config: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         config: of the model as loaded; its attention implementation decides the masks' form.
-        batch: `position_ids` (B, L), and `attention_mask`: ones (B, L), or additive (B, 1, L, L)
-            for the full layers.
+        batch: `position_ids` (B, L), and `attention_mask`: ones (B, L), or for the full layers
+            additive (B, 1, L, L) or a carrier.
     """
     if not is_hybrid(config) or isinstance(batch.get("attention_mask"), dict | None):
         return batch
@@ -77,6 +78,32 @@ def with_chunk_weights(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, A
     index = torch.arange(length, device=chunks.device)
     mask.masked_fill_(index[None, :] > index[:, None], torch.finfo(torch.bfloat16).min)
     return {**batch, "attention_mask": mask[:, None]}
+
+
+def with_carrier(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with `chunk_ids` and `key_weights` in the mask's place, for `models.attention`.
+
+    (B, 1, 2, L) int32. transformers hands a mask of four dimensions to every layer as it is; and
+    integers, the weights' bits among them, are cast by no engine (FSDP2 and DeepSpeed cast what a
+    model is called with).
+    """
+    if "chunk_ids" not in batch:
+        return batch
+    batch = dict(batch)
+    chunks, weights = batch.pop("chunk_ids"), batch.pop("key_weights")
+    carrier = torch.stack([chunks.int(), weights.float().view(torch.int32)], 1)
+    return {**batch, "attention_mask": carrier[:, None]}
+
+
+def is_carrier(mask: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a mask is `with_carrier`'s; those of pairs are boolean or additive."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.dtype == torch.int32
+
+
+def read_carrier(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`chunk_ids` (B, L) int32 and `key_weights` (B, L) float32."""
+    chunks, weights = mask[:, 0].unbind(1)
+    return chunks.contiguous(), weights.contiguous().view(torch.float32)
 
 
 def sliding_reach(config: Any, batch: dict[str, Any]) -> int:

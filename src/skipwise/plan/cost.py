@@ -32,6 +32,9 @@ def step_flops(job: Job) -> float:
         attention += keys
     if job.chunked:
         weights += 2.0 * head
+    if job.taught_share:  # the teacher's forward pass, its head as often as the model's own
+        weights += job.taught_share * 2.0 * (n + head)
+        attention += job.taught_share**2 * keys  # of as many fewer keys
     return job.tokens_per_step * (weights + attention)
 
 

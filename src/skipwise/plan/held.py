@@ -58,6 +58,17 @@ def weights(job: Job) -> list[Held]:
     return found
 
 
+def teacher(job: Job) -> list[Held]:
+    """The base once more, frozen, where it teaches; under LoRA it is there already."""
+    if not job.taught_share or job.lora is not None:
+        return []
+    a, size = job.architecture, 2 if job.bf16 else 4
+    found = [
+        Held("teacher", number * each * size, each * size) for number, _, each in _tensors(job)
+    ]
+    return found + [Held("teacher", n * size, n * size) for n in (a.embedding, a.head, a.final)]
+
+
 def _lora_blocks(job: Job) -> list[int]:
     """Numbers in what trains beside the frozen weights: adapters, copies of norms and embedding."""
     assert job.lora is not None
@@ -224,6 +235,8 @@ def logits(job: Job, *, backward: bool) -> list[Held]:
     """
     n = job.loss_tokens * job.architecture.vocab_size
     sizes = [4, 4, 4] if backward else [4, 4] + ([2] if job.bf16 else [])
+    if job.taught_share:  # the teacher's, their divergence, and what it is made of
+        sizes += [4, 4] if backward else [4, 4, 4]
     if job.architecture.softcap:  # divided, capped, multiplied
         sizes += [2 if job.bf16 else 4] * (1 if backward else 3)
     return [Held("logits and loss", n * size, n * size) for size in sizes]

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from skipwise.distillation import distillation_weight
 from skipwise.errors import SkipwiseError
 from skipwise.models.configs import complete, is_local, read_config
 from skipwise.models.convert import conversion_for
 from skipwise.models.families import ModelFacts, read_facts
 from skipwise.models.scaling import scaling_for
+from skipwise.phases import finish_part, first_part
 from skipwise.plan.architecture import Architecture, Matrix, read_architecture
 from skipwise.plan.gpus import Gpu
-from skipwise.recipe import LoRASettings, Recipe, make_sampler
+from skipwise.positions import Sampler
+from skipwise.recipe import LoRASettings, Recipe, make_sampler, settled
 
 SLICE = 512  # tokens that go through the head at a time with training.loss=chunked (loss.py)
 _SMALL_LOGITS = 64 << 20  # bytes of float32 logits up to which training.loss=auto keeps them whole
@@ -61,6 +67,7 @@ class Job:
     optimizer: str
     engine: Literal["ddp", "fsdp2", "zero3", "zero3-offload"]
     num_gpus: int
+    taught_share: float = 0.0  # of a pass's tokens, that the teacher reads; 0: no distillation
 
     @property
     def tokens(self) -> int:
@@ -135,6 +142,28 @@ def read_model(recipe: Recipe) -> tuple[ModelFacts, Architecture]:
     return facts, architecture
 
 
+def make_jobs(
+    recipe: Recipe,
+    facts: ModelFacts,
+    architecture: Architecture,
+    *,
+    num_gpus: int = 1,
+    gpu: Gpu | None = None,
+) -> tuple[Job, Job | None]:
+    """The jobs of a recipe: what it trains, and its finish at full length where it has one.
+
+    Raises:
+        SkipwiseError: as `make_job`; a share of the finish that is no step.
+    """
+    last = finish_part(recipe, facts.original_length, num_gpus)
+    first, finish = (
+        part and make_job(part, facts, architecture, num_gpus=num_gpus, gpu=gpu)
+        for part in (first_part(recipe), last)
+    )
+    assert first is not None
+    return first, finish
+
+
 def make_job(
     recipe: Recipe,
     facts: ModelFacts,
@@ -152,8 +181,10 @@ def make_job(
     Raises:
         SkipwiseError: `method: none`, which trains nothing; a batch that the GPUs cannot share.
     """
+    recipe = settled(recipe, facts.original_length)
     settings = recipe.training
-    length = make_sampler(recipe, facts.original_length).train_length
+    sampler = make_sampler(recipe, facts.original_length)
+    length = sampler.train_length
     held = settings.batch_size * num_gpus
     if not held or not settings.global_batch_size or settings.global_batch_size % held:
         raise SkipwiseError(
@@ -163,6 +194,9 @@ def make_job(
     logits = settings.batch_size * length * facts.vocab_size * 4
     asked = recipe.load.attn_implementation
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
+    taught = 0.0
+    if distillation_weight(recipe)[0]:
+        taught = _taught_share(sampler, settings.batch_size, facts.original_length)
     return Job(
         architecture=architecture,
         batch_size=settings.batch_size,
@@ -173,13 +207,25 @@ def make_job(
         bf16=_uses_bf16(recipe, gpu, on_cpu),
         lora=recipe.lora,
         checkpointing=settings.gradient_checkpointing,
-        chunked=settings.loss == "chunked" or (settings.loss == "auto" and logits > _SMALL_LOGITS),
+        chunked=settings.loss == "chunked"
+        or (settings.loss == "auto" and (taught > 0 or logits > _SMALL_LOGITS)),
         attention="flash" if asked.startswith("flash") else "eager" if asked == "eager" else "sdpa",
-        importance=recipe.positions.weights != "none",
+        importance=recipe.positions.weights != "none" and asked != "flex_attention",
         optimizer=str(recipe.trainer.get("optim", "adamw_torch_fused")),
         engine=engine,
         num_gpus=num_gpus,
+        taught_share=taught,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _taught_share(sampler: Sampler, batch_size: int, base_length: int) -> float:
+    """The mean of the longest first chunk of a pass, as a share of L."""
+    rng, T = np.random.default_rng(0), sampler.target_length
+    size = (max(16, 256 // batch_size), batch_size)
+    first = [int(sampler.sample(rng, T).lengths[0]) for _ in range(size[0] * size[1])]
+    longest = np.minimum(first, base_length).reshape(size).max(1)
+    return float(longest.mean()) / sampler.train_length
 
 
 def _uses_bf16(recipe: Recipe, gpu: Gpu | None, on_cpu: bool) -> bool:

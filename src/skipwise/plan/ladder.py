@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from skipwise.distillation import distillation_weight
 from skipwise.errors import SkipwiseError
 from skipwise.models.families import ModelFacts
 from skipwise.plan.architecture import Architecture
 from skipwise.plan.gpus import Gpu
-from skipwise.plan.job import make_job
+from skipwise.plan.job import make_jobs
 from skipwise.plan.memory import predict_memory
-from skipwise.recipe import SHARDED_ENGINES, LoRASettings, Recipe, format_length
+from skipwise.recipe import SHARDED_ENGINES, FinishSettings, LoRASettings, Recipe, format_length
 
 _MOST_GPUS = 8  # of one machine
 _SHORTEST = 1024  # tokens below which an example teaches little
@@ -54,10 +55,10 @@ def first_change(
 
     def size(recipe: Recipe, num_gpus: int) -> float | None:
         try:
-            job = make_job(recipe, facts, architecture, num_gpus=num_gpus, gpu=gpu)
+            jobs = make_jobs(recipe, facts, architecture, num_gpus=num_gpus, gpu=gpu)
         except SkipwiseError:  # GPUs that cannot share the batch
             return None
-        return predict_memory(job).gib
+        return max(predict_memory(job).gib for job in jobs if job)
 
     now = size(recipe, num_gpus)
     if now is not None and now <= gpu.memory_gib:
@@ -131,6 +132,13 @@ def _chunked(recipe: Recipe, num_gpus: int) -> _Step | None:
     return "training.loss=chunked", _training(recipe, loss="chunked"), num_gpus
 
 
+def _untaught(recipe: Recipe, num_gpus: int) -> _Step | None:
+    """Without the copy of the base; under LoRA there is none, and sharded it does not teach."""
+    if recipe.lora is not None or not distillation_weight(recipe)[0]:
+        return None
+    return "training.distillation=0", _training(recipe, distillation=0.0), num_gpus
+
+
 def _fsdp(number: int) -> _Rung:
     """Shard over this many GPUs."""
 
@@ -191,6 +199,13 @@ def _offload(recipe: Recipe, num_gpus: int) -> _Step | None:
     return "--engine zero3-offload", changed, num_gpus
 
 
+def _unfinished(recipe: Recipe, num_gpus: int) -> _Step | None:
+    """Without the full-length finish: of a lower share the memory is the same."""
+    if not recipe.finish.share:
+        return None
+    return "finish={}", dataclasses.replace(recipe, finish=FinishSettings()), num_gpus
+
+
 def _unweighted(recipe: Recipe, num_gpus: int) -> _Step | None:
     if recipe.positions.weights == "none":
         return None
@@ -227,6 +242,7 @@ _RUNGS: tuple[_Rung, ...] = (
     _batch,
     _checkpointing,
     _chunked,
+    _untaught,
     _shard_here,
     *(_fsdp(number) for number in (2, 4, _MOST_GPUS)),
     _lora,
@@ -234,5 +250,6 @@ _RUNGS: tuple[_Rung, ...] = (
     _nf4,
     _eight_bit,
     _offload,
+    _unfinished,
     _unweighted,
 )

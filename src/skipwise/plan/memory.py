@@ -32,7 +32,8 @@ GPU_RUNTIME = 0.8 * GIB
 GPU_FRAGMENTATION = 0.03
 _LARGEST_HEAP_BLOCK = 32 << 20
 _HOLES = 0.5  # of what comes and goes in a heap; each as large as a block
-_LASTING = ("weights", "optimizer")
+_LOADED = ("weights", "teacher")
+_LASTING = (*_LOADED, "optimizer")
 _LOGITS = "logits and loss"
 _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
 
@@ -93,12 +94,13 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Held]]:
     a = job.architecture
     tokens, rows = job.tokens, job.batch_size
     weights, gradients, states = held.weights(job), held.gradients(job), held.states(job)
+    teacher = held.teacher(job)
     layer = max(a.layers, key=lambda layer: layer.size)
     one = held.layer_activations(job, layer, tokens, rows)
     copies = held.layer_copies(job, layer)
     moment = held.layer_gradients(job, layer, tokens)
     kept = _kept(job)
-    always = [*weights, *states, *held.batch(job, on_cpu), *_engine_buffers(job)]
+    always = [*weights, *teacher, *states, *held.batch(job, on_cpu), *_engine_buffers(job)]
     before = gradients if job.accumulation > 1 else []
     head = [*held.head_activations(job, tokens), *held.head_copy(job)]
     loss, back = held.logits(job, backward=False), held.logits(job, backward=True)
@@ -108,8 +110,8 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Held]]:
     temporaries = held.optimizer_temporaries(job)
     inner = [*one, *copies] if job.checkpointing else []
     return {
-        "load": _load(job, weights, on_cpu),
-        "preflight": _preflight(job, weights),
+        "load": [*_load(job, weights, on_cpu), *teacher],
+        "preflight": [*_preflight(job, weights), *teacher],
         "forward": [*always, *before, *kept, *cache, *held.head_activations(job, tokens), *loss],
         "loss": [*always, *before, *kept, *head, *back],
         "backward": [
@@ -201,7 +203,9 @@ def _by_kind(items: list[Held]) -> dict[str, float]:
 
 def _on_cpu(job: Job, found: dict[str, list[Held]], runtime: float) -> Memory:
     """The largest resident memory, with a heap that keeps what it once had."""
-    blocks = [i.block for items in found.values() for i in items if i.total and i.kind != "weights"]
+    blocks = [
+        i.block for items in found.values() for i in items if i.total and i.kind not in _LOADED
+    ]
     threshold = max([b for b in blocks if b < _LARGEST_HEAP_BLOCK], default=0.0)
     layers = logits = 0.0
     peak, phase, phases = 0.0, "", {}

@@ -11,10 +11,10 @@ from skipwise.models.families import ModelFacts
 from skipwise.plan import cost
 from skipwise.plan.architecture import Architecture
 from skipwise.plan.gpus import GPUS, UTILISATION, Gpu
-from skipwise.plan.job import KNOWN_OPTIMIZERS, Job, make_job, read_model
+from skipwise.plan.job import KNOWN_OPTIMIZERS, Job, make_job, make_jobs, read_model
 from skipwise.plan.ladder import first_change
 from skipwise.plan.memory import GIB, Memory, fits, predict_memory
-from skipwise.recipe import PositionSettings, Recipe, context_lengths
+from skipwise.recipe import FinishSettings, PositionSettings, Recipe, context_lengths, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class OnGpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """The run, or the full-length one beside it."""
+    """The run or its finish, or the full-length run beside it."""
 
     name: str
     job: Job
@@ -51,6 +51,7 @@ class Plan:
     job: Job
     memory: Memory
     sides: tuple[Side, ...]  # the run; full length at as many examples, at as many tokens
+    finish: Side | None  # the run's last part, where it has one
     gpus: tuple[OnGpu, ...]
     lengths: tuple[int, ...]  # of the evaluation
     notes: tuple[str, ...]
@@ -82,18 +83,20 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
     if recipe.training.num_steps < 1:
         raise SkipwiseError("training.num_steps is 0: there is nothing to plan")
     facts, architecture = read_model(recipe)
-    job = make_job(recipe, facts, architecture, num_gpus=num_gpus, gpu=gpu)
+    recipe = settled(recipe, facts.original_length)
+    job, last = make_jobs(recipe, facts, architecture, num_gpus=num_gpus, gpu=gpu)
     memory = predict_memory(job)
     rows = []
     for one in (gpu,) if gpu else GPUS:
-        its = make_job(recipe, facts, architecture, num_gpus=num_gpus, gpu=one)
-        found = predict_memory(its)
+        parts = make_jobs(recipe, facts, architecture, num_gpus=num_gpus, gpu=one)
+        its = [part for part in parts if part]
+        found = max((predict_memory(part) for part in its), key=lambda m: m.total)
         rows.append(
             OnGpu(
                 gpu=one,
                 memory=found,
                 fits=fits(found, one),
-                hours=cost.hours(its, one),
+                hours=sum(cost.hours(part, one) for part in its),
                 change=first_change(recipe, facts, architecture, one, num_gpus),
             )
         )
@@ -104,6 +107,7 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
         job=job,
         memory=memory,
         sides=_sides(recipe, facts, job, memory, num_gpus, gpu),
+        finish=None if last is None else _side("its finish", last),
         gpus=tuple(rows),
         lengths=context_lengths(recipe, facts.original_length),
         notes=_notes(recipe, architecture, job),
@@ -118,27 +122,19 @@ def _sides(
     num_gpus: int,
     gpu: Gpu | None,
 ) -> tuple[Side, ...]:
-    own = Side(
-        name=recipe.method,
-        job=job,
-        examples_per_step=job.global_batch_size,
-        memory=memory,
-        flops_per_step=cost.step_flops(job),
-    )
+    own = _side(recipe.method, job, memory)
     if recipe.method == "full":
         return (own,)
     full = dataclasses.replace(
-        recipe, method="full", train_length=None, positions=PositionSettings()
+        recipe,
+        method="full",
+        train_length=None,
+        positions=PositionSettings(),
+        finish=FinishSettings(),
+        training=dataclasses.replace(recipe.training, distillation=0.0),
     )
     long = make_job(full, facts, job.architecture, num_gpus=num_gpus, gpu=gpu)
-    flops = cost.step_flops(long)
-    same = Side(
-        name="full, same examples",
-        job=long,
-        examples_per_step=long.global_batch_size,
-        memory=predict_memory(long),
-        flops_per_step=flops,
-    )
+    same = _side("full, same examples", long)
     fewer = job.length / long.length
     return (
         own,
@@ -147,8 +143,18 @@ def _sides(
             same,
             name="full, same tokens",
             examples_per_step=same.examples_per_step * fewer,
-            flops_per_step=flops * fewer,
+            flops_per_step=same.flops_per_step * fewer,
         ),
+    )
+
+
+def _side(name: str, job: Job, memory: Memory | None = None) -> Side:
+    return Side(
+        name=name,
+        job=job,
+        examples_per_step=job.global_batch_size,
+        memory=memory or predict_memory(job),
+        flops_per_step=cost.step_flops(job),
     )
 
 
@@ -209,9 +215,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "examples_per_step": side.examples_per_step,
                 "tokens_per_step": side.tokens_per_step,
                 "flops_per_step": side.flops_per_step,
+                "num_steps": side.job.num_steps,
                 "memory": side.memory.total,
             }
-            for side in plan.sides
+            for side in (*plan.sides, *([plan.finish] if plan.finish else []))
         ],
         "num_steps": job.num_steps,
         "num_tokens": job.num_steps * job.tokens_per_step,

@@ -9,7 +9,7 @@ from skipwise.plan import cost
 from skipwise.plan.architecture import Architecture
 from skipwise.plan.gpus import UTILISATION
 from skipwise.plan.job import Job, cpu_has_bf16
-from skipwise.plan.memory import GIB, LATE_IMPORTS, predict_memory
+from skipwise.plan.memory import GIB, LATE_IMPORTS, Memory, predict_memory
 from skipwise.plan.plan import Measured, OnGpu, Plan, Side
 
 _NAME, _FIGURE = 22, 18
@@ -72,6 +72,7 @@ def _memory(plan: Plan) -> str:
     job, memory = plan.job, plan.memory
     said = {
         "weights": _precision(job),
+        "teacher": f"the base once more, in {'bf16' if job.bf16 else 'float32'}, to learn from",
         "gradients": "of a step's passes" if job.accumulation > 1 else "",
         "optimizer": job.optimizer
         + (" and float32 weights" if job.engine == "zero3" and job.bf16 else ""),
@@ -88,6 +89,17 @@ def _memory(plan: Plan) -> str:
         for kind in [*said, *(kind for kind in memory.parts if kind not in said)]
         if memory.parts.get(kind, 0.0) >= 0.005 * GIB
     ]
+    rows.append(("  peak", f"{memory.total / GIB:,.2f}", _where(memory)))
+    if plan.finish is not None:
+        last, its = plan.finish.memory, plan.finish.job
+        held = f"{_where(last)}, {its.batch_size} x {its.length:,} tokens"
+        rows.append(("  peak of its finish", f"{last.total / GIB:,.2f}", held))
+    if memory.host:
+        rows.append(("CPU memory of a node", f"{memory.host / GIB:,.2f}", "weights and optimizer"))
+    return _table([("memory of a GPU", "GiB", ""), *rows])
+
+
+def _where(memory: Memory) -> str:
     phases = {
         "forward": "in the forward pass",
         "loss": "at the loss",
@@ -95,11 +107,7 @@ def _memory(plan: Plan) -> str:
         "backward": "in the backward pass",
         "end of backward": "at the end of the backward pass",
     }
-    where = phases.get(memory.phase, f"in the {memory.phase}")
-    rows.append(("  peak", f"{memory.total / GIB:,.2f}", where))
-    if memory.host:
-        rows.append(("CPU memory of a node", f"{memory.host / GIB:,.2f}", "weights and optimizer"))
-    return _table([("memory of a GPU", "GiB", ""), *rows])
+    return phases.get(memory.phase, f"in the {memory.phase}")
 
 
 def _precision(job: Job) -> str:
@@ -128,7 +136,9 @@ def _evaluation(plan: Plan) -> str:
 
 
 def _training(plan: Plan) -> str:
-    sides, job = plan.sides, plan.job
+    own, *others = plan.sides
+    sides = [own, *([plan.finish] if plan.finish else []), *others]
+    job = plan.job
 
     def row(name: str, values: Iterable[str]) -> str:
         return (
@@ -139,10 +149,11 @@ def _training(plan: Plan) -> str:
         return row(text, [figure(side) for side in sides])
 
     lines = [
-        row(f"{job.num_steps:,} steps", [side.name for side in sides]),
+        row(f"{plan.recipe.training.num_steps:,} steps", [side.name for side in sides]),
+        *([each("  steps", lambda s: f"{s.job.num_steps:,}")] if plan.finish else []),
         each("  tokens an example", lambda s: f"{s.job.length:,}"),
         each("  examples a step", lambda s: f"{s.examples_per_step:,.4g}"),
-        each("  tokens in all", lambda s: f"{s.tokens_per_step * job.num_steps:,.0f}"),
+        each("  tokens in all", lambda s: f"{s.tokens_per_step * s.job.num_steps:,.0f}"),
         each("  PFLOP a step", lambda s: _short(s.flops_per_step / 1e15)),
         each("  GPU memory, GiB", lambda s: f"{s.memory.total / GIB:,.1f}"),
     ]
@@ -151,7 +162,7 @@ def _training(plan: Plan) -> str:
 
         def time(side: Side) -> str:
             seconds = side.flops_per_step / (job.num_gpus * fastest.gpu.tflops * 1e12 * UTILISATION)
-            return _hours(job.num_steps * seconds / 3600)
+            return _hours(side.job.num_steps * seconds / 3600)
 
         lines.append(each(f"  hours, {fastest.gpu.name}", time))
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.report.folder import count, is_evaluation, part, read_json, read_rows
+from skipwise.report.folder import all_training, count, is_evaluation, part, read_json, read_rows
 from skipwise.report.markup import definitions, facts_list, note, page, section
 from skipwise.report.quantities import duration, short_count
 from skipwise.report.results import (
@@ -182,7 +182,8 @@ def _folders(compared: Sequence[Compared]) -> str:
     entries = {}
     for one in compared:
         training, data = part(one.run, "training"), part(one.run, "data")
-        seconds, tokens = training.get("seconds"), training.get("num_tokens")
+        taken = all_training(one.run)
+        seconds, tokens = taken.get("seconds"), taken.get("num_tokens")
         sources = ", ".join(map(str, data.get("sources") or []))
         entries[one.label] = [
             str(one.folder),

@@ -174,12 +174,28 @@ def plot_loss(metrics: list[dict[str, Any]], width: float = WIDE) -> Figure | No
         smooth = (sums[window:] - sums[:-window]) / window
         every = max(1, len(smooth) // _MOST_STEPS)
         axes.plot(steps[window - 1 :][::every], smooth[::every], color=AFTER, linewidth=2)
+        first = finish_step(metrics)
+        if first is not None:
+            axes.axvline(first - 0.5, color=INK, linewidth=1, linestyle=":")
+            axes.annotate(
+                "full length",
+                (first - 0.5, 1.01),
+                xycoords=("data", "axes fraction"),
+                ha="center" if first < 0.9 * steps[-1] else "right",
+                va="bottom",
+                fontsize=9,
+            )
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(8 if width >= WIDE else 4, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
         axes.set_xlabel("step")
         axes.set_ylabel("loss (nats a token)")
         return figure
+
+
+def finish_step(metrics: list[dict[str, Any]]) -> int | None:
+    """The first step at full length; None: there is none."""
+    return next((m["step"] for m in metrics if m.get("phase") == "finish"), None)
 
 
 def _curves(axes: Any, rows: Rows, write: Any, width: float) -> None:

@@ -72,6 +72,17 @@ def part(run: dict[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def all_training(run: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, seconds and peak memory of training, with its full-length finish, where recorded."""
+    finish = part(run, "finish")
+    parts = [part(run, "training"), *([finish] if finish.get("seconds") is not None else [])]
+    found = {}
+    for key, join in (("num_tokens", sum), ("seconds", sum), ("peak_memory_gib", max)):
+        if values := [one[key] for one in parts if one.get(key)]:
+            found[key] = join(values)
+    return found
+
+
 def count(found: dict[str, Any], key: str, noun: str) -> str | None:
     """`1,234 documents`, or None where it is not known."""
     return None if found.get(key) is None else f"{found[key]:,} {noun}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from skipwise.report import curves, words
 from skipwise.report.chunks import plot_positions
-from skipwise.report.folder import count, part
+from skipwise.report.folder import all_training, count, part
 from skipwise.report.markup import MISSING, definitions, figure, note, section
 from skipwise.report.quantities import duration, number, percent, short_count
 
@@ -41,13 +41,15 @@ def selection_section(run: dict[str, Any], png_folder: Path) -> str:
 
 
 def loss_section(metrics: list[dict[str, Any]], png_folder: Path) -> str:
+    first = curves.finish_step(metrics)
+    finish = "" if first is None else f" From step {first:,} on examples have full length."
     drawn = figure(
         png_folder,
         "loss",
         lambda width: curves.plot_loss(metrics, width),
         lambda: words.say_loss(metrics),
         "Pale: every logged step, beyond 400 the range in equal bins. Strong: a running mean "
-        "over a twentieth of the steps.",
+        f"over a twentieth of the steps.{finish}",
     )
     return section("Training loss", drawn or MISSING)
 
@@ -86,10 +88,13 @@ def _cost(run: dict[str, Any]) -> str:
     if not training.get("num_steps") or not training.get("batch_size"):
         return '<p class="note">The number of examples was not recorded.</p>'
     num = training["num_steps"] * training["batch_size"]
+    finish = part(run, "finish")
+    long = finish.get("num_tokens", 0) // T if finish.get("seconds") is not None else 0
+    tokens = num * L + long * T
     lines = (
-        ("This run", num * L, num * L * (L + 1) // 2),
-        ("Full length, as many examples", num * T, num * T * (T + 1) // 2),
-        ("Full length, as many tokens", num * L, num * L * (T + 1) // 2),
+        ("This run", tokens, num * L * (L + 1) // 2 + long * T * (T + 1) // 2),
+        ("Full length, as many examples", (num + long) * T, (num + long) * T * (T + 1) // 2),
+        ("Full length, as many tokens", tokens, tokens * (T + 1) // 2),
     )
     body = "".join(
         f'<tr><th scope="row">{name}</th>'
@@ -98,24 +103,34 @@ def _cost(run: dict[str, Any]) -> str:
         f'<td class="n">{_ratio(pairs / lines[0][2])}×</td></tr>'
         for name, tokens, pairs in lines
     )
-    spent = [f"{training['num_steps']:,} steps of {training['batch_size']:,} examples"]
-    if training.get("seconds"):
-        speed = num * L / training["seconds"]
-        spent.append(f"{duration(training['seconds'])}, {speed:,.0f} tokens a second")
-    if training.get("peak_memory_gib"):
-        each = ", of one process" if training.get("num_processes", 1) > 1 else ""
-        spent.append(f"{training['peak_memory_gib']:.2f} GiB of memory at the peak{each}")
+    said = [f"{_spent(training, num * L)}."]
+    if long:
+        share = percent(finish["share"])
+        said += [f"Then {share} % of all tokens at full length: {_spent(finish, long * T)}."]
     return (
-        f"<p>{escape('; '.join(spent))}.</p>\n"
-        '<div class="scroll"><table><thead><tr><td></td><th class="n" scope="col">Tokens</th>'
+        "".join(f"<p>{escape(text)}</p>\n" for text in said)
+        + '<div class="scroll"><table><thead><tr><td></td><th class="n" scope="col">Tokens</th>'
         '<th class="n" scope="col">Attention pairs</th>'
         f'<th class="n" scope="col">Pairs, to this run</th></tr></thead><tbody>{body}</tbody>'
-        f'</table></div>\n<p class="note">{num:,} examples of {L:,} tokens; full length is {T:,}. '
+        f'</table></div>\n<p class="note">{num:,} examples of {L:,} tokens'
+        f"{f' and {long:,} of {T:,}' if long else ''}; full length is {T:,}. "
         "Attention pairs are the query-key pairs of one causal layer and head, n (n + 1) / 2 ≈ "
         f"n² / 2 for an example of n tokens: at equal tokens the ratio is about T / L = {T / L:.3g}"
         f", at equal examples its square. These are counted, not timed; of the work of a step, "
         "only attention grows this way.</p>"
     )
+
+
+def _spent(taken: dict[str, Any], num_tokens: int) -> str:
+    """Steps, time and memory of a part of training."""
+    spent = [f"{taken['num_steps']:,} steps of {taken['batch_size']:,} examples"]
+    if taken.get("seconds"):
+        speed = num_tokens / taken["seconds"]
+        spent.append(f"{duration(taken['seconds'])}, {speed:,.0f} tokens a second")
+    if taken.get("peak_memory_gib"):
+        each = ", of one process" if taken.get("num_processes", 1) > 1 else ""
+        spent.append(f"{taken['peak_memory_gib']:.2f} GiB of memory at the peak{each}")
+    return "; ".join(spent)
 
 
 def checks_section(run: dict[str, Any]) -> str:
@@ -163,6 +178,7 @@ def details_section(run: dict[str, Any]) -> str:
         "Lengths": lengths,
         "Trained": trained if training else [],
         "RoPE": [f"{k} {v}" for k, v in part(run, "rope").items()],
+        "Temperature": _temperature(part(run, "temperature")),
         "Text": data.get("sources") or [],
         "Documents": documents,
         "Evaluation": [count(data, "num_eval_documents", "documents kept apart")],
@@ -173,9 +189,16 @@ def details_section(run: dict[str, Any]) -> str:
     return section("Data, model and machine", definitions(entries))
 
 
+def _temperature(found: dict[str, Any]) -> list[str]:
+    """The attention temperature of the exported weights, and what its search has shown."""
+    if not found.get("value"):
+        return []
+    return [f"{found['value']:g} times every attention logit", str(found.get("detail", ""))]
+
+
 def training_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
     """Tokens, time and memory of the training, for the boxes at the top."""
-    training = part(run, "training")
+    training = all_training(run)
     facts = []
     if training.get("num_tokens"):
         facts.append((short_count(training["num_tokens"]), "tokens of training"))

@@ -75,8 +75,13 @@ def say_loss(metrics: list[dict[str, Any]]) -> str:
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     return (
         f"Training loss over {len(losses):,} logged steps: {first:.3f} on average over the first "
-        f"tenth, {last:.3f} over the last."
+        f"tenth, {last:.3f} over the last.{_say_finish(metrics)}"
     )
+
+
+def _say_finish(metrics: list[dict[str, Any]]) -> str:
+    first = next((m["step"] for m in metrics if m.get("phase") == "finish"), None)
+    return "" if first is None else f" The examples from step {first:,} on have full length."
 
 
 def say_positions(

@@ -1,0 +1,101 @@
+"""The base model as it was, the teacher of self-distillation (loss.py), beside the one that trains.
+
+Full fine-tuning changes every weight, so the teacher is loaded once more. Under LoRA the base's
+weights stay as they are: the teacher is built anew from the base's own config, with its own RoPE,
+windows and scales, around the very same tensors, and takes no memory. It has neither adapters nor
+trained copies of norms and embeddings, for peft puts those into the model that trains alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from skipwise.errors import SkipwiseError
+from skipwise.models.families import ModelFacts
+from skipwise.models.load import load_model
+from skipwise.models.masks import FLEX
+from skipwise.models.scaling import scaled_config
+from skipwise.recipe import ModelSettings
+from skipwise.rope import Unscaled
+
+
+def base_config(config: Any, facts: ModelFacts) -> Any:
+    """The config with the RoPE that the weights were trained with.
+
+    That is the config as it is, but where `original_length` says that its scaling never was.
+    """
+    rope = config.rope_parameters
+    rope = rope["full_attention"] if facts.nested else rope
+    kind = rope.get("rope_type", "default")
+    if not isinstance(facts.scaling, Unscaled) or kind in ("default", "dynamic"):
+        return copy.deepcopy(config)
+    return scaled_config(config, facts, facts.scaling, facts.original_length)
+
+
+def load_teacher(
+    source: str, config: Any, settings: ModelSettings, dtype: torch.dtype, model: Any
+) -> Any:
+    """The base loaded once more, frozen; raises as `load_model`.
+
+    Args:
+        config: the base's own.
+        dtype: of its weights: that of the arithmetic.
+        model: the one that trains, whose attention implementation it gets.
+    """
+    teacher = load_model(source, config, settings, dtype=dtype, attn_implementation=_kernel(model))
+    return teacher.requires_grad_(False).eval()
+
+
+def teacher_beside(model: Any, config: Any) -> Any:
+    """A model of another config around the weights of a loaded one, before LoRA goes into that.
+
+    Args:
+        config: the base's own.
+
+    Raises:
+        SkipwiseError: a weight of the one has no place in the other.
+    """
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = _kernel(model)
+    with init_empty_weights(include_buffers=False):
+        teacher = type(model)(config)
+    found = dict(model.named_modules())
+    for name, module in list(teacher.named_modules()):
+        own = found.get(name)
+        if own is not None and type(own) is not type(module) and own._parameters:
+            parent, _, leaf = name.rpartition(".")  # a quantised layer keeps more than its weight
+            teacher.get_submodule(parent)._modules[leaf] = own
+            continue
+        for kind in ("_parameters", "_buffers"):
+            mine, theirs = vars(module)[kind], vars(own)[kind] if own is not None else {}
+            for key in mine:
+                if key not in module._non_persistent_buffers_set and key in theirs:
+                    mine[key] = theirs[key]
+    lacking = [name for name, tensor in teacher.state_dict().items() if tensor.is_meta]
+    if lacking:
+        raise SkipwiseError(
+            f"training.distillation: the base cannot be built around the loaded weights, which "
+            f"have no {lacking[0]}\ntype training.distillation=0"
+        )
+    return teacher.eval()
+
+
+def place_teacher(teacher: Any, device: torch.device) -> None:
+    """To the device of the model; weights that are the model's own are there already."""
+    for parameter in teacher.parameters():
+        if parameter.device != device:
+            parameter.data = parameter.data.to(device)
+    for module in teacher.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _kernel(model: Any) -> str:
+    """The attention implementation beside a model's; without importance weights flex is sdpa."""
+    used = model.config._attn_implementation
+    return "sdpa" if used == FLEX else used

@@ -1,0 +1,502 @@
+"""Self-distillation: the teacher is the base, only first chunks are taught, and the loss is KL."""
+
+import copy
+import dataclasses
+import json
+import signal
+
+import pytest
+import torch
+from test_engines import skipwise
+from test_families import FAMILIES, SHAPE
+from test_plan import MISTRAL
+from test_train import STEPS, equal, make_recipe, run_training, stop_at, weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from skipwise import loss as loss_module
+from skipwise import trainer as training_module
+from skipwise.data import PositionCollator, PositionDataset
+from skipwise.distillation import WEIGHT, distillation_weight, in_one_process
+from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.extend import check
+from skipwise.loss import Distillation, chunk_loss
+from skipwise.models.configs import facts_of
+from skipwise.models.load import add_lora, load_model, quantization_for
+from skipwise.models.masks import with_layer_masks
+from skipwise.models.scaling import scaled_config
+from skipwise.models.teacher import base_config, load_teacher, place_teacher, teacher_beside
+from skipwise.phases import finish_part
+from skipwise.plan import next_change, predict_memory
+from skipwise.plan.cost import step_flops
+from skipwise.plan.job import make_job, read_model
+from skipwise.positions import FullLength
+from skipwise.prepare import plan_model, stand_in_data
+from skipwise.quickstart import MODEL
+from skipwise.recipe import LoRASettings, ModelSettings, dump_recipe, parse_recipe
+from skipwise.rope import make_scaling
+from skipwise.run import RunFolder
+from skipwise.teaching import check_distillation, make_distillation
+from skipwise.trainer import read_metrics
+
+CONFIGS = {family: needs for family, (needs, _) in FAMILIES.items() if needs is not None}
+SCALES = ["llama", "gemma2", "cohere", "granite"]  # GQA; soft caps; logits times a number
+FIRST = torch.tensor([5, 17])  # tokens of the first chunks of make_batch
+L, W = 24, 3.0
+
+
+@pytest.fixture
+def slices_of_seven(monkeypatch):
+    monkeypatch.setattr(loss_module, "SLICE", 14)
+
+
+def make_models(family, lora=False):
+    """(the base, a model of scaled RoPE that has moved away from it, its teacher)."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SHAPE, **CONFIGS[family]})
+    base = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(4.0)  # attention that looks at positions
+    facts = facts_of(config)
+    kinds = [kind for kind in ("yarn", "longrope", "ntk") if kind not in facts.refused_types]
+    arguments = {"theta": facts.rope_theta, "dim": facts.rotary_dim}
+    scaling = make_scaling(kinds[0], factor=4.0, original_length=facts.original_length, **arguments)
+    scaled = scaled_config(config, facts, scaling, 4 * facts.original_length)
+    model = AutoModelForCausalLM.from_config(scaled)
+    model.load_state_dict(base.state_dict())
+    teacher = teacher_beside(model, config) if lora else copy.deepcopy(base)
+    whole = add_lora(model, LoRASettings(rank=4)) if lora else model
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return base, whole.train(), teacher
+
+
+def save_model(folder, family, **needs):
+    config = AutoConfig.for_model(family, **{**SHAPE, **CONFIGS[family], **needs})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+
+
+def make_batch(config):
+    torch.manual_seed(1)
+    ids = torch.randint(3, 900, (2, L))
+    labels = ids.clone()
+    labels[0, 3] = labels[1, 20] = -100
+    positions = torch.arange(L).repeat(2, 1)
+    for row, first in enumerate(FIRST):
+        positions[row, first:] += 50
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": positions,
+        "attention_mask": torch.ones_like(ids),
+    }
+    return with_layer_masks(config, batch)
+
+
+def dense_loss(base, model, batch, count, taught):
+    """The equation as it is written, with all logits at once and each token by itself."""
+    labels = batch["labels"]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    ours = model(**inputs, use_cache=False).logits.double().log_softmax(-1)
+    with torch.no_grad():
+        theirs = base(batch["input_ids"]).logits.double().log_softmax(-1)
+    total = apart = torch.zeros((), dtype=torch.float64)
+    for row in range(len(labels)):
+        for i in range(L - 1):
+            if labels[row, i + 1] != -100:
+                total = total - ours[row, i, labels[row, i + 1]]
+        for i in taught[row]:
+            gap = theirs[row, i] - ours[row, i]
+            apart = apart + (theirs[row, i].exp() * gap).sum()
+    return (total + W * apart) / count, float(apart.detach())
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.usefixtures("slices_of_seven")
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("family", SCALES)
+def test_value_and_gradients_in_slices_are_those_of_the_equation(family, lora):
+    base, model, teacher = make_models(family, lora)
+    inner = model.base_model.model if lora else model
+    batch = make_batch(inner.config)
+    want, divergence = dense_loss(base, model, batch, 30, [range(5), range(17)])
+    want.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    distillation = Distillation(teacher=teacher, weight=W)
+    chunk_loss(inner, distillation)
+    items = torch.tensor(30)
+    have = model(**batch, first_lengths=FIRST, num_items_in_batch=items, use_cache=False).loss
+    have.backward()
+    assert abs(have.item() - want.item()) < 1e-5 * want.item()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert torch.allclose(found[name], gradient, atol=1e-4 * scale + 1e-7, rtol=1e-3), name
+    apart, count = distillation.take_divergence()
+    assert count == 22 and apart == pytest.approx(divergence, rel=1e-4)
+    assert apart / count > 1e-3  # the models are apart, or nothing was tested
+    assert distillation.take_divergence() == (0.0, 0.0)
+
+
+@pytest.mark.usefixtures("slices_of_seven")
+def test_with_checkpointing_and_lora_the_loss_is_the_same():
+    _, model, teacher = make_models("llama", lora=True)
+    inner = model.base_model.model
+    chunk_loss(inner, Distillation(teacher=teacher, weight=W))
+    batch = make_batch(inner.config)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(**batch, first_lengths=FIRST, use_cache=False).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    (want, plain), (have, checkpointed) = found
+    assert torch.equal(have, want) and plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        assert torch.allclose(checkpointed[name], gradient, atol=1e-6), name
+
+
+@pytest.mark.usefixtures("slices_of_seven")
+def test_no_token_of_a_later_chunk_is_taught_or_teaches():
+    _, model, teacher = make_models("llama")
+    chunk_loss(model, Distillation(teacher=teacher, weight=W))
+    batch = make_batch(model.config)
+    batch["labels"] = torch.full_like(batch["labels"], -100)  # the divergence alone
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(batch["input_ids"])
+    leaf = embeddings.requires_grad_(True)
+    handle = model.get_input_embeddings().register_forward_hook(lambda *_: leaf)
+    model(**batch, first_lengths=FIRST, num_items_in_batch=1, use_cache=False).loss.backward()
+    handle.remove()
+    norms = leaf.grad.norm(dim=-1)
+    for row, first in enumerate(FIRST):
+        assert (norms[row, first:] == 0).all() and (norms[row, :first] > 0).all()
+
+
+def test_without_lengths_the_loss_is_bit_by_bit_the_one_without_a_teacher():
+    _, model, teacher = make_models("llama")
+    batch = make_batch(model.config)
+    again = copy.deepcopy(model)
+    chunk_loss(again)
+    chunk_loss(model, Distillation(teacher=teacher, weight=W))
+    for one in (model, again):
+        one(**batch, use_cache=False).loss.backward()
+    assert equal(gradients(model), gradients(again))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_teacher_under_lora_is_the_base_loaded_plainly(family):
+    base, model, teacher = make_models(family, lora=True)
+    ids = torch.randint(3, 900, (2, L))
+    with torch.no_grad():
+        want, have = base(ids).logits, teacher(ids).logits
+        moved = model.eval()(ids, attention_mask=torch.ones_like(ids)).logits
+    assert torch.equal(have, want)
+    assert float((moved - want).abs().max()) > 1e-2 * float(want.abs().max())
+    shared = {p.data_ptr() for p in model.parameters()}
+    assert all(p.data_ptr() in shared for p in teacher.parameters())  # no second copy
+
+
+def test_a_lesson_that_fails_leaves_model_and_teacher_as_they_were():
+    _, model, teacher = make_models("llama", lora=True)
+    inner = model.base_model.model
+    batch = make_batch(inner.config)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        before = model(**inputs).logits, teacher(batch["input_ids"]).logits
+    children = [[*one.modules()] for one in (inner, teacher)]
+    chunk_loss(inner, Distillation(teacher=teacher, weight=W))
+    plain = teacher.get_output_embeddings().forward
+
+    def broken(states):
+        raise RuntimeError("broken")
+
+    teacher.get_output_embeddings().forward = broken
+    with pytest.raises(RuntimeError, match="broken"):
+        model(**batch, first_lengths=FIRST, use_cache=False)
+    teacher.get_output_embeddings().forward = plain
+    assert [[*one.modules()] for one in (inner, teacher)] == children
+    with torch.no_grad():
+        after = model(**inputs).logits, teacher(batch["input_ids"]).logits
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+def test_under_nf4_the_teacher_is_the_base_in_nf4(tiny):
+    pytest.importorskip("bitsandbytes")
+    settings = LoRASettings(rank=4, quantization="nf4")
+    plan = plan_model(recipe_of(tiny))
+    quantised = quantization_for(settings, torch.float32, "one process")
+    arguments = {"dtype": torch.float32, "quantization": quantised}
+    base = load_model(str(tiny), plan.config, ModelSettings(), **arguments).eval()
+    model = load_model(str(tiny), plan.scaled, ModelSettings(), **arguments)
+    teacher = teacher_beside(model, plan.config)
+    model = add_lora(model, settings)
+    place_teacher(teacher, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+        ids = torch.randint(3, 900, (2, L))
+        assert torch.equal(teacher(ids).logits, base(ids).logits)
+
+
+def test_a_scaling_that_was_never_trained_is_not_the_teachers(tiny, tmp_path):
+    config = json.loads((tiny / "config.json").read_text())
+    theta = {"rope_theta": 10000.0}
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, **theta}
+    shipped = AutoConfig.for_model(
+        **{**config, "rope_parameters": yarn, "max_position_embeddings": 128}
+    )
+    untrained = base_config(shipped, facts_of(shipped, 64)).rope_parameters
+    assert untrained["rope_type"] == "default"
+    trained = base_config(shipped, facts_of(shipped)).rope_parameters
+    assert trained["rope_type"] == "yarn" and trained["factor"] == 2.0
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.rank=4"]])
+def test_the_preflight_fails_where_the_teacher_has_the_scaled_rope(tiny, lora):
+    plan = plan_model(recipe_of(tiny, *lora, "training.distillation=2"))
+    model = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
+    arguments = model, torch.float32, "one process"
+    made, data, _ = make_distillation(plan, stand_in_data(plan), *arguments)
+    batch = data.telling_batch()
+    rest = plan, batch["input_ids"], batch["first_lengths"]
+    passed = check_distillation(made, *rest)
+    assert passed.passed and "w = 2" in passed.detail
+    assert ("under LoRA" if lora else "frozen copy") in passed.detail
+    wrong = teacher_beside(model, plan.scaled)
+    failed = check_distillation(Distillation(teacher=wrong, weight=2.0), *rest)
+    assert not failed.passed and "not the base's RoPE" in failed.detail
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.rank=4"]])
+def test_the_teacher_has_the_window_that_the_model_has_lost(tmp_path, lora):
+    save_model(tmp_path, "mistral", sliding_window=8)  # of all layers: training takes it away
+    tree = {"model": str(tmp_path), "target_length": 512}
+    plan = plan_model(parse_recipe(tree, [*lora, "training.distillation=2"]))
+    assert plan.scaled.sliding_window is None
+    model = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
+    arguments = plan, stand_in_data(plan), model, torch.float32, "one process"
+    made, _, _ = make_distillation(*arguments)
+    ids = torch.randint(3, 900, (2, L))
+    lengths = torch.tensor([L, L])
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        lesson = made.read(ids, lengths)
+        assert torch.equal(made.logits(lesson)(lesson[0]), want)
+        assert not torch.allclose(want[:, 12:], model(ids).logits[:, 12:], atol=1e-4)
+
+
+def test_the_copy_is_frozen_and_in_the_dtype_of_the_arithmetic(tiny):
+    plan = plan_model(recipe_of(tiny))
+    model = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
+    teacher = load_teacher(plan.source, plan.config, plan.load, torch.bfloat16, model)
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert teacher.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_the_collator_says_how_far_the_base_reads(tiny):
+    recipe = parse_recipe({"model": str(tiny), "target_length": 256})
+    items = stand_in_data(plan_model(recipe)).items(8)
+    first = [int(item["example"].lengths[0]) for item in items]
+    assert min(first) < 40 < max(first)
+    batch = PositionCollator(base_length=40)(items)
+    assert batch["first_lengths"].tolist() == [min(one, 40) for one in first]
+    assert "first_lengths" not in PositionCollator()(items)
+
+
+SETTINGS = ["training.distillation=3", "load.dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, text_folder, tmp_path_factory):
+    """{mode: run with distillation that nothing disturbed}"""
+    return {
+        mode: run_training(
+            make_recipe(tiny, text_folder, *SETTINGS, *more),
+            tmp_path_factory.mktemp("distilled") / mode,
+        )
+        for mode, more in (("full", []), ("lora", ["lora.rank=4"]))
+    }
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_divergence_of_every_step_is_written_down(straight, mode):
+    found = [m["distillation"] for m in read_metrics(straight[mode])]
+    assert len(found) == STEPS and 0 <= found[0] < 1e-4 and found[-1] > found[0]
+
+
+@pytest.mark.parametrize(("mode", "more"), [("full", []), ("lora", ["lora.rank=4"])])
+def test_a_run_that_was_stopped_ends_with_the_same_weights(
+    straight, tiny, text_folder, tmp_path, monkeypatch, mode, more
+):
+    recipe = make_recipe(tiny, text_folder, *SETTINGS, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
+        with pytest.raises(RunStopped):
+            run_training(recipe, tmp_path / "run")
+    resumed = run_training(recipe, tmp_path / "run")
+    assert equal(weights(resumed), weights(straight[mode]))
+    metrics = [[m["distillation"] for m in read_metrics(r)] for r in (resumed, straight[mode])]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_accumulation_gives_the_weights_of_one_large_batch(
+    straight, tiny, text_folder, tmp_path, batch_size
+):
+    recipe = make_recipe(tiny, text_folder, *SETTINGS, f"training.batch_size={batch_size}")
+    other = run_training(recipe, tmp_path / "run")
+    found, want = weights(other), weights(straight["full"])
+    for name, tensor in want.items():
+        assert torch.allclose(found[name], tensor, atol=2e-4), name
+    for mine, theirs in zip(read_metrics(other), read_metrics(straight["full"]), strict=True):
+        assert mine["distillation"] == pytest.approx(theirs["distillation"], rel=2e-2, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "more"), [("full", []), ("lora", ["lora.rank=4"])])
+def test_two_processes_train_what_one_does(straight, tiny, text_folder, tmp_path, mode, more):
+    recipe = make_recipe(tiny, text_folder, *SETTINGS, *more)
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    out = tmp_path / "run"
+    skipwise("train", tmp_path / "r.yaml", "--out", out, "--gpus", 2, "--engine", "ddp")
+    run = RunFolder(out)
+    want = weights(straight[mode])
+    for name, tensor in weights(run).items():
+        assert torch.allclose(tensor, want[name], atol=1e-5), name
+    for key, near in (("loss", 1e-5), ("distillation", 1e-6)):
+        pairs = zip(read_metrics(run), read_metrics(straight[mode]), strict=True)
+        assert max(abs(a[key] - b[key]) for a, b in pairs) < near
+    lines = {line["name"]: line for line in run.facts()["checks"]}
+    assert lines["distillation"]["passed"] and "w = 3" in lines["distillation"]["detail"]
+
+
+def test_without_it_nothing_is_taught(tiny, text_folder, tmp_path):
+    run = run_training(make_recipe(tiny, text_folder, "training.num_steps=1"), tmp_path / "run")
+    assert "distillation" not in read_metrics(run)[-1]
+
+
+def recipe_of(tiny, *settings):
+    return parse_recipe({"model": str(tiny), "target_length": 256}, list(settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["engine=fsdp2"], "fsdp2 would have to shard"),
+        (["engine=zero3"], "zero3 would have to shard"),
+        (["trainer.use_liger_kernel=true"], "use_liger_kernel replaces the loss"),
+        (["training.loss=whole"], "training.loss is whole"),
+        (["method=full"], "method: full has no first chunk"),
+        (["method=randpos"], "method: randpos has no first chunk"),
+        (["method=none"], "method: none has no first chunk"),
+    ],
+)
+def test_where_it_cannot_be_done_a_number_is_refused_and_auto_says_why(tiny, settings, words):
+    with pytest.raises(SkipwiseError, match=rf"distillation: 2: .*{words}.*\n.*distillation=0"):
+        plan_model(recipe_of(tiny, "training.distillation=2", *settings))
+    weight, why = distillation_weight(recipe_of(tiny, "training.distillation=auto", *settings))
+    assert weight == 0 and words in why
+
+
+def test_auto_is_three_for_pose_and_nothing_for_a_baseline(tiny):
+    cream = recipe_of(tiny, "training.distillation=auto", "method=cream")
+    assert distillation_weight(cream)[0] == 0 and "baseline" in distillation_weight(cream)[1]
+    assert distillation_weight(recipe_of(tiny, "training.distillation=2", "method=cream"))[0] == 2
+    recipe = recipe_of(tiny, "training.distillation=auto")
+    assert distillation_weight(recipe, engine="ddp") == (WEIGHT, "") and WEIGHT == 3
+    assert distillation_weight(recipe, engine="fsdp of the launcher")[0] == 0
+    assert distillation_weight(recipe, lacks="leaves out the router's loss")[0] == 0
+    assert distillation_weight(recipe, router_loss=True)[0] == 0
+    assert distillation_weight(recipe_of(tiny, "training.distillation=0")) == (0.0, "")
+
+
+def test_a_router_loss_leaves_it_out_with_the_reason_in_the_preflight(tmp_path):
+    save_model(tmp_path, "mixtral", output_router_logits=True)
+    tree = {"model": str(tmp_path), "target_length": 512, "training": {"distillation": "auto"}}
+    lines = {one.name: one for one in check(parse_recipe(tree))}
+    assert lines["distillation"].passed and "none: its loss" in lines["distillation"].detail
+    with pytest.raises(SkipwiseError, match="router"):
+        plan_model(parse_recipe(tree, ["training.distillation=1"]))
+
+
+@pytest.mark.parametrize("value", ["-1", "often", "nan", "inf"])
+def test_a_weight_is_a_number_from_zero_up(tiny, value):
+    with pytest.raises(SkipwiseError, match=r"training\.distillation is"):
+        recipe_of(tiny, f"training.distillation={value}")
+    assert recipe_of(tiny, "training.distillation=0").training.distillation == 0
+
+
+def test_a_recipe_of_a_sharding_engine_is_checked_in_one_process_without_it(tiny):
+    recipe = in_one_process(recipe_of(tiny, "training.distillation=auto", "engine=fsdp2"))
+    assert recipe.engine == "auto" and recipe.training.distillation == 0
+    kept = in_one_process(recipe_of(tiny, "training.distillation=auto", "engine=ddp"))
+    assert kept.training.distillation == "auto"
+
+
+def test_the_finish_is_taught_as_far_as_the_base_reads(tiny):
+    recipe = recipe_of(tiny, "training.distillation=2", "finish.share=0.5")
+    part = finish_part(recipe, 64)
+    assert part.method == "full" and distillation_weight(part) == (2.0, "")
+    data = stand_in_data(plan_model(recipe))
+    long = PositionDataset(data.corpus, FullLength(target_length=256), seed=0, num_examples=1)
+    batch = PositionCollator(base_length=64)([long[0]])
+    assert batch["input_ids"].shape == (1, 256) and batch["first_lengths"].tolist() == [64]
+
+
+@pytest.fixture
+def mistral(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    return tmp_path
+
+
+def job_of(folder, *settings):
+    recipe = parse_recipe({"model": str(folder), "target_length": 32768}, list(settings))
+    return make_job(recipe, *read_model(recipe))
+
+
+def test_the_plan_counts_the_copy_and_under_lora_there_is_none(mistral):
+    plain, taught = (job_of(mistral, f"training.distillation={w}") for w in (0, 3))
+    assert predict_memory(taught).parts["teacher"] == 2 * plain.architecture.num_parameters
+    assert "teacher" not in predict_memory(plain).parts
+    lora = job_of(mistral, "training.distillation=3", "lora={}")
+    assert lora.taught_share and "teacher" not in predict_memory(lora).parts
+
+
+def test_the_plan_counts_a_forward_pass_over_half_of_the_tokens(mistral):
+    settings = ["training.loss=chunked", "positions.weights=none", "positions.cut=random"]
+    plain, taught = (job_of(mistral, f"training.distillation={w}", *settings) for w in (0, 3))
+    assert taught.taught_share == pytest.approx(0.5, abs=0.03) and plain.taught_share == 0
+    half = dataclasses.replace(taught, taught_share=0.5)
+    a = taught.architecture
+    head = a.vocab_size * a.hidden_size
+    attention = 4.0 * a.num_heads * a.head_dim * a.num_layers * 8192 / 2
+    token = 0.5 * 2 * (a.active_parameters + head) + 0.25 * attention
+    more = step_flops(half) - step_flops(plain)
+    assert more == pytest.approx(taught.tokens_per_step * token, rel=1e-9)
+    first_half = job_of(mistral, "training.distillation=3", "positions.cut=first-half")
+    assert first_half.taught_share == pytest.approx(0.25, abs=0.03)
+    pairs = job_of(mistral, "training.distillation=3", *settings, "training.batch_size=2")
+    assert pairs.taught_share == pytest.approx(2 / 3, abs=0.03)  # the longer of two
+
+
+def test_a_run_without_room_is_told_to_do_without_the_copy(mistral):
+    tree = {"model": str(mistral), "target_length": 32768}
+    recipe = parse_recipe(tree, ["training.distillation=3"])
+    assert next_change(recipe, 4) == "training.distillation=0"
+    assert next_change(parse_recipe(tree, ["training.distillation=auto", "lora={}"])) == (
+        "lora.train_embeddings=false"
+    )

@@ -1,0 +1,467 @@
+"""The finish: its tokens, where it begins, what it trains on, and what stops it before PoSE."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from skipwise import trainer as training_module
+from skipwise.checkpoints import finished_checkpoint, newest_checkpoint, trained_checkpoint
+from skipwise.cli import main
+from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.extend import extend, prepare_run, train_run
+from skipwise.finish import plan_finish
+from skipwise.phases import finish_part, first_part
+from skipwise.plan import find_gpu, make_plan, next_change
+from skipwise.prepare import load_training_data, plan_model
+from skipwise.recipe import dump_recipe, parse_recipe
+from skipwise.run import RunFolder, open_run
+from skipwise.train import set_up
+from skipwise.trainer import Before, read_metrics
+
+L, T, STEPS, BATCH = 64, 256, 12, 4
+FIRST, LAST = 8, 4  # steps before the finish, and its own: an example of T tokens each
+RATE = 5e-4
+
+
+def make_recipe(tiny, text_folder, *overrides):
+    tree = {
+        "model": str(tiny),
+        "target_length": T,
+        "temperature": 1.0,
+        "rope": {"type": "yarn"},
+        "data": {"sources": [str(text_folder)]},
+        "load": {"dtype": "float32"},
+        "training": {
+            "num_steps": STEPS,
+            "global_batch_size": BATCH,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "save_steps": 2,
+            "distillation": 0,
+        },
+        "finish": {"share": 0.34, "learning_rate": RATE},
+        "eval": {"tasks": ["passkey"], "passkey_trials": 2},
+        "trainer": {"report_to": "none"},
+    }
+    return parse_recipe(tree, list(overrides))
+
+
+def run_training(recipe, folder):
+    plan = plan_model(recipe)
+    run = open_run(folder, recipe, "test")
+    data = prepare_run(plan, run)
+    train_run(plan, data, run)
+    return run
+
+
+def weights(folder):
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def trained(run):
+    folder = trained_checkpoint(run, run.recipe())
+    assert folder is not None and folder.parent == run.finish.checkpoints
+    return weights(folder)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def in_phase(phase, step, act):
+    """A callback's on_step_end that acts at a step of a part of the training."""
+    plain = training_module.RunCallback.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.phase == phase and state.global_step == step and args.max_steps > 1:
+            act()
+        return plain(self, args, state, control, **kwargs)
+
+    return on_step_end
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def recorded(monkeypatch):
+    """The inputs of every pass from now on."""
+    seen, plain = [], training_module.PositionTrainer.training_step
+
+    def training_step(self, model, inputs, *rest, **kwargs):
+        seen.append(inputs)
+        return plain(self, model, inputs, *rest, **kwargs)
+
+    monkeypatch.setattr(training_module.PositionTrainer, "training_step", training_step)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, text_folder, tmp_path_factory):
+    """A run that nothing disturbed."""
+    os.environ["SKIPWISE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return run_training(make_recipe(tiny, text_folder), tmp_path_factory.mktemp("finish") / "run")
+
+
+def made(*overrides):
+    return parse_recipe({"model": "m", "target_length": "32k"}, list(overrides))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("factor", [2, 4, 5, 16])
+@pytest.mark.parametrize("processes", [1, 3, 8])
+def test_the_tokens_of_both_parts_are_those_of_training(share, factor, processes):
+    recipe = made(f"target_length={factor * 8192}", f"finish.share={share}")
+    first, finish = first_part(recipe).training, finish_part(recipe, 8192, processes).training
+    step = 64 * 8192
+    of_finish = finish.num_steps * finish.global_batch_size * factor * 8192
+    total = first.num_steps * first.global_batch_size * 8192 + of_finish
+    longest = max(step, finish.global_batch_size * factor * 8192)
+    assert abs(total - 1000 * step) < longest
+    assert abs(of_finish - share * 1000 * step) < longest
+    assert finish.global_batch_size % processes == 0 and finish.batch_size == 1
+
+
+def test_the_recipe_of_the_finish_in_figures():
+    recipe = made("finish.share=0.1", "training.lr_scheduler=cosine", "positions.num_chunks=3")
+    finish = finish_part(recipe, 8192, 8)
+    settings = finish.training
+    assert first_part(recipe).training.num_steps == 900
+    assert (settings.num_steps, settings.global_batch_size) == (100, 16)  # 64 x 8k / 32k
+    assert (settings.learning_rate, settings.warmup_steps) == (2e-5, 1)  # 10 of 1,000
+    assert settings.lr_scheduler == "linear" and settings.save_steps == 100
+    assert finish.method == "full" and finish.positions.weights == "none"
+    assert finish_part(made("finish.share=0.1", "finish.learning_rate=1e-6"), 8192).training == (
+        dataclasses.replace(settings, learning_rate=1e-6)
+    )
+    warm = made("finish.share=0.1", "training.warmup_steps=500")
+    assert finish_part(warm, 8192).training.warmup_steps == 10  # a tenth at most
+    assert finish_part(made(), 8192) is None and first_part(made()) == made()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["finish.share=1"], "give a share of training"),
+        (["finish.share=0.9999"], "leaves none before it"),
+        (["finish.share=0.1", "method=full"], "is at full length already"),
+        (["finish.share=0.1", "method=none"], "trains nothing"),
+        (["finish.learning_rate=1e-5"], r"does not take effect with finish\.share: 0"),
+        (["finish.share=-0.1"], "0 or more"),
+        (
+            ["finish.share=0.1", "training.num_steps=10", "training.global_batch_size=1"],
+            r"fewer tokens than an example of 32k\ntype finish\.share=0\.4 or more",
+        ),
+        (
+            ["finish.share=0.1", "training.num_steps=4", "training.global_batch_size=1"],
+            r"training\.num_steps=40 or more",
+        ),
+    ],
+)
+def test_a_finish_that_cannot_be_is_refused(overrides, word):
+    with pytest.raises(SkipwiseError, match=word):
+        recipe = made(*overrides)
+        first_part(recipe)
+        finish_part(recipe, 8192)
+
+
+def test_the_share_that_an_error_names_is_enough():
+    short = ["training.num_steps=10", "training.global_batch_size=1"]
+    with pytest.raises(SkipwiseError):
+        finish_part(made("finish.share=0.3", *short), 8192)
+    assert finish_part(made("finish.share=0.4", *short), 8192).training.num_steps == 1
+    with pytest.raises(SkipwiseError, match=r"2 examples.*\ntype finish\.share=0\.8"):
+        finish_part(made("finish.share=0.4", *short), 8192, 2)
+
+
+def test_a_finish_that_was_begun_keeps_its_batch():
+    recipe = made("finish.share=0.1")
+    assert finish_part(recipe, 8192, 3).training.global_batch_size == 15
+    assert finish_part(recipe, 8192, 5, batch=15).training == finish_part(recipe, 8192, 3).training
+    with pytest.raises(SkipwiseError, match=r"batches of 15.*4 processes.*\n.*15, 5, 3, 1"):
+        finish_part(recipe, 8192, 4, batch=15)
+
+
+def test_one_curve_goes_through_both_parts(straight):
+    metrics = read_metrics(straight)
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    assert [m["num_tokens"] for m in metrics] == [BATCH * L * k for k in range(1, STEPS + 1)]
+    assert [m.get("phase") for m in metrics] == [None] * FIRST + ["finish"] * LAST
+    seconds = [m["seconds"] for m in metrics]
+    assert seconds == sorted(seconds)
+    rates = [m["learning_rate"] for m in metrics[FIRST:]]
+    assert rates == pytest.approx([RATE, 0.75 * RATE, 0.5 * RATE, 0.25 * RATE])
+    facts = straight.facts()
+    assert facts["training"]["num_steps"] == FIRST
+    assert facts["training"]["num_tokens"] == FIRST * BATCH * L
+    finish = facts["finish"]
+    assert (finish["share"], finish["num_steps"], finish["num_tokens"]) == (0.34, LAST, LAST * T)
+    assert 0 < finish["seconds"] < seconds[-1] and finish["peak_memory_gib"] > 0
+    both = facts["training"]["seconds"] + finish["seconds"]
+    assert both == pytest.approx(seconds[-1], abs=2e-3)
+
+
+def test_the_finish_is_full_length_training_from_the_weights_of_pose(straight, tiny, text_folder):
+    plan = plan_model(straight.recipe())
+    finish = plan_finish(plan, load_training_data(plan, None), straight)
+    begins = finished_checkpoint(straight, FIRST)
+    model = AutoModelForCausalLM.from_pretrained(begins, dtype=torch.float32).train()
+    assert model.config.rope_parameters["factor"] == T / L
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    losses = []
+    for k in range(LAST):
+        ids = torch.from_numpy(finish.data.dataset[k]["input_ids"])[None]
+        assert ids.shape == (1, T)
+        loss = model(ids, labels=ids, use_cache=False).loss  # plain positions, all tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = RATE * (LAST - k) / LAST
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    logged = [m["loss"] for m in read_metrics(straight)[FIRST:]]
+    assert logged == pytest.approx(losses, abs=1e-4)
+    mine = model.state_dict()
+    for name, tensor in trained(straight).items():
+        assert torch.allclose(tensor, mine[name], atol=2e-5), name
+
+
+def test_what_the_trainer_is_given(tiny, text_folder, tmp_path, monkeypatch):
+    seen = recorded(monkeypatch)
+    run = run_training(make_recipe(tiny, text_folder), tmp_path / "run")
+    lengths = [inputs["input_ids"].shape[1] for inputs in seen]
+    assert lengths == [T] + [L] * (FIRST * 2) + [T] * LAST  # a trial first
+    for inputs in (seen[0], *seen[-LAST:]):
+        assert torch.equal(inputs["position_ids"], torch.arange(T)[None])
+        assert inputs["attention_mask"].shape == (1, T) and bool(
+            (inputs["attention_mask"] == 1).all()
+        )
+    skips = [bool((inputs["position_ids"].diff() != 1).any()) for inputs in seen[1:-LAST]]
+    assert all(skips) and not (run.finish.path / "trial").exists()
+
+
+def test_examples_depend_on_their_number_alone(straight, tiny, text_folder):
+    def items(*overrides, processes=1):
+        plan = plan_model(make_recipe(tiny, text_folder, *overrides))
+        data = load_training_data(plan, None)
+        finish = plan_finish(plan, data, RunFolder("nowhere"), processes)
+        assert finish.data.corpus.count_copies(data.corpus.held_out) == 0
+        return [finish.data.dataset[k]["input_ids"] for k in range(LAST)]
+
+    plain = items()
+    assert np.array_equal(plain, items(processes=2))
+    assert np.array_equal(plain, items("training.batch_size=4"))
+    assert not np.array_equal(plain, items("seed=1"))
+    full = plan_model(make_recipe(tiny, text_folder, "method=full", "finish={}"))
+    own = load_training_data(full, None).dataset
+    assert not np.array_equal(plain, [own[k]["input_ids"] for k in range(LAST)])
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "message"),
+    [
+        ("train", 5, "stopped at step 5 of 8"),
+        ("train", FIRST, "stopped after the last step"),
+        ("finish", 3, "stopped at step 3 of 4, saved in .*finish"),
+    ],
+    ids=["before", "between", "inside"],
+)
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    straight, tiny, text_folder, tmp_path, monkeypatch, phase, step, message
+):
+    recipe = make_recipe(tiny, text_folder)
+    with monkeypatch.context() as patch:
+        act = in_phase(phase, step, interrupt)
+        patch.setattr(training_module.RunCallback, "on_step_end", act)
+        with pytest.raises(RunStopped, match=message):
+            run_training(recipe, tmp_path / "run")
+    seen = recorded(monkeypatch)
+    run = run_training(recipe, tmp_path / "run")
+    assert equal(trained(run), trained(straight))
+    left = FIRST - step if phase == "train" else 0
+    lengths = [inputs["input_ids"].shape[1] for inputs in seen]
+    assert lengths == [L] * (2 * left) + [T] * (LAST if phase == "train" else LAST - step)
+    again, want = read_metrics(run), read_metrics(straight)
+    assert [m["loss"] for m in again] == [m["loss"] for m in want]
+    assert [m.get("phase") for m in again] == [m.get("phase") for m in want]
+
+
+def test_a_finish_that_died_goes_on_at_its_checkpoint(
+    straight, tiny, text_folder, tmp_path, monkeypatch
+):
+    def die():
+        raise RuntimeError("dead")
+
+    recipe = make_recipe(tiny, text_folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module.RunCallback, "on_step_end", in_phase("finish", 3, die))
+        with pytest.raises(RuntimeError, match="dead"):
+            run_training(recipe, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert newest_checkpoint(run.finish).name == "checkpoint-2"
+    assert trained_checkpoint(run, recipe) is None
+    run_training(recipe, tmp_path / "run")
+    assert equal(trained(run), trained(straight))
+
+
+@pytest.mark.slow
+def test_a_killed_finish_ends_with_bit_identical_weights(straight, tmp_path):
+    command = [sys.executable, "-m", "skipwise", "train", str(straight.recipe_file), "--out"]
+    run = RunFolder(tmp_path / "run")
+    process = subprocess.Popen([*command, str(run.path)], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(read_metrics(run)) < FIRST + 3 and time.time() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert len(read_metrics(run)) >= FIRST + 3
+    subprocess.run([*command, str(run.path)], check=True, capture_output=True)
+    assert equal(trained(run), trained(straight))
+
+
+def test_an_adapter_goes_on_from_where_pose_left_it(tiny, text_folder, tmp_path, monkeypatch):
+    from peft import get_peft_model_state_dict
+
+    recipe = make_recipe(tiny, text_folder, "lora.rank=4")
+    whole = run_training(recipe, tmp_path / "whole")
+    assert whole.facts()["finish"]["mode"] == "lora"
+    begins = finished_checkpoint(whole, FIRST)
+    plan = plan_model(recipe)
+    data = load_training_data(plan, None)
+    finish = plan_finish(plan, data, RunFolder(tmp_path / "empty"))
+    training = set_up(finish.plan, finish.data, finish.run, Before(checkpoint=begins))
+    states = get_peft_model_state_dict(training.trainer.model)
+    assert equal(states, weights(begins)) and any("lora_B" in name for name in states)
+    moved = trained(whole)
+    assert not any(torch.equal(states[name], moved[name]) for name in states if "lora_B" in name)
+    with monkeypatch.context() as patch:
+        act = in_phase("finish", 1, interrupt)
+        patch.setattr(training_module.RunCallback, "on_step_end", act)
+        with pytest.raises(RunStopped):
+            run_training(recipe, tmp_path / "parts")
+    assert equal(trained(run_training(recipe, tmp_path / "parts")), moved)
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.rank=4"]], ids=["full", "lora"])
+def test_the_teacher_of_the_finish_is_the_base(straight, tiny, text_folder, tmp_path, lora):
+    recipe = make_recipe(tiny, text_folder, "training.distillation=2", *lora)
+    plan = plan_model(recipe)
+    finish = plan_finish(plan, load_training_data(plan, None), RunFolder(tmp_path / "empty"))
+    before = Before(checkpoint=None if lora else finished_checkpoint(straight, FIRST))
+    training = set_up(finish.plan, finish.data, finish.run, before)
+    assert all(check.passed for check in training.checks)
+    teacher = training.callback.distillation.teacher.state_dict()
+    assert equal(teacher, AutoModelForCausalLM.from_pretrained(tiny).state_dict())
+
+
+def test_text_without_long_documents_is_refused_before_anything_is_trained(tiny, tmp_path, capsys):
+    lengths = [14] * 6 + [4] * 60  # lines: of 133 tokens, and below the 64 of an example
+    lines = [
+        {"text": "".join(f"x{i}{j} = {i * j}\n" for j in range(size))}
+        for i, size in enumerate(lengths)
+    ]
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = make_recipe(tiny, tmp_path / "short.jsonl", "eval.tasks=[]")
+    with pytest.raises(SkipwiseError, match=r"documents of 256 tokens, and the longest.*\n.*pack"):
+        extend(recipe, tmp_path / "run")
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert main(["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "train")]) == 2
+    assert "finish.share: 0.34 needs documents of 256 tokens" in capsys.readouterr().err
+    for name in ("run", "train"):
+        assert not read_metrics(RunFolder(tmp_path / name))
+    packed = make_recipe(tiny, tmp_path / "short.jsonl", "data.short_documents=pack")
+    plan = plan_model(packed)
+    assert plan_finish(plan, load_training_data(plan, None), RunFolder(tmp_path)) is not None
+
+
+def test_out_of_memory_at_full_length_shows_before_the_first_step(
+    tiny, text_folder, tmp_path, monkeypatch
+):
+    plain = training_module.PositionTrainer.training_step
+
+    def training_step(self, model, inputs, *rest, **kwargs):
+        if inputs["input_ids"].shape[1] == T:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, model, inputs, *rest, **kwargs)
+
+    monkeypatch.setattr(training_module.PositionTrainer, "training_step", training_step)
+    for at, job in enumerate((extend, run_training)):
+        run = tmp_path / f"run{at}"
+        with pytest.raises(SkipwiseError, match=r"at 1 x 256 tokens.*full-length finish\n.*--lora"):
+            job(make_recipe(tiny, text_folder), run)
+        assert not read_metrics(RunFolder(run)) and not newest_checkpoint(RunFolder(run))
+
+
+def test_out_of_memory_in_the_finish_ends_with_leaving_it_out(tiny, text_folder):
+    small = ["lora.train_embeddings=false", "lora.quantization=nf4", "trainer.optim=adamw_8bit"]
+    recipe = make_recipe(tiny, text_folder, *small, "training.gradient_checkpointing=true")
+    assert next_change(finish_part(recipe, L)) == "finish={}"
+
+
+def test_a_dry_run_tries_a_step_and_trains_nothing(tiny, text_folder, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(dump_recipe(make_recipe(tiny, text_folder)))
+    out = tmp_path / "run"
+    assert main(["train", str(tmp_path / "r.yaml"), "--out", str(out), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "ok   finish, step: tried: a pass of 256 tokens" in said
+    assert "ok   finish, text: 11 documents of 256 tokens or more, 4 examples" in said
+    assert not read_metrics(RunFolder(out)) and newest_checkpoint(RunFolder(out)) is None
+    assert newest_checkpoint(RunFolder(out).finish) is None
+
+
+def test_text_that_is_read_again_and_again_is_said(tiny, text_folder, tmp_path, capsys):
+    recipe = make_recipe(tiny, text_folder, "training.num_steps=1200")
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert main(["check", str(tmp_path / "r.yaml")]) == 0
+    assert "408 examples of them: each stretch of text is read about" in capsys.readouterr().out
+
+
+def test_the_whole_job_hands_over_what_the_finish_made(tiny, text_folder, tmp_path):
+    run = extend(make_recipe(tiny, text_folder, "eval.select=passkey"), tmp_path / "run")
+    facts = run.facts()
+    steps = [c["step"] for c in facts["selection"]["candidates"]]
+    assert steps == [2, 4, 6, 8, 10, 12]  # of both parts
+    names = {check["name"] for check in facts["checks"] if check["passed"]}
+    assert {"finish, text", "finish, step", "chunks see each other"} <= names
+    page = (run.report / "index.html").read_text()
+    assert "From step 9 on examples have full length" in page
+    assert "Then 34 % of all tokens at full length" in page
+    card = (run.model / "README.md").read_text()
+    assert "then at full length: 4 steps of 1 examples of 256 tokens (1,024 in all)" in card
+
+
+def test_the_last_checkpoint_of_the_finish_is_exported(straight, capsys):
+    assert main(["export", str(straight.path)]) == 0
+    assert equal(load_file(straight.model / "model.safetensors"), trained(straight))
+
+
+def test_the_plan_shows_both_parts(tmp_path, capsys):
+    from test_plan import MISTRAL
+
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    asked = ["plan", str(tmp_path), "--to", "128k", "--gpus", "8", "--engine", "fsdp2"]
+    assert main([*asked, "finish.share=0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "peak of its finish" in out and "1 x 131,072 tokens" in out and "no: finish={}" in out
+    settings = [f"model={tmp_path}", "target_length=128k", "engine=fsdp2"]
+    with_it = make_plan(made(*settings, "finish.share=0.1"), num_gpus=8)
+    without = make_plan(made(*settings), num_gpus=8)
+    assert with_it.memory == without.memory and with_it.job.num_steps == 900
+    assert with_it.finish.job.num_steps == 50 and with_it.finish.job.length == 131072
+    for row, plain in zip(with_it.gpus, without.gpus, strict=True):
+        assert row.memory.total > 3 * plain.memory.total and row.hours > 1.1 * plain.hours
+    lower = make_plan(made(*settings, "finish.share=0.02"), num_gpus=8)
+    assert [r.memory for r in lower.gpus] == [r.memory for r in with_it.gpus]
+    a100 = make_plan(made(*settings, "finish.share=0.1"), num_gpus=8, gpu=find_gpu("A100-80GB"))
+    assert a100.gpus[0].change == "--lora"

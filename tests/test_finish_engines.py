@@ -1,0 +1,63 @@
+"""The finish on two real processes over gloo is that of one, and goes on from it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from test_finish import LAST, make_recipe, trained
+
+from skipwise.recipe import dump_recipe
+from skipwise.run import RunFolder
+from skipwise.trainer import read_metrics
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
+ENGINES = ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
+
+
+@pytest.fixture(scope="module", params=[[], ["--lora"]], ids=["full", "lora"])
+def command(request, tiny, text_folder, tmp_path_factory):
+    """(the verb with a recipe for two processes, what one process makes of it)"""
+    folder = tmp_path_factory.mktemp("engines")
+    os.environ["SKIPWISE_CACHE"] = str(folder / "cache")
+    recipe = make_recipe(tiny, text_folder, "training.global_batch_size=8")
+    (folder / "r.yaml").write_text(dump_recipe(recipe))
+    command = ["train", str(folder / "r.yaml"), *request.param, "--out"]
+    return command, started(*command, folder / "run")
+
+
+def started(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "skipwise", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return RunFolder(arguments[arguments.index("--out") + 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_finish_like_one(command, tmp_path, engine):
+    verb, one = command
+    two = started(*verb, tmp_path / "run", "--gpus", 2, "--engine", engine)
+    pairs = zip(read_metrics(one), read_metrics(two), strict=True)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-5
+    want, have = trained(one), trained(two)
+    assert want.keys() == have.keys()
+    for name, tensor in want.items():
+        assert torch.allclose(tensor, have[name], atol=1e-5), name
+    finish = two.facts()["finish"]
+    assert (finish["num_processes"], finish["batch_size"]) == (2, 2)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_a_finish_of_two(command, tmp_path):
+    verb, one = command
+    two = started(*verb, tmp_path / "run", "--gpus", 2)
+    shutil.rmtree(two.finish.checkpoints / f"checkpoint-{LAST}")
+    started(*verb, two.path, "--gpus", 1)
+    want, have = trained(one), trained(two)
+    for name, tensor in want.items():
+        assert torch.allclose(tensor, have[name], atol=1e-5), name

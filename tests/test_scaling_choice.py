@@ -1,0 +1,112 @@
+"""rope.type: auto is measured before training, once, and only a clear gain leaves YaRN."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from skipwise import scaling_choice
+from skipwise.prepare import plan_model
+from skipwise.recipe import dump_recipe, parse_recipe
+from skipwise.run import RunFolder, write_text
+from skipwise.scaling_choice import choose_scaling, with_choice
+
+
+@pytest.fixture
+def made(tiny, text_folder, tmp_path):
+    """A plan and its run folder."""
+
+    def make(*overrides):
+        data = {"sources": [str(text_folder)]}
+        tree = {"model": str(tiny), "target_length": 256, "data": data}
+        recipe = parse_recipe(tree, list(overrides))
+        run = RunFolder(tmp_path / "run")
+        run.path.mkdir(exist_ok=True)
+        write_text(run.recipe_file, dump_recipe(recipe))
+        return plan_model(recipe), run
+
+    return make
+
+
+def measured(monkeypatch, losses):
+    """What is measured of each scaling is given; the names that were asked for are returned."""
+    asked = []
+
+    def of_one(plan, name, documents, contexts):
+        asked.append((name, [len(d) for d in documents], contexts))
+        row = {"type": name, "temperature": 1.0, "loss": losses[name], "perplexity": []}
+        return {**row, "passkeys": 0, "num_passkeys": 0}
+
+    monkeypatch.setattr(scaling_choice, "_of_one", of_one)
+    return asked
+
+
+def test_the_lowest_loss_is_taken_stored_and_not_measured_again(made, monkeypatch, capsys):
+    asked = measured(monkeypatch, {"yarn": 2.0, "llama3": 1.9, "ntk": 1.95, "linear": 4.0})
+    plan, run = made()
+    assert plan.scaling.name == "yarn"
+    chosen = choose_scaling(plan, run)
+    assert [name for name, *_ in asked] == ["yarn", "llama3", "ntk", "linear"]
+    assert all(min(lengths) >= 256 for _, lengths, _ in asked)
+    assert asked[0][2] == [64, 128, 256]
+    assert chosen.scaling.name == chosen.recipe.rope.type == "llama3"
+    assert chosen.scaled.rope_parameters["rope_type"] == "llama3"
+    assert "llama3" in capsys.readouterr().err
+    facts = json.loads((run.path / "run.json").read_text())["rope_choice"]
+    assert facts["type"] == "llama3" and len(facts["measured"]) == 4
+    assert choose_scaling(plan, run).scaling.name == "llama3" and len(asked) == 4
+    assert with_choice(run.recipe(), run).rope.type == "llama3"
+
+
+def test_a_gain_within_the_noise_leaves_yarn(made, monkeypatch):
+    measured(monkeypatch, {"yarn": 2.0, "llama3": 1.995, "ntk": 2.1, "linear": 4.0})
+    plan, run = made()
+    assert choose_scaling(plan, run).scaling.name == "yarn"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"), [(["rope.type=linear"], "linear"), (["rope.type=ntk"], "ntk")]
+)
+def test_a_type_that_is_given_is_not_measured(made, monkeypatch, overrides, name):
+    asked = measured(monkeypatch, {})
+    plan, run = made(*overrides)
+    chosen = choose_scaling(plan, run)
+    assert chosen is plan and chosen.scaling.name == name and not asked
+    assert "rope_choice" not in run.facts()
+
+
+def test_without_text_of_its_own_it_is_yarn_and_says_so(made, monkeypatch):
+    asked = measured(monkeypatch, {})
+    plan, run = made("method=none", "temperature=1.0")
+    assert choose_scaling(plan, run).scaling.name == "yarn" and not asked
+    assert "no text to spare" in run.facts()["rope_choice"]["detail"]
+
+
+def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(made):
+    plan, _ = made()
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, 900, 600) for _ in range(4)]
+    rows = [scaling_choice._of_one(plan, n, documents, [64, 128, 256]) for n in ("yarn", "linear")]
+    for row in rows:
+        assert len(row["perplexity"]) == 3 and row["temperature"] in (1.0, 1.2, 1.4)
+        assert row["loss"] == pytest.approx(np.mean(np.log(row["perplexity"])))
+        assert row["num_passkeys"] == 10
+    assert rows[0]["perplexity"] != rows[1]["perplexity"]
+    fixed = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, temperature=1.0))
+    assert scaling_choice._of_one(fixed, "yarn", documents, [64, 128])["temperature"] == 1.0
+
+
+@pytest.mark.slow
+def test_on_the_bundled_model_the_choice_is_what_training_confirms(tmp_path):
+    """docs/study.md: llama3 before yarn before ntk before linear, trained and untrained."""
+    from skipwise.quickstart import make_recipe
+
+    recipe = make_recipe(["target_length=2048"])
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    write_text(run.recipe_file, dump_recipe(recipe))
+    chosen = choose_scaling(plan_model(recipe), run)
+    rows = sorted(run.facts()["rope_choice"]["measured"], key=lambda row: row["loss"])
+    assert [row["type"] for row in rows] == ["llama3", "yarn", "ntk", "linear"]
+    assert chosen.scaling.name == "llama3"
