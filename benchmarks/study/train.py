@@ -1,8 +1,8 @@
 """One training of the study: the library's samplers and masks in a plain PyTorch loop.
 
-The Trainer of `skipwise train` gives the same weights (tests/test_study.py compares them); this
-loop runs a step as one CUDA graph where there is a GPU, for a model of 3.4 M parameters does not
-keep one busy otherwise.
+Not the Trainer of `skipwise train`, of which a step of so small a model is mostly overhead: here a
+step is one CUDA graph where there is a GPU. The learning rate is that of the next step over there,
+and self-distillation is weighted by the mean over taught tokens, not by their number.
 
 Shapes:  B = batch, L = tokens of an example
 """
