@@ -15,10 +15,11 @@ from skipwise.run import RunFolder
 from skipwise.trainer import read_metrics
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
-ENGINES = ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
+LORA = ("--lora",)
+CASES = [((), "ddp"), (LORA, "fsdp2"), pytest.param((), "zero3", marks=needs_deepspeed)]
 
 
-@pytest.fixture(scope="module", params=[[], ["--lora"]], ids=["full", "lora"])
+@pytest.fixture(scope="module")
 def command(request, tiny, text_folder, tmp_path_factory):
     """(the verb with a recipe for two processes, what one process makes of it)"""
     folder = tmp_path_factory.mktemp("engines")
@@ -38,7 +39,7 @@ def started(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("command", "engine"), CASES, indirect=["command"])
 def test_two_processes_finish_like_one(command, tmp_path, engine):
     verb, one = command
     two = started(*verb, tmp_path / "run", "--gpus", 2, "--engine", engine)
@@ -53,6 +54,7 @@ def test_two_processes_finish_like_one(command, tmp_path, engine):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", [()], indirect=True)
 def test_one_process_goes_on_with_a_finish_of_two(command, tmp_path):
     verb, one = command
     two = started(*verb, tmp_path / "run", "--gpus", 2)

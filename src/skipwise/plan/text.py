@@ -218,7 +218,11 @@ def format_measured(plan: Plan, measured: Measured) -> str:
             f"{predicted / GIB:,.2f}   {memory.phase}",
         ),
         ("  seconds a step", f"{measured.seconds_per_step:,.2f}", f"{seconds or '-'}   {rate}"),
-        ("  hours in all", _hours(job.num_steps * measured.seconds_per_step / 3600), ""),
+        (
+            "  hours to its finish" if plan.finish else "  hours in all",
+            _hours(job.num_steps * measured.seconds_per_step / 3600),
+            "",
+        ),
     ]
     return _table(rows)
 
