@@ -385,7 +385,8 @@ def test_two_processes_train_what_one_does(straight, tiny, text_folder, tmp_path
 
 
 def test_without_it_nothing_is_taught(tiny, text_folder, tmp_path):
-    run = run_training(make_recipe(tiny, text_folder, "training.num_steps=1"), tmp_path / "run")
+    off = ["training.num_steps=1", "training.distillation=0"]
+    run = run_training(make_recipe(tiny, text_folder, *off), tmp_path / "run")
     assert "distillation" not in read_metrics(run)[-1]
 
 
