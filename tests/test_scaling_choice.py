@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from skipwise import scaling_choice
+from skipwise.checkpoints import mark_whole
 from skipwise.prepare import plan_model
 from skipwise.recipe import dump_recipe, parse_recipe
 from skipwise.run import RunFolder, write_text
@@ -74,6 +75,16 @@ def test_a_type_that_is_given_is_not_measured(made, monkeypatch, overrides, name
     chosen = choose_scaling(plan, run)
     assert chosen is plan and chosen.scaling.name == name and not asked
     assert "rope_choice" not in run.facts()
+
+
+def test_what_the_train_verb_has_trained_unmeasured_is_not_rescaled(made, monkeypatch):
+    asked = measured(monkeypatch, {"yarn": 2.0, "llama3": 1.0, "ntk": 2.0, "linear": 2.0})
+    plan, run = made()
+    folder = run.checkpoints / "checkpoint-4"
+    folder.mkdir(parents=True)
+    mark_whole(folder, 4, "one process")
+    assert choose_scaling(plan, run).scaling.name == "yarn" and not asked
+    assert with_choice(run.recipe(), run).rope.type == "yarn"
 
 
 def test_without_text_of_its_own_it_is_yarn_and_says_so(made, monkeypatch):

@@ -174,7 +174,7 @@ def prepare_training(
     recipe: Recipe, out: str | Path, command: str
 ) -> tuple[ModelPlan, TrainingData, RunFolder]:
     """What the train verb needs, in each of its processes."""
-    plan = plan_model(recipe)
+    plan_model(recipe)  # mistakes show before anything is written
     find_sources(recipe)
     if recipe.method == "none":
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")

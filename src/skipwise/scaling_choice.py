@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from skipwise.checkpoints import newest_checkpoint
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.passkey import passkey_trials
 from skipwise.evaluate.perplexity import perplexity
@@ -52,19 +53,25 @@ def with_choice(recipe: Recipe, run: RunFolder) -> Recipe:
 def choose_scaling(plan: ModelPlan, run: RunFolder) -> ModelPlan:
     """The plan with a scaling for `rope.type: auto`, measured once; else the plan as it is.
 
-    A model that is scaled already keeps its scaling, and so does one whose text is too short to
-    tell: then it is the first that the family takes.
+    A model that is scaled already keeps its scaling. Where `skipwise train` alone has trained, it
+    was with the first that the family takes, and so it is where the text is too short to tell.
     """
     recipe = plan.recipe
     if recipe.rope.type != "auto" or not isinstance(plan.facts.scaling, Unscaled):
         return plan
     if "rope_choice" not in run.facts():
-        run.update(rope_choice=_measure(plan))
+        trained = newest_checkpoint(run) is not None
+        run.update(rope_choice=_as_trained(plan) if trained else _measure(plan))
         print(f"  rope: {run.facts()['rope_choice']['detail']}", file=sys.stderr, flush=True)
     chosen = plan_model(with_choice(recipe, run))
     return dataclasses.replace(
         plan, recipe=chosen.recipe, scaled=_tied(chosen, plan), scaling=chosen.scaling
     )
+
+
+def _as_trained(plan: ModelPlan) -> dict[str, Any]:
+    name = plan.scaling.name
+    return {"type": name, "detail": f"{name}, with which it was trained unmeasured"}
 
 
 def _tied(chosen: ModelPlan, plan: ModelPlan) -> Any:
