@@ -17,6 +17,7 @@ from text import Text, read_questions, tokenizer_of_base
 from skipwise.evaluate.perplexity import perplexity
 from skipwise.evaluate.trials import answers_right, shares_found
 from skipwise.models.load import best_device, compute_dtype
+from skipwise.models.temperature import QueryWeights
 from skipwise.recipe import ModelSettings
 
 GRID = [round(1.0 + 0.05 * i, 2) for i in range(11)]
@@ -41,12 +42,13 @@ def measured(
         best = min(table, key=lambda row: row["loss"])["temperature"]
         found |= {"temperature": best, "search": table}
         if best != 1.0:
-            scale_queries(model, best)
+            weights = QueryWeights(model)
+            weights.set(best)
             found["tempered"] = {
                 "perplexity": perplexities(model, text.held_out, lengths, windows),
                 **shares(model, setting, lengths, folder, trials),
             }
-            scale_queries(model, 1 / best)
+            weights.set(1.0)
     return found
 
 
@@ -83,22 +85,17 @@ def shares(
 
 def search(model: Any, text: Text, target: int, windows: int) -> list[dict[str, float]]:
     """Loss at L and at T on training documents for growing temperatures, until it rises at T."""
+    weights = QueryWeights(model)
     table: list[dict[str, float]] = []
     for t in GRID:
-        scale_queries(model, t)
+        weights.set(t)
         both = perplexities(model, text.search, [L, target], windows)
-        scale_queries(model, 1 / t)
         row = {"temperature": t, "loss": math.log(both[str(target)])}
         table.append({**row, "short_loss": math.log(both[str(L)])})
         if len(table) > 1 and table[-1]["loss"] > table[-2]["loss"]:
             break
+    weights.set(1.0)
     return table
-
-
-@torch.no_grad()
-def scale_queries(model: Any, t: float) -> None:
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.mul_(t)
 
 
 def _batch_tokens() -> int:

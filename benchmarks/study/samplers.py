@@ -31,26 +31,18 @@ class VariantDataset(PositionDataset):
             counts += np.bincount(store.tokens, minlength=1 << 16)
         self.rarity = np.log(counts.sum() / counts)
 
-    def __getitem__(self, k: int) -> dict[str, Any]:
-        tokens = self.document(k)
-        rng = np.random.default_rng([self.seed, k])
+    def draw(self, rng: np.random.Generator, tokens: np.ndarray) -> Example:
         sampler: Any = self.sampler
         example = sampler.sample(rng, len(tokens))
         if self.kind == "related":
             draws = [example]
             draws += [sampler.sample(rng, len(tokens)) for _ in range(int(self.number) - 1)]
-            example = max(draws, key=lambda one: self._shared(one, tokens))
-        elif self.kind == "topup" and rng.random() < self.number:
-            example = _moved_to_end(example, sampler, len(tokens))
-        elif self.kind == "sections":
-            example = _sections(rng, sampler, len(tokens), int(self.number))
-        input_ids, labels = example.take(tokens)
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": example.position_ids(),
-            "example": example,
-        }
+            return max(draws, key=lambda one: self._shared(one, tokens))
+        if self.kind == "topup" and rng.random() < self.number:
+            return _moved_to_end(example, sampler, len(tokens))
+        if self.kind == "sections":
+            return _sections(rng, sampler, len(tokens), int(self.number))
+        return example
 
     def _shared(self, example: Example, tokens: np.ndarray) -> float:
         """Rarity of the tokens that the last chunk has in common with those before, per token."""

@@ -55,7 +55,7 @@ class PositionDataset(torch.utils.data.Dataset):
     def __getitem__(self, k: int) -> dict[str, Any]:
         """`input_ids`, `labels`, `position_ids` (L,) int64 and the `example` they come from."""
         tokens = self.document(k)
-        example = self.sampler.sample(np.random.default_rng([self.seed, k]), len(tokens))
+        example = self.draw(np.random.default_rng([self.seed, k]), tokens)
         input_ids, labels = example.take(tokens)
         return {
             "input_ids": input_ids,
@@ -63,6 +63,10 @@ class PositionDataset(torch.utils.data.Dataset):
             "position_ids": example.position_ids(),
             "example": example,
         }
+
+    def draw(self, rng: np.random.Generator, tokens: np.ndarray) -> Example:
+        """Where the tokens of an example stand in a document (L_x,)."""
+        return self.sampler.sample(rng, len(tokens))
 
     def document(self, k: int) -> np.ndarray:
         """(L_x,) tokens of the document that example k is cut from; a view unless it was packed."""

@@ -1,0 +1,60 @@
+"""The study's page shows its newest results, and what it tries are examples like any other."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
+
+import figures  # noqa: E402
+import settings  # noqa: E402
+from samplers import VariantDataset  # noqa: E402
+
+from skipwise.data import build_corpus  # noqa: E402
+from skipwise.positions import PoSE  # noqa: E402
+from skipwise.token_store import TokenStore  # noqa: E402
+
+
+def test_the_page_shows_the_newest_results():
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert figures.filled(page) == page
+    for name in figures.tables():
+        assert page.count(f"<!-- {name} -->") == 1
+
+
+def test_a_table_is_filled_alone_and_a_missing_one_is_an_error(monkeypatch):
+    monkeypatch.setattr(figures, "tables", lambda: {"a": "| 1 |", "b": "| 2 |"})
+    page = "x\n<!-- a -->\n<!-- end -->\n\n## kept\n\n<!-- b -->\nold\n<!-- end -->\ny\n"
+    once = figures.filled(page)
+    assert "## kept" in once and "| 1 |" in once and "| 2 |" in once and "old" not in once
+    assert figures.filled(once) == once
+    with pytest.raises(AssertionError, match="blocks for b"):
+        figures.filled("<!-- a -->\n<!-- end -->\n")
+
+
+def test_settings_that_differ_have_keys_that_differ():
+    found = {setting for make in settings.TABLES.values() for setting in make()}
+    assert len({setting.key for setting in found}) == len(found) > 100
+
+
+@pytest.mark.parametrize("variant", ["related:4", "topup:1", "sections:2", "sections:8"])
+def test_a_variant_makes_examples_of_L_tokens_within_T(variant):
+    L, T = 64, 512
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 900, 4000).astype(np.uint16)
+    store = TokenStore(tokens=tokens, offsets=np.array([0, 300, 4000]))
+    corpus = build_corpus([store], [None], min_length=L, target_length=T)
+    sampler = PoSE(train_length=L, target_length=T, content="aligned")
+    dataset = VariantDataset(variant, corpus, sampler, seed=0, num_examples=200)
+    for item in (dataset[k] for k in range(200)):
+        positions = item["position_ids"]
+        assert item["input_ids"].shape == item["labels"].shape == positions.shape == (L,)
+        assert positions[0] == 0 and positions[-1] < T and (np.diff(positions) > 0).all()
+        if variant == "topup:1":
+            assert positions[-1] == T - 1
+        if variant == "sections:8":
+            assert len(item["example"].lengths) >= 4
+    assert (dataset[7]["position_ids"] == dataset[7]["position_ids"]).all()
