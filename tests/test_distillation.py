@@ -1,7 +1,6 @@
 """Self-distillation: the teacher is the base, only first chunks are taught, and the loss is KL."""
 
 import copy
-import dataclasses
 import json
 import signal
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from test_engines import skipwise
 from test_families import FAMILIES, SHAPE
-from test_plan import MISTRAL
 from test_train import STEPS, equal, make_recipe, run_training, stop_at, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -26,9 +24,6 @@ from skipwise.models.masks import with_layer_masks
 from skipwise.models.scaling import scaled_config
 from skipwise.models.teacher import base_config, load_teacher, place_teacher, teacher_beside
 from skipwise.phases import finish_part
-from skipwise.plan import next_change, predict_memory
-from skipwise.plan.cost import step_flops
-from skipwise.plan.job import make_job, read_model
 from skipwise.positions import FullLength
 from skipwise.prepare import plan_model, stand_in_data
 from skipwise.quickstart import MODEL
@@ -456,48 +451,3 @@ def test_the_finish_is_taught_as_far_as_the_base_reads(tiny):
     long = PositionDataset(data.corpus, FullLength(target_length=256), seed=0, num_examples=1)
     batch = PositionCollator(base_length=64)([long[0]])
     assert batch["input_ids"].shape == (1, 256) and batch["first_lengths"].tolist() == [64]
-
-
-@pytest.fixture
-def mistral(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
-    return tmp_path
-
-
-def job_of(folder, *settings):
-    recipe = parse_recipe({"model": str(folder), "target_length": 32768}, list(settings))
-    return make_job(recipe, *read_model(recipe))
-
-
-def test_the_plan_counts_the_copy_and_under_lora_there_is_none(mistral):
-    plain, taught = (job_of(mistral, f"training.distillation={w}") for w in (0, 3))
-    assert predict_memory(taught).parts["teacher"] == 2 * plain.architecture.num_parameters
-    assert "teacher" not in predict_memory(plain).parts
-    lora = job_of(mistral, "training.distillation=3", "lora={}")
-    assert lora.taught_share and "teacher" not in predict_memory(lora).parts
-
-
-def test_the_plan_counts_a_forward_pass_over_half_of_the_tokens(mistral):
-    settings = ["training.loss=chunked", "positions.weights=none", "positions.cut=random"]
-    plain, taught = (job_of(mistral, f"training.distillation={w}", *settings) for w in (0, 3))
-    assert taught.taught_share == pytest.approx(0.5, abs=0.03) and plain.taught_share == 0
-    half = dataclasses.replace(taught, taught_share=0.5)
-    a = taught.architecture
-    head = a.vocab_size * a.hidden_size
-    attention = 4.0 * a.num_heads * a.head_dim * a.num_layers * 8192 / 2
-    token = 0.5 * 2 * (a.active_parameters + head) + 0.25 * attention
-    more = step_flops(half) - step_flops(plain)
-    assert more == pytest.approx(taught.tokens_per_step * token, rel=1e-9)
-    first_half = job_of(mistral, "training.distillation=3", "positions.cut=first-half")
-    assert first_half.taught_share == pytest.approx(0.25, abs=0.03)
-    pairs = job_of(mistral, "training.distillation=3", *settings, "training.batch_size=2")
-    assert pairs.taught_share == pytest.approx(2 / 3, abs=0.03)  # the longer of two
-
-
-def test_a_run_without_room_is_told_to_do_without_the_copy(mistral):
-    tree = {"model": str(mistral), "target_length": 32768}
-    recipe = parse_recipe(tree, ["training.distillation=3"])
-    assert next_change(recipe, 4) == "training.distillation=0"
-    assert next_change(parse_recipe(tree, ["training.distillation=auto", "lora={}"])) == (
-        "lora.train_embeddings=false"
-    )

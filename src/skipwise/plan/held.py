@@ -214,6 +214,19 @@ def layer_gradients(job: Job, layer: Layer, tokens: int) -> list[Held]:
     ]
 
 
+def lora_temporaries(job: Job, layer: Layer, tokens: int) -> list[Held]:
+    """What LoRA makes beside an adapted matrix's output: what B gives and that scaled, both ways.
+
+    None of it is kept. A GPU's allocator takes the same room for the next matrix; malloc does not,
+    for the small outputs of A, which are kept, come to lie between.
+    """
+    if job.lora is None:
+        return []
+    width = 2 if job.bf16 else 4
+    blocks = [(m.copies, width * tokens * m.rows_out) for m in layer.matrices if job.adapted(m)]
+    return [Held("activations", 4.0 * copies * block, block) for copies, block in blocks]
+
+
 def checkpoints(job: Job, tokens: int) -> list[Held]:
     """The inputs of the layers, all that checkpointing keeps of them."""
     block = tokens * stream_bytes(job) * job.architecture.hidden_size

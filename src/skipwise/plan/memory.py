@@ -99,6 +99,8 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Held]]:
     one = held.layer_activations(job, layer, tokens, rows)
     copies = held.layer_copies(job, layer)
     moment = held.layer_gradients(job, layer, tokens)
+    if on_cpu:
+        moment += held.lora_temporaries(job, layer, tokens)
     kept = _kept(job)
     always = [*weights, *teacher, *states, *held.batch(job, on_cpu), *_engine_buffers(job)]
     before = gradients if job.accumulation > 1 else []
