@@ -17,7 +17,7 @@ quickstart: $(STAMP)
 	$(BIN)/skipwise quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-gguf: $(STAMP) # builds llama.cpp once, about ten minutes on two cores
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf,llama-cpp]"
