@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from plain import PlainProcesses
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers beside each other, so one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: accelerate collects garbage often, half a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_processes():
+    """Exports are loaded again by processes that have imported transformers already."""
+    export = sys.modules.get("skipwise.export")
+    if export is None:  # no test here exports
+        yield
+        return
+    processes = PlainProcesses()
+    export.subprocess = SimpleNamespace(run=processes.run)
+    yield
+    processes.close()
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ def make_recipe(tiny, text_folder, *overrides):
     tree = {
         "model": str(tiny),
         "target_length": 256,
+        "rope": {"type": "yarn"},  # measured in tests/test_scaling_choice.py
         "data": {"sources": [str(text_folder)]},
         "training": {"num_steps": 4, "global_batch_size": 4, "batch_size": 4},
         "eval": {

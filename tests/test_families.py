@@ -3,11 +3,7 @@
 What passes here is what docs/families.md says: `make families` writes it from the outcome.
 """
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from skipwise import export
 from skipwise.checkpoints import finished_checkpoint
 from skipwise.data import PositionCollator
-from skipwise.errors import SkipwiseError
 from skipwise.evaluate import forward
 from skipwise.models.checks import check_batch, check_model, rotary_modules
 from skipwise.models.configs import defaults
@@ -162,28 +157,6 @@ OWN_MASK = {"falcon", "gpt_oss"}  # theirs does not cut at skips: nothing to cat
 NO_CHECKPOINTING = {"gpt_neox_japanese"}  # the class has none
 OUTCOMES: dict[str, dict] = {}
 
-WORKER = """
-import json, sys
-import numpy, torch, transformers
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
-for line in sys.stdin:
-    task = json.loads(line)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            task["folder"], dtype=torch.float32).eval()
-        ids, positions = torch.from_numpy(numpy.array(task["probe"]))
-        with torch.no_grad():
-            logits = model(ids[None], position_ids=positions[None],
-                           attention_mask=torch.ones_like(ids)[None], use_cache=False).logits
-        numpy.save(task["out"], logits[0].numpy())
-        answer = ""
-    except Exception as error:
-        answer = repr(error)
-    assert not any(name.startswith("skipwise") for name in sys.modules)
-    print(json.dumps(answer), flush=True)
-"""
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -192,32 +165,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def plain_transformers(tmp_path_factory):
-    """Logits by a process that knows nothing of Skipwise; one for all families, for its start."""
-    out = tmp_path_factory.mktemp("logits") / "logits.npy"
-    worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-
-    def ask(folder: Path, probe: np.ndarray, program: str = "") -> np.ndarray:
-        task = {"folder": str(folder), "probe": probe.tolist(), "out": str(out)}
-        worker.stdin.write(json.dumps(task) + "\n")
-        worker.stdin.flush()
-        answer = json.loads(worker.stdout.readline())
-        if answer:
-            raise SkipwiseError(answer)
-        return np.load(out)
-
-    yield ask
-    worker.stdin.close()
-    worker.wait()
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +211,7 @@ def make_run(family, base, scaling, folder, **settings):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family, tmp_path, spm, plain_transformers, monkeypatch, capsys):
-    monkeypatch.setattr(export, "fresh_logits", plain_transformers)
+def test_family(family, tmp_path, spm, monkeypatch, capsys):
     monkeypatch.setattr(export, "_TOLERANCE", 1e-5)
     base = tmp_path / "base"
     make_base(family, base, spm)

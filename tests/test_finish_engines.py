@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
+from test_engines import skipwise
 from test_finish import LAST, make_recipe, trained
 
 from skipwise.recipe import dump_recipe
@@ -31,10 +30,7 @@ def command(request, tiny, text_folder, tmp_path_factory):
 
 
 def started(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "skipwise", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    skipwise(*arguments)
     return RunFolder(arguments[arguments.index("--out") + 1])
 
 

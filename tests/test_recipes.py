@@ -89,6 +89,7 @@ def test_shrunk_to_a_tiny_model_it_trains_and_exports(path, tiny, text_folder, t
         *("training.num_steps=2", "training.global_batch_size=4", "engine=auto"),
         *("eval.tasks=[passkey]", "eval.passkey_trials=2", "eval.context_lengths=[64,256]"),
         *("trainer.report_to=none", "load.dtype=float32", "eval.num_depths=2"),
+        *([] if "rope" in keys else ["rope.type=yarn"]),
     ]
     overrides += ["original_length=64"] if "original_length" in keys else []
     overrides += ["train_length=32"] if "train_length" in keys else []

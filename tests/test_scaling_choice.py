@@ -113,7 +113,7 @@ def test_on_the_bundled_model_the_choice_is_what_training_confirms(tmp_path):
     """docs/study.md: llama3 before yarn before ntk before linear, trained and untrained."""
     from skipwise.quickstart import make_recipe
 
-    recipe = make_recipe(["rope.type=auto", "temperature=auto"])
+    recipe = make_recipe(["target_length=1024", "rope.type=auto", "temperature=auto"])
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     write_text(run.recipe_file, dump_recipe(recipe))

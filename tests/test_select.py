@@ -23,6 +23,8 @@ def make_recipe(tiny, text_folder, *overrides):
     tree = {
         "model": str(tiny),
         "target_length": 256,
+        "rope": {"type": "yarn"},
+        "temperature": 1.0,
         "load": {"dtype": "float32"},
         "data": {"sources": [str(text_folder)]},
         "training": {

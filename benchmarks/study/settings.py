@@ -251,10 +251,9 @@ DISTILLED = made(OURS, distil=1.5, distil_on="first")
 def distilled() -> list[Setting]:
     """Self-distillation at other factors, and with a finish."""
     finish = made(DISTILLED, finish=0.1, finish_learning_rate=3e-4)
-    first = [at(s, T) for s, T in ((finish, 2048), (DISTILLED, 4096), (DISTILLED, 1024))]
     found = [at(finish, 2048, seed=seed) for seed in SEEDS]
     found += [at(DISTILLED, T, seed=seed) for seed in SEEDS for T in (1024, 4096)]
-    return [*first, *found, *(at(s, T) for T in (8192, 16384) for s in (DISTILLED, PAPER))]
+    return [*found, *(at(s, T) for T in (8192, 16384) for s in (DISTILLED, PAPER))]
 
 
 TABLES = {

@@ -126,39 +126,39 @@ def _of_one(
     batch_tokens = recipe.eval.batch_tokens
     model = load_model(plan.source, scaled, plan.load, dtype=compute_dtype(recipe.load))
     model.to(best_device()).eval()
-    best: dict[str, Any] | None = None
     try:
-        for t in _temperatures(recipe, model):
+        weights = _queries(recipe, model)
+        tried = []
+        for t in _TEMPERATURES if weights is not None else (1.0,):
+            if weights is not None:
+                weights.set(t)
             found = perplexity(
                 model, documents, contexts, num_windows=_WINDOWS, batch_tokens=batch_tokens
             )
             values = [row["value"] for row in found]  # None: too high to be written
             loss = float(np.mean([_TOO_HIGH if v is None else math.log(v) for v in values]))
-            if best is None or loss < best["loss"]:
-                best = {"type": name, "temperature": t, "loss": loss, "perplexity": values}
-                trials = passkey_trials(
-                    plan.tokenizer, contexts[-1], num_trials=_TRIALS, num_depths=_TRIALS, seed=1
-                )
-                right = answers_right(model, trials, batch_tokens)
-                best |= {"passkeys": sum(right), "num_passkeys": len(right)}
+            tried.append({"type": name, "temperature": t, "loss": loss, "perplexity": values})
+        best = min(tried, key=lambda row: row["loss"])
+        if weights is not None:
+            weights.set(best["temperature"])
+        trials = passkey_trials(
+            plan.tokenizer, contexts[-1], num_trials=_TRIALS, num_depths=_TRIALS, seed=1
+        )
+        right = answers_right(model, trials, batch_tokens)
+        return {**best, "passkeys": sum(right), "num_passkeys": len(right)}
     finally:
         del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return best
 
 
-def _temperatures(recipe: Recipe, model: Any) -> Any:
-    """Sets each in turn; 1 alone where none will be searched, or none can be set."""
+def _queries(recipe: Recipe, model: Any) -> QueryWeights | None:
+    """What sets the temperature; None where none will be searched, or none can be set."""
     try:
-        weights = QueryWeights(model) if recipe.temperature == "auto" else None
+        return QueryWeights(model) if recipe.temperature == "auto" else None
     except SkipwiseError:
-        weights = None
-    for t in _TEMPERATURES if weights is not None else (1.0,):
-        if weights is not None:
-            weights.set(t)
-        yield t
+        return None
 
 
 def _perplexity(row: dict[str, Any]) -> str:
