@@ -7,10 +7,9 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from plain import PlainProcesses
+from forked import plain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -25,16 +24,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _plain_processes():
+def _plain_processes() -> None:
     """Exports are loaded again by processes that have imported transformers already."""
     export = sys.modules.get("skipwise.export")
-    if export is None:  # no test here exports
-        yield
-        return
-    processes = PlainProcesses()
-    export.subprocess = SimpleNamespace(run=processes.run)
-    yield
-    processes.close()
+    if export is not None:  # else no test here exports
+        export.subprocess = plain  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,13 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 
+import forked
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from skipwise import engines
+from skipwise import engines, launch
 from skipwise.checkpoints import mark_whole, newest_checkpoint, num_processes_of
 from skipwise.cli import main
 from skipwise.engines import engine_of, rope_keeper
@@ -68,18 +69,15 @@ def start(*arguments, **options):
     )
 
 
-def skipwise(*arguments, code=0):
-    """(stdout, stderr) of a verb; one process alone is this one, which spares the imports."""
-    if 2 in arguments:  # --gpus 2
-        process = start(*arguments)
-        out, err = process.communicate(timeout=300)
-        returned = process.returncode
-    else:
-        with redirect_stdout(io.StringIO()) as one, redirect_stderr(io.StringIO()) as two:
-            returned = main([*map(str, arguments)])
-        out, err = one.getvalue(), two.getvalue()
-    assert returned == code, err
-    return out, err
+def skipwise(*arguments):
+    """stdout and stderr of a verb in this process; those that it launches are forked."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(launch, "subprocess", forked.training)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        code = main([*map(str, arguments)])
+    assert code == 0, err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def losses(folder):
@@ -352,7 +350,9 @@ def test_qlora_trains_packed_weights_and_exports_whole_ones(recipe_file, tmp_pat
 @needs_deepspeed
 def test_quantised_weights_under_deepspeed_are_refused(recipe_file, tmp_path):
     arguments = ("--gpus", 2, "--engine", "zero3", "--lora", "lora.quantization=nf4")
-    _, err = skipwise("train", recipe_file, "--out", tmp_path / "run", *arguments, code=2)
+    process = start("train", recipe_file, "--out", tmp_path / "run", *arguments)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
     assert "DeepSpeed cannot shard quantised weights" in err and "--engine fsdp2" in err
 
 

@@ -5,8 +5,7 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
-import torch
-from test_engines import skipwise
+from test_engines import assert_close, skipwise
 from test_finish import LAST, make_recipe, trained
 
 from skipwise.recipe import dump_recipe
@@ -36,26 +35,16 @@ def started(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "engine"), CASES, indirect=["command"])
-def test_two_processes_finish_like_one(command, tmp_path, engine):
+def test_two_processes_finish_like_one_and_one_goes_on(command, tmp_path, engine):
     verb, one = command
     two = started(*verb, tmp_path / "run", "--gpus", 2, "--engine", engine)
     pairs = zip(read_metrics(one), read_metrics(two), strict=True)
     assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-5
-    want, have = trained(one), trained(two)
-    assert want.keys() == have.keys()
-    for name, tensor in want.items():
-        assert torch.allclose(tensor, have[name], atol=1e-5), name
+    assert_close(trained(two), trained(one), 1e-5)
     finish = two.facts()["finish"]
     assert (finish["num_processes"], finish["batch_size"]) == (2, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [()], indirect=True)
-def test_one_process_goes_on_with_a_finish_of_two(command, tmp_path):
-    verb, one = command
-    two = started(*verb, tmp_path / "run", "--gpus", 2)
+    if engine != "ddp":  # one process reads no shards of an optimizer; test_engines has them
+        return
     shutil.rmtree(two.finish.checkpoints / f"checkpoint-{LAST}")
     started(*verb, two.path, "--gpus", 1)
-    want, have = trained(one), trained(two)
-    for name, tensor in want.items():
-        assert torch.allclose(tensor, have[name], atol=1e-5), name
+    assert_close(trained(two), trained(one), 1e-5)

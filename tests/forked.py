@@ -1,0 +1,116 @@
+"""Processes forked from one that has its imports done: of a short command they are most.
+
+Each begins like a fresh one otherwise: own environment, arguments, output files and session.
+"""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SERVER = """
+import json, os, sys, traceback
+PRELOAD
+import torch
+torch.set_num_threads(1)
+
+def run(task):
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(task["env"])
+    for number, name in enumerate(task["files"]):
+        if name:
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = task["argv"]
+    try:
+        exec(task["program"], {"__name__": "__main__"})
+    except SystemExit as ended:
+        return ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+for line in sys.stdin:
+    task = json.loads(line)
+    if "wait" in task:
+        pid, status = os.waitpid(task["wait"], task["options"])
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    elif not (answer := os.fork()):
+        code = run(task)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Server:
+    """Stands in for `subprocess` where commands are `[python, "-c" or "-m", ...]`."""
+
+    DEVNULL = subprocess.DEVNULL
+
+    def __init__(self, preload: str) -> None:
+        self.program = SERVER.replace("PRELOAD", preload)
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, task):
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", self.program],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            atexit.register(self.process.kill)
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def Popen(self, command, *, env, stdout=None, stderr=None, **_):
+        files = [os.devnull, *(getattr(f, "name", f) for f in (stdout, stderr))]
+        files = [os.devnull if name == subprocess.DEVNULL else name for name in files]
+        if command[1] == "-c":
+            program, argv = command[2], ["-c", *command[3:]]
+        else:
+            program = f"import runpy; runpy.run_module({command[2]!r}, run_name='__main__')"
+            argv = [command[2], *command[3:]]
+        task = {"program": program, "argv": argv, "env": dict(env), "files": files}
+        return Forked(self, self.ask(task))
+
+    def run(self, command, *, env, **_):
+        with tempfile.TemporaryDirectory() as scratch:
+            files = [str(Path(scratch) / name) for name in ("stdout", "stderr")]
+            process = self.Popen(command, env=env, stdout=files[0], stderr=files[1])
+            code = process.wait()
+            out, err = (Path(file).read_text() for file in files)
+        return subprocess.CompletedProcess(command, code, out, err)
+
+
+class Forked:
+    def __init__(self, server: Server, pid: int) -> None:
+        self.server, self.pid, self.returncode = server, pid, None
+
+    def poll(self, options=os.WNOHANG):
+        if self.returncode is None:
+            self.returncode = self.server.ask({"wait": self.pid, "options": options})
+        return self.returncode
+
+    def wait(self):
+        return self.poll(0)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+plain = Server("import numpy, peft, transformers")  # knows nothing of Skipwise
+training = Server("import skipwise.cli, skipwise.train")
