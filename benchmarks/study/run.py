@@ -26,6 +26,7 @@ from skipwise.run import machine, versions
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--targets", nargs="+", type=int, help="only settings of these T")
     parser.add_argument("--out", type=Path, help="runs/study")
     parser.add_argument("--text", type=Path, help="where text and questions are; OUT")
     parser.add_argument("--workers", type=int, default=1)
@@ -59,6 +60,7 @@ def main() -> None:
         wanted = [made(s, target=1024, steps=2) for s in wanted if s.seed == 0]
         args.windows, args.trials = 4, 4
     wanted = [s for s in dict.fromkeys(wanted) if s.key not in done]
+    wanted = [s for s in wanted if args.targets is None or s.target in args.targets]
     print(f"{len(wanted)} settings to do, {len(done)} done", flush=True)
     context = multiprocessing.get_context("spawn")
     jobs = [(s, args.text, args.windows, args.trials, end) for s in wanted]
