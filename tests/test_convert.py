@@ -233,8 +233,20 @@ def test_extend_converts_by_itself_and_says_so(family, gptj, spm, tmp_path, caps
     assert "model.embed_tokens.weight" in changed
     assert ("lm_head.weight" in changed) == (family == "gptj")  # NormHead's rows keep their norm
     assert "converted" in run.facts()["model"]
+    assert main(["export", str(run.path)]) == 0, capsys.readouterr().err
     assert len(AutoTokenizer.from_pretrained(run.model)("the pass key")["input_ids"]) > 1
     assert dataclasses.asdict(run.recipe())["model"] == str(source)
+
+
+def test_export_alone_converts_what_lora_was_trained_on(gptj, tmp_path, capsys):
+    run = RunFolder(tmp_path / "run")
+    save_gptj(gptj, tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"the pass key is {i}." for i in range(2000)))
+    command = ["train", str(tmp_path / "source"), "--to", "256", "--data", str(text), "--lora"]
+    assert main([*command, "--out", str(run.path), *SHORT]) == 0
+    assert main(["export", str(run.path), "--to", "hf,adapter"]) == 0, capsys.readouterr().err
+    assert type(AutoModelForCausalLM.from_pretrained(run.model)) is PhiForCausalLM
 
 
 TEXT = {

@@ -443,6 +443,14 @@ def test_a_recipe_of_a_sharding_engine_is_checked_in_one_process_without_it(tiny
     assert kept.training.distillation == "auto"
 
 
+@pytest.mark.parametrize(("method", "weight"), [("pose", 3), ("cream", 0), ("randpos", 0)])
+def test_the_finish_of_a_baseline_is_taught_nothing_unasked(tiny, method, weight):
+    auto = ("training.distillation=auto", "finish.share=0.5")
+    recipe = recipe_of(tiny, f"method={method}", *auto)
+    assert distillation_weight(recipe)[0] == weight
+    assert distillation_weight(finish_part(recipe, 64))[0] == weight
+
+
 def test_the_finish_is_taught_as_far_as_the_base_reads(tiny):
     recipe = recipe_of(tiny, "training.distillation=2", "finish.share=0.5")
     part = finish_part(recipe, 64)

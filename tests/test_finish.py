@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,17 @@ def test_a_finish_that_cannot_be_is_refused(overrides, word):
         recipe = made(*overrides)
         first_part(recipe)
         finish_part(recipe, 8192)
+
+
+def test_what_is_trained_needs_no_processes_that_share_its_batch(
+    straight, tiny, text_folder, tmp_path, monkeypatch
+):
+    shutil.copytree(straight.path, tmp_path / "run")
+    done = []
+    for stage in ("evaluate_run", "export_run", "report_run"):
+        monkeypatch.setattr(f"skipwise.extend.{stage}", lambda *_, s=stage, **__: done.append(s))
+    extend(make_recipe(tiny, text_folder), tmp_path / "run", num_processes=3)
+    assert done == ["evaluate_run", "export_run", "evaluate_run", "report_run"]
 
 
 def test_the_share_that_an_error_names_is_enough():

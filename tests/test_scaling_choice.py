@@ -5,9 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from skipwise import scaling_choice
 from skipwise.checkpoints import mark_whole
+from skipwise.errors import SkipwiseError
+from skipwise.extend import export_again
+from skipwise.models import load
 from skipwise.prepare import plan_model
 from skipwise.recipe import dump_recipe, parse_recipe
 from skipwise.run import RunFolder, write_text
@@ -36,6 +40,8 @@ def measured(monkeypatch, losses):
 
     def of_one(plan, name, documents, contexts):
         asked.append((name, [len(d) for d in documents], contexts))
+        if isinstance(losses[name], Exception):
+            raise losses[name]
         row = {"type": name, "temperature": 1.0, "loss": losses[name], "perplexity": []}
         return {**row, "passkeys": 0, "num_passkeys": 0}
 
@@ -85,6 +91,53 @@ def test_what_the_train_verb_has_trained_unmeasured_is_not_rescaled(made, monkey
     mark_whole(folder, 4, "one process")
     assert choose_scaling(plan, run).scaling.name == "yarn" and not asked
     assert with_choice(run.recipe(), run).rope.type == "yarn"
+
+
+def test_the_target_is_measured_where_it_is_no_doubling(made, monkeypatch):
+    asked = measured(monkeypatch, {"yarn": 2.0, "llama3": 2.0, "ntk": 2.0, "linear": 2.0})
+    for target, contexts in ((96, [64, 96]), (160, [64, 128, 160])):
+        plan, run = made(f"target_length={target}")
+        run.update(rope_choice=None)
+        scaling_choice._measure(plan)
+        assert asked[-1][2] == contexts
+
+
+def test_what_cannot_be_measured_is_left_out_and_named(made, monkeypatch):
+    wrong, full = SkipwiseError("it knows no llama3\ntype"), torch.OutOfMemoryError("out of memory")
+    measured(monkeypatch, {"yarn": 2.0, "llama3": wrong, "ntk": full, "linear": 1.0})
+    plan, run = made()
+    assert choose_scaling(plan, run).scaling.name == "linear"
+    found = run.facts()["rope_choice"]
+    assert "llama3 left out (it knows no llama3)" in found["detail"]
+    assert found["left_out"].keys() == {"llama3", "ntk"}
+    measured(monkeypatch, dict.fromkeys(("yarn", "llama3", "ntk", "linear"), full))
+    assert scaling_choice._measure(plan)["detail"] == "yarn, not measured: out of memory"
+    measured(monkeypatch, dict.fromkeys(("yarn", "llama3", "ntk", "linear"), ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        scaling_choice._measure(plan)
+
+
+def test_a_model_that_is_spread_is_measured_spread(made, monkeypatch):
+    real, maps = load.load_model, []
+
+    def spy(*arguments, device_map=None, **more):
+        maps.append(device_map)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(load, "load_model", spy)
+    plan, _ = made("load.device_map=auto")
+    documents = [np.arange(3, 403) for _ in range(4)]
+    scaling_choice._of_one(plan, "yarn", documents, [64, 128])
+    assert maps == ["auto"]
+
+
+def test_an_export_before_the_choice_makes_it(made, monkeypatch):
+    measured(monkeypatch, {"yarn": 2.0, "llama3": 1.0, "ntk": 2.0, "linear": 2.0})
+    _, run = made("method=none")
+    export_again(run, ["hf"])
+    config = json.loads((run.model / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "llama3"
+    assert run.facts()["rope_choice"]["type"] == "llama3"
 
 
 def test_without_text_of_its_own_it_is_yarn_and_says_so(made, monkeypatch):

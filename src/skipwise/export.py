@@ -22,7 +22,7 @@ import torch
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.config_checks import Check
-from skipwise.models.load import load_model
+from skipwise.models.load import best_device, compute_dtype, load_model
 from skipwise.models.temperature import fold_temperature
 from skipwise.portable import make_portable, save_tokenizer
 from skipwise.prepare import ModelPlan
@@ -165,19 +165,30 @@ def require_trained(run: RunFolder, checkpoint: Path | None) -> Path:
 
 
 def trained_model(
-    plan: ModelPlan, checkpoint: Path | None, dtype: torch.dtype = torch.float32
+    plan: ModelPlan,
+    checkpoint: Path | None,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | None = None,
 ) -> Any:
     """The model with a checkpoint's weights, LoRA merged; None: untrained but rescaled."""
     recipe = plan.recipe
-    if checkpoint is None:
-        return load_model(plan.source, plan.scaled, plan.load, dtype=dtype).eval()
-    if recipe.lora is None:
-        settings = recipe.load.of_own_folder()
-        return load_model(str(checkpoint), plan.scaled, settings, dtype=dtype).eval()
-    from peft import PeftModel
+    source, settings = plan.source, plan.load
+    if checkpoint is not None and recipe.lora is None:
+        source, settings = str(checkpoint), recipe.load.of_own_folder()
+    model = load_model(source, plan.scaled, settings, dtype=dtype, device_map=device_map)
+    if checkpoint is not None and recipe.lora is not None:
+        from peft import PeftModel
 
-    base = load_model(plan.source, plan.scaled, plan.load, dtype=dtype)
-    return PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload().eval()
+        model = PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
+    return model.eval()
+
+
+def measurable_model(plan: ModelPlan, checkpoint: Path | None) -> Any:
+    """`trained_model` on the best device, or spread as `load.device_map` says."""
+    settings = plan.recipe.load
+    dtype = compute_dtype(settings)
+    model = trained_model(plan, checkpoint, dtype, settings.device_map)
+    return model if settings.device_map is not None else model.to(best_device())
 
 
 def without_places(recipe: Recipe) -> Recipe:

@@ -84,14 +84,19 @@ def extend(
         RunStopped: the user stopped it.
     """
     plan = plan_model(recipe)  # before anything is written: most mistakes show here
+    trained = trained_checkpoint(RunFolder(out), recipe) is not None
+    num_processes = 0 if trained else num_processes  # what is left is for one
     accumulation(recipe.training, num_processes or 1)
-    finish_part(plan.recipe, plan.facts.original_length, num_processes or 1)
+    if not trained:
+        finish_part(plan.recipe, plan.facts.original_length, num_processes or 1)
     find_sources(recipe)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
         plan = choose_scaling(ready_weights(plan, run.converted), run)
         data = prepare_run(plan, run, num_processes)
-        if num_processes and data is not None:
+        if trained:
+            print("  ok   training is done: nothing left to try", file=sys.stderr, flush=True)
+        elif num_processes and data is not None:
             check_texts(plan, data, run, num_processes)
             launch_training(run, num_processes, only_check=True)
         else:
@@ -365,7 +370,7 @@ def export_again(
     if outtype not in OUTTYPES:
         raise SkipwiseError(f"--outtype {outtype}: choose from {', '.join(OUTTYPES)}")
     converter = find_converter(llama_cpp) if "gguf" in kinds else None  # before anything is done
-    plan = plan_model(with_choice(run.recipe(), run))
+    plan = choose_scaling(ready_weights(plan_model(run.recipe()), run.converted), run)
     written = []
     if "hf" in kinds or (converter is not None and not run.model.is_dir()):
         run.update(exported=False)

@@ -81,6 +81,7 @@ def finish_part(
     steps = max(1, round(tokens / (G * T)))
     warmup = math.ceil(training.warmup_steps * steps / training.num_steps)
     rate = recipe.finish.learning_rate
+    taught = recipe.method == "pose" or training.distillation != "auto"  # baselines: as published
     attention = recipe.load.attn_implementation
     if attention == "flex_attention":  # for importance weights, which there are none of
         attention = "auto"
@@ -92,6 +93,7 @@ def finish_part(
         load=dataclasses.replace(recipe.load, attn_implementation=attention),
         training=dataclasses.replace(
             training,
+            distillation=training.distillation if taught else 0.0,
             num_steps=steps,
             global_batch_size=G,
             batch_size=1,

@@ -26,7 +26,8 @@ from skipwise.errors import SkipwiseError
 from skipwise.evaluate.passkey import passkey_trials
 from skipwise.evaluate.perplexity import perplexity
 from skipwise.evaluate.trials import answers_right
-from skipwise.models.load import best_device, compute_dtype, load_model
+from skipwise.failures import is_out_of_memory
+from skipwise.models.load import compute_dtype, load_for_evaluation
 from skipwise.models.temperature import QueryWeights
 from skipwise.prepare import ModelPlan, plan_model
 from skipwise.recipe import Recipe
@@ -97,35 +98,48 @@ def _measure(plan: ModelPlan) -> dict[str, Any]:
         detail = f"{fallback}, not measured: the longest document has {longest:,} tokens"
         return {"type": fallback, "detail": detail}
     documents = [np.asarray(read(int(i)), np.int64) for i in chosen]
-    contexts = [L << i for i in range(int(math.log2(c / L)) + 1)]
-    rows = [row for name in names if (row := _of_one(plan, name, documents, contexts)) is not None]
+    contexts = sorted({*(L << i for i in range(int(math.log2(c / L)) + 1)), c})
+    rows, left_out = [], {}
+    for name in names:
+        try:
+            rows.append(_of_one(plan, name, documents, contexts))
+        except Exception as error:  # the model does not take it, or there is no room to measure
+            if not isinstance(error, SkipwiseError) and not is_out_of_memory(error):
+                raise
+            left_out[name] = str(error).partition("\n")[0]
+    if not rows:
+        detail = f"{fallback}, not measured: {left_out[names[0]]}"
+        return {"type": fallback, "detail": detail, "left_out": left_out}
     best = min(rows, key=lambda row: row["loss"])
     if best["loss"] > rows[0]["loss"] - _LEAST_GAIN:
         best = rows[0]
     others = ", ".join(
-        f"{row['type']} {_perplexity(row)}" for row in rows if row["type"] != best["type"]
+        [f"{row['type']} {_perplexity(row)}" for row in rows if row["type"] != best["type"]]
+        + [f"{name} left out ({why})" for name, why in left_out.items()]
     )
     detail = (
         f"{best['type']}, perplexity {_perplexity(best)} untrained over {L:,} to {contexts[-1]:,} "
         f"tokens, {best['passkeys']} of {best['num_passkeys']} passkeys; {others} "
         f"({len(documents)} documents)"
     )
-    return {"type": best["type"], "detail": detail, "measured": rows, "context_lengths": contexts}
+    found = {"type": best["type"], "detail": detail, "measured": rows}
+    return {**found, "left_out": left_out, "context_lengths": contexts}
 
 
 def _of_one(
     plan: ModelPlan, name: str, documents: Sequence[np.ndarray], contexts: list[int]
-) -> dict[str, Any] | None:
-    """One scaling at the temperature that suits it; None where the model does not take it."""
+) -> dict[str, Any]:
+    """One scaling at the temperature that suits it.
+
+    Raises:
+        SkipwiseError: the model does not take it.
+    """
     recipe = plan.recipe
     rope = dataclasses.replace(recipe.rope, type=name)
-    try:
-        scaled = _tied(plan_model(dataclasses.replace(recipe, rope=rope)), plan)
-    except SkipwiseError:
-        return None
+    scaled = _tied(plan_model(dataclasses.replace(recipe, rope=rope)), plan)
     batch_tokens = recipe.eval.batch_tokens
-    model = load_model(plan.source, scaled, plan.load, dtype=compute_dtype(recipe.load))
-    model.to(best_device()).eval()
+    dtype = compute_dtype(recipe.load)
+    model = load_for_evaluation(plan.source, scaled, plan.load, dtype=dtype)
     try:
         weights = _queries(recipe, model)
         tried = []
@@ -155,8 +169,12 @@ def _of_one(
 
 def _queries(recipe: Recipe, model: Any) -> QueryWeights | None:
     """What sets the temperature; None where none will be searched, or none can be set."""
+    if recipe.temperature != "auto":
+        return None
     try:
-        return QueryWeights(model) if recipe.temperature == "auto" else None
+        weights = QueryWeights(model)
+        weights.set(1.0)
+        return weights
     except SkipwiseError:
         return None
 

@@ -22,8 +22,7 @@ from skipwise.evaluate.anything import evaluation_documents
 from skipwise.evaluate.passkey import needle_trials, passkey_trials
 from skipwise.evaluate.prompts import words_of
 from skipwise.evaluate.suite import Subject, Texts, evaluate_model
-from skipwise.export import trained_model
-from skipwise.models.load import best_device, compute_dtype
+from skipwise.export import measurable_model
 from skipwise.prepare import ModelPlan
 from skipwise.recipe import EvalSettings, Recipe, context_lengths
 from skipwise.run import RunFolder
@@ -130,8 +129,7 @@ def _score(plan: ModelPlan, run: RunFolder, folder: Path) -> float:
     )
 
     def load() -> Any:
-        dtype = compute_dtype(recipe.load)
-        return trained_model(plan, folder, dtype=dtype).to(best_device())
+        return measurable_model(plan, folder)
 
     documents = evaluation_documents(recipe, plan.tokenizer, run)
     subject = Subject(label=folder.name, load=load, tokenizer=plan.tokenizer)

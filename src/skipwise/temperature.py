@@ -24,8 +24,8 @@ import torch
 from skipwise.errors import SkipwiseError
 from skipwise.evaluate.anything import documents_for_search
 from skipwise.evaluate.perplexity import perplexity
-from skipwise.export import require_trained, trained_model
-from skipwise.models.load import best_device, compute_dtype
+from skipwise.export import measurable_model, require_trained
+from skipwise.failures import is_out_of_memory
 from skipwise.models.temperature import QueryWeights
 from skipwise.prepare import ModelPlan, load_training_data
 from skipwise.run import RunFolder
@@ -151,14 +151,20 @@ def _search_of_run(plan: ModelPlan, checkpoint: Path | None) -> dict[str, Any]:
         detail = f"too little text to search on, the longest document has {longest:,} tokens"
         return {"value": 1.0, "detail": detail}
     documents = [np.asarray(read(int(i)), np.int64) for i in chosen]
-    model = trained_model(plan, checkpoint, dtype=compute_dtype(recipe.load)).to(best_device())
+    model = None
     try:
-        value, tried = search_temperature(
-            model, documents, L, c, batch_tokens=recipe.eval.batch_tokens
-        )
-    except SkipwiseError as refused:  # auto: nothing was promised
-        detail = str(refused).partition("\n")[0].removeprefix("temperature: ")
-        return {"value": 1.0, "detail": detail}
+        model = measurable_model(plan, checkpoint)
+        try:
+            value, tried = search_temperature(
+                model, documents, L, c, batch_tokens=recipe.eval.batch_tokens
+            )
+        except SkipwiseError as refused:  # auto: nothing was promised
+            detail = str(refused).partition("\n")[0].removeprefix("temperature: ")
+            return {"value": 1.0, "detail": detail}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"value": 1.0, "detail": "not searched: there is no memory to measure with"}
     finally:
         del model
         gc.collect()

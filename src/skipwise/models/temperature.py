@@ -86,6 +86,8 @@ class QueryWeights:
         self.layers = _attention_layers(model)
 
     def set(self, t: float) -> None:
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise _refusal(self.model, "some lie outside the device, by load.device_map")
         for layer in self.layers:
             for weight in layer.weights:
                 weight.set(t)
