@@ -84,10 +84,8 @@ def test_gguf_is_made_of_the_exported_folder_and_checked(tmp_path, monkeypatch, 
 
     run = RunFolder(tmp_path / "run")
     run.model.mkdir(parents=True)
-    plan = type("Plan", (), {"recipe": type("Recipe", (), {"run_name": "mine"})})
-    monkeypatch.setattr(RunFolder, "recipe", lambda self: None)
-    monkeypatch.setattr(extend_module, "with_choice", lambda recipe, run: recipe)
-    monkeypatch.setattr(extend_module, "plan_model", lambda recipe: plan)
+    recipe = type("Recipe", (), {"run_name": "mine"})
+    monkeypatch.setattr(RunFolder, "recipe", lambda self: recipe)
     monkeypatch.setattr(extend_module, "find_converter", lambda given: "script")
     monkeypatch.setattr(extend_module, "to_gguf", convert)
     check = Check(name="gguf rope", passed=True, detail="yarn by 4")

@@ -133,6 +133,21 @@ def test_a_run_killed_in_the_middle_ends_with_bit_identical_weights(
     assert [m["loss"] for m in read_metrics(resumed)] == [m["loss"] for m in read_metrics(straight)]
 
 
+def test_a_folder_that_another_process_trains_into_is_left_alone(tiny, text_folder, tmp_path):
+    recipe = make_recipe(tiny, text_folder, "training.num_steps=1")
+    plan, run = plan_model(recipe), open_run(tmp_path / "run", recipe, "test")
+    data = prepare_run(plan, run)
+    half = run.checkpoints / "checkpoint-3"  # as the other writes it
+    half.mkdir(parents=True)
+    with run.training_lock():
+        check_run(plan, data, run)  # of the same command, typed again
+        with pytest.raises(SkipwiseError, match="another process is training into"):
+            train_run(plan, data, run)
+    assert half.exists() and newest_checkpoint(run) is None
+    train_run(plan, data, run)
+    assert not half.exists() and newest_checkpoint(run).name == "checkpoint-1"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
     straight, tiny, text_folder, tmp_path, monkeypatch, number

@@ -2,8 +2,8 @@
 
 A checkpoint is written file by file, by several processes under some engines. Its last file is
 `complete`, written when all the others are there; a folder without it is what a kill has left, and
-is removed. Old checkpoints are removed after the new one, so that there is always one to go on
-from.
+is removed before training goes on. Old checkpoints are removed after the new one, so that there is
+always one to go on from.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ def mark_whole(folder: Path, step: int, engine: str) -> None:
 
 
 def newest_checkpoint(run: RunFolder) -> Path | None:
-    """The newest checkpoint that was written to its end; broken ones are removed."""
-    found = []
-    for folder in run.checkpoints.glob("checkpoint-*"):
-        if (folder / _WHOLE).exists():
-            found.append((int(folder.name.rsplit("-", 1)[1]), folder))
-        elif is_main_process():
+    """The newest checkpoint that was written to its end."""
+    whole = [folder.parent for folder in run.checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
+    return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
+def remove_broken(run: RunFolder) -> None:
+    """Remove what a kill has left; not while another process trains, which may be writing it."""
+    for folder in run.checkpoints.glob("checkpoint-*") if is_main_process() else []:
+        if not (folder / _WHOLE).exists():
             shutil.rmtree(folder, ignore_errors=True)
-    return max(found)[1] if found else None
 
 
 def finished_checkpoint(run: RunFolder, num_steps: int) -> Path | None:

@@ -313,9 +313,20 @@ def train_run(
     Args:
         record: write the preflight down, where `check_run` has not.
         only_check: stop after it.
+
+    Raises:
+        SkipwiseError: another process trains into the folder; and as `train.train`.
+        RunStopped: the user stopped it.
     """
     if data is None or trained_checkpoint(run, plan.recipe):
         return
+    with run.training_lock():
+        _train_parts(plan, data, run, record, only_check)
+
+
+def _train_parts(
+    plan: ModelPlan, data: TrainingData, run: RunFolder, record: bool, only_check: bool
+) -> None:
     finish = plan_finish(plan, data, run)
     if finish is not None and (only_check or not is_checked(finish, run)):
         _record(run, [check_step(finish, run)])
@@ -370,22 +381,24 @@ def export_again(
     if outtype not in OUTTYPES:
         raise SkipwiseError(f"--outtype {outtype}: choose from {', '.join(OUTTYPES)}")
     converter = find_converter(llama_cpp) if "gguf" in kinds else None  # before anything is done
-    plan = choose_scaling(ready_weights(plan_model(run.recipe()), run.converted), run)
-    written = []
-    if "hf" in kinds or (converter is not None and not run.model.is_dir()):
-        run.update(exported=False)
-        export_run(plan, run)
-        report_run(run)
-        written.append(run.model)
-    if "adapter" in kinds:
-        checks = export_adapter(plan, run, chosen_checkpoint(plan, run))
-        _record(run, checks)
-        require(checks)
-        written.append(run.adapter)
+    recipe, written = run.recipe(), []
+    model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
+    if model_too or "adapter" in kinds:
+        plan = choose_scaling(ready_weights(plan_model(recipe), run.converted), run)
+        if model_too:
+            run.update(exported=False)
+            export_run(plan, run)
+            report_run(run)
+            written.append(run.model)
+        if "adapter" in kinds:
+            checks = export_adapter(plan, run, chosen_checkpoint(plan, run))
+            _record(run, checks)
+            require(checks)
+            written.append(run.adapter)
     if converter is not None:
         run.gguf.mkdir(exist_ok=True)
-        file = run.gguf / f"{plan.recipe.run_name}-{outtype}.gguf"
-        to_gguf(run.model, file, outtype, converter=converter, name=plan.recipe.run_name)
+        file = run.gguf / f"{recipe.run_name}-{outtype}.gguf"
+        to_gguf(run.model, file, outtype, converter=converter, name=recipe.run_name)
         _record(run, check_gguf(file, run.model))
         written.append(file)
     return written

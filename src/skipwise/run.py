@@ -21,7 +21,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -126,22 +126,33 @@ class RunFolder:
             )
         return rows
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the folder's results: two that write them would lose each other's.
 
         Raises:
             SkipwiseError: another process holds them.
         """
+        return self._held(".lock", "measuring")
+
+    def training_lock(self) -> AbstractContextManager[None]:
+        """Hold the folder's checkpoints, in the first of the processes that train.
+
+        Raises:
+            SkipwiseError: another process trains.
+        """
+        return self._held(".train.lock", "training") if is_main_process() else nullcontext()
+
+    @contextmanager
+    def _held(self, name: str, what: str) -> Iterator[None]:
         if fcntl is None:  # Windows
             yield
             return
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / name).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise SkipwiseError(
-                    f"another process is measuring into {self.path}\nwait for it, or type "
+                    f"another process is {what} into {self.path}\nwait for it, or type "
                     "another --out"
                 ) from error
             yield

@@ -19,7 +19,7 @@ from accelerate.utils import AutocastKwargs
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from skipwise.checkpoints import newest_checkpoint, num_processes_of
+from skipwise.checkpoints import newest_checkpoint, num_processes_of, remove_broken
 from skipwise.engines import (
     bring_up,
     check_engine,
@@ -275,6 +275,7 @@ def train(
             raise _Checked
 
     training.callback.preflight = preflight
+    remove_broken(run)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with stop_on_signals(trainer) as stop:
