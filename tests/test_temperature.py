@@ -300,6 +300,24 @@ def queries_over(folder, base):
     return torch.cat([f.flatten() for f in factors]), rest
 
 
+def test_without_room_nothing_is_searched_and_a_broken_checkpoint_is_no_such_thing(
+    tiny, text_folder, monkeypatch
+):
+    plan = plan_model(make_recipe(tiny, text_folder, "temperature=auto", "method=none"))
+
+    def fails(error):
+        def load(plan, checkpoint):
+            raise error
+
+        monkeypatch.setattr(temperature, "measurable_model", load)
+        return temperature._search_of_run(plan, None)
+
+    found = fails(torch.OutOfMemoryError("CUDA out of memory"))
+    assert found["value"] == 1.0 and "no memory to measure" in found["detail"]
+    with pytest.raises(SkipwiseError, match="is broken"):
+        fails(SkipwiseError("the checkpoint is broken"))
+
+
 @pytest.mark.slow
 def test_the_search_of_a_run_is_exported_told_and_made_once(
     tiny, text_folder, tmp_path, monkeypatch, capsys
