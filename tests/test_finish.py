@@ -327,6 +327,27 @@ def test_a_finish_that_died_goes_on_at_its_checkpoint(
     assert equal(trained(run), trained(straight))
 
 
+def test_what_a_finish_took_is_there_when_it_counts_as_done(
+    tiny, text_folder, tmp_path, monkeypatch
+):
+    plain = training_module.mark_whole
+
+    def killed(folder, step, engine):
+        plain(folder, step, engine)
+        if "finish" in folder.parts and step == LAST:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_module, "mark_whole", killed)
+    recipe = make_recipe(tiny, text_folder)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(recipe, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    both = run.facts()["training"]["seconds"] + run.facts()["finish"]["seconds"]
+    assert trained_checkpoint(run, recipe) and both == pytest.approx(
+        read_metrics(run)[-1]["seconds"]
+    )
+
+
 @pytest.mark.slow
 def test_a_killed_finish_ends_with_bit_identical_weights(straight, tmp_path):
     command = [sys.executable, "-m", "skipwise", "train", str(straight.recipe_file), "--out"]

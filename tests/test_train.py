@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,45 @@ def test_examples_are_read_in_the_order_of_their_numbers(tiny, text_folder, tmp_
 def test_old_checkpoints_are_removed(straight):
     names = sorted(p.name for p in straight.checkpoints.glob("checkpoint-*"))
     assert names == ["checkpoint-12", "checkpoint-8"]
+
+
+def test_what_training_took_is_written_down_before_its_last_checkpoint_counts(
+    tiny, text_folder, tmp_path, monkeypatch
+):
+    # A run that is killed after the mark is done, and is not trained again.
+    plain = training_module.mark_whole
+
+    def killed(folder, step, engine):
+        plain(folder, step, engine)
+        if step == STEPS:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_module, "mark_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(make_recipe(tiny, text_folder), tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert finished_checkpoint(run, STEPS)
+    facts, last = run.facts()["training"], read_metrics(run)[-1]
+    assert facts["num_steps"] == STEPS and facts["num_tokens"] == last["num_tokens"]
+    assert facts["seconds"] == last["seconds"] > 0
+
+
+def test_text_that_changed_since_a_checkpoint_is_refused(tiny, text_folder, tmp_path, monkeypatch):
+    texts = tmp_path / "texts"
+    shutil.copytree(text_folder, texts)
+    (file, *_) = sorted(file for file in texts.rglob("*") if file.is_file())
+    recipe, kept = make_recipe(tiny, texts), file.read_bytes()
+    monkeypatch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
+    with pytest.raises(RunStopped):
+        run_training(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    held_out = RunFolder(tmp_path / "run").eval_documents.read_bytes()
+    file.write_bytes(kept.replace(b"return", b"retura", 1))
+    with pytest.raises(SkipwiseError, match=r"changed since .*checkpoint-5 was trained on it"):
+        run_training(recipe, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").eval_documents.read_bytes() == held_out
+    file.write_bytes(kept)  # read anew, for it is newer, and the same
+    run_training(recipe, tmp_path / "run")
 
 
 @pytest.mark.slow

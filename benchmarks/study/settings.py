@@ -250,8 +250,8 @@ DISTILLED = made(OURS, distil=1.5, distil_on="first")
 
 def distilled() -> list[Setting]:
     """Self-distillation at other factors, and with a finish."""
-    finish = made(DISTILLED, finish=0.1, finish_learning_rate=3e-4)
-    found = [at(finish, 2048, seed=seed) for seed in SEEDS]
+    finishes = [made(DISTILLED, finish=0.1, finish_learning_rate=lr) for lr in (1e-4, 3e-4)]
+    found = [at(finish, 2048, seed=seed) for finish in finishes for seed in SEEDS]
     found += [at(DISTILLED, T, seed=seed) for seed in SEEDS for T in (1024, 4096)]
     return [*found, *(at(s, T) for T in (8192, 16384) for s in (DISTILLED, PAPER))]
 

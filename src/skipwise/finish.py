@@ -33,7 +33,7 @@ from skipwise.prepare import ModelPlan, TrainingData
 from skipwise.recipe import Recipe, dump_recipe
 from skipwise.run import RunFolder, is_main_process, world_size, write_text
 from skipwise.train import Training, set_up, train
-from skipwise.trainer import Before
+from skipwise.trainer import Before, peak_memory_gib
 
 _SEED = 1 << 40  # added to the recipe's: other documents in another order than before the finish
 
@@ -54,10 +54,6 @@ class Finish:
     @property
     def begun(self) -> bool:
         return newest_checkpoint(self.run) is not None
-
-    @property
-    def done(self) -> bool:
-        return finished_checkpoint(self.run, self.recipe.training.num_steps) is not None
 
 
 def first_plan(plan: ModelPlan) -> ModelPlan:
@@ -154,15 +150,14 @@ def check_step(finish: Finish, run: RunFolder) -> Check:
             train(training, scratch, recipe)
         except RunStopped:
             raise RunStopped("stopped before the first step\ntype it again") from None
-        peak = scratch.facts().get("training", {}).get("peak_memory_gib")
         release(training)
     length, said = finish.recipe.target_length, "2 passes" if passes == 2 else "a pass"
-    held = f", {peak:.2f} GiB at the peak" if peak is not None else ""
     run.update(finish={**run.facts().get("finish", {}), "checked_on": place(finish.recipe)})
     return Check(
         name="finish, step",
         passed=True,
-        detail=f"tried: {said} of {length:,} tokens a process, and an update{held}",
+        detail=f"tried: {said} of {length:,} tokens a process, and an update, "
+        f"{peak_memory_gib():.2f} GiB at the peak",
     )
 
 
@@ -177,22 +172,21 @@ def train_finish(finish: Finish, run: RunFolder) -> None:
     Raises:
         SkipwiseError, RunStopped: as `train.train`.
     """
-    if not finish.done:
-        if is_main_process():
-            finish.run.path.mkdir(parents=True, exist_ok=True)
-            write_text(finish.run.recipe_file, dump_recipe(finish.recipe))
-        checkpoint = finished_checkpoint(run, finish.before.num_steps)
-        assert checkpoint is not None or finish.begun, "what comes before the finish is not trained"
-        before = dataclasses.replace(finish.before, checkpoint=checkpoint)
-        training = set_up(finish.plan, finish.data, finish.run, before)
-        train(training, finish.run, finish.recipe)
-        release(training)
-    taken = finish.run.facts().get("training", {})
-    seconds = taken.get("seconds")
-    if seconds is not None:  # of the whole curve
+    if is_main_process():
+        finish.run.path.mkdir(parents=True, exist_ok=True)
+        write_text(finish.run.recipe_file, dump_recipe(finish.recipe))
+    checkpoint = finished_checkpoint(run, finish.before.num_steps)
+    assert checkpoint is not None or finish.begun, "what comes before the finish is not trained"
+
+    def write_down(taken: dict[str, Any]) -> None:  # its seconds are those of the whole curve
         before = run.facts().get("training", {}).get("seconds") or 0.0
-        taken = {**taken, "seconds": round(seconds - before, 3)}
-    run.update(finish={**run.facts().get("finish", {}), **finish_facts(finish), **taken})
+        taken = {**taken, "seconds": round(taken["seconds"] - before, 3)}
+        run.update(finish={**run.facts().get("finish", {}), **finish_facts(finish), **taken})
+
+    before = dataclasses.replace(finish.before, checkpoint=checkpoint)
+    training = set_up(finish.plan, finish.data, finish.run, before)
+    train(training, finish.run, finish.recipe, write_down=write_down)
+    release(training)
 
 
 def finish_facts(finish: Finish) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from skipwise.checkpoints import newest_checkpoint
 from skipwise.data import Corpus, PositionCollator, PositionDataset, build_corpus
 from skipwise.distillation import distillation_weight
 from skipwise.documents import Source, parse_sources
@@ -63,6 +65,7 @@ class TrainingData:
     collator: PositionCollator
     num_bad_records: int
     bad_records: list[str]
+    digest: str  # of the sources' tokens
 
     def items(self, size: int) -> list[dict[str, Any]]:
         """The first examples of the run."""
@@ -197,6 +200,9 @@ def load_training_data(
         )
         for source in sources
     ]
+    digest = hashlib.sha256("".join(store.digest() for store in stores).encode()).hexdigest()[:16]
+    if run is not None:
+        _check_same_text(run, digest)
     corpus = build_corpus(
         stores,
         [source.weight for source in sources],
@@ -221,6 +227,7 @@ def load_training_data(
         collator=PositionCollator(recipe.positions.weights, later=True),
         num_bad_records=sum(store.num_bad_records for store in stores),
         bad_records=[line for store in stores for line in store.bad_records][:5],
+        digest=digest,
     )
 
 
@@ -240,6 +247,7 @@ def stand_in_data(plan: ModelPlan) -> TrainingData:
         collator=PositionCollator(recipe.positions.weights, later=True),
         num_bad_records=0,
         bad_records=[],
+        digest=store.digest(),
     )
 
 
@@ -279,7 +287,19 @@ def data_facts(plan: ModelPlan, data: TrainingData, num_eval: int) -> dict[str, 
         "num_bad_records": data.num_bad_records,
         "bad_records": data.bad_records,
         "num_eval_documents": num_eval,
+        "digest": data.digest,
     }
+
+
+def _check_same_text(run: RunFolder, digest: str) -> None:
+    """Training goes on with the text it was begun on, and is evaluated apart from that."""
+    newest = newest_checkpoint(run.finish) or newest_checkpoint(run)
+    before = run.facts().get("data", {}).get("digest", digest)
+    if newest is not None and before != digest:
+        raise SkipwiseError(
+            f"the text has changed since {newest} was trained on it\n"
+            "put it back as it was, or type another --out to begin anew"
+        )
 
 
 def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: int) -> Check:

@@ -13,6 +13,7 @@ Memory: 8 bytes a document (its offset), mapped as well; twice that while a stor
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_BLOCK, _BLOCKS = 1 << 14, 1 << 12  # tokens, and how often as many, that a digest reads at most
 _ABANDONED = 14 * 24 * 3600  # seconds after which an unfinished store is removed
 
 
@@ -61,6 +63,17 @@ class TokenStore:
     def take(self, places: np.ndarray) -> np.ndarray:
         """Tokens at places of any shape; a copy, through a mapping of its own."""
         return self.mapped_anew()[places]
+
+    def digest(self) -> str:
+        """Tells texts apart: by all tokens up to 64 million, by as many spread ones above."""
+        tokens = self.mapped_anew()
+        seen = hashlib.sha256(f"{self.num_documents} of {len(tokens)}".encode())
+        begins = np.arange(0, len(tokens), _BLOCK)
+        if len(begins) > _BLOCKS:
+            begins = np.linspace(0, len(tokens) - _BLOCK, _BLOCKS, dtype=int)
+        for begin in begins:
+            seen.update(tokens[begin : begin + _BLOCK].tobytes())
+        return seen.hexdigest()[:16]
 
     def mapped_anew(self) -> np.ndarray:
         """The tokens in a mapping of its own, for a pass over the corpus.

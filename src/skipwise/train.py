@@ -253,12 +253,14 @@ def train(
     *,
     record: Callable[[list[Check]], None] = lambda checks: None,
     only_check: bool = False,
+    write_down: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Train to the end, or to the point where the user stops it.
 
     Args:
         record: gets the checks when all are there, before the first step.
         only_check: end there.
+        write_down: gets what training took, before its last checkpoint counts; None: run.json does.
 
     Raises:
         RunStopped: Ctrl-C or SIGTERM; a checkpoint was written.
@@ -274,7 +276,11 @@ def train(
         if only_check:
             raise _Checked
 
-    training.callback.preflight = preflight
+    def taken() -> None:
+        facts = training_facts(training, run, recipe)
+        run.update(training=facts) if write_down is None else write_down(facts)
+
+    training.callback.preflight, training.callback.write_down = preflight, taken
     remove_broken(run)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -299,25 +305,27 @@ def train(
             f"stopped at step {step} of {last}, saved in {run.checkpoints}\n"
             "type the same command again to go on"
         )
-    lora = recipe.lora
-    tokens_per_step = examples_per_step(trainer.args) * training.train_length
-    run.update(
-        training={
-            "method": recipe.method,
-            "mode": "full" if lora is None else "lora" if lora.quantization == "none" else "qlora",
-            "engine": engine_of(recipe),
-            "num_processes": world_size(),
-            "num_steps": last,
-            "batch_size": examples_per_step(trainer.args),
-            "tokens_per_step": tokens_per_step,
-            "num_tokens": tokens_per_step * last,
-            "seconds": read_metrics(run)[-1]["seconds"],
-            "trainable_parameters": num_parameters(trainer.model, trainable=True),
-            "peak_memory_gib": round(peak_memory_gib(), 2),
-        }
-    )
     if stop.asked:
         raise RunStopped(f"stopped after the last step, saved in {run.checkpoints}")
+
+
+def training_facts(training: Training, run: RunFolder, recipe: Recipe) -> dict[str, Any]:
+    """What run.json says of a training that has come to its end."""
+    trainer, lora = training.trainer, recipe.lora
+    tokens_per_step = examples_per_step(trainer.args) * training.train_length
+    return {
+        "method": recipe.method,
+        "mode": "full" if lora is None else "lora" if lora.quantization == "none" else "qlora",
+        "engine": engine_of(recipe),
+        "num_processes": world_size(),
+        "num_steps": trainer.args.max_steps,
+        "batch_size": examples_per_step(trainer.args),
+        "tokens_per_step": tokens_per_step,
+        "num_tokens": tokens_per_step * trainer.args.max_steps,
+        "seconds": read_metrics(run)[-1]["seconds"],
+        "trainable_parameters": num_parameters(trainer.model, trainable=True),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+    }
 
 
 def training_arguments(

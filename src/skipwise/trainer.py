@@ -104,6 +104,7 @@ class RunCallback(TrainerCallback):
         self.distillation: Distillation | None = None
         self.engine, self.config = engine, config  # config: of the model inside any wrapper
         self.preflight: Callable[[], None] = lambda: None  # once the model is wrapped
+        self.write_down: Callable[[], None] = lambda: None  # before the last checkpoint is whole
         self.bar: tqdm | None = None
         self.started = 0.0
         self.seconds_before = 0.0
@@ -191,6 +192,8 @@ class RunCallback(TrainerCallback):
             if self.recipe.eval.select != "last":
                 step = self.before.num_steps + state.global_step
                 keep_candidate(folder, self.run.candidates / f"step-{step}")
+            if state.global_step >= args.max_steps:
+                self.write_down()  # a kill after the mark would leave the run without it
             mark_whole(folder, state.global_step, self.engine)
         if world_size() > 1:
             torch.distributed.barrier()  # none ends, and has the others killed, before that
