@@ -35,6 +35,7 @@ QUICKSTART = (
     "lora={}",
     "lora={} training.gradient_checkpointing=true",
     "load.dtype=float32",
+    "training.distillation=3",
 )
 FULL = (
     "train_length=1024",
@@ -42,6 +43,7 @@ FULL = (
     "train_length=1024 positions.weights=importance",
     "train_length=1024 positions.weights=importance training.gradient_checkpointing=false",
     "train_length=1024 training.global_batch_size=2",
+    "train_length=1024 training.distillation=3",
     "train_length=1024 load.dtype=float32",
     "train_length=1024 trainer.optim=adafactor",
     "train_length=1024 load.attn_implementation=eager training.gradient_checkpointing=false",
@@ -125,12 +127,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name or settings hold this word")
     parser.add_argument("--held", action="store_true", help="measure without malloc's heap as well")
     given = parser.parse_args()
-    base = yaml.safe_load(dump_recipe(make_recipe()))
+    base = yaml.safe_load(dump_recipe(make_recipe(["training.distillation=0"])))
     with tempfile.TemporaryDirectory() as folder:
         llama = {
             "model": folder,
             "target_length": 16384,
-            "training": {"global_batch_size": 1},
+            "training": {"global_batch_size": 1, "distillation": 0},
             "trainer": {"report_to": "none"},
         }
         cases = [("quickstart", base, s) for s in QUICKSTART]

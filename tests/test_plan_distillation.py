@@ -31,6 +31,24 @@ def test_the_plan_counts_the_copy_and_under_lora_there_is_none(mistral):
     assert lora.taught_share and "teacher" not in predict_memory(lora).parts
 
 
+@pytest.mark.parametrize("lora", [[], ["lora={}"]])
+def test_an_engine_that_shards_has_a_share_of_a_copy_under_lora_too(mistral, lora):
+    a = job_of(mistral).architecture
+    whole = 2 * (a.embedding + a.head + a.final)
+    for engine, share in (("fsdp2", 1 / 4), ("zero3", 1 / 4), ("zero3-offload", 0)):
+        settings = ["training.distillation=3", f"engine={engine}", *lora]
+        recipe = parse_recipe({"model": str(mistral), "target_length": 32768}, settings)
+        memory = predict_memory(make_job(recipe, *read_model(recipe), num_gpus=4))
+        want = whole + share * (2 * a.num_parameters - whole)
+        assert memory.parts["teacher"] == pytest.approx(want, rel=1e-9)
+    untaught = parse_recipe(
+        {"model": str(mistral), "target_length": 32768},
+        ["training.distillation=0", "engine=zero3-offload", *lora],
+    )
+    less = predict_memory(make_job(untaught, *read_model(untaught), num_gpus=4)).host
+    assert memory.host - less == 2 * a.num_parameters - whole
+
+
 def test_the_plan_counts_a_forward_pass_over_half_of_the_tokens(mistral):
     settings = ["training.loss=chunked", "positions.weights=none", "positions.cut=random"]
     plain, taught = (job_of(mistral, f"training.distillation={w}", *settings) for w in (0, 3))

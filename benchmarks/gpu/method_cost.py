@@ -293,7 +293,7 @@ def recipe_of(folder: str, mode: str, method: str, target_length: int, batch: in
         "model": folder,
         "target_length": target_length,
         "method": method,
-        "training": {"global_batch_size": batch, "loss": "chunked"},
+        "training": {"global_batch_size": batch, "loss": "chunked", "distillation": 0},
         "load": {"dtype": "bfloat16"},
     }
     return parse_recipe(tree | ({"lora": {}} if mode == "lora" else {}))

@@ -47,8 +47,8 @@ def perplexity(rows: Rows) -> Any:
         lines = (
             ("PoSE as published, linear", at(made(PAPER, rope="linear"), T), False),
             ("PoSE as published, YaRN", at(PAPER, T), False),
-            ("defaults", at(OURS, T), True),
-            ("defaults and distillation", at(DISTILLED, T), True),
+            ("defaults without distillation", at(OURS, T), True),
+            ("defaults", at(DISTILLED, T), True),
             ("full length, equal tokens", at(FULL, T), False),
         )
         for colour, (name, setting, tempered) in zip(COLOURS, lines, strict=False):
@@ -109,7 +109,7 @@ def temperature(rows: Rows) -> Any:
             COLOURS,
             [
                 (f"{name_}, f = {T // L}", at(setting, T))
-                for name_, setting in (("published", PAPER), ("defaults", OURS))
+                for name_, setting in (("published", PAPER), ("without distillation", OURS))
                 for T in (1024, 2048, 8192)
             ],
             strict=True,
@@ -173,7 +173,7 @@ def training(rows: Rows) -> Any:
     figure, axis = plt.subplots(figsize=(5.5, 3.4))
     for colour, (name, setting) in zip(
         COLOURS,
-        (("PoSE as published", PAPER), ("defaults", OURS), ("full length", FULL)),
+        (("PoSE as published", PAPER), ("without distillation", OURS), ("full length", FULL)),
         strict=False,
     ):
         curves = [row["curve"] for row in rows.of(at(setting, T)) if "curve" in row]

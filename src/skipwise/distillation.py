@@ -44,6 +44,11 @@ def distillation_weight(
     return asked, ""
 
 
+def shards(engine: str) -> bool:
+    """Whether an engine takes the weights apart, and the teacher needs its own."""
+    return engine in SHARDED_ENGINES or "launcher" in engine
+
+
 def in_one_process(recipe: Recipe) -> Recipe:
     """The recipe for this process alone, without what its own engine could not do.
 
@@ -60,9 +65,11 @@ def _obstacle(recipe: Recipe, router_loss: bool, engine: str, lacks: str) -> tup
     """(what stands in the way, what else to type); two empty texts: nothing."""
     if recipe.method not in ("pose", "cream") and not is_finish(recipe):
         return f"method: {recipe.method} has no first chunk to be taught", ", or method=pose"
-    if engine in SHARDED_ENGINES or "launcher" in engine:
-        plain = ", or --engine ddp" if engine in SHARDED_ENGINES else ""
-        return f"engine: {engine} would have to shard the teacher as well", plain
+    if recipe.lora is not None and recipe.lora.quantization != "none" and shards(engine):
+        return (
+            f"engine: {engine} would take weights that are not quantised for the teacher",
+            ", or --engine ddp" if engine in SHARDED_ENGINES else "",
+        )
     if recipe.trainer.get("use_liger_kernel"):
         return "trainer.use_liger_kernel replaces the loss", ", or leave that out"
     if recipe.training.loss == "whole":

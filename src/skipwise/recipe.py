@@ -109,7 +109,7 @@ class TrainingSettings:
     gradient_checkpointing: bool = True
     loss: Literal["auto", "whole", "chunked"] = "auto"  # auto: chunked where logits are large
     # w of KL(base || model) at each token of a first chunk; auto: distillation.py; 0: none
-    distillation: Literal["auto"] | float = 0.0
+    distillation: Literal["auto"] | float = "auto"
     save_steps: int = 100
     save_total_limit: int = 2
 

@@ -8,13 +8,19 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from skipwise.data import PositionCollator
-from skipwise.distillation import distillation_weight
+from skipwise.distillation import distillation_weight, shards
 from skipwise.loss import Distillation, why_whole
 from skipwise.models.checks import check_rope
 from skipwise.models.config_checks import Check
-from skipwise.models.teacher import base_config, load_teacher, teacher_beside
+from skipwise.models.teacher import (
+    base_config,
+    load_sharded_teacher,
+    load_teacher,
+    teacher_beside,
+)
 from skipwise.prepare import ModelPlan, TrainingData
 
 _CHECK = "distillation"
@@ -38,7 +44,10 @@ def make_distillation(
     if not weight:
         return None, data, [Check(name=_CHECK, passed=True, detail=f"none: {why}")] if why else []
     config = base_config(plan.config, plan.facts)
-    if recipe.lora is None:
+    if shards(engine):
+        offload = engine == "zero3-offload"
+        teacher = load_sharded_teacher(plan.source, config, plan.load, dtype, model, offload)
+    elif recipe.lora is None:
         teacher = load_teacher(plan.source, config, plan.load, dtype, model)
     else:
         teacher = teacher_beside(model, config)
@@ -55,6 +64,7 @@ def check_distillation(
     plan: ModelPlan,
     input_ids: torch.Tensor,
     first_lengths: torch.Tensor,
+    engine: str,
     autocast: Callable[..., Any] = nullcontext,
 ) -> Check:
     """The teacher has the base's RoPE, and in a lesson it says what it says when called plainly."""
@@ -72,6 +82,10 @@ def check_distillation(
     apart = float((lesson - plain).abs().max())
     close = apart <= 1e-2 * float(plain.abs().max())  # other kernels, in bf16
     weights = "a frozen copy" if plan.recipe.lora is None else "those under LoRA"
+    if shards(engine):
+        held = list(teacher.parameters())
+        count = sum(isinstance(p, DTensor) for p in held)
+        weights = f"a frozen copy, {count} of its {len(held)} tensors sharded"
     return Check(
         name=_CHECK,
         passed=close,

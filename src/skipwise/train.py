@@ -20,6 +20,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from skipwise.checkpoints import newest_checkpoint, num_processes_of, remove_broken
+from skipwise.distillation import shards
 from skipwise.engines import (
     bring_up,
     check_engine,
@@ -200,7 +201,7 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before)
         )
     trainer.base_config, trainer.run_folder = config, run
     callback.distillation = distillation
-    if distillation is not None:
+    if distillation is not None and not shards(engine):
         place_teacher(distillation.teacher, arguments.device)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -219,7 +220,9 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before)
         found = check_batch(wrapped, inputs, autocast, trainer.model)
         if distillation is not None:
             ids = inputs["input_ids"]
-            found.append(check_distillation(distillation, plan, ids, first_lengths, autocast))
+            found.append(
+                check_distillation(distillation, plan, ids, first_lengths, engine, autocast)
+            )
         return found
 
     def of_wrapped() -> None:

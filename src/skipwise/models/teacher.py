@@ -4,22 +4,29 @@ Full fine-tuning changes every weight, so the teacher is loaded once more. Under
 weights stay as they are: the teacher is built anew from the base's own config, with its own RoPE,
 windows and scales, around the very same tensors, and takes no memory. It has neither adapters nor
 trained copies of norms and embeddings, for peft puts those into the model that trains alone.
+
+An engine that shards the model takes its tensors away and gives them back a layer at a time, so
+there the teacher has weights of its own, under LoRA too, and is sharded by FSDP2 whatever the
+engine is: layer by layer, with the embedding and the head whole in every process.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.families import ModelFacts
-from skipwise.models.load import load_model
+from skipwise.models.load import best_device, load_model
 from skipwise.models.masks import FLEX
 from skipwise.models.scaling import scaled_config
 from skipwise.recipe import ModelSettings
 from skipwise.rope import Unscaled
+from skipwise.run import is_main_process, world_size
 
 
 def base_config(config: Any, facts: ModelFacts) -> Any:
@@ -47,6 +54,80 @@ def load_teacher(
     """
     teacher = load_model(source, config, settings, dtype=dtype, attn_implementation=_kernel(model))
     return teacher.requires_grad_(False).eval()
+
+
+def load_sharded_teacher(
+    source: str,
+    config: Any,
+    settings: ModelSettings,
+    dtype: torch.dtype,
+    model: Any,
+    offload: bool = False,
+) -> Any:
+    """The base loaded by the first process, its layers sharded over all; as `load_teacher`.
+
+    Args:
+        offload: keep the layers on the CPU between their passes.
+    """
+    from accelerate import init_empty_weights
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    device = best_device()
+    with _outside_zero():
+        if is_main_process():
+            teacher = load_teacher(source, config, settings, dtype, model)
+        else:
+            config = copy.deepcopy(config)
+            config._attn_implementation = _kernel(model)
+            with init_empty_weights(include_buffers=False):
+                teacher = type(model)(config).requires_grad_(False).eval()
+    place_buffers(teacher, device)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    layers = set(teacher._no_split_modules or ())
+    inside_first = reversed(list(teacher.modules()))
+    for layer in [m for m in inside_first if type(m).__name__ in layers]:
+        _hand_out(layer, device)
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
+        # Each is the root of its own sharding, and roots stay whole after a forward pass.
+        layer.register_forward_hook(lambda layer, *_: layer.reshard())
+    _hand_out(teacher, device)
+    return teacher
+
+
+def _hand_out(module: Any, device: torch.device) -> None:
+    """Give every process the first one's values of what is not sharded yet."""
+    from torch.distributed import broadcast, broadcast_object_list
+    from torch.distributed.tensor import DTensor
+
+    found = dict(module.named_parameters(remove_duplicate=False))
+    found = {name: p for name, p in found.items() if not isinstance(p, DTensor)}
+    facts = [[(name, p.shape, p.dtype, id(p)) for name, p in found.items()]]
+    broadcast_object_list(facts, device=device)
+    whole: dict[int, torch.nn.Parameter] = {}  # by the first process's tensor: some are tied
+    for name, shape, dtype, of in facts[0]:
+        if of not in whole:
+            value = torch.empty(shape, dtype=dtype, device=device)
+            if is_main_process():
+                value.copy_(found[name])
+            broadcast(value, 0)
+            whole[of] = torch.nn.Parameter(value, requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._parameters[leaf] = whole[of]
+
+
+@contextmanager
+def _outside_zero() -> Iterator[None]:
+    """Load whole weights where transformers would have DeepSpeed part them."""
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref  # no public name reads it
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
 
 
 def teacher_beside(model: Any, config: Any) -> Any:
@@ -90,6 +171,10 @@ def place_teacher(teacher: Any, device: torch.device) -> None:
     for parameter in teacher.parameters():
         if parameter.device != device:
             parameter.data = parameter.data.to(device)
+    place_buffers(teacher, device)
+
+
+def place_buffers(teacher: Any, device: torch.device) -> None:
     for module in teacher.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from skipwise.distillation import shards
 from skipwise.plan.architecture import Layer, Matrix
 from skipwise.plan.job import Job
 
@@ -59,12 +60,19 @@ def weights(job: Job) -> list[Held]:
 
 
 def teacher(job: Job) -> list[Held]:
-    """The base once more, frozen, where it teaches; under LoRA it is there already."""
-    if not job.taught_share or job.lora is not None:
+    """The base once more, frozen, where it teaches; under LoRA it is there already, if whole.
+
+    Its layers are sharded where the engine shards (models/teacher.py).
+    """
+    if not job.taught_share or (job.lora is not None and not shards(job.engine)):
         return []
     a, size = job.architecture, 2 if job.bf16 else 4
+    share = 1.0 / job.num_gpus if shards(job.engine) else 1.0
+    if job.engine == "zero3-offload":
+        share = 0.0
     found = [
-        Held("teacher", number * each * size, each * size) for number, _, each in _tensors(job)
+        Held("teacher", share * number * each * size, each * size)
+        for number, _, each in _tensors(job)
     ]
     return found + [Held("teacher", n * size, n * size) for n in (a.embedding, a.head, a.final)]
 

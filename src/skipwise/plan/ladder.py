@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from skipwise.distillation import distillation_weight
+from skipwise.distillation import distillation_weight, shards
 from skipwise.errors import SkipwiseError
 from skipwise.models.families import ModelFacts
 from skipwise.plan.architecture import Architecture
@@ -133,8 +133,10 @@ def _chunked(recipe: Recipe, num_gpus: int) -> _Step | None:
 
 
 def _untaught(recipe: Recipe, num_gpus: int) -> _Step | None:
-    """Without the copy of the base; under LoRA there is none, and sharded it does not teach."""
-    if recipe.lora is not None or not distillation_weight(recipe)[0]:
+    """Without the copy of the base; under LoRA there is none, unless the engine shards."""
+    if recipe.lora is not None and not shards(recipe.engine):
+        return None
+    if not distillation_weight(recipe)[0]:
         return None
     return "training.distillation=0", _training(recipe, distillation=0.0), num_gpus
 

@@ -81,12 +81,16 @@ def host_bytes(job: Job) -> float:
     """CPU memory of a node under zero3-offload, its GPUs together.
 
     All weights in bf16, and of what trains float32 weights, gradients and two AdamW states:
-    DeepSpeed's own AdamW runs there, whatever trainer.optim says.
+    DeepSpeed's own AdamW runs there, whatever trainer.optim says. And the layers of a teacher.
     """
     if job.engine != "zero3-offload":
         return 0.0
     width = 2.0 if job.bf16 else 4.0
-    return job.architecture.num_parameters * width + job.trainable_parameters * (4.0 + 4.0 + 8.0)
+    a = job.architecture
+    numbers = a.num_parameters
+    if job.taught_share:
+        numbers += a.num_parameters - a.embedding - a.head - a.final
+    return numbers * width + job.trainable_parameters * (4.0 + 4.0 + 8.0)
 
 
 def _phases(job: Job, on_cpu: bool) -> dict[str, list[Held]]:
