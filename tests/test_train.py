@@ -143,11 +143,15 @@ def test_text_that_changed_since_a_checkpoint_is_refused(tiny, text_folder, tmp_
     monkeypatch.undo()
     held_out = RunFolder(tmp_path / "run").eval_documents.read_bytes()
     file.write_bytes(kept.replace(b"return", b"retura", 1))
-    with pytest.raises(SkipwiseError, match=r"changed since .*checkpoint-5 was trained on it"):
+    with pytest.raises(SkipwiseError, match=r"text has changed since .*run began to train"):
         run_training(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").eval_documents.read_bytes() == held_out
     file.write_bytes(kept)  # read anew, for it is newer, and the same
-    run_training(recipe, tmp_path / "run")
+    run = run_training(recipe, tmp_path / "run")
+    data = run.facts()["data"]
+    file.write_bytes(kept.replace(b"return", b"retura", 1))
+    run_training(recipe, tmp_path / "run")  # nothing is left to train
+    assert run.facts()["data"] == data and run.eval_documents.read_bytes() == held_out
 
 
 @pytest.mark.slow

@@ -50,13 +50,13 @@ def shards(engine: str) -> bool:
 
 
 def in_one_process(recipe: Recipe) -> Recipe:
-    """The recipe for this process alone, without what its own engine could not do.
+    """The recipe for this process alone, without what its own engine would shard or not do.
 
     Raises:
         SkipwiseError: as `distillation_weight`.
     """
     training = recipe.training
-    if not distillation_weight(recipe)[0]:
+    if shards(recipe.engine) or not distillation_weight(recipe)[0]:
         training = dataclasses.replace(training, distillation=0.0)
     return dataclasses.replace(recipe, engine="auto", training=training)
 

@@ -51,6 +51,7 @@ from skipwise.prepare import (
     plan_model,
     ready_weights,
     stand_in_data,
+    text_changed,
 )
 from skipwise.recipe import Recipe, context_lengths, dump_recipe
 from skipwise.report import format_table, write_report
@@ -143,7 +144,8 @@ def prepare_run(plan: ModelPlan, run: RunFolder, num_processes: int = 0) -> Trai
         documents = evaluation_documents(recipe, plan.tokenizer, run)
         check_selection(recipe, documents, plan.tokenizer, plan.facts.original_length)
         facts["train_length"] = data.sampler.train_length
-        facts["data"] = data_facts(plan, data, len(documents))
+        if not text_changed(run, data.digest):  # else it is trained, and stays as it was
+            facts["data"] = data_facts(plan, data, len(documents))
         facts["positions"] = describe_positions(data.sampler, recipe.seed)
         if (finish := plan_finish(plan, data, run, num_processes)) is not None:
             facts["finish"] = {**run.facts().get("finish", {}), **finish_facts(finish)}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipwise.checkpoints import newest_checkpoint
+from skipwise.checkpoints import newest_checkpoint, trained_checkpoint
 from skipwise.data import Corpus, PositionCollator, PositionDataset, build_corpus
 from skipwise.distillation import distillation_weight
 from skipwise.documents import Source, parse_sources
@@ -201,8 +201,12 @@ def load_training_data(
         for source in sources
     ]
     digest = hashlib.sha256("".join(store.digest() for store in stores).encode()).hexdigest()[:16]
-    if run is not None:
-        _check_same_text(run, digest)
+    changed = False if run is None else text_changed(run, digest)
+    if run is not None and changed and not trained_checkpoint(run, recipe):
+        raise SkipwiseError(
+            f"the text has changed since {run.path} began to train on it\n"
+            "put it back as it was, or type another --out to begin anew"
+        )
     corpus = build_corpus(
         stores,
         [source.weight for source in sources],
@@ -212,7 +216,7 @@ def load_training_data(
         separator=plan.tokenizer.eos_token_id,
         num_held_out=0 if settings.eval_sources else _NUM_HELD_OUT,
     )
-    if run is not None and not settings.eval_sources and is_main_process():
+    if run is not None and not settings.eval_sources and is_main_process() and not changed:
         _write_held_out(run, corpus, plan.tokenizer)
     training = first_part(recipe).training
     return TrainingData(
@@ -291,15 +295,10 @@ def data_facts(plan: ModelPlan, data: TrainingData, num_eval: int) -> dict[str, 
     }
 
 
-def _check_same_text(run: RunFolder, digest: str) -> None:
-    """Training goes on with the text it was begun on, and is evaluated apart from that."""
-    newest = newest_checkpoint(run.finish) or newest_checkpoint(run)
-    before = run.facts().get("data", {}).get("digest", digest)
-    if newest is not None and before != digest:
-        raise SkipwiseError(
-            f"the text has changed since {newest} was trained on it\n"
-            "put it back as it was, or type another --out to begin anew"
-        )
+def text_changed(run: RunFolder, digest: str) -> bool:
+    """Whether a run that has checkpoints was trained on other text so far."""
+    begun = newest_checkpoint(run) or newest_checkpoint(run.finish)
+    return begun is not None and run.facts().get("data", {}).get("digest", digest) != digest
 
 
 def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: int) -> Check:

@@ -45,6 +45,7 @@ from skipwise.models.load import (
     attention_for,
     check_kernel,
     compute_dtype,
+    keeps_buffers,
     load_adapter,
     load_model,
     num_parameters,
@@ -146,6 +147,7 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before)
         if respread:
             spread_anew(resume_from)
     once = loads_once(engine, recipe.lora, plan.facts.tied_embeddings)
+    once = once and not keeps_buffers(plan.scaled, plan.load)  # accelerate 1.15: AttributeError
     arguments = training_arguments(
         recipe, run, dtype, engine, engine_options={"respread": respread, "load_once": once}
     )

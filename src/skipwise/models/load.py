@@ -84,6 +84,22 @@ def load_model(
     return loaded
 
 
+def keeps_buffers(config: Any, settings: ModelSettings) -> bool:
+    """Whether there are buffers among the weights, as routers of experts have; on no device."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=settings.trust_remote_code
+        )
+    return any(
+        buffer is not None and name not in module._non_persistent_buffers_set
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    )
+
+
 def load_for_evaluation(
     model: str, config: Any, settings: ModelSettings, *, dtype: torch.dtype
 ) -> Any:

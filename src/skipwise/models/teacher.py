@@ -82,7 +82,6 @@ def load_sharded_teacher(
             config._attn_implementation = _kernel(model)
             with init_empty_weights(include_buffers=False):
                 teacher = type(model)(config).requires_grad_(False).eval()
-    place_buffers(teacher, device)
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     layers = set(teacher._no_split_modules or ())
@@ -90,31 +89,36 @@ def load_sharded_teacher(
     for layer in [m for m in inside_first if type(m).__name__ in layers]:
         _hand_out(layer, device)
         fully_shard(layer, mesh=mesh, offload_policy=policy)
-        # Each is the root of its own sharding, and roots stay whole after a forward pass.
+        # Each is the root of its own sharding. A root would stay whole after a forward pass, and
+        # be gathered on a stream of its own, whose memory no other can use.
+        layer.register_forward_pre_hook(lambda layer, *_: layer.unshard(), prepend=True)
         layer.register_forward_hook(lambda layer, *_: layer.reshard())
     _hand_out(teacher, device)
     return teacher
 
 
 def _hand_out(module: Any, device: torch.device) -> None:
-    """Give every process the first one's values of what is not sharded yet."""
+    """Give every process the first one's parameters, where not sharded yet, and buffers."""
     from torch.distributed import broadcast, broadcast_object_list
     from torch.distributed.tensor import DTensor
 
-    found = dict(module.named_parameters(remove_duplicate=False))
-    found = {name: p for name, p in found.items() if not isinstance(p, DTensor)}
-    facts = [[(name, p.shape, p.dtype, id(p)) for name, p in found.items()]]
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    found = {name: p for name, p in parameters.items() if not isinstance(p, DTensor)}
+    found |= dict(module.named_buffers(remove_duplicate=False))
+    facts = [[(name, x.shape, x.dtype, id(x)) for name, x in found.items()]]
     broadcast_object_list(facts, device=device)
-    whole: dict[int, torch.nn.Parameter] = {}  # by the first process's tensor: some are tied
+    whole: dict[int, torch.Tensor] = {}  # by the first process's tensor: some are tied
     for name, shape, dtype, of in facts[0]:
         if of not in whole:
             value = torch.empty(shape, dtype=dtype, device=device)
             if is_main_process():
                 value.copy_(found[name])
             broadcast(value, 0)
-            whole[of] = torch.nn.Parameter(value, requires_grad=False)
+            held = name in parameters
+            whole[of] = torch.nn.Parameter(value, requires_grad=False) if held else value
         parent, _, leaf = name.rpartition(".")
-        module.get_submodule(parent)._parameters[leaf] = whole[of]
+        owner = module.get_submodule(parent)
+        (owner._parameters if name in parameters else owner._buffers)[leaf] = whole[of]
 
 
 @contextmanager
@@ -171,10 +175,6 @@ def place_teacher(teacher: Any, device: torch.device) -> None:
     for parameter in teacher.parameters():
         if parameter.device != device:
             parameter.data = parameter.data.to(device)
-    place_buffers(teacher, device)
-
-
-def place_buffers(teacher: Any, device: torch.device) -> None:
     for module in teacher.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
