@@ -140,7 +140,7 @@ def test_the_recipe_of_the_finish_in_figures():
     settings = finish.training
     assert first_part(recipe).training.num_steps == 900
     assert (settings.num_steps, settings.global_batch_size) == (100, 16)  # 64 x 8k / 32k
-    assert (settings.learning_rate, settings.warmup_steps) == (2e-5, 1)  # 10 of 1,000
+    assert (settings.learning_rate, settings.warmup_steps) == (2e-5 / 3, 1)  # 10 of 1,000
     assert settings.lr_scheduler == "linear" and settings.save_steps == 100
     assert finish.method == "full" and finish.positions.weights == "none"
     assert finish_part(made("finish.share=0.1", "finish.learning_rate=1e-6"), 8192).training == (

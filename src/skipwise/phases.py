@@ -97,7 +97,7 @@ def finish_part(
             num_steps=steps,
             global_batch_size=G,
             batch_size=1,
-            learning_rate=training.learning_rate if rate is None else rate,
+            learning_rate=training.learning_rate / 3 if rate is None else rate,
             warmup_steps=min(warmup, steps // 10),
             lr_scheduler="linear",
             save_steps=max(1, round(training.save_steps * per_step / (G * T))),  # tokens between

@@ -119,7 +119,7 @@ class FinishSettings:
     """The last share of the training tokens at full length, plain positions (phases.py)."""
 
     share: float = 0.0  # of training.num_steps x global_batch_size x L tokens; 0: none
-    learning_rate: float | None = None  # none given: that of training; falls to 0
+    learning_rate: float | None = None  # none given: a third of training's (study.md); falls to 0
 
 
 @dataclass(frozen=True, kw_only=True)
