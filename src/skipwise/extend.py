@@ -144,11 +144,11 @@ def prepare_run(plan: ModelPlan, run: RunFolder, num_processes: int = 0) -> Trai
         documents = evaluation_documents(recipe, plan.tokenizer, run)
         check_selection(recipe, documents, plan.tokenizer, plan.facts.original_length)
         facts["train_length"] = data.sampler.train_length
+        facts["positions"] = describe_positions(data.sampler, recipe.seed)
         if not text_changed(run, data.digest):  # else it is trained, and stays as it was
             facts["data"] = data_facts(plan, data, len(documents))
-        facts["positions"] = describe_positions(data.sampler, recipe.seed)
-        if (finish := plan_finish(plan, data, run, num_processes)) is not None:
-            facts["finish"] = {**run.facts().get("finish", {}), **finish_facts(finish)}
+            if (finish := plan_finish(plan, data, run, num_processes)) is not None:
+                facts["finish"] = {**run.facts().get("finish", {}), **finish_facts(finish)}
     if torch.cuda.is_available():
         gpu = {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
         facts["machine"] = {**run.facts().get("machine", {}), **gpu}
