@@ -1,7 +1,7 @@
 """A model of real size, made and extended on one GPU: 512 tokens to 32k, by each of some settings.
 
 PYTHONPATH=src python benchmarks/gpu/real_size.py --out FOLDER [--minutes 9] [--tiny]
-    [--arm NAME key=value ...] ... [--steps 1000] [--full-length 4k] [--pretrain-minutes 5]
+    [--arm NAME key=value ...] ... [--steps 1000] [--full-length 32k] [--pretrain-minutes 5]
 
 A Llama of 126 M parameters (width 768, 16 layers, vocabulary 16,384) is trained from scratch on
 the text at hand (real_size_text.py), at 512 tokens, with a share of passkey prompts. Then each arm
@@ -10,11 +10,13 @@ extends it by the same number of tokens, and all are evaluated on the same docum
   base, none     as it is, and rescaled with YaRN without training
   paper          PoSE as published: N = 2, uniform content, YaRN
   --arm ...      any other settings, keys of `positions` or, with a dot, of the recipe;
-                 none given: content=aligned weights=importance
+                 none given: what `skipwise extend` takes from f = 32 on
   full-length    --full-length tokens at plain positions, for a target of that length
 
+An arm with temperature=auto is searched for its attention temperature on training text.
+
 FOLDER holds text, base model and figures: a second call does what the first had no time for, and
-new arms. Each part is written when it is done.
+new arms. Each part is written when it is done. --text-only ends after the text, without a GPU.
 """
 
 import argparse
@@ -41,12 +43,23 @@ from skipwise.evaluate.perplexity import perplexity
 from skipwise.evaluate.trials import answers_right
 from skipwise.models.configs import facts_of
 from skipwise.models.scaling import scaled_config, scaling_for
+from skipwise.models.temperature import QueryWeights
 from skipwise.recipe import Recipe, parse_length, parse_recipe
+from skipwise.temperature import search_temperature
 from skipwise.token_store import TokenStore
 
+SEARCHED = 16  # documents, for the temperature
 PROMPT_SHARE = 1 / 8  # of the rows, in pre-training and in extension
-DEFAULT_ARM = ["aligned, importance", "content=aligned", "weights=importance"]
-_RESERVE = 40  # seconds an arm takes beside its training
+DEFAULT_ARM = [
+    "defaults",
+    "rope.type=llama3",
+    "content=aligned",
+    "cut=first-half",
+    "weights=importance",
+    "training.distillation=3",
+    "temperature=auto",
+]
+_RESERVE = 60  # seconds an arm takes beside its training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +128,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="examples of L tokens a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the extension")
     parser.add_argument("--arm", nargs="+", action="append", metavar="NAME key=value")
-    parser.add_argument("--full-length", type=parse_length, default=4096, help="0: leave it out")
+    parser.add_argument("--full-length", type=parse_length, default=32768, help="0: leave it out")
+    parser.add_argument("--text-only", action="store_true", help="prepare the text and end")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, also for a CPU")
     args = parser.parse_args()
@@ -125,6 +139,8 @@ def main() -> None:
         args.pretrain_minutes, args.steps, args.batch, args.full_length = 0.05, 5, 4, 256
     state = State(args.out, "real_size_tiny" if args.tiny else "real_size")
     text, trials, prompts = prepare(state, size)
+    if args.text_only:
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -150,7 +166,8 @@ def main() -> None:
             if measured[name]["settings"] != settings:
                 raise SystemExit(f"{name} was measured with other settings: give it another name")
             continue
-        expected = _RESERVE + settings["tokens"] / (0.7 * rate)
+        slower = 1 + settings.get("train_length", 0) / 8192  # attention grows with it
+        expected = _RESERVE + slower * settings["tokens"] / (0.7 * rate)
         if time.monotonic() + expected > ends:
             print(f"{name}: not measured: it takes about {expected:.0f} s, and time is short")
             continue
@@ -241,7 +258,10 @@ def recipe_of(name: str, overrides: list[str], size: Size, args: Any) -> Recipe 
         "target_length": size.target,
         "train_length": size.length,
         "rope": {"type": "yarn"},
+        "positions": {"cut": "random", "content": "uniform", "weights": "none"},
+        "temperature": 1.0,
         "training": {
+            "distillation": 0.0,
             "num_steps": args.steps,
             "global_batch_size": args.batch,
             "learning_rate": args.learning_rate,
@@ -275,6 +295,8 @@ def settings_of(recipe: Recipe | None) -> dict[str, Any]:
         "num_steps": training.num_steps,
         "global_batch_size": training.global_batch_size,
         "learning_rate": training.learning_rate,
+        "distillation": training.distillation,
+        "temperature": recipe.temperature,
         "tokens": training.num_steps * training.global_batch_size * length,
     }
 
@@ -292,6 +314,8 @@ def measure(
 ) -> dict[str, Any]:
     """Train one arm from the base model, and evaluate it."""
     begun = time.monotonic()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    base = config
     if recipe is not None:
         facts = facts_of(config)
         scaling = scaling_for(recipe, facts)
@@ -304,14 +328,26 @@ def measure(
         L = settings_of(recipe)["train_length"]
         rows = prompts.rows(L, max(20, size.num_prompts * size.length // (8 * L)), most=1, seed=2)
         asked = TokenStore(tokens=rows.reshape(-1), offsets=np.arange(len(rows) + 1) * L)
-        found |= extend(model, recipe, size.length, [text.train, asked], PROMPT_SHARE)
+        teacher = None
+        if recipe.training.distillation:
+            teacher = make_model(base, device, compiled=compiled, dtype=dtype).eval()
+            teacher.load_state_dict(weights)
+        stores = [text.train, asked]
+        found |= extend(model, recipe, size.length, stores, PROMPT_SHARE, teacher)
         weights = model.state_dict()
-        del model
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        del model, teacher
     model = make_model(config, device, dtype=dtype).eval()  # not compiled: lengths differ
     model.load_state_dict(weights)
     del weights
     begun_evaluation = time.monotonic()
+    if recipe is not None and recipe.temperature == "auto":
+        long = np.flatnonzero(np.diff(text.train.offsets) >= size.target)[:SEARCHED].tolist()
+        documents = [np.asarray(text.train.document(i), np.int64) for i in long]
+        found["temperature"], tried = search_temperature(
+            model, documents, size.length, size.target, batch_tokens=size.batch_tokens
+        )
+        found["search"] = [dataclasses.asdict(one) for one in tried]
+        QueryWeights(model).set(found["temperature"])
     found |= evaluate(model, text, trials, size)
     found["evaluation_seconds"] = round(time.monotonic() - begun_evaluation, 1)
     found["all_seconds"] = round(time.monotonic() - begun, 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
 from skipwise.data import PositionCollator, PositionDataset, build_corpus
@@ -121,12 +122,18 @@ def pretrain(
 
 
 def extend(
-    model: Any, recipe: Recipe, original_length: int, stores: list[TokenStore], prompt_share: float
+    model: Any,
+    recipe: Recipe,
+    original_length: int,
+    stores: list[TokenStore],
+    prompt_share: float,
+    teacher: Any = None,
 ) -> dict[str, Any]:
     """Train the model at the recipe's positions, for the recipe's steps.
 
     Args:
         stores: the text; passkey prompts of the training length.
+        teacher: the base model, for self-distillation on the first chunks.
     """
     sampler, settings = make_sampler(recipe, original_length), recipe.training
     L, device = sampler.train_length, model.device
@@ -152,9 +159,13 @@ def extend(
         examples = range(step * batch_size, (step + 1) * batch_size)
         parts = [examples[i : i + rows] for i in range(0, batch_size, rows)]
         for part in parts:
-            batch = collate([dataset[k] for k in part])
-            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            total += _backward(model, with_chunk_weights(batch, dtype), len(parts))
+            items = [dataset[k] for k in part]
+            batch = {key: value.to(device) for key, value in collate(items).items()}
+            lesson = None
+            if teacher is not None:
+                first = np.stack([item["example"].chunk_ids() == 0 for item in items])
+                lesson = (teacher, torch.from_numpy(first).to(device), settings.distillation)
+            total += _backward(model, with_chunk_weights(batch, dtype), len(parts), lesson)
         _update(model, optimizer, settings.learning_rate * share)
         losses.append(total)
         if step == 0:
@@ -178,13 +189,31 @@ def extend(
     }
 
 
-def _backward(model: Any, batch: dict[str, Any], passes: int) -> torch.Tensor:
-    """One pass; returns its share of the step's loss."""
+def _backward(
+    model: Any,
+    batch: dict[str, Any],
+    passes: int,
+    lesson: tuple[Any, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """One pass; returns its share of the step's loss.
+
+    Args:
+        lesson: the teacher, (R, L) whether a token is taught, and the weight of its KL divergence.
+    """
     kind = model.device.type
     with torch.autocast(kind, torch.bfloat16, kind == "cuda"):
-        loss = model(**batch, use_cache=False).loss / passes
-    loss.backward()
-    return loss.detach()
+        out = model(**batch, use_cache=False)
+        loss = out.loss
+        if lesson is not None:
+            teacher, first, weight = lesson
+            with torch.no_grad():
+                wanted = teacher(input_ids=batch["input_ids"], use_cache=False).logits[first]
+                wanted = wanted.float().log_softmax(-1)
+            mine = out.logits[first].float().log_softmax(-1)
+            apart = kl_div(mine, wanted, log_target=True, reduction="sum")
+            loss = loss + weight * apart / first.numel()
+    (loss / passes).backward()
+    return loss.detach() / passes
 
 
 def _update(model: Any, optimizer: Any, learning_rate: float) -> None:

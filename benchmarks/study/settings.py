@@ -41,16 +41,25 @@ class Setting:
     end: float = 0.0  # share of the learning rate that is left at the end of the skips
     beta2: float = 0.95
     lora_rank: int = 0
-    finish: float = 0.0  # share of the tokens at full length, last
-    finish_learning_rate: float = 5e-4
+    finish: float = 0.0  # share of the tokens at full length
+    finish_at: str = "end"  # a phase of its own; or one schedule: "last", "first", "spread" steps
+    finish_distil: bool = True  # self-distillation goes on in it
+    finish_learning_rate: float = 5e-4  # of a phase of its own
     full_batch: int = 0  # examples a step at full length; 0: as many as make BATCH x L tokens
     tasks: tuple[str, ...] = ("passkey", "needle")
     curve: bool = False  # perplexity at every tenth of training
 
     @property
     def key(self) -> str:
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = dataclasses.asdict(self)
+        for name, default in _LATER.items():  # rows from before there was such a setting stay
+            if values[name] == default:
+                del values[name]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
+
+
+_LATER = {"finish_at": "end", "finish_distil": True}
 
 
 def made(base: Setting | None = None, **changes: Any) -> Setting:
@@ -246,6 +255,7 @@ def training() -> list[Setting]:
 
 
 DISTILLED = made(OURS, distil=1.5, distil_on="first")
+HALVED = made(DISTILLED, cut="first-half")  # what `skipwise extend` takes from f = 32 on
 
 
 def distilled() -> list[Setting]:
@@ -253,11 +263,38 @@ def distilled() -> list[Setting]:
     finishes = [made(DISTILLED, finish=0.1, finish_learning_rate=lr) for lr in (1e-4, 3e-4)]
     found = [at(finish, 2048, seed=seed) for finish in finishes for seed in SEEDS]
     found += [at(DISTILLED, T, seed=seed) for seed in SEEDS for T in (1024, 4096)]
-    return [*found, *(at(s, T) for T in (8192, 16384) for s in (DISTILLED, PAPER))]
+    return [*found, *(at(s, T) for T in (8192, 16384) for s in (DISTILLED, HALVED, PAPER))]
+
+
+def finishes() -> list[Setting]:
+    """Full-length tokens without self-distillation, in a phase of their own or among the skips."""
+    found = []
+    for seed in SEEDS:
+        base = at(made(DISTILLED, finish=0.1, finish_distil=False), 2048, seed=seed)
+        found += [made(base, finish_learning_rate=lr) for lr in (1e-4, 3e-4, 6e-4)]
+        for lr in (3e-4, 5e-4):
+            found += [made(base, finish_at="spread", learning_rate=lr)]
+    found += [at(made(found[0], finish_at=way), 2048) for way in ("first", "last")]
+    return [made(s, tasks=("passkey",)) for s in found]
+
+
+def longer() -> list[Setting]:
+    """1,000 steps, as `skipwise extend` takes; a stronger hold on short length where T is far."""
+    found = []
+    for T in TARGETS[:4]:
+        ours = DISTILLED if T < 8192 else HALVED
+        found += [at(s, T, steps=1000) for s in (ours, PAPER)]
+        if T >= 4096:
+            found += [at(made(ours, distil=d), T) for d in (4.0, 12.0)]
+            found += [at(made(ours, distil=4.0), T, learning_rate=1e-3)]
+            found += [at(made(ours, plain_fraction=0.2), T)]
+    return [made(s, tasks=("passkey",)) for s in found]
 
 
 TABLES = {
     "distilled": distilled,
+    "finishes": finishes,
+    "longer": longer,
     "methods": methods,
     "factors": factors,
     "texts": texts,

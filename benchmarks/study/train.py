@@ -50,14 +50,17 @@ def trained(
         model = add_lora(model, LoRASettings(rank=setting.lora_rank, alpha=2 * setting.lora_rank))
     losses = []
     finish = round(setting.steps * setting.finish)
-    steps = setting.steps - finish
-    sampler = _sampler(setting)
-    if steps:
-        losses += _phase(model, setting, text, sampler, steps, setting.learning_rate, each)
-    if finish:
-        full = FullLength(target_length=setting.target)
-        last = dataclasses.replace(setting, end=0.0)
-        losses += _phase(model, last, text, full, finish, setting.finish_learning_rate, None)
+    sampler, full = _sampler(setting), FullLength(target_length=setting.target)
+    last = dataclasses.replace(setting, end=0.0, learning_rate=setting.finish_learning_rate)
+    if not setting.finish_distil:
+        last = dataclasses.replace(last, distil=0.0)
+    if finish and setting.finish_at != "end":
+        losses += _phase(model, setting, text, sampler, setting.steps, each, among=(full, last))
+    else:
+        if setting.steps > finish:
+            losses += _phase(model, setting, text, sampler, setting.steps - finish, each)
+        if finish:
+            losses += _phase(model, last, text, full, finish)
     if setting.lora_rank:
         model = model.merge_and_unload()
     return model, losses
@@ -106,37 +109,87 @@ def _phase(
     text: Text,
     sampler: Sampler,
     steps: int,
-    learning_rate: float,
-    each: Callable[[int, Any], None] | None,
+    each: Callable[[int, Any], None] | None = None,
+    among: tuple[Sampler, Setting] | None = None,
 ) -> list[float]:
-    """Train on `steps` x BATCH x L tokens, whatever the length of an example."""
-    tokens = steps * BATCH * L
-    batch = max(1, min(BATCH, BATCH * L // sampler.train_length))
-    if setting.full_batch and sampler.train_length > L:
-        batch = setting.full_batch
-    num_steps = max(1, round(tokens / (batch * sampler.train_length)))
-    corpus = _corpus(text, sampler, num_steps * batch, setting.seed)
-    numbers: dict[str, Any] = {"seed": setting.seed, "num_examples": num_steps * batch}
-    if setting.variant and not isinstance(sampler, FullLength):
-        dataset = VariantDataset(setting.variant, corpus, sampler, **numbers)
-    else:
-        dataset = PositionDataset(corpus, sampler, **numbers)
-    weighted = setting.strength > 0 and setting.method in ("pose", "cream")
-    weighted &= not isinstance(sampler, FullLength)
-    collator = PositionCollator("importance" if weighted else "none", later=True)
+    """Train on `steps` x BATCH x L tokens, whatever the length of an example.
+
+    Args:
+        among: a sampler and its setting that make some of the steps: see `_is_full`.
+    """
     device = best_device()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    rate = torch.tensor(learning_rate, device=device)
+    rate = torch.tensor(setting.learning_rate, device=device)
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=rate if device.type == "cuda" else learning_rate,
+        lr=rate if device.type == "cuda" else setting.learning_rate,
         betas=(0.9, setting.beta2),
         weight_decay=0.0,
         capturable=device.type == "cuda",
     )
-    teacher = load_base(dataclasses.replace(setting, rope_off=True)) if setting.distil else None
     model.train()
+    batch = max(1, min(BATCH, BATCH * L // sampler.train_length))
+    if setting.full_batch and sampler.train_length > L:
+        batch = setting.full_batch
+    num_steps = max(1, round(steps * BATCH * L / (batch * sampler.train_length)))
+    run = _stepper(model, optimizer, setting, text, sampler, num_steps, batch)
+    run_among = run
+    if among is not None:
+        few = max(1, BATCH * L // among[0].train_length)
+        run_among = _stepper(model, optimizer, among[1], text, among[0], num_steps, few)
+
+    def rate_at(k: int) -> float:
+        rising = min(1.0, (k + 1) / max(1, setting.warmup))
+        left = 1 - k / num_steps
+        return setting.learning_rate * min(rising, setting.end + (1 - setting.end) * left)
+
+    losses = []
+    for k in range(num_steps):
+        for group in optimizer.param_groups:
+            if device.type == "cuda":
+                rate.fill_(rate_at(k))
+            else:
+                group["lr"] = rate_at(k)
+        full = among is not None and _is_full(k, num_steps, setting)
+        losses.append((run_among if full else run)(k).clone())
+        if each is not None and (k + 1) % max(1, num_steps // 10) == 0:
+            each(k + 1, model)
+            model.train()
+    return torch.stack(losses).float().tolist()
+
+
+def _is_full(k: int, num_steps: int, setting: Setting) -> bool:
+    """Whether step k of a schedule with full-length steps in it is one of them."""
+    count = round(num_steps * setting.finish)
+    if setting.finish_at == "first":
+        return k < count
+    if setting.finish_at == "last":
+        return k >= num_steps - count
+    return (k + 1) * count // num_steps > k * count // num_steps
+
+
+def _stepper(
+    model: Any,
+    optimizer: Any,
+    setting: Setting,
+    text: Text,
+    sampler: Sampler,
+    num_steps: int,
+    batch: int,
+) -> Callable[[int], torch.Tensor]:
+    """What trains on the k-th batch of a sampler's examples and returns the loss."""
+    corpus = _corpus(text, sampler, num_steps * batch, setting.seed)
+    numbers: dict[str, Any] = {"seed": setting.seed, "num_examples": num_steps * batch}
     full = isinstance(sampler, FullLength)
+    if setting.variant and not full:
+        dataset = VariantDataset(setting.variant, corpus, sampler, **numbers)
+    else:
+        dataset = PositionDataset(corpus, sampler, **numbers)
+    weighted = setting.strength > 0 and setting.method in ("pose", "cream") and not full
+    collator = PositionCollator("importance" if weighted else "none", later=True)
+    device = best_device()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    teacher = load_base(dataclasses.replace(setting, rope_off=True)) if setting.distil else None
 
     def step(given: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(
@@ -159,25 +212,8 @@ def _phase(
             made["key_weights"] = made["key_weights"] * setting.strength
         return made
 
-    def rate_at(k: int) -> float:
-        rising = min(1.0, (k + 1) / max(1, setting.warmup))
-        left = 1 - k / num_steps
-        return learning_rate * min(rising, setting.end + (1 - setting.end) * left)
-
     run = _graph(step, given(0), model, optimizer) if device.type == "cuda" else step
-    losses = []
-    for k in range(num_steps):
-        for group in optimizer.param_groups:
-            if device.type == "cuda":
-                rate.fill_(rate_at(k))
-            else:
-                group["lr"] = rate_at(k)
-        loss = run({name: value.to(device) for name, value in given(k).items()})
-        losses.append(loss.clone())
-        if each is not None and (k + 1) % max(1, num_steps // 10) == 0:
-            each(k + 1, model)
-            model.train()
-    return torch.stack(losses).float().tolist()
+    return lambda k: run({name: value.to(device) for name, value in given(k).items()})
 
 
 def _loss(
