@@ -30,31 +30,27 @@ def test_training_is_the_papers_by_default():
 
 def test_the_published_positions_are_a_line_of_overrides():
     published = ["positions.content=uniform", "positions.cut=random", "positions.weights=none"]
-    recipe = settled(parse_recipe(BASE, published), 8192)
+    recipe = settled(parse_recipe(BASE, published))
     assert make_sampler(recipe, 8192) == PoSE(train_length=8192, target_length=32768)
     assert recipe.positions.weights == "none"
 
 
 @pytest.mark.parametrize(
-    ("target", "overrides", "cut", "content", "weights"),
+    ("overrides", "content", "weights"),
     [
-        ("32k", [], "random", "aligned", "importance"),
-        ("128k", [], "random", "aligned", "importance"),
-        ("256k", [], "first-half", "aligned", "importance"),
-        ("256k", ["positions.num_chunks=3"], "random", "aligned", "importance"),
-        ("256k", ["positions.cut=random"], "random", "aligned", "importance"),
-        ("32k", ["load.attn_implementation=flash_attention_2"], "random", "aligned", "none"),
-        ("32k", ["positions.num_chunks=1"], "random", "aligned", "none"),
-        ("32k", ["method=cream"], "random", "contiguous", "none"),
-        ("256k", ["method=full"], "random", "uniform", "none"),
-        ("32k", ["method=randpos"], "random", "uniform", "none"),
+        ([], "aligned", "importance"),
+        (["load.attn_implementation=flash_attention_2"], "aligned", "none"),
+        (["positions.num_chunks=1"], "aligned", "none"),
+        (["method=cream"], "contiguous", "none"),
+        (["method=full"], "uniform", "none"),
+        (["method=randpos"], "uniform", "none"),
     ],
 )
-def test_auto_positions_are_settled_by_method_and_factor(target, overrides, cut, content, weights):
-    recipe = settled(parse_recipe({"model": "m", "target_length": target}, overrides), 8192)
+def test_auto_positions_are_settled_by_the_method(overrides, content, weights):
+    recipe = settled(parse_recipe(BASE, overrides))
     found = recipe.positions
-    assert (found.cut, found.content, found.weights) == (cut, content, weights)
-    assert settled(recipe, 8192) == recipe
+    assert (found.content, found.weights) == (content, weights)
+    assert settled(recipe) == recipe
     make_sampler(recipe, 8192)
 
 
@@ -85,7 +81,7 @@ def test_yaml_round_trip_keeps_every_value(tmp_path):
         ("training.num_steps=2.5", "a whole number"),
         ("training.num_steps=-1", "0 or more"),
         ("training.gradient_checkpointing=3", "true or false"),
-        ("positions.cut=half", "choose one of auto, random, first-half"),
+        ("positions.cut=half", "choose one of random, first-half"),
         ("method=pse", "choose one of pose"),
         ("target_length=32kb", "not a length"),
         ("model.path.x=1", "no keys below"),

@@ -301,19 +301,21 @@ def queries_over(folder, base):
 
 
 def test_without_room_nothing_is_searched_and_a_broken_checkpoint_is_no_such_thing(
-    tiny, text_folder, monkeypatch
+    tiny, text_folder, tmp_path, monkeypatch
 ):
     plan = plan_model(make_recipe(tiny, text_folder, "temperature=auto", "method=none"))
+    run = RunFolder(tmp_path)
 
     def fails(error):
         def load(plan, checkpoint):
             raise error
 
         monkeypatch.setattr(temperature, "measurable_model", load)
-        return temperature._search_of_run(plan, None)
+        return temperature.chosen_temperature(plan, run, None)
 
-    found = fails(torch.OutOfMemoryError("CUDA out of memory"))
-    assert found["value"] == 1.0 and "no memory to measure" in found["detail"]
+    for _ in range(2):  # what was not searched is searched again
+        assert fails(torch.OutOfMemoryError("CUDA out of memory")) == 1.0
+        assert "no memory to measure" in run.facts()["temperature"]["detail"]
     with pytest.raises(SkipwiseError, match="is broken"):
         fails(SkipwiseError("the checkpoint is broken"))
 
@@ -357,6 +359,17 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
     assert "attention temperature 1.05" in (run.model / "README.md").read_text()
     page = (run.report / "index.html").read_text()
     assert "1.05 times every attention logit" in page and "800 at 256 tokens" in page
+
+    def again(digest):
+        run.update(data={**run.facts()["data"], "digest": digest})
+        where = run.checkpoints / "checkpoint-2"
+        return temperature.chosen_temperature(plan_model(recipe), run, where)
+
+    was = run.facts()["data"]["digest"]
+    run.update(temperature=None)
+    assert again("of another text") == 1.0 and len(seen) == 1
+    assert "the text has changed" in run.facts()["temperature"]["detail"]
+    assert again(was) == 1.05 and len(seen) == 2
 
 
 @pytest.mark.slow

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from rows import Rows, lengths_of, newest
 from settings import DISTILLED, FULL, OURS, PAPER, L, at, made
 
 from skipwise.positions import FullLength, PoSE, RandPos, coverage
-
-if TYPE_CHECKING:
-    from figures import Rows
-
 
 plt.switch_backend("svg")
 plt.rcParams["svg.hashsalt"] = "skipwise"  # the same file for the same figures
@@ -40,8 +37,6 @@ def write_plots(rows: Rows, folder: Path) -> None:
 
 def perplexity(rows: Rows) -> Any:
     """By context length, at three factors."""
-    from figures import lengths_of
-
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
     for axis, T in zip(axes, (2048, 4096, 8192), strict=True):
         lines = (
@@ -134,8 +129,6 @@ def temperature(rows: Rows) -> Any:
 
 def cost() -> Any:
     """Mistral 7B's shape: memory and time by target."""
-    from figures import newest
-
     found = newest("method_cost")
     if found is None:
         return None

@@ -291,10 +291,20 @@ def longer() -> list[Setting]:
     return [made(s, tasks=("passkey",)) for s in found]
 
 
+MIXED = made(DISTILLED, plain_fraction=0.2)
+
+
+def mixed() -> list[Setting]:
+    """Plain examples beside self-distillation, which goes over the whole of them."""
+    found = [at(MIXED, T, seed=seed) for T in (2048, 1024) for seed in SEEDS]
+    return [made(s, tasks=("passkey",)) for s in found]
+
+
 TABLES = {
     "distilled": distilled,
     "finishes": finishes,
     "longer": longer,
+    "mixed": mixed,
     "methods": methods,
     "factors": factors,
     "texts": texts,

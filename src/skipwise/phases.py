@@ -104,7 +104,7 @@ def finish_part(
         ),
         trainer={k: v for k, v in recipe.trainer.items() if k != "lr_scheduler_kwargs"},
     )
-    return settled(part, original_length)
+    return settled(part)
 
 
 def _steps_taken(recipe: Recipe) -> int:

@@ -96,7 +96,7 @@ def plan_model(recipe: Recipe) -> ModelPlan:
         check_weights(Path(recipe.model).expanduser(), recipe.load)
     config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
     facts = facts_of(config, recipe.original_length)
-    recipe = settled(recipe, facts.original_length)
+    recipe = settled(recipe)
     scaling = scaling_for(recipe, facts)
     first_part(recipe)
     finish_part(recipe, facts.original_length)

@@ -22,7 +22,6 @@ import yaml
 from skipwise.errors import SkipwiseError
 from skipwise.positions import CREAM, FullLength, PoSE, RandPos, Sampler
 
-_FAR = 32  # factor from which the first chunk is kept short
 SHARDED_ENGINES = ("fsdp2", "zero3", "zero3-offload")  # of `engine`: they split the model
 
 
@@ -66,7 +65,7 @@ class PositionSettings:
     """
 
     num_chunks: int = 2
-    cut: Literal["auto", "random", "first-half"] = "auto"
+    cut: Literal["random", "first-half"] = "random"
     gaps: Literal["sequential", "sorted"] = "sequential"
     content: Literal["auto", "uniform", "contiguous", "aligned"] = "auto"
     plain_fraction: float = 0.0
@@ -169,20 +168,16 @@ class Recipe:
         return self.name or f"{Path(self.model).name}-{format_length(self.target_length)}"
 
 
-def settled(recipe: Recipe, original_length: int) -> Recipe:
-    """The recipe with the auto of `positions` decided, by the target's factor f = T / L.
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with the auto of `positions` decided, by its method.
 
-    PoSE: text that stands where its positions say, importance weights, and from f = 32 on the first
-    chunk in the first half. docs/study.md has the measurements. The baselines are as published.
+    PoSE: text that stands where its positions say, and importance weights. docs/study.md has the
+    measurements. The baselines are as published.
     """
-    f = recipe.target_length / (recipe.train_length or original_length)
     positions, pose = recipe.positions, recipe.method == "pose"
     if positions.content == "auto":
         content = {"pose": "aligned", "cream": "contiguous"}.get(recipe.method, "uniform")
         positions = dataclasses.replace(positions, content=content)
-    if positions.cut == "auto":
-        half = pose and f >= _FAR and positions.num_chunks == 2
-        positions = dataclasses.replace(positions, cut="first-half" if half else "random")
     if positions.weights == "auto":
         masked = recipe.load.attn_implementation not in ("flash_attention_2", "flash_attention_3")
         weighted = pose and masked and positions.num_chunks > 1
@@ -193,11 +188,11 @@ def settled(recipe: Recipe, original_length: int) -> Recipe:
 
 def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
     """The position sampler that `method` names; `none` trains nothing and has none."""
-    recipe = settled(recipe, original_length)
+    recipe = settled(recipe)
     L, T = recipe.train_length or original_length, recipe.target_length
     settings = recipe.positions
     if recipe.method != "pose":
-        plain = settled(dataclasses.replace(recipe, positions=PositionSettings()), L).positions
+        plain = settled(dataclasses.replace(recipe, positions=PositionSettings())).positions
         kept = {"weights": settings.weights}
         if recipe.method == "cream":
             kept["content"] = settings.content

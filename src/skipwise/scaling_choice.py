@@ -91,7 +91,7 @@ def _measure(plan: ModelPlan) -> dict[str, Any]:
     spare = plan.recipe.temperature == "auto" or bool(plan.recipe.data.eval_sources)
     if plan.recipe.method == "none" and not spare:  # all the text is what is measured with
         return {"type": fallback, "detail": f"{fallback}, not measured: no text to spare"}
-    lengths, read = search_text(plan)
+    lengths, read, _ = search_text(plan)
     c, chosen = longer_length(lengths, L, T)
     if not c:
         longest = max(lengths, default=0)

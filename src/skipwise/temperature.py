@@ -27,7 +27,7 @@ from skipwise.evaluate.perplexity import perplexity
 from skipwise.export import measurable_model, require_trained
 from skipwise.failures import is_out_of_memory
 from skipwise.models.temperature import QueryWeights
-from skipwise.prepare import ModelPlan, load_training_data
+from skipwise.prepare import ModelPlan, load_training_data, text_changed
 from skipwise.run import RunFolder
 
 GRID = tuple(round(1 + 0.05 * i, 2) for i in range(9))  # 1 to 1.4; far coarser than bf16 rounding
@@ -35,6 +35,7 @@ _MOST_COST = 0.002  # rise of the perplexity at L
 _LEAST_GAIN = 0.002  # fall of the perplexity at c
 _TARGETS = 2048  # tokens that a perplexity is of, at least
 _WINDOWS = 8  # at least
+_NOT_NOW = "not searched: "  # for a reason that may pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Tried:
 def chosen_temperature(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> float:
     """The temperature to export with: the recipe's number, or the result of a search, made once.
 
+    A search that could not be made is tried again at the next export.
+
     Raises:
         SkipwiseError: training has not reached its end.
     """
@@ -58,10 +61,10 @@ def chosen_temperature(plan: ModelPlan, run: RunFolder, checkpoint: Path | None)
             run.update(temperature={"value": asked, "detail": "as the recipe says"})
         return asked
     found = run.facts().get("temperature")
-    if found is None:
+    if found is None or found["detail"].startswith(_NOT_NOW):
         if plan.recipe.method != "none":
             require_trained(run, checkpoint)
-        found = _search_of_run(plan, checkpoint)
+        found = _search_of_run(plan, run, checkpoint)
         run.update(temperature=found)
         print(f"  temperature {found['value']:g}: {found['detail']}", file=sys.stderr, flush=True)
     return found["value"]
@@ -141,10 +144,12 @@ def longer_length(
     return 0, np.array([], int)
 
 
-def _search_of_run(plan: ModelPlan, checkpoint: Path | None) -> dict[str, Any]:
+def _search_of_run(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> dict[str, Any]:
     """What run.json says of the search, or why there was none: then it is 1."""
     recipe, L = plan.recipe, plan.facts.original_length
-    lengths, read = search_text(plan)
+    lengths, read, digest = search_text(plan)
+    if text_changed(run, digest):  # it may be what the evaluation reads
+        return {"value": 1.0, "detail": f"{_NOT_NOW}the text has changed since training"}
     c, chosen = longer_length(lengths, L, recipe.target_length)
     if not c:
         longest = max(lengths, default=0)
@@ -164,7 +169,7 @@ def _search_of_run(plan: ModelPlan, checkpoint: Path | None) -> dict[str, Any]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return {"value": 1.0, "detail": "not searched: there is no memory to measure with"}
+        return {"value": 1.0, "detail": f"{_NOT_NOW}there is no memory to measure with"}
     finally:
         del model
         gc.collect()
@@ -198,19 +203,20 @@ def _say(value: float, tried: list[Tried], L: int, c: int, num_documents: int) -
     )
 
 
-def search_text(plan: ModelPlan) -> tuple[np.ndarray, Callable[[int], np.ndarray]]:
-    """Lengths of the documents to search on, and what reads one of them."""
+def search_text(plan: ModelPlan) -> tuple[np.ndarray, Callable[[int], np.ndarray], str]:
+    """Lengths of the documents to search on, what reads one, and the digest of training data."""
     if plan.recipe.method == "none":
         documents = documents_for_search(plan.recipe, plan.tokenizer)
-        return np.array([len(d) for d in documents], int), lambda i: documents[i]
-    corpus = load_training_data(plan, None, progress=False).corpus
+        return np.array([len(d) for d in documents], int), lambda i: documents[i], ""
+    data = load_training_data(plan, None, progress=False)
+    corpus = data.corpus
     ends = np.cumsum([len(group) for group in corpus.lengths])
 
     def read(i: int) -> np.ndarray:
         group = int(np.searchsorted(ends, i, "right"))
         return corpus.document(group, i - int(ends[group] - len(corpus.lengths[group])))
 
-    return np.concatenate(corpus.lengths), read
+    return np.concatenate(corpus.lengths), read, data.digest
 
 
 def _stride(original_length: int) -> int:

@@ -181,7 +181,7 @@ def make_job(
     Raises:
         SkipwiseError: `method: none`, which trains nothing; a batch that the GPUs cannot share.
     """
-    recipe = settled(recipe, facts.original_length)
+    recipe = settled(recipe)
     settings = recipe.training
     sampler = make_sampler(recipe, facts.original_length)
     length = sampler.train_length

@@ -83,7 +83,7 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
     if recipe.training.num_steps < 1:
         raise SkipwiseError("training.num_steps is 0: there is nothing to plan")
     facts, architecture = read_model(recipe)
-    recipe = settled(recipe, facts.original_length)
+    recipe = settled(recipe)
     job, last = make_jobs(recipe, facts, architecture, num_gpus=num_gpus, gpu=gpu)
     memory = predict_memory(job)
     rows = []
