@@ -38,7 +38,7 @@ def write_plots(rows: Rows, folder: Path) -> None:
 def perplexity(rows: Rows) -> Any:
     """By context length, at three factors."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for axis, T in zip(axes, (2048, 4096, 8192), strict=True):
+    for axis, T in zip(axes, (2048, 4096, 16384), strict=True):
         lines = (
             ("PoSE as published, linear", at(made(PAPER, rope="linear"), T), False),
             ("PoSE as published, YaRN", at(PAPER, T), False),
@@ -52,7 +52,7 @@ def perplexity(rows: Rows) -> Any:
             values = [rows.mean(setting, n, tempered=tempered) for n in lengths_of(T)]
             axis.plot(lengths_of(T), values, "o-", ms=4, color=colour, label=name)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths_of(T), [f"{n:,}" for n in lengths_of(T)], fontsize=8)
+        axis.set_xticks(lengths_of(T), [f"{n:,}" for n in lengths_of(T)], fontsize=7)
         axis.set_title(f"f = {T // L}", fontsize=10)
         axis.set_xlabel("context length, tokens")
         axis.grid(alpha=0.3)
@@ -175,7 +175,7 @@ def training(rows: Rows) -> Any:
             values = [one[str(T)] for one in curves[0].values()]
             axis.plot(np.array(steps) / max(steps), values, "o-", ms=3, color=colour, label=name)
     axis.set_xlabel("share of the tokens")
-    axis.set_ylabel(f"perplexity at {T:,} tokens")
+    axis.set_ylabel(f"perplexity at {T:,} tokens, 32 windows")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
