@@ -232,8 +232,8 @@ def test_climb_stops_behind_the_lowest():
 
 def test_climb_keeps_the_short_length():
     far = lambda t: 6 - t  # noqa: E731
-    cheap = climb(curve(far, lambda t: 5 * (1 + 0.0199 * (t - 1)))[0])[0]  # 0.199 % at 1.1
-    dear = climb(curve(far, lambda t: 5 * (1 + 0.0201 * (t - 1)))[0])[0]  # 0.201 % at 1.1
+    cheap = climb(curve(far, lambda t: 5 * (1 + 0.0999 * (t - 1)))[0])[0]  # 0.999 % at 1.1
+    dear = climb(curve(far, lambda t: 5 * (1 + 0.1001 * (t - 1)))[0])[0]  # 1.001 % at 1.1
     assert (cheap, dear) == (1.1, 1.05)
     assert climb(curve(far, lambda t: 5 * (1 + t - 1))[0])[0] == 1.0
     assert climb(curve(far, lambda t: 5 * (1 - (t - 1)))[0])[0] == 1.4  # a gain is no cost

@@ -235,11 +235,12 @@ def real_size() -> str:
         "| f = 64 | seconds | " + " | ".join(f"{int(n):,}" for n in lengths) + " | key 32,768 |",
         "|---|---:|" + "---:|" * (len(lengths) + 1),
     ]
-    for name, arm in arms.items():
+    for name in sorted(arms, key=[*_ARMS].index):
+        arm = arms[name]
         values = [f"{arm['perplexity'][n][0]:.2f}" for n in lengths]
         seconds = f"{arm['seconds']:.0f}" if "seconds" in arm else ""
         key = f"{100 * arm['passkey'][lengths[-1]]:.0f}"
-        lines.append(f"| {_ARMS.get(name, name)} | {seconds} | {' | '.join(values)} | {key} |")
+        lines.append(f"| {_ARMS[name]} | {seconds} | {' | '.join(values)} | {key} |")
     return "\n".join(lines)
 
 
@@ -248,8 +249,8 @@ _ARMS = {
     "none": "YaRN, untrained",
     "paper": "PoSE as published, YaRN",
     "defaults": "defaults, cut in the first half",
+    "defaults, 1400 steps": "the same, 1,400 steps",
     "full-length 32768": "full length, equal tokens",
-    "defaults, 1400 steps": "... 1,400 steps",
 }
 
 
@@ -284,22 +285,30 @@ _LEADS: list[tuple[str, dict[str, Any]]] = [
 
 
 def bars(rows: Rows) -> str:
-    """Perplexity against the paper's settings and against full length, in percent."""
+    """Perplexity at T, with seeds, against the paper's settings and against full length."""
     lines = [
         "| f | paper, YaRN | at its best rate | without distillation | defaults | full length | "
-        "the better over paper at its best | behind full length |",
+        "defaults over paper at its best | behind full length |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for T in TARGETS:
-        paper, full = rows.mean(at(PAPER, T), T), rows.mean(at(FULL, T), T)
-        tried = [rows.mean(at(PAPER, T, learning_rate=lr), T) for lr in _rates(rows, T)]
-        lowest = min(filter(None, tried), default=None)
-        plain = rows.mean(at(OURS, T), T, tempered=True)
-        ours = rows.mean(at(DISTILLED, T), T, tempered=True)
-        best = ours or plain
-        cells = [f"{v:.2f}" if v else NOT_MEASURED for v in (paper, lowest, plain, ours, full)]
-        over = f"{100 * (best / lowest - 1):+.1f} %" if best and lowest else NOT_MEASURED
-        behind = f"{100 * (best / full - 1):+.1f} %" if best and full else NOT_MEASURED
+        tried = [at(PAPER, T, learning_rate=rate) for rate in _rates(rows, T)]
+        best = min((s for s in tried if rows.of(s)), key=lambda s: rows.mean(s, T) or 0.0)
+        chosen = (
+            (at(PAPER, T), False),
+            (best, False),
+            (at(OURS, T), True),
+            (at(DISTILLED, T), True),
+            (at(FULL, T), False),
+        )
+        cells, values = [], []
+        for setting, tempered in chosen:
+            value = rows.mean(setting, T, tempered=tempered)
+            values.append(value)
+            cells.append(f"{value:.2f} ({len(rows.of(setting))})" if value else NOT_MEASURED)
+        _, lowest, _, ours, full = values
+        over = f"{100 * (ours / lowest - 1):+.1f} %" if ours and lowest else NOT_MEASURED
+        behind = f"{100 * (ours / full - 1):+.1f} %" if ours and full else NOT_MEASURED
         lines.append(f"| {T // L} | {' | '.join(cells)} | {over} | {behind} |")
     return "\n".join(lines)
 

@@ -1,0 +1,61 @@
+"""What the attention temperature does for retrieval at T, and what `skipwise extend` would take.
+
+PYTHONPATH=src python benchmarks/study/temperatures.py --target 4096 [--seed 0] [--trials 50]
+
+One setting (the defaults) is trained as in run.py, then searched by the library's own search on
+documents of the training text. At every temperature tried: perplexity at L and T, passkeys at T.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import arithmetic, perplexities, shares
+from settings import DISTILLED, L, at, made
+from text import read_text
+from train import trained
+
+sys.path.append(str(Path(__file__).parents[1]))
+from common import write_result
+
+from skipwise.models.temperature import QueryWeights
+from skipwise.temperature import search_temperature
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--text", type=Path, default=Path("runs/study"))
+    args = parser.parse_args()
+    setting = made(at(DISTILLED, args.target), seed=args.seed, steps=args.steps)
+    setting = made(setting, tasks=("passkey",))
+    text = read_text(args.text)
+    model, _ = trained(setting, text)
+    model.eval()
+    rows: list[dict[str, Any]] = []
+    with arithmetic(), torch.inference_mode():
+        value, tried = search_temperature(model, text.search, L, args.target)
+        weights = QueryWeights(model)
+        for one in tried:
+            weights.set(one.temperature)
+            lengths = [L, args.target]
+            held_out = perplexities(model, text.held_out, lengths, args.windows)
+            found = shares(model, setting, [args.target], args.text, args.trials)
+            rows.append({**dataclasses.asdict(one), "held_out": held_out, **found})
+            print(rows[-1], flush=True)
+    chosen = {"setting": dataclasses.asdict(setting), "taken": value, "trials": args.trials}
+    name = f"temperatures_{args.target}_seed{args.seed}"
+    write_result(name, {**chosen, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
