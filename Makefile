@@ -30,7 +30,7 @@ study: $(STAMP) # hours on two cores; type it again to go on
 	$(BIN)/python benchmarks/study/efficiency.py
 	$(BIN)/python benchmarks/study/figures.py
 
-study-smoke: $(STAMP) # seven minutes on two cores: every table in small, into runs/study-smoke
+study-smoke: $(STAMP) # six minutes on two cores: every table in small, into runs/study-smoke
 	$(BIN)/python benchmarks/study/run.py --smoke
 
 families: $(STAMP)
