@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
 
 import figures  # noqa: E402
 import settings  # noqa: E402
+import train  # noqa: E402
 from samplers import VariantDataset  # noqa: E402
 
 from skipwise.data import build_corpus  # noqa: E402
@@ -38,6 +39,21 @@ def test_a_table_is_filled_alone_and_a_missing_one_is_an_error(monkeypatch):
 def test_settings_that_differ_have_keys_that_differ():
     found = {setting for make in settings.TABLES.values() for setting in make()}
     assert len({setting.key for setting in found}) == len(found) > 100
+
+
+def test_a_key_stays_when_a_setting_is_added_and_tells_it_when_it_is_used():
+    paper = settings.at(settings.PAPER, 2048)
+    assert paper.key == "cb2c2d43a27e"  # rows measured before there was `finish_at` are found by it
+    assert len({paper.key, settings.made(paper, finish_at="spread").key}) == 2
+
+
+@pytest.mark.parametrize(
+    ("way", "first", "last"), [("first", 0, 4), ("last", 36, 40), ("spread", 9, 40)]
+)
+def test_a_finish_in_one_schedule_takes_its_share_of_the_steps(way, first, last):
+    setting = settings.made(finish=0.1, finish_at=way)
+    full = [k for k in range(40) if train.is_full(k, 40, setting)]
+    assert len(full) == 4 and full[0] == first and full[-1] == last - 1
 
 
 @pytest.mark.parametrize("variant", ["related:4", "topup:1", "sections:2", "sections:8"])

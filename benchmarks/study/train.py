@@ -115,7 +115,7 @@ def _phase(
     """Train on `steps` x BATCH x L tokens, whatever the length of an example.
 
     Args:
-        among: a sampler and its setting that make some of the steps: see `_is_full`.
+        among: a sampler and its setting that make some of the steps: see `is_full`.
     """
     device = best_device()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -150,7 +150,7 @@ def _phase(
                 rate.fill_(rate_at(k))
             else:
                 group["lr"] = rate_at(k)
-        full = among is not None and _is_full(k, num_steps, setting)
+        full = among is not None and is_full(k, num_steps, setting)
         losses.append((run_among if full else run)(k).clone())
         if each is not None and (k + 1) % max(1, num_steps // 10) == 0:
             each(k + 1, model)
@@ -158,7 +158,7 @@ def _phase(
     return torch.stack(losses).float().tolist()
 
 
-def _is_full(k: int, num_steps: int, setting: Setting) -> bool:
+def is_full(k: int, num_steps: int, setting: Setting) -> bool:
     """Whether step k of a schedule with full-length steps in it is one of them."""
     count = round(num_steps * setting.finish)
     if setting.finish_at == "first":
