@@ -336,8 +336,32 @@ def cost() -> str:
     return "\n".join(lines) if found else NOT_MEASURED
 
 
+def efficiency() -> str:
+    """The tiny model's step by target: MiB that it adds, seconds for 100 of them."""
+    found = newest("study_efficiency")
+    if found is None:
+        return NOT_MEASURED
+    rows = {(row["method"], row["target"]): row for row in found["rows"]}
+    targets = sorted({target for _, target in rows})
+    titles = [f"{T:,}: MiB, s" for T in targets]
+    lines = ["| target | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(targets)]
+    for method in ("pose", "pose, weighted", "full"):
+        cells = [
+            f"{row['peak_mib']:,.0f}, {row['seconds_per_100_steps']:,.0f}"
+            if (row := rows.get((method, T)))
+            else NOT_MEASURED
+            for T in targets
+        ]
+        lines.append(f"| {_METHODS[method]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_METHODS = {"pose": "PoSE", "pose, weighted": "PoSE, importance weights", "full": "full length"}
+
+
 def tables() -> dict[str, str]:
     rows = Rows()
     of_rows = (bars, methods, factors, texts, chunks, scalings, leads)
     of_rows += (finishes, steps, short, ruler)
-    return {one.__name__: one(rows) for one in of_rows} | {"cost": cost(), "real_size": real_size()}
+    others = (cost, efficiency, real_size)
+    return {one.__name__: one(rows) for one in of_rows} | {one.__name__: one() for one in others}
