@@ -369,7 +369,9 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
     run.update(temperature=None)
     assert again("of another text") == 1.0 and len(seen) == 1
     assert "the text has changed" in run.facts()["temperature"]["detail"]
+    assert any(row["model"] == "after" for row in run.results())
     assert again(was) == 1.05 and len(seen) == 2
+    assert {row["model"] for row in run.results()} == {"before"}  # the rest was of another model
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ extends it by the same number of tokens, and all are evaluated on the same docum
   base, none     as it is, and rescaled with YaRN without training
   paper          PoSE as published: N = 2, uniform content, YaRN
   --arm ...      any other settings, keys of `positions` or, with a dot, of the recipe;
-                 none given: what `skipwise extend` takes from f = 32 on
+                 none given: what `skipwise extend` takes, with Llama 3's scaling
   full-length    --full-length tokens at plain positions, for a target of that length
 
 An arm with temperature=auto is searched for its attention temperature on training text.
@@ -54,7 +54,6 @@ DEFAULT_ARM = [
     "defaults",
     "rope.type=llama3",
     "content=aligned",
-    "cut=first-half",
     "weights=importance",
     "training.distillation=3",
     "temperature=auto",
@@ -128,7 +127,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="examples of L tokens a step")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the extension")
     parser.add_argument("--arm", nargs="+", action="append", metavar="NAME key=value")
-    parser.add_argument("--full-length", type=parse_length, default=32768, help="0: leave it out")
+    parser.add_argument("--full-length", type=_length, default=32768, help="0: leave it out")
     parser.add_argument("--text-only", action="store_true", help="prepare the text and end")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, also for a CPU")
@@ -136,7 +135,8 @@ def main() -> None:
     ends = time.monotonic() + 60 * args.minutes
     size = TINY if args.tiny else Size()
     if args.tiny:
-        args.pretrain_minutes, args.steps, args.batch, args.full_length = 0.05, 5, 4, 256
+        args.pretrain_minutes, args.steps, args.batch = 0.05, 5, 4
+        args.full_length = min(256, args.full_length)
     state = State(args.out, "real_size_tiny" if args.tiny else "real_size")
     text, trials, prompts = prepare(state, size)
     if args.text_only:
@@ -176,6 +176,10 @@ def main() -> None:
         state.save()
         print(f"{name}: {json.dumps(measured[name])}", flush=True)
     show(measured, size.lengths)
+
+
+def _length(text: str) -> int:
+    return 0 if text == "0" else parse_length(text)
 
 
 def prepare(state: State, size: Size) -> tuple[Text, dict[int, list[Any]], Prompts]:

@@ -42,13 +42,13 @@ class Rows:
         wanted = mark(dataclasses.asdict(setting))
         return [row for row in self.rows if mark(_named(row)) == wanted]
 
-    def line(self, name: str, setting: Setting, *, tempered: bool = False, note: str = "") -> str:
+    def line(self, name: str, setting: Setting, *, tempered: bool = False) -> str:
         """A row of a table: seeds, perplexity and passkeys at every length."""
         rows, lengths = self.of(setting), lengths_of(setting.target)
         if not rows:
             cells = [NOT_MEASURED, *[""] * (2 * len(lengths))]
         else:
-            cells = [str(len(rows)) + note]
+            cells = [str(len(rows))]
             for task in ("perplexity", "passkey"):
                 for length in lengths:
                     values = [taken(r, tempered)[task].get(str(length)) for r in rows]

@@ -255,7 +255,7 @@ def training() -> list[Setting]:
 
 
 DISTILLED = made(OURS, distil=1.5, distil_on="first")
-HALVED = made(DISTILLED, cut="first-half")  # what `skipwise extend` takes from f = 32 on
+HALVED = made(DISTILLED, cut="first-half")  # tried for far targets
 
 
 def distilled() -> list[Setting]:

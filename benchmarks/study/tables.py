@@ -235,12 +235,14 @@ def real_size() -> str:
         "| f = 64 | seconds | " + " | ".join(f"{int(n):,}" for n in lengths) + " | key 32,768 |",
         "|---|---:|" + "---:|" * (len(lengths) + 1),
     ]
-    for name in sorted(arms, key=[*_ARMS].index):
-        arm = arms[name]
+    for name in [*(name for name in _ARMS if name in arms), *(n for n in arms if n not in _ARMS)]:
+        arm, shown = arms[name], _ARMS.get(name, name)
+        if arm["settings"].get("positions", {}).get("cut") == "first-half":
+            shown += ", cut in the first half"
         values = [f"{arm['perplexity'][n][0]:.2f}" for n in lengths]
         seconds = f"{arm['seconds']:.0f}" if "seconds" in arm else ""
         key = f"{100 * arm['passkey'][lengths[-1]]:.0f}"
-        lines.append(f"| {_ARMS[name]} | {seconds} | {' | '.join(values)} | {key} |")
+        lines.append(f"| {shown} | {seconds} | {' | '.join(values)} | {key} |")
     return "\n".join(lines)
 
 
@@ -248,8 +250,8 @@ _ARMS = {
     "base": "base model",
     "none": "YaRN, untrained",
     "paper": "PoSE as published, YaRN",
-    "defaults": "defaults, cut in the first half",
-    "defaults, 1400 steps": "the same, 1,400 steps",
+    "defaults": "defaults",
+    "defaults, 1400 steps": "defaults, 1,400 steps",
     "full-length 32768": "full length, equal tokens",
 }
 
@@ -293,7 +295,8 @@ def bars(rows: Rows) -> str:
     ]
     for T in TARGETS:
         tried = [at(PAPER, T, learning_rate=rate) for rate in _rates(rows, T)]
-        best = min((s for s in tried if rows.of(s)), key=lambda s: rows.mean(s, T) or 0.0)
+        means = {s: mean for s in tried if (mean := rows.mean(s, T)) is not None}
+        best = min(means, key=means.__getitem__, default=at(PAPER, T))
         chosen = (
             (at(PAPER, T), False),
             (best, False),

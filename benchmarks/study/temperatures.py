@@ -4,6 +4,7 @@ PYTHONPATH=src python benchmarks/study/temperatures.py --target 4096 [--seed 0] 
 
 One setting (the defaults) is trained as in run.py, then searched by the library's own search on
 documents of the training text. At every temperature tried: perplexity at L and T, passkeys at T.
+The text and the questions are those that run.py has prepared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import arithmetic, perplexities, shares
-from settings import DISTILLED, L, at, made
+from settings import DISTILLED, L, at
 from text import read_text
 from train import trained
 
@@ -36,8 +37,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--text", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
-    setting = made(at(DISTILLED, args.target), seed=args.seed, steps=args.steps)
-    setting = made(setting, tasks=("passkey",))
+    chosen = {"seed": args.seed, "steps": args.steps, "tasks": ("passkey",)}
+    setting = at(DISTILLED, args.target, **chosen)
     text = read_text(args.text)
     model, _ = trained(setting, text)
     model.eval()
@@ -52,9 +53,8 @@ def main() -> None:
             found = shares(model, setting, [args.target], args.text, args.trials)
             rows.append({**dataclasses.asdict(one), "held_out": held_out, **found})
             print(rows[-1], flush=True)
-    chosen = {"setting": dataclasses.asdict(setting), "taken": value, "trials": args.trials}
-    name = f"temperatures_{args.target}_seed{args.seed}"
-    write_result(name, {**chosen, "rows": rows})
+    facts = {"setting": dataclasses.asdict(setting), "taken": value, "trials": args.trials}
+    write_result(f"temperatures_{args.target}_seed{args.seed}", {**facts, "rows": rows})
 
 
 if __name__ == "__main__":

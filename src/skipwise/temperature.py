@@ -1,9 +1,9 @@
 """The search of the attention temperature: forward passes only, after training, before export.
 
 Going up from 1, the perplexity of the same target tokens is measured with T and with L tokens of
-context. The temperature with the lowest at T is taken, as far as it costs 1 % at L; where it gains
-next to nothing it stays 1. Retrieval at T gains more by it (docs/study.md). The text is of the
-training documents: what the report shows is measured on others.
+context. The temperature with the lowest at T is taken among those that cost at most 1 % at L; where
+it gains next to nothing it stays 1. Retrieval at T gains more by it (docs/study.md). The text is of
+the training documents: what the report shows is measured on others.
 
 Shapes:  c = the longer context: T, or less where the text is short
 """
@@ -28,7 +28,7 @@ from skipwise.export import measurable_model, require_trained
 from skipwise.failures import is_out_of_memory
 from skipwise.models.temperature import QueryWeights
 from skipwise.prepare import ModelPlan, load_training_data, text_changed
-from skipwise.run import RunFolder
+from skipwise.run import RunFolder, is_main_process
 
 GRID = tuple(round(1 + 0.05 * i, 2) for i in range(9))  # 1 to 1.4; far coarser than bf16 rounding
 _MOST_COST = 0.01  # rise of the perplexity at L
@@ -50,7 +50,8 @@ class Tried:
 def chosen_temperature(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> float:
     """The temperature to export with: the recipe's number, or the result of a search, made once.
 
-    A search that could not be made is tried again at the next export.
+    A search that could not be made is tried again at the next export. Where that changes the
+    temperature, what was measured of the exported model is forgotten: it is another model.
 
     Raises:
         SkipwiseError: training has not reached its end.
@@ -64,7 +65,10 @@ def chosen_temperature(plan: ModelPlan, run: RunFolder, checkpoint: Path | None)
     if found is None or found["detail"].startswith(_NOT_NOW):
         if plan.recipe.method != "none":
             require_trained(run, checkpoint)
-        found = _search_of_run(plan, run, checkpoint)
+        before, found = found, _search_of_run(plan, run, checkpoint)
+        if before is not None and before["value"] != found["value"] and is_main_process():
+            with run.lock():
+                run.write_results([row for row in run.results() if row["model"] != "after"])
         run.update(temperature=found)
         print(f"  temperature {found['value']:g}: {found['detail']}", file=sys.stderr, flush=True)
     return found["value"]
