@@ -15,13 +15,13 @@ import time
 import torch
 from common import write_result
 
-from skipwise.evaluate.passkey import needle_trials, passkey_trials
-from skipwise.evaluate.prompts import words_of
-from skipwise.evaluate.trials import Trial, answers_right
-from skipwise.prepare import load_scaled
-from skipwise.quickstart import MODEL, corpus
-from skipwise.recipe import EvalSettings, parse_lengths
-from skipwise.tokens import encode
+from skipwise.config.recipe import EvalSettings, parse_lengths
+from skipwise.data.tokenize import encode
+from skipwise.evaluation.scoring import Trial, answers_right
+from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
+from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.pipeline.quickstart import MODEL, corpus
+from skipwise.training.inputs import load_scaled
 
 
 def generated_right(model, trials: list[Trial]) -> list[bool]:

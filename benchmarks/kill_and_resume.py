@@ -26,9 +26,9 @@ from common import write_result
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from skipwise.quickstart import MODEL
-from skipwise.run import RunFolder
-from skipwise.trainer import read_metrics
+from skipwise.config.run_folder import RunFolder
+from skipwise.pipeline.quickstart import MODEL
+from skipwise.training.trainer import read_metrics
 
 STEPS = 400
 

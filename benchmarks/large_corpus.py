@@ -32,7 +32,7 @@ L, T = 2048, 16384
 
 def make_corpus(folder, num_bytes):
     """Documents of some hundred to some hundred thousand characters, half of them under 4,000."""
-    from skipwise.quickstart import corpus
+    from skipwise.pipeline.quickstart import corpus
 
     text = "".join(source for _, source in corpus.modules())
     rng = np.random.default_rng(0)
@@ -67,11 +67,11 @@ def measure(folder, cache, num_proc, examples):
     """In a process of its own: one line of JSON."""
     from transformers import AutoTokenizer
 
-    from skipwise.data import PositionDataset, build_corpus
-    from skipwise.documents import parse_sources
-    from skipwise.positions import PoSE
-    from skipwise.quickstart import MODEL
-    from skipwise.tokens import tokenize_source
+    from skipwise.data.dataset import PositionDataset, build_corpus
+    from skipwise.data.readers import parse_sources
+    from skipwise.data.tokenize import tokenize_source
+    from skipwise.pipeline.quickstart import MODEL
+    from skipwise.pose.samplers import PoSE
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     (source,) = parse_sources([str(folder)])

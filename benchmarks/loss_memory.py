@@ -20,8 +20,8 @@ import torch
 from common import write_result
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from skipwise.loss import chunk_loss
-from skipwise.trainer import PositionTrainer
+from skipwise.training.chunked_loss import chunk_loss
+from skipwise.training.trainer import PositionTrainer
 
 
 def status(name):

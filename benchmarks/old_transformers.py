@@ -6,7 +6,7 @@
 Writes tiny models in each portable method as the export does, compares logits within the window and
 at its far end (and those of the same weights without the older spelling, to see that the comparison
 can fail), and records what transformers 4 computes of every config of tests/verify_cases.py,
-which tests/test_verify.py compares `skipwise.verify` with.
+which tests/test_verify.py compares `skipwise.export.runtimes` with.
 """
 
 import json
@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from common import write_result
 
-from skipwise.models.configs import facts_of
-from skipwise.models.scaling import scaled_config, scaling_for
-from skipwise.portable import make_portable, save_tokenizer
-from skipwise.recipe import parse_recipe
-from skipwise.verify import verify_folder
+from skipwise.config.recipe import parse_recipe
+from skipwise.export.runtimes import verify_folder
+from skipwise.models.compatibility import make_portable, save_tokenizer
+from skipwise.models.hf_config import facts_of
+from skipwise.models.scaled_config import scaled_config, scaling_for
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -78,7 +78,7 @@ def export(method: str, folder: Path) -> None:
     """A tiny model in this method, written by the functions of the export."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "src/skipwise/quickstart/model")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "src/skipwise/pipeline/quickstart/model")
     config = AutoConfig.for_model(
         **{**BASE, "vocab_size": len(tokenizer), "num_hidden_layers": 2, "num_attention_heads": 2},
         initializer_range=0.2,  # so that attention is far from uniform, and positions show
@@ -89,7 +89,7 @@ def export(method: str, folder: Path) -> None:
     recipe = parse_recipe({"model": "-", "target_length": T, "rope": {"type": method}})
     scaled = scaled_config(config, facts, scaling_for(recipe, facts), T)
     AutoModelForCausalLM.from_config(scaled).save_pretrained(folder)
-    save_tokenizer(tokenizer, str(ROOT / "src/skipwise/quickstart/model"), folder)
+    save_tokenizer(tokenizer, str(ROOT / "src/skipwise/pipeline/quickstart/model"), folder)
     make_portable(folder, T)
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import yaml
 from common import write_result
 
-from skipwise.measure import measure
-from skipwise.plan.job import make_job, read_model
-from skipwise.plan.memory import GIB, LATE_IMPORTS, predict_memory
-from skipwise.quickstart import make_recipe
-from skipwise.recipe import Recipe, dump_recipe, parse_recipe
+from skipwise.config.recipe import Recipe, dump_recipe, parse_recipe
+from skipwise.pipeline.profile import measure
+from skipwise.pipeline.quickstart import make_recipe
+from skipwise.planning.job import make_job, read_model
+from skipwise.planning.memory import GIB, LATE_IMPORTS, predict_memory
 
 QUICKSTART = (
     "",
@@ -79,7 +79,7 @@ def save_llama(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from skipwise.quickstart import MODEL
+    from skipwise.pipeline.quickstart import MODEL
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).to(torch.bfloat16).save_pretrained(folder)

@@ -8,7 +8,7 @@
 Neither server is started, nor could be without a GPU: the functions that derive the length and the
 modules that compute cos and sin are imported from their sources, with everything around them
 replaced by stubs. The converter runs as it is, up to its tensors. Results are kept for
-tests/test_verify.py, which compares `skipwise.verify` with them.
+tests/test_verify.py, which compares `skipwise.export.runtimes` with them.
 """
 
 import ast
@@ -244,7 +244,7 @@ class LlamaCpp:
         from conversion.base import ModelBase
         from transformers import AutoModelForCausalLM
 
-        from skipwise.rope import YaRN
+        from skipwise.pose.rope import YaRN
 
         asked = (folder / "config.json").read_text()
         if not (folder / "model.safetensors").exists():  # any weights will do

@@ -17,9 +17,9 @@ from common import write_result
 from transformers import Trainer, TrainingArguments
 
 from skipwise.models.load import compute_dtype, load_model
-from skipwise.prepare import load_training_data, plan_model
-from skipwise.quickstart import make_recipe
-from skipwise.trainer import PositionTrainer
+from skipwise.pipeline.quickstart import make_recipe
+from skipwise.training.inputs import load_training_data, plan_model
+from skipwise.training.trainer import PositionTrainer
 
 
 class PlainWindows(torch.utils.data.Dataset):

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from skipwise import PoSE, finish_folder
-from skipwise.models.checks import check_batch
-from skipwise.models.config_checks import require
-from skipwise.models.masks import with_layer_masks
-from skipwise.prepare import load_scaled
+from skipwise.models.attention.masks import with_layer_masks
+from skipwise.preflight.config import require
+from skipwise.preflight.model import check_batch
+from skipwise.training.inputs import load_scaled
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from skipwise import PoSE, PoSECollator, PreflightCallback, finish_folder
-from skipwise.prepare import load_scaled
+from skipwise.training.inputs import load_scaled
 
 
 def main() -> None:

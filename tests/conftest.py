@@ -26,7 +26,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _plain_processes() -> None:
     """Exports are loaded again by processes that have imported transformers already."""
-    export = sys.modules.get("skipwise.export")
+    export = sys.modules.get("skipwise.export.hf")
     if export is not None:  # else no test here exports
         export.subprocess = plain  # type: ignore[attr-defined]
 
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from skipwise.quickstart import MODEL
+    from skipwise.pipeline.quickstart import MODEL
 
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
     torch.manual_seed(0)

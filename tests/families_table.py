@@ -6,8 +6,8 @@ from pathlib import Path
 import transformers
 
 from skipwise.errors import SkipwiseError
-from skipwise.models.configs import facts_of
 from skipwise.models.convert import conversion_for
+from skipwise.models.hf_config import facts_of
 
 FILE = Path(__file__).parents[1] / "docs/families.md"
 REFUSED = [  # config class, models

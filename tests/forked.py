@@ -113,4 +113,4 @@ class Forked:
 
 
 plain = Server("import numpy, peft, transformers")  # knows nothing of Skipwise
-training = Server("import skipwise.cli, skipwise.train")
+training = Server("import skipwise.cli, skipwise.training.setup")

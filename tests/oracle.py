@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from skipwise.evaluate.forward import reading
-from skipwise.evaluate.prompts import token_ids
-from skipwise.evaluate.trials import Trial
+from skipwise.evaluation.prefill import reading
+from skipwise.evaluation.scoring import Trial
+from skipwise.evaluation.tasks.prompts import token_ids
 
 MUTE = 5  # the token of a model that has nothing to say
 

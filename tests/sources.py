@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
-from skipwise.quickstart import MODEL
+from skipwise.pipeline.quickstart import MODEL
 
 BAICHUAN = {
     "architectures": ["BaiChuanForCausalLM"],

@@ -7,13 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from skipwise.config.recipe import ModelSettings, parse_recipe
+from skipwise.config.run_folder import open_run
 from skipwise.errors import SkipwiseError
-from skipwise.extend import prepare_run, train_run
-from skipwise.models import attention
-from skipwise.models.attention import attend, model_lacks
-from skipwise.models.checks import check_batch
-from skipwise.models.load import attention_for, why_mask
-from skipwise.models.masks import (
+from skipwise.models.attention import flex
+from skipwise.models.attention.flex import attend, model_lacks
+from skipwise.models.attention.masks import (
     FLEX,
     is_carrier,
     read_carrier,
@@ -21,12 +20,13 @@ from skipwise.models.masks import (
     with_chunk_weights,
     with_layer_masks,
 )
-from skipwise.positions import Example, PoSE, additive_mask
-from skipwise.prepare import plan_model
-from skipwise.recipe import ModelSettings, parse_recipe
-from skipwise.run import open_run
-from skipwise.train import enable_checkpointing, set_up
-from skipwise.trainer import read_metrics
+from skipwise.models.load import attention_for, why_mask
+from skipwise.pipeline.extend import prepare_run, train_run
+from skipwise.pose.samplers import Example, PoSE, additive_mask
+from skipwise.preflight.model import check_batch
+from skipwise.training.inputs import plan_model
+from skipwise.training.setup import enable_checkpointing, set_up
+from skipwise.training.trainer import read_metrics
 
 L, T = 48, 1024
 SHAPE = {
@@ -97,8 +97,8 @@ def dense(query, key, value, *, score_mod, block_mask, scale, enable_gqa, kernel
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As on a machine that flex_attention trains on, slowly."""
-    monkeypatch.setattr(attention, "machine_lacks", lambda: "")
-    monkeypatch.setattr(attention, "flex_attention", dense)
+    monkeypatch.setattr(flex, "machine_lacks", lambda: "")
+    monkeypatch.setattr(flex, "flex_attention", dense)
 
 
 def model_of(family, implementation, **more):
@@ -223,7 +223,7 @@ def test_the_preflight_runs_through_it_and_sees_a_broken_carrier(on_gpu, family,
         everywhere = SimpleNamespace(mask_mod=lambda row, head, i, j: i + j >= 0)
         return dense(*arguments, block_mask=everywhere, **more)
 
-    monkeypatch.setattr(attention, "flex_attention", uncausal)
+    monkeypatch.setattr(flex, "flex_attention", uncausal)
     assert not {c.name: c.passed for c in check_batch(model, batch)}["no look ahead"]
 
 
@@ -278,7 +278,7 @@ def test_it_is_chosen_where_it_can_be_and_never_against_the_recipe(on_gpu, monke
     config.auto_map = {"AutoModelForCausalLM": "modeling.Own"}
     assert "code of its own" in why_mask(ModelSettings(trust_remote_code=True), config)
     assert not why_mask(ModelSettings(), config)
-    monkeypatch.setattr(attention, "machine_lacks", lambda: "no GPU here")
+    monkeypatch.setattr(flex, "machine_lacks", lambda: "no GPU here")
     assert attention_for(ModelSettings(), "importance", config=config) is None
     assert why_mask(ModelSettings(), config) == "no GPU here"
 

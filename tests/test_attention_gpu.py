@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_attention import batch_of, distance, examples_of, gradients, model_of, set_up_run
 
-from skipwise.extend import train_run
-from skipwise.models.attention import attend, machine_lacks
-from skipwise.models.masks import FLEX, is_carrier, with_carrier, with_chunk_weights
-from skipwise.trainer import read_metrics
+from skipwise.models.attention.flex import attend, machine_lacks
+from skipwise.models.attention.masks import FLEX, is_carrier, with_carrier, with_chunk_weights
+from skipwise.pipeline.extend import train_run
+from skipwise.training.trainer import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,

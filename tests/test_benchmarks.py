@@ -18,7 +18,12 @@ import torch
 from questions import TASKS, arc_challenge, boolq, hellaswag, write_task
 
 from skipwise.errors import SkipwiseError
-from skipwise.evaluate.benchmarks import POSE_TABLE, check_benchmarks, expand, run_benchmark
+from skipwise.evaluation.harness.benchmarks import (
+    POSE_TABLE,
+    check_benchmarks,
+    expand,
+    run_benchmark,
+)
 
 pytest.importorskip("lm_eval", reason="pip install 'skipwise[bench]'")
 
@@ -49,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    from skipwise.quickstart import MODEL
+    from skipwise.pipeline.quickstart import MODEL
 
     return AutoTokenizer.from_pretrained(MODEL)
 
@@ -178,7 +183,7 @@ def test_a_limit_asks_the_first_questions_only(
 def bundled() -> Any:
     from transformers import AutoModelForCausalLM
 
-    from skipwise.quickstart import MODEL
+    from skipwise.pipeline.quickstart import MODEL
 
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 

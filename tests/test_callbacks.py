@@ -15,12 +15,12 @@ from transformers import (
 )
 
 from skipwise import FullLength, PoSECollator, SkipwiseError
-from skipwise.callbacks import PreflightCallback, finish_folder
-from skipwise.data import PositionCollator
-from skipwise.models.configs import facts_of
-from skipwise.models.masks import sliding_reach
-from skipwise.prepare import load_scaled
-from skipwise.rope import Linear
+from skipwise.data.dataset import PositionCollator
+from skipwise.integrations.preflight_callback import PreflightCallback, finish_folder
+from skipwise.models.attention.masks import sliding_reach
+from skipwise.models.hf_config import facts_of
+from skipwise.pose.rope import Linear
+from skipwise.training.inputs import load_scaled
 
 
 def test_a_sound_run_reports_every_check_and_draws_new_skips_each_epoch(tiny, tmp_path):
@@ -312,7 +312,7 @@ def gemma(folder):
 
 
 def test_a_hybrid_model_needs_its_config_in_the_collator_and_the_preflight_asks_for_it(tmp_path):
-    from skipwise.models.scaling import scaled_config
+    from skipwise.models.scaled_config import scaled_config
 
     config = gemma(tmp_path)
     facts = facts_of(config)

@@ -7,21 +7,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from skipwise.config.recipe import LoRASettings, ModelSettings, Recipe, parse_recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.checks import (
-    check_batch,
-    check_labels,
-    check_model,
-    check_tokenizer,
-)
-from skipwise.models.config_checks import check_config, require
-from skipwise.models.configs import facts_of, load_config
+from skipwise.models.attention.masks import with_chunk_weights
+from skipwise.models.hf_config import facts_of, load_config
 from skipwise.models.load import load_model
-from skipwise.models.masks import with_chunk_weights
-from skipwise.models.scaling import scaled_config, scaling_for
-from skipwise.prepare import plan_model, stand_in_data
-from skipwise.recipe import LoRASettings, ModelSettings, Recipe, parse_recipe
-from skipwise.train import enable_checkpointing
+from skipwise.models.scaled_config import scaled_config, scaling_for
+from skipwise.preflight.config import check_config, require
+from skipwise.preflight.model import check_batch, check_labels, check_model, check_tokenizer
+from skipwise.training.inputs import plan_model, stand_in_data
+from skipwise.training.setup import enable_checkpointing
 
 T = 256
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from skipwise.data import PositionCollator, PositionDataset, build_corpus
-from skipwise.documents import parse_sources
+from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
+from skipwise.data.readers import parse_sources
+from skipwise.data.tokenize import TokenStore, tokenize_source
 from skipwise.errors import SkipwiseError
-from skipwise.models.masks import with_chunk_weights
-from skipwise.positions import FullLength, PoSE
-from skipwise.quickstart import MODEL
-from skipwise.tokens import TokenStore, tokenize_source
+from skipwise.models.attention.masks import with_chunk_weights
+from skipwise.pipeline.quickstart import MODEL
+from skipwise.pose.samplers import FullLength, PoSE
 
 L, T = 16, 64
 

@@ -12,27 +12,27 @@ from test_families import FAMILIES, SHAPE
 from test_train import STEPS, equal, make_recipe, run_training, stop_at, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from skipwise import loss as loss_module
-from skipwise import trainer as training_module
-from skipwise.data import PositionCollator, PositionDataset
-from skipwise.distillation import WEIGHT, distillation_weight, in_one_process
+from skipwise.config.distillation import WEIGHT, distillation_weight, in_one_process
+from skipwise.config.recipe import LoRASettings, ModelSettings, dump_recipe, parse_recipe
+from skipwise.config.run_folder import RunFolder
+from skipwise.config.stages import finish_part
+from skipwise.data.dataset import PositionCollator, PositionDataset
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.extend import check
-from skipwise.loss import Distillation, chunk_loss
-from skipwise.models.configs import facts_of
+from skipwise.models.attention.masks import with_layer_masks
+from skipwise.models.hf_config import facts_of
 from skipwise.models.load import add_lora, load_model, quantization_for
-from skipwise.models.masks import with_layer_masks
-from skipwise.models.scaling import scaled_config
-from skipwise.models.teacher import base_config, load_teacher, place_teacher, teacher_beside
-from skipwise.phases import finish_part
-from skipwise.positions import FullLength
-from skipwise.prepare import plan_model, stand_in_data
-from skipwise.quickstart import MODEL
-from skipwise.recipe import LoRASettings, ModelSettings, dump_recipe, parse_recipe
-from skipwise.rope import make_scaling
-from skipwise.run import RunFolder
-from skipwise.teaching import check_distillation, make_distillation
-from skipwise.trainer import read_metrics
+from skipwise.models.scaled_config import scaled_config
+from skipwise.pipeline.extend import check
+from skipwise.pipeline.quickstart import MODEL
+from skipwise.pose.rope import make_scaling
+from skipwise.pose.samplers import FullLength
+from skipwise.training import chunked_loss as loss_module
+from skipwise.training import trainer as training_module
+from skipwise.training.chunked_loss import Distillation, chunk_loss
+from skipwise.training.distillation import check_distillation, make_distillation
+from skipwise.training.inputs import plan_model, stand_in_data
+from skipwise.training.teacher import base_config, load_teacher, place_teacher, teacher_beside
+from skipwise.training.trainer import read_metrics
 
 CONFIGS = {family: needs for family, (needs, _) in FAMILIES.items() if needs is not None}
 SCALES = ["llama", "gemma2", "cohere", "granite"]  # GQA; soft caps; logits times a number

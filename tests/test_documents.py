@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from skipwise.chunks import read_chunks, read_documents
-from skipwise.documents import BadRecord, BadRecords, parse_sources
+from skipwise.data.readers import BadRecord, BadRecords, parse_sources
+from skipwise.data.shards import read_chunks, read_documents
 from skipwise.errors import SkipwiseError
 
 
@@ -117,7 +117,7 @@ def test_spans_of_any_size_read_every_line_once_and_name_it_by_its_number(
     file.write_text("\n".join(lines) + end)
     whole = file.stat().st_size
     for size in (*range(1, 40), 300, 301, whole - 1, whole, whole + 1):
-        monkeypatch.setattr("skipwise.chunks._CHUNK", size)
+        monkeypatch.setattr("skipwise.data.shards._CHUNK", size)
         texts, bad = read(file)
         assert texts == ["a", "b" * 300, "c"]
         assert [line.split(": ")[0] for line in bad.first] == [f"{file}:{n}" for n in (3, 6)]
@@ -126,7 +126,7 @@ def test_spans_of_any_size_read_every_line_once_and_name_it_by_its_number(
 def test_a_line_over_many_spans_is_read_once_not_once_a_span(tmp_path, monkeypatch):
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps({"text": "b" * 100_000}) + "\n" + '{"text": "c"}\n')
-    monkeypatch.setattr("skipwise.chunks._CHUNK", 100)
+    monkeypatch.setattr("skipwise.data.shards._CHUNK", 100)
     num_read = 0
 
     class Counting(io.BufferedReader):
@@ -136,13 +136,13 @@ def test_a_line_over_many_spans_is_read_once_not_once_a_span(tmp_path, monkeypat
             num_read += len(line)
             return line
 
-    monkeypatch.setattr("skipwise.chunks.open_file", lambda path: Counting(io.FileIO(path)))
+    monkeypatch.setattr("skipwise.data.shards.open_file", lambda path: Counting(io.FileIO(path)))
     assert read(file)[0] == ["b" * 100_000, "c"]
     assert num_read < 3 * file.stat().st_size
 
 
 def test_what_cannot_be_held_in_memory_is_an_error_that_names_json_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr("skipwise.documents.LARGEST", 1000)
+    monkeypatch.setattr("skipwise.data.readers.LARGEST", 1000)
     for name, content in (
         ("a.txt", b"x" * 1001),
         ("b.json", json.dumps([{"text": "x" * 1001}]).encode()),
@@ -157,7 +157,7 @@ def test_what_cannot_be_held_in_memory_is_an_error_that_names_json_lines(tmp_pat
 
 
 def test_a_line_too_long_to_hold_is_a_bad_record_and_the_next_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("skipwise.documents.LARGEST", 100)
+    monkeypatch.setattr("skipwise.data.readers.LARGEST", 100)
     content = '{"text": "' + "b" * 1000 + '"}\n{"text": "c"}\n'
     (tmp_path / "x.jsonl").write_text(content)
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(content.encode()))
@@ -173,7 +173,7 @@ def test_half_a_surrogate_pair_is_a_bad_record(tmp_path):
 
 
 def test_a_file_that_cannot_be_opened_is_one_bad_record_however_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("skipwise.chunks._CHUNK", 10)
+    monkeypatch.setattr("skipwise.data.shards._CHUNK", 10)
     (tmp_path / "x.jsonl").write_text('{"text": "abcdefghijkl"}\n' * 10)
     opened = Path.open
 
@@ -194,7 +194,7 @@ def test_reading_goes_on_from_the_end_of_any_chunk(tmp_path, monkeypatch):
     table = pyarrow.table({"text": [f"d{i}" for i in range(50)]})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=7)
     (tmp_path / "e.json").write_text(json.dumps([{"text": f"e{i}"} for i in range(9)]))
-    monkeypatch.setattr("skipwise.chunks._CHUNK", 1)
+    monkeypatch.setattr("skipwise.data.shards._CHUNK", 1)
     (source,) = parse_sources([str(tmp_path)])
     chunks = list(read_chunks(source))
     outcomes = [[o for o in chunk.read() if o] for chunk in chunks]

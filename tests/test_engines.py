@@ -17,15 +17,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from skipwise import engines, launch
-from skipwise.checkpoints import mark_whole, newest_checkpoint, num_processes_of
 from skipwise.cli import main
-from skipwise.engines import engine_of, rope_keeper
+from skipwise.config.recipe import LoRASettings, parse_recipe
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.models.load import num_parameters
-from skipwise.recipe import LoRASettings, parse_recipe
-from skipwise.run import RunFolder
-from skipwise.trainer import read_metrics
+from skipwise.training.checkpoints import mark_whole, newest_checkpoint, num_processes_of
+from skipwise.training.distributed import engines, launcher
+from skipwise.training.distributed.engines import engine_of, rope_keeper
+from skipwise.training.trainer import read_metrics
 
 STEPS = 20
 ENGINES = ["ddp", "fsdp2", "zero3"]
@@ -73,7 +73,7 @@ def skipwise(*arguments):
     """stdout and stderr of a verb in this process; those that it launches are forked."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(launch, "subprocess", forked.training)
+        patch.setattr(launcher, "subprocess", forked.training)
         patch.setenv("OMP_NUM_THREADS", "1")
         code = main([*map(str, arguments)])
     assert code == 0, err.getvalue()
@@ -321,9 +321,9 @@ def test_frequencies_are_float32_again_after_a_cast_of_the_model(tiny):
 
 
 def test_more_gpus_than_there_are_is_an_error(recipe_file, monkeypatch, capsys):
-    from skipwise import cli, verbs
+    from skipwise import cli, commands
 
-    monkeypatch.setattr(verbs, "num_gpus", lambda: 2)
+    monkeypatch.setattr(commands, "num_gpus", lambda: 2)
     assert cli.main(["train", str(recipe_file), "--gpus", "4"]) == 2
     assert "this machine has 2" in capsys.readouterr().err
     assert cli.main(["train", str(recipe_file), "--gpus", "0"]) == 2

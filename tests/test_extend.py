@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.cli import main
+from skipwise.config.recipe import parse_recipe
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.export import export_model
-from skipwise.extend import extend
-from skipwise.portable import make_portable
-from skipwise.prepare import plan_model
-from skipwise.recipe import parse_recipe
-from skipwise.run import RunFolder
+from skipwise.export.hf import export_model
+from skipwise.models.compatibility import make_portable
+from skipwise.pipeline.extend import extend
+from skipwise.training.inputs import plan_model
 
 
 def make_recipe(tiny, text_folder, *overrides):
@@ -125,7 +125,7 @@ def test_the_reload_check_catches_a_config_that_lost_its_scaling(tiny, tmp_path,
             config.pop(key)
         file.write_text(json.dumps(config))
 
-    monkeypatch.setattr("skipwise.export.make_portable", lose)
+    monkeypatch.setattr("skipwise.export.hf.make_portable", lose)
     recipe = make_recipe(tiny, "-", "method=none", "data.sources=[]")
     run = RunFolder(tmp_path)
     run.recipe_file.write_text("{}")
@@ -199,7 +199,7 @@ def test_a_checkpoint_in_the_middle_has_both_spellings(of, request):
 
 
 def test_large_weights_are_written_in_shards_that_load(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("skipwise.export._SHARD", "60KB")
+    monkeypatch.setattr("skipwise.export.hf._SHARD", "60KB")
     run = RunFolder(tmp_path)
     run.recipe_file.write_text("{}")
     plan = plan_model(make_recipe(tiny, "-", "method=none", "data.sources=[]"))

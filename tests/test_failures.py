@@ -5,10 +5,10 @@ import errno
 import pytest
 import torch
 
+from skipwise.config.recipe import parse_recipe
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.failures import explained, is_out_of_memory
-from skipwise.recipe import parse_recipe
-from skipwise.run import RunFolder
+from skipwise.training.error_hints import explained, is_out_of_memory
 
 
 @pytest.fixture

@@ -12,19 +12,19 @@ from families_table import FILE, table
 from sources import make_gptj, make_sentencepiece, save_baichuan, save_gptj
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from skipwise import export
-from skipwise.checkpoints import finished_checkpoint
-from skipwise.data import PositionCollator
-from skipwise.evaluate import forward
-from skipwise.models.checks import check_batch, check_model, rotary_modules
-from skipwise.models.configs import defaults
+from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.data.dataset import PositionCollator
+from skipwise.evaluation import prefill
+from skipwise.export import hf
+from skipwise.models.attention.masks import with_layer_masks
+from skipwise.models.hf_config import defaults
 from skipwise.models.load import load_model
-from skipwise.models.masks import with_layer_masks
-from skipwise.prepare import plan_model, ready_weights, stand_in_data
-from skipwise.quickstart import MODEL
-from skipwise.recipe import dump_recipe, parse_recipe
-from skipwise.run import RunFolder, write_text
-from skipwise.train import set_up, train
+from skipwise.pipeline.quickstart import MODEL
+from skipwise.preflight.model import check_batch, check_model, rotary_modules
+from skipwise.training.checkpoints import finished_checkpoint
+from skipwise.training.inputs import plan_model, ready_weights, stand_in_data
+from skipwise.training.setup import set_up, train
 
 L, T = 64, 256
 SHAPE = {
@@ -212,7 +212,7 @@ def make_run(family, base, scaling, folder, **settings):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family, tmp_path, spm, monkeypatch, capsys):
-    monkeypatch.setattr(export, "_TOLERANCE", 1e-5)
+    monkeypatch.setattr(hf, "_TOLERANCE", 1e-5)
     base = tmp_path / "base"
     make_base(family, base, spm)
     taken = TAKEN.get(family, ["linear", "ntk", "yarn"])
@@ -295,20 +295,18 @@ def extend_and_reload(plan, run):
         n for n, p in training.trainer.model.named_parameters() if not torch.equal(p, before[n])
     ]
     assert changed, "nothing was trained"
-    (reload,) = export.export_model(
-        plan, run, finished_checkpoint(run, plan.recipe.training.num_steps)
-    )
+    (reload,) = hf.export_model(plan, run, finished_checkpoint(run, plan.recipe.training.num_steps))
     assert reload.passed, str(reload)
 
 
 def check_evaluation(run, monkeypatch):
     """A context in pieces, as the evaluation reads it, gives the logits of one forward pass."""
-    monkeypatch.setattr(forward, "PREFILL", 48)
+    monkeypatch.setattr(prefill, "PREFILL", 48)
     model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 400, (1, T)))
     positions = torch.tensor([100, T - 2, T - 1])
     with torch.inference_mode():
-        have = forward.logits_at(model, ids, positions)
+        have = prefill.logits_at(model, ids, positions)
         want = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, positions]
     assert torch.allclose(have, want, atol=1e-5), float((have - want).abs().max())
 

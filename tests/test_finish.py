@@ -15,19 +15,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from skipwise import trainer as training_module
-from skipwise.checkpoints import finished_checkpoint, newest_checkpoint, trained_checkpoint
 from skipwise.cli import main
+from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.run_folder import RunFolder, open_run
+from skipwise.config.stages import finish_part, first_part
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.extend import extend, prepare_run, train_run
-from skipwise.finish import plan_finish
-from skipwise.phases import finish_part, first_part
-from skipwise.plan import find_gpu, make_plan, next_change
-from skipwise.prepare import load_training_data, plan_model
-from skipwise.recipe import dump_recipe, parse_recipe
-from skipwise.run import RunFolder, open_run
-from skipwise.train import set_up
-from skipwise.trainer import Before, read_metrics
+from skipwise.pipeline.extend import extend, prepare_run, train_run
+from skipwise.planning import find_gpu, make_plan, next_change
+from skipwise.training import trainer as training_module
+from skipwise.training.checkpoints import finished_checkpoint, newest_checkpoint, trained_checkpoint
+from skipwise.training.full_length_stage import plan_finish
+from skipwise.training.inputs import load_training_data, plan_model
+from skipwise.training.setup import set_up
+from skipwise.training.trainer import Before, read_metrics
 
 L, T, STEPS, BATCH = 64, 256, 12, 4
 FIRST, LAST = 8, 4  # steps before the finish, and its own: an example of T tokens each
@@ -183,7 +183,9 @@ def test_what_is_trained_needs_no_processes_that_share_its_batch(
     shutil.copytree(straight.path, tmp_path / "run")
     done = []
     for stage in ("evaluate_run", "export_run", "report_run"):
-        monkeypatch.setattr(f"skipwise.extend.{stage}", lambda *_, s=stage, **__: done.append(s))
+        monkeypatch.setattr(
+            f"skipwise.pipeline.extend.{stage}", lambda *_, s=stage, **__: done.append(s)
+        )
     extend(make_recipe(tiny, text_folder), tmp_path / "run", num_processes=3)
     assert done == ["evaluate_run", "export_run", "evaluate_run", "report_run"]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from skipwise.evaluate import forward
-from skipwise.quickstart import MODEL
+from skipwise.evaluation import prefill
+from skipwise.pipeline.quickstart import MODEL
 
 HYBRID = {
     "vocab_size": 1024,
@@ -50,19 +50,19 @@ def plain(model, ids, positions):
 @torch.no_grad()
 def test_chunked_prefill_gives_the_logits_of_one_forward_pass(family, count, request, monkeypatch):
     model = request.getfixturevalue(family)
-    monkeypatch.setattr(forward, "PREFILL", 24)
+    monkeypatch.setattr(prefill, "PREFILL", 24)
     ids, positions = tokens(2, count), torch.arange(max(0, count - 40), count)
-    have = forward.logits_at(model, ids, positions)
+    have = prefill.logits_at(model, ids, positions)
     assert torch.allclose(have, plain(model, ids, positions), atol=2e-5)
 
 
 @torch.no_grad()
 def test_logits_in_slices_are_those_of_one_pass_and_never_more_than_asked(llama, monkeypatch):
-    monkeypatch.setattr(forward, "_LOGITS", 2 * 1024 * 7)  # seven positions of two rows
+    monkeypatch.setattr(prefill, "_LOGITS", 2 * 1024 * 7)  # seven positions of two rows
     seen = []
     handle = llama.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
     ids, positions = tokens(2, 100), torch.arange(60, 100)
-    slices = list(forward.logits_in_slices(llama, ids, positions))
+    slices = list(prefill.logits_in_slices(llama, ids, positions))
     handle.remove()
     assert max(seen) == 7 and len(slices) == 6
     assert torch.allclose(torch.cat(slices, 1), plain(llama, ids, positions), atol=2e-5)
@@ -74,12 +74,12 @@ def test_logits_in_slices_are_those_of_one_pass_and_never_more_than_asked(llama,
 def test_several_go_on_from_one_prefix_as_if_each_had_read_it(family, rows, request):
     model = request.getfixturevalue(family)
     prefix, rests = tokens(1, 40), tokens(2, rows, 30)
-    base = forward.new_cache(model, 80)
-    forward.prefill(model, prefix, base)
+    base = prefill.new_cache(model, 80)
+    prefill.prefill(model, prefix, base)
     for rest in rests:  # twice: the first must leave the prefix as it was
-        cache = forward.fork(base, rows)
-        have = forward.logits_at(model, rest, torch.arange(30), past=cache)
-        forward.rewind(base, 40)
+        cache = prefill.fork(base, rows)
+        have = prefill.logits_at(model, rest, torch.arange(30), past=cache)
+        prefill.rewind(base, 40)
         ids = torch.cat([prefix.expand(rows, -1), rest], 1)
         want = plain(model, ids, torch.arange(40, 70))
         assert torch.allclose(have, want, atol=2e-5), float((have - want).abs().max())
@@ -88,30 +88,30 @@ def test_several_go_on_from_one_prefix_as_if_each_had_read_it(family, rows, requ
 
 @torch.inference_mode()
 def test_a_cache_that_is_too_small_grows_and_keeps_what_it_holds(llama):
-    ids, cache = tokens(1, 50), forward.new_cache(llama, 10)
-    forward.prefill(llama, ids[:, :8], cache)
-    have = forward.logits_at(llama, ids[:, 8:], torch.arange(42), past=cache)
+    ids, cache = tokens(1, 50), prefill.new_cache(llama, 10)
+    prefill.prefill(llama, ids[:, :8], cache)
+    have = prefill.logits_at(llama, ids[:, 8:], torch.arange(42), past=cache)
     assert torch.allclose(have, plain(llama, ids, torch.arange(8, 50)), atol=2e-5)
 
 
 def test_hybrid_caches_keep_their_windows_and_cannot_be_padded(llama, hybrid):
-    assert forward.holds_all(forward.new_cache(llama, 10))
-    cache = forward.new_cache(hybrid, 100)
-    assert not forward.holds_all(cache)
+    assert prefill.holds_all(prefill.new_cache(llama, 10))
+    cache = prefill.new_cache(hybrid, 100)
+    assert not prefill.holds_all(cache)
     with torch.inference_mode():
-        forward.prefill(hybrid, tokens(1, 60), cache)
+        prefill.prefill(hybrid, tokens(1, 60), cache)
     assert [layer.keys.shape[2] for layer in cache.layers] == [15, 60]
 
 
 @pytest.mark.parametrize(("total", "rows"), [(2048, 8), (32768, 1), (131072, 1)])
 def test_a_pieces_mask_stays_a_small_part_of_the_cache(llama, total, rows):
-    piece = forward.piece_size(llama, total, rows)
+    piece = prefill.piece_size(llama, total, rows)
     cache = 2 * 4 * 256 * 4 * total * rows
-    assert 64 <= piece <= forward.PREFILL
+    assert 64 <= piece <= prefill.PREFILL
     assert piece == 64 or piece * total * rows * 5 <= max(12 << 20, cache / 20)
 
 
 def test_a_large_model_is_read_in_large_pieces():
     config = AutoConfig.for_model("llama")  # 7B
     stub = type("Stub", (), {"config": config, "dtype": torch.bfloat16})()
-    assert forward.piece_size(stub, 131072) > 2000
+    assert prefill.piece_size(stub, 131072) > 2000

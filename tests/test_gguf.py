@@ -14,10 +14,10 @@ import pytest
 gguf = pytest.importorskip("gguf")
 
 from skipwise.errors import SkipwiseError  # noqa: E402
-from skipwise.gguf import check_gguf, find_converter, to_gguf  # noqa: E402
-from skipwise.gguf.keys import llama_cpp_rope, mend  # noqa: E402
-from skipwise.portable import make_portable  # noqa: E402
-from skipwise.rope import make_scaling  # noqa: E402
+from skipwise.export.gguf import check_gguf, find_converter, to_gguf  # noqa: E402
+from skipwise.export.gguf.keys import llama_cpp_rope, mend  # noqa: E402
+from skipwise.models.compatibility import make_portable  # noqa: E402
+from skipwise.pose.rope import make_scaling  # noqa: E402
 
 L, F, THETA, DIM = 64, 8, 10000.0, 16
 T = L * F

@@ -15,11 +15,11 @@ import pytest
 from test_gguf import SCALINGS, YARN, F, rescaled
 
 from skipwise.errors import SkipwiseError
-from skipwise.evaluate.passkey import passkey_trials
-from skipwise.gguf import convert, find_converter, to_gguf
-from skipwise.portable import make_portable
-from skipwise.quickstart import MODEL
-from skipwise.rope import make_scaling
+from skipwise.evaluation.tasks.passkey import passkey_trials
+from skipwise.export.gguf import convert, find_converter, to_gguf
+from skipwise.models.compatibility import make_portable
+from skipwise.pipeline.quickstart import MODEL
+from skipwise.pose.rope import make_scaling
 
 if not os.environ.get("LLAMA_CPP_TESTS"):
     pytest.skip("make test-gguf", allow_module_level=True)
@@ -159,8 +159,8 @@ def test_other_families_agree_beyond_the_trained_window(
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from skipwise.models.configs import facts_of
-    from skipwise.models.scaling import scaled_config
+    from skipwise.models.hf_config import facts_of
+    from skipwise.models.scaled_config import scaled_config
 
     torch.manual_seed(0)
     own = {"phi3": {"sliding_window": None}, "phi": {"num_key_value_heads": 2}}
@@ -278,7 +278,7 @@ def word_splits() -> dict[str, Any]:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-    from skipwise.gguf.tokenizer import _REGEX
+    from skipwise.export.gguf.tokenizer import _REGEX
 
     whole = ByteLevel(add_prefix_space=False, use_regex=False)
     own = ByteLevel(add_prefix_space=False)

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from skipwise import extend as extend_module
 from skipwise.cli import main
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.models.config_checks import Check
-from skipwise.portable import make_portable
-from skipwise.run import RunFolder
+from skipwise.models.compatibility import make_portable
+from skipwise.pipeline import extend as extend_module
+from skipwise.preflight.config import Check
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skipwise import launch as launch_module
-from skipwise.engines import check_engine, mend_precision
+from skipwise.config.recipe import parse_recipe
+from skipwise.config.run_folder import open_run
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.launch import launch, launched
-from skipwise.recipe import parse_recipe
-from skipwise.run import open_run
+from skipwise.training.distributed import launcher as launch_module
+from skipwise.training.distributed.engines import check_engine, mend_precision
+from skipwise.training.distributed.launcher import launch, launched
 
 
 def ending(*codes):

@@ -5,12 +5,12 @@ import torch
 from test_families import FAMILIES, SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from skipwise import loss as loss_module
+from skipwise.config.recipe import LoRASettings
 from skipwise.errors import SkipwiseError
-from skipwise.loss import chunk_loss, is_chunked
+from skipwise.models.attention.masks import with_layer_masks
 from skipwise.models.load import add_lora
-from skipwise.models.masks import with_layer_masks
-from skipwise.recipe import LoRASettings
+from skipwise.training import chunked_loss as loss_module
+from skipwise.training.chunked_loss import chunk_loss, is_chunked
 
 CONFIGS = {family: needs for family, (needs, _) in FAMILIES.items() if needs is not None}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from skipwise.evaluate import forward
-from skipwise.evaluate.intervals import clustered_mean, mean_interval, t_quantile, wilson
-from skipwise.evaluate.perplexity import _windows, perplexity
-from skipwise.quickstart import MODEL
+from skipwise.evaluation import prefill
+from skipwise.evaluation.intervals import clustered_mean, mean_interval, t_quantile, wilson
+from skipwise.evaluation.tasks.perplexity import _windows, perplexity
+from skipwise.pipeline.quickstart import MODEL
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +101,15 @@ def test_lengths_beyond_every_document_are_left_out(model):
 def test_slices_of_the_head_change_nothing(model, monkeypatch):
     texts = documents(300, 280)
     whole = perplexity(model, texts, [64, 256], num_windows=4)
-    monkeypatch.setattr(forward, "_LOGITS", 4 * 1024 * 5)
-    monkeypatch.setattr(forward, "PREFILL", 48)
+    monkeypatch.setattr(prefill, "_LOGITS", 4 * 1024 * 5)
+    monkeypatch.setattr(prefill, "PREFILL", 48)
     sliced = perplexity(model, texts, [64, 256], num_windows=4)
     for a, b in zip(whole, sliced, strict=True):
         assert a["value"] == pytest.approx(b["value"], rel=1e-5)
 
 
 def test_only_the_targets_get_logits(model, monkeypatch):
-    monkeypatch.setattr(forward, "PREFILL", 64)
+    monkeypatch.setattr(prefill, "PREFILL", 64)
     seen = []
     handle = model.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
     perplexity(model, documents(300), [64, 256], num_windows=1)

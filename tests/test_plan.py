@@ -12,16 +12,16 @@ from test_families import FAMILIES, SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from skipwise.cli import main
-from skipwise.measure import measure
-from skipwise.models.configs import complete
+from skipwise.config.recipe import LoRASettings, parse_recipe
+from skipwise.models.hf_config import complete
 from skipwise.models.load import add_lora
-from skipwise.plan import find_gpu, make_plan, predict_memory
-from skipwise.plan.architecture import read_architecture
-from skipwise.plan.cost import cache_bytes, step_flops
-from skipwise.plan.job import make_job, read_model
-from skipwise.plan.memory import GIB, LATE_IMPORTS
-from skipwise.recipe import LoRASettings, parse_recipe
-from skipwise.train import enable_checkpointing
+from skipwise.pipeline.profile import measure
+from skipwise.planning import find_gpu, make_plan, predict_memory
+from skipwise.planning.architecture import read_architecture
+from skipwise.planning.flops import cache_bytes, step_flops
+from skipwise.planning.job import make_job, read_model
+from skipwise.planning.memory import GIB, LATE_IMPORTS
+from skipwise.training.setup import enable_checkpointing
 
 ESTIMATED = {"gpt_neox_japanese", "lfm2", "modernbert-decoder"}
 MISTRAL = {
@@ -139,7 +139,7 @@ def test_lora_trains_as_many_numbers_as_peft_makes(family, embeddings):
 
 
 def job_of(config):
-    from skipwise.plan.job import Job
+    from skipwise.planning.job import Job
 
     return Job(
         architecture=read_architecture(config),
@@ -207,8 +207,8 @@ def saved_bytes(model, length, rows, bf16, additive):
 def test_what_a_pass_keeps_is_what_autograd_saves(
     family, bf16, lora, checkpointing, additive, attention
 ):
-    from skipwise.plan import held
-    from skipwise.plan.memory import _kept
+    from skipwise.planning import allocations
+    from skipwise.planning.memory import _kept
 
     rows, length = 2, 256
     shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3}
@@ -233,7 +233,7 @@ def test_what_a_pass_keeps_is_what_autograd_saves(
         importance=additive,
         attention=attention,
     )
-    kept = _kept(job) + held.head_activations(job, job.tokens) + held.head_copy(job)
+    kept = _kept(job) + allocations.head_activations(job, job.tokens) + allocations.head_copy(job)
     softmax = 4 * job.tokens * 1000  # of the loss
     predicted = sum(item.total for item in kept) + softmax
     assert predicted == pytest.approx(
@@ -398,16 +398,16 @@ def test_families_that_are_not_known_are_called_an_estimate(tmp_path, capsys):
 
 
 def test_the_plan_cuts_the_loss_as_training_does():
-    from skipwise import loss
-    from skipwise.plan import job
+    from skipwise.planning import job
+    from skipwise.training import chunked_loss
 
-    assert (job.SLICE, job._SMALL_LOGITS) == (loss.SLICE, loss._SMALL)
+    assert (job.SLICE, job._SMALL_LOGITS) == (chunked_loss.SLICE, chunked_loss._SMALL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [[], ["lora={}", "training.gradient_checkpointing=true"]])
 def test_the_predicted_peak_is_within_15_percent_of_three_real_steps(settings):
-    from skipwise.quickstart import MODEL
+    from skipwise.pipeline.quickstart import MODEL
 
     tree = {
         "model": str(MODEL),

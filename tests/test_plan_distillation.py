@@ -6,10 +6,10 @@ import json
 import pytest
 from test_plan import MISTRAL
 
-from skipwise.plan import next_change, predict_memory
-from skipwise.plan.cost import step_flops
-from skipwise.plan.job import make_job, read_model
-from skipwise.recipe import parse_recipe
+from skipwise.config.recipe import parse_recipe
+from skipwise.planning import next_change, predict_memory
+from skipwise.planning.flops import step_flops
+from skipwise.planning.job import make_job, read_model
 
 
 @pytest.fixture

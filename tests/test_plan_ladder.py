@@ -5,10 +5,10 @@ import json
 import pytest
 from test_plan import MISTRAL, recipe_of
 
-from skipwise.plan import first_change, next_change, predict_memory
-from skipwise.plan.gpus import GPUS
-from skipwise.plan.job import make_job, read_model
-from skipwise.plan.memory import fits
+from skipwise.planning import first_change, next_change, predict_memory
+from skipwise.planning.gpus import GPUS
+from skipwise.planning.job import make_job, read_model
+from skipwise.planning.memory import fits
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from skipwise.errors import SkipwiseError
-from skipwise.positions import CREAM, FullLength, PoSE, RandPos, additive_mask, coverage
+from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos, additive_mask, coverage
 
 L, T = 16, 64
 SAMPLERS = [

@@ -11,11 +11,11 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.numpy import save_file
 
-from skipwise.card import base_metadata, read_metadata, write_card
+from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import SkipwiseError
-from skipwise.publish import confirm, describe_upload, plan_upload
-from skipwise.recipe import dump_recipe, parse_recipe
-from skipwise.run import RunFolder, write_json, write_text
+from skipwise.export.hub import confirm, describe_upload, plan_upload
+from skipwise.export.model_card import base_metadata, read_metadata, write_card
 
 
 def row(model, task, metric, length, value, **more):

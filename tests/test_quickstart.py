@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from skipwise.evaluate.passkey import passkey_trials
-from skipwise.evaluate.trials import answers_right
-from skipwise.quickstart import MODEL, corpus, make_recipe
+from skipwise.evaluation.scoring import answers_right
+from skipwise.evaluation.tasks.passkey import passkey_trials
+from skipwise.pipeline.quickstart import MODEL, corpus, make_recipe
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_passkey_documents_have_exactly_the_training_length_and_their_answer(tok
 
 
 def test_the_recipe_keeps_evaluation_modules_out_of_training(monkeypatch):
-    monkeypatch.setattr("skipwise.quickstart._NUM_PASSKEYS", 3)
+    monkeypatch.setattr("skipwise.pipeline.quickstart._NUM_PASSKEYS", 3)
     recipe = make_recipe(["training.num_steps=7"])
     assert recipe.training.num_steps == 7 and recipe.target_length == 2048
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from skipwise.evaluate import forward
-from skipwise.evaluate.forward import reading
-from skipwise.evaluate.perplexity import perplexity
-from skipwise.evaluate.trials import Trial, answers_right, greedy
-from skipwise.quickstart import MODEL
+from skipwise.evaluation import prefill
+from skipwise.evaluation.prefill import reading
+from skipwise.evaluation.scoring import Trial, answers_right, greedy
+from skipwise.evaluation.tasks.perplexity import perplexity
+from skipwise.pipeline.quickstart import MODEL
 
 SHAPE = {
     "vocab_size": 1024,
@@ -135,6 +135,6 @@ def test_perplexity_in_pieces_is_that_of_whole_passes(family, monkeypatch):
     model, _ = family
     text = np.random.default_rng(1).integers(3, 1000, 200)
     (whole,) = perplexity(model, [text], [128], num_windows=3)
-    monkeypatch.setattr(forward, "PREFILL", 40)
+    monkeypatch.setattr(prefill, "PREFILL", 40)
     (pieces,) = perplexity(model, [text], [128], num_windows=3)
     assert pieces["value"] == pytest.approx(whole["value"], rel=1e-4)

@@ -3,9 +3,7 @@
 import pytest
 import yaml
 
-from skipwise.errors import SkipwiseError
-from skipwise.positions import CREAM, FullLength, PoSE, RandPos
-from skipwise.recipe import (
+from skipwise.config.recipe import (
     context_lengths,
     dump_recipe,
     format_length,
@@ -15,7 +13,9 @@ from skipwise.recipe import (
     parse_recipe,
     settled,
 )
-from skipwise.run import open_run
+from skipwise.config.run_folder import open_run
+from skipwise.errors import SkipwiseError
+from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos
 
 BASE = {"model": "m", "target_length": "32k"}
 

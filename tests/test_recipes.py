@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from skipwise.cli import build_parser, main
-from skipwise.models.configs import is_config_alone
-from skipwise.recipe import load_recipe
-from skipwise.run import RunFolder
+from skipwise.config.recipe import load_recipe
+from skipwise.config.run_folder import RunFolder
+from skipwise.models.hf_config import is_config_alone
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 SHAPES = {  # what the hub's config.json of each model says

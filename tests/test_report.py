@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from skipwise.errors import SkipwiseError
-from skipwise.report import format_table, headline, plot_positions, write_report
+from skipwise.report import format_table, plot_positions, write_report
+from skipwise.report.headline import headline
 from skipwise.report.rows import find, pooled
 
 RUN = {

@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from skipwise.report import format_table, headline, write_report
+from skipwise.report import format_table, write_report
 from skipwise.report.benchmarks import differences, say_benchmarks
+from skipwise.report.headline import headline
 from skipwise.report.rows import RULER_TASKS, find
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, summarise_ruler
 

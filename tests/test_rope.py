@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from skipwise.errors import SkipwiseError
-from skipwise.rope import (
+from skipwise.pose.rope import (
     NAMES,
     NTK,
     Dynamic,

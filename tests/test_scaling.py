@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from skipwise.config.recipe import parse_recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.checks import rotary_modules
-from skipwise.models.configs import facts_of
-from skipwise.models.scaling import scaled_config, scaling_for
-from skipwise.recipe import parse_recipe
-from skipwise.rope import Llama3, LongRoPE, Unscaled, YaRN
+from skipwise.models.hf_config import facts_of
+from skipwise.models.scaled_config import scaled_config, scaling_for
+from skipwise.pose.rope import Llama3, LongRoPE, Unscaled, YaRN
+from skipwise.preflight.model import rotary_modules
 
 LLAMA_31 = {
     "rope_type": "llama3",

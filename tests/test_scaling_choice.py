@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from skipwise import scaling_choice
-from skipwise.checkpoints import mark_whole
+from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.errors import SkipwiseError
-from skipwise.extend import export_again
 from skipwise.models import load
-from skipwise.prepare import plan_model
-from skipwise.recipe import dump_recipe, parse_recipe
-from skipwise.run import RunFolder, write_text
-from skipwise.scaling_choice import choose_scaling, with_choice
+from skipwise.pipeline import choose_scaling as scaling_module
+from skipwise.pipeline.choose_scaling import choose_scaling, with_choice
+from skipwise.pipeline.extend import export_again
+from skipwise.training.checkpoints import mark_whole
+from skipwise.training.inputs import plan_model
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def measured(monkeypatch, losses):
         row = {"type": name, "temperature": 1.0, "loss": losses[name], "perplexity": []}
         return {**row, "passkeys": 0, "num_passkeys": 0}
 
-    monkeypatch.setattr(scaling_choice, "_of_one", of_one)
+    monkeypatch.setattr(scaling_module, "_of_one", of_one)
     return asked
 
 
@@ -98,7 +98,7 @@ def test_the_target_is_measured_where_it_is_no_doubling(made, monkeypatch):
     for target, contexts in ((96, [64, 96]), (160, [64, 128, 160])):
         plan, run = made(f"target_length={target}")
         run.update(rope_choice=None)
-        scaling_choice._measure(plan)
+        scaling_module._measure(plan)
         assert asked[-1][2] == contexts
 
 
@@ -111,10 +111,10 @@ def test_what_cannot_be_measured_is_left_out_and_named(made, monkeypatch):
     assert "llama3 left out (it knows no llama3)" in found["detail"]
     assert found["left_out"].keys() == {"llama3", "ntk"}
     measured(monkeypatch, dict.fromkeys(("yarn", "llama3", "ntk", "linear"), full))
-    assert scaling_choice._measure(plan)["detail"] == "yarn, not measured: out of memory"
+    assert scaling_module._measure(plan)["detail"] == "yarn, not measured: out of memory"
     measured(monkeypatch, dict.fromkeys(("yarn", "llama3", "ntk", "linear"), ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
-        scaling_choice._measure(plan)
+        scaling_module._measure(plan)
 
 
 def test_a_model_that_is_spread_is_measured_spread(made, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_model_that_is_spread_is_measured_spread(made, monkeypatch):
     monkeypatch.setattr(load, "load_model", spy)
     plan, _ = made("load.device_map=auto")
     documents = [np.arange(3, 403) for _ in range(4)]
-    scaling_choice._of_one(plan, "yarn", documents, [64, 128])
+    scaling_module._of_one(plan, "yarn", documents, [64, 128])
     assert maps == ["auto"]
 
 
@@ -151,20 +151,20 @@ def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(ma
     plan, _ = made()
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 900, 600) for _ in range(4)]
-    rows = [scaling_choice._of_one(plan, n, documents, [64, 128, 256]) for n in ("yarn", "linear")]
+    rows = [scaling_module._of_one(plan, n, documents, [64, 128, 256]) for n in ("yarn", "linear")]
     for row in rows:
         assert len(row["perplexity"]) == 3 and row["temperature"] in (1.0, 1.2, 1.4)
         assert row["loss"] == pytest.approx(np.mean(np.log(row["perplexity"])))
         assert row["num_passkeys"] == 10
     assert rows[0]["perplexity"] != rows[1]["perplexity"]
     fixed = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, temperature=1.0))
-    assert scaling_choice._of_one(fixed, "yarn", documents, [64, 128])["temperature"] == 1.0
+    assert scaling_module._of_one(fixed, "yarn", documents, [64, 128])["temperature"] == 1.0
 
 
 @pytest.mark.slow
 def test_on_the_bundled_model_the_choice_is_what_training_confirms(tmp_path):
     """docs/study.md: llama3 before yarn before ntk before linear, trained and untrained."""
-    from skipwise.quickstart import make_recipe
+    from skipwise.pipeline.quickstart import make_recipe
 
     recipe = make_recipe(["target_length=1024", "rope.type=auto", "temperature=auto"])
     run = RunFolder(tmp_path / "run")

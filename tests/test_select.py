@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from skipwise import select
 from skipwise.cli import main
+from skipwise.config.recipe import parse_recipe
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.extend import extend
-from skipwise.recipe import parse_recipe
-from skipwise.run import RunFolder
+from skipwise.pipeline import choose_checkpoint
+from skipwise.pipeline.extend import extend
 
 
 def make_recipe(tiny, text_folder, *overrides):
@@ -60,7 +60,7 @@ def test_the_best_checkpoint_is_exported_and_of_equals_the_latest(
         kept[step] = weights(folder)
         return scores[step]
 
-    monkeypatch.setattr(select, "_score", score)
+    monkeypatch.setattr(choose_checkpoint, "_score", score)
     run = extend(make_recipe(tiny, text_folder), tmp_path / "run")
     # the Trainer keeps two checkpoints, and all three were there to choose from
     assert sorted(kept) == [2, 4, 6] and len(list(run.checkpoints.glob("checkpoint-*"))) == 2
@@ -79,7 +79,7 @@ def test_the_best_checkpoint_is_exported_and_of_equals_the_latest(
 def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
     by, tiny, text_folder, tmp_path, monkeypatch
 ):
-    real, measured = select._score, []
+    real, measured = choose_checkpoint._score, []
 
     def interrupted(plan, run, folder):
         if len(measured) == 2:
@@ -88,7 +88,7 @@ def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
         measured.append(folder.name)
         return real(plan, run, folder)
 
-    monkeypatch.setattr(select, "_score", interrupted)
+    monkeypatch.setattr(choose_checkpoint, "_score", interrupted)
     recipe = make_recipe(tiny, text_folder, f"eval.select={by}")
     with pytest.raises(KeyboardInterrupt):
         extend(recipe, tmp_path / "run")
@@ -107,7 +107,9 @@ def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
 
 @pytest.mark.slow
 def test_lora_candidates_are_adapters(tiny, text_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(select, "_score", lambda plan, run, folder: -int(folder.name[5:]))
+    monkeypatch.setattr(
+        choose_checkpoint, "_score", lambda plan, run, folder: -int(folder.name[5:])
+    )
     run = extend(make_recipe(tiny, text_folder, "lora.rank=2"), tmp_path / "run")
     assert run.facts()["selection"]["chosen"] == 2
     (folder,) = run.candidates.iterdir()
@@ -121,7 +123,7 @@ def test_a_choice_that_cannot_be_made_is_refused_before_training(tiny):
 
     def check(by, documents, target=256):
         tree = {"model": str(tiny), "target_length": target, "eval": {"select": by}}
-        select.check_selection(parse_recipe(tree), documents, tokenizer, 64)
+        choose_checkpoint.check_selection(parse_recipe(tree), documents, tokenizer, 64)
 
     text = np.array(tokenizer("x = 1\n" * 100)["input_ids"])
     with pytest.raises(SkipwiseError, match=r"needs evaluation text.*\ntype"):
@@ -136,7 +138,7 @@ def test_a_choice_that_cannot_be_made_is_refused_before_training(tiny):
 
 @pytest.mark.slow
 def test_a_candidate_that_was_removed_is_named(tiny, text_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(select, "_score", lambda plan, run, folder: 0.5)
+    monkeypatch.setattr(choose_checkpoint, "_score", lambda plan, run, folder: 0.5)
     run = extend(make_recipe(tiny, text_folder), tmp_path / "run")
     shutil.rmtree(run.candidates)
     assert main(["export", str(run.path)]) == 2
@@ -151,12 +153,12 @@ def test_the_choice_asks_other_questions_than_the_evaluation(tiny, monkeypatch):
         seeds.append((settings.seed, tuple(lengths)))
         return [{"value": 0.5, "num_samples": 4, "metric": "exact_match"}]
 
-    monkeypatch.setattr(select, "evaluate_model", spy)
-    monkeypatch.setattr(select, "evaluation_documents", lambda *a: [])
+    monkeypatch.setattr(choose_checkpoint, "evaluate_model", spy)
+    monkeypatch.setattr(choose_checkpoint, "evaluation_documents", lambda *a: [])
     recipe = make_recipe(tiny, "-", "eval.seed=7")
     facts = types.SimpleNamespace(original_length=64)
     plan = types.SimpleNamespace(recipe=recipe, facts=facts, tokenizer=None)
-    assert select._score(plan, None, Path("step-2")) == 0.5
+    assert choose_checkpoint._score(plan, None, Path("step-2")) == 0.5
     assert seeds == [(8, (128, 256))]
 
 

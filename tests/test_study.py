@@ -14,9 +14,9 @@ import settings  # noqa: E402
 import train  # noqa: E402
 from samplers import VariantDataset  # noqa: E402
 
-from skipwise.data import build_corpus  # noqa: E402
-from skipwise.positions import PoSE  # noqa: E402
-from skipwise.token_store import TokenStore  # noqa: E402
+from skipwise.data.dataset import build_corpus  # noqa: E402
+from skipwise.data.token_cache import TokenStore  # noqa: E402
+from skipwise.pose.samplers import PoSE  # noqa: E402
 
 
 def test_the_page_shows_the_newest_results():

@@ -8,13 +8,14 @@ from oracle import Oracle
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from skipwise.cli import main
+from skipwise.config.recipe import EvalSettings, parse_lengths
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluate import anything, progress, ruler
-from skipwise.evaluate.prompts import token_ids
-from skipwise.evaluate.suite import Subject, Texts, evaluate_model
-from skipwise.quickstart import MODEL
-from skipwise.recipe import EvalSettings, parse_lengths
-from skipwise.run import RunFolder
+from skipwise.evaluation import progress
+from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+from skipwise.evaluation.tasks import ruler
+from skipwise.evaluation.tasks.prompts import token_ids
+from skipwise.pipeline.quickstart import MODEL
 
 SMALL = ["eval.passkey_trials=4", "eval.needle_trials=4", "eval.num_depths=2"]
 SMALL += ["eval.perplexity_windows=2", "load.dtype=float32"]
@@ -70,7 +71,7 @@ def test_a_run_that_is_killed_keeps_what_it_had_measured(counted, monkeypatch):
             raise KeyboardInterrupt
         return [True] * 4
 
-    monkeypatch.setattr("skipwise.evaluate.suite.answers_right", fail_late)
+    monkeypatch.setattr("skipwise.evaluation.evaluator.answers_right", fail_late)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(subject, Texts(), [256, 512], settings(), save=saved.append, progress=False)
     assert {row["context_length"] for row in saved[-1]} == {256}
@@ -185,7 +186,7 @@ def test_eval_of_a_model_with_a_baseline_writes_a_folder_and_goes_on(
         raise AssertionError("it was measured already")
 
     before = run.results()
-    monkeypatch.setattr(anything, "load_for_evaluation", refuse)
+    monkeypatch.setattr(run, "load_for_evaluation", refuse)
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows == [row for row in before if row["model"] == "tiny-llama"]

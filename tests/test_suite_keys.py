@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skipwise.cli import main
+from skipwise.config.recipe import EvalSettings, dump_recipe, parse_recipe
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluate.prompts import token_ids
-from skipwise.evaluate.suite import Subject, Texts, evaluate_model
-from skipwise.quickstart import MODEL
-from skipwise.recipe import EvalSettings, dump_recipe, parse_recipe
-from skipwise.run import RunFolder
+from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+from skipwise.evaluation.tasks.prompts import token_ids
+from skipwise.pipeline.quickstart import MODEL
 
 SMALL = ["eval.passkey_trials=4", "eval.perplexity_windows=2", "load.dtype=float32"]
 CHANGES = {
@@ -99,8 +99,8 @@ def test_the_seed_reaches_the_questions_and_other_lengths_do_not(counted, tokeni
         asked.append([t.input_ids for t in trials])
         return [False] * len(trials)
 
-    monkeypatch.setattr("skipwise.evaluate.suite.answers_right", spy)
-    monkeypatch.setattr("skipwise.evaluate.suite.shares_found", spy)
+    monkeypatch.setattr("skipwise.evaluation.evaluator.answers_right", spy)
+    monkeypatch.setattr("skipwise.evaluation.evaluator.shares_found", spy)
     for task in ("passkey", "needle", "niah_single_words"):
         asked.clear()
         for seed, lengths in ((0, [512]), (1, [512]), (0, [512, 1024])):

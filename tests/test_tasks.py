@@ -8,11 +8,11 @@ from oracle import Oracle
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from skipwise.evaluate import passkey, ruler
-from skipwise.evaluate.prompts import fill, made_up_words, sprinkle, token_ids, words_of
-from skipwise.evaluate.suite import Subject, Texts, evaluate_model
-from skipwise.quickstart import MODEL
-from skipwise.recipe import EvalSettings
+from skipwise.config.recipe import EvalSettings
+from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+from skipwise.evaluation.tasks import passkey, ruler
+from skipwise.evaluation.tasks.prompts import fill, made_up_words, sprinkle, token_ids, words_of
+from skipwise.pipeline.quickstart import MODEL
 
 ALL = ("passkey", "needle", "ruler")
 

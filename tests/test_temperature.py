@@ -11,20 +11,20 @@ from safetensors.torch import load_file
 from test_families import FAMILIES, LATENT, SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from skipwise import temperature
 from skipwise.cli import main
+from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.run_folder import RunFolder
+from skipwise.data.tokenize import encode
 from skipwise.errors import SkipwiseError
-from skipwise.evaluate.anything import documents_for_search, evaluation_documents
-from skipwise.export import export_model
-from skipwise.extend import extend
-from skipwise.models import temperature as folding
-from skipwise.models.temperature import QueryWeights, check_foldable, fold_temperature
-from skipwise.prepare import plan_model
-from skipwise.quickstart import MODEL, corpus
-from skipwise.recipe import dump_recipe, parse_recipe
-from skipwise.run import RunFolder
-from skipwise.temperature import Tried, climb, longer_length, search_temperature
-from skipwise.tokens import encode
+from skipwise.evaluation.run import documents_for_search, evaluation_documents
+from skipwise.export.hf import export_model
+from skipwise.models.attention import temperature as folding
+from skipwise.models.attention.temperature import QueryWeights, check_foldable, fold_temperature
+from skipwise.pipeline import choose_temperature
+from skipwise.pipeline.choose_temperature import Tried, climb, longer_length, search_temperature
+from skipwise.pipeline.extend import extend
+from skipwise.pipeline.quickstart import MODEL, corpus
+from skipwise.training.inputs import plan_model
 
 REFUSED = {"nanochat": "q_norm follows the projection and has no weight"}
 FULL = {"layer_types": ["full_attention"] * 2, "sliding_window": 256}
@@ -310,8 +310,8 @@ def test_without_room_nothing_is_searched_and_a_broken_checkpoint_is_no_such_thi
         def load(plan, checkpoint):
             raise error
 
-        monkeypatch.setattr(temperature, "measurable_model", load)
-        return temperature.chosen_temperature(plan, run, None)
+        monkeypatch.setattr(choose_temperature, "measurable_model", load)
+        return choose_temperature.chosen_temperature(plan, run, None)
 
     for _ in range(2):  # what was not searched is searched again
         assert fails(torch.OutOfMemoryError("CUDA out of memory")) == 1.0
@@ -324,7 +324,7 @@ def test_without_room_nothing_is_searched_and_a_broken_checkpoint_is_no_such_thi
 def test_the_search_of_a_run_is_exported_told_and_made_once(
     tiny, text_folder, tmp_path, monkeypatch, capsys
 ):
-    real, seen, exports = temperature.search_temperature, [], []
+    real, seen, exports = choose_temperature.search_temperature, [], []
 
     def spy(model, documents, L, c, **more):
         seen.append([len(d) for d in documents])
@@ -337,8 +337,8 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
             raise KeyboardInterrupt
         return export_model(*arguments)
 
-    monkeypatch.setattr(temperature, "search_temperature", spy)
-    monkeypatch.setattr("skipwise.extend.export_model", killed)
+    monkeypatch.setattr(choose_temperature, "search_temperature", spy)
+    monkeypatch.setattr("skipwise.pipeline.extend.export_model", killed)
     recipe = make_recipe(tiny, text_folder, "temperature=auto")
     with pytest.raises(KeyboardInterrupt):
         extend(recipe, tmp_path / "run")
@@ -363,7 +363,7 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
     def again(digest):
         run.update(data={**run.facts()["data"], "digest": digest})
         where = run.checkpoints / "checkpoint-2"
-        return temperature.chosen_temperature(plan_model(recipe), run, where)
+        return choose_temperature.chosen_temperature(plan_model(recipe), run, where)
 
     was = run.facts()["data"]["digest"]
     run.update(temperature=None)
@@ -389,7 +389,7 @@ def test_1_changes_nothing(tiny, tmp_path):
     plan = plan_model(make_recipe(tiny, "-", "method=none", "data.sources=[]", "temperature=1.0"))
     run = RunFolder(tmp_path)
     run.recipe_file.write_text("{}")
-    value = temperature.chosen_temperature(plan, run, None)
+    value = choose_temperature.chosen_temperature(plan, run, None)
     (check,) = export_model(plan, run, None, value)
     factors, rest = queries_over(run.model, tiny)
     assert check.passed and torch.equal(factors, torch.ones_like(factors)) and rest
@@ -430,7 +430,7 @@ def test_auto_says_why_there_was_no_search(tiny, text_folder, tmp_path):
     def chosen(plan, name):
         run = RunFolder(tmp_path / name)
         run.path.mkdir()
-        assert temperature.chosen_temperature(plan, run, None) == 1.0
+        assert choose_temperature.chosen_temperature(plan, run, None) == 1.0
         return run.facts()["temperature"]["detail"]
 
     recipe = make_recipe(tiny, "-", "method=none", "temperature=auto", "data.sources=[]")
@@ -447,7 +447,7 @@ def test_auto_says_why_there_was_no_search(tiny, text_folder, tmp_path):
 def test_an_untrained_run_is_not_searched(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "temperature=auto")
     with pytest.raises(SkipwiseError, match="has not been trained to its end"):
-        temperature.chosen_temperature(plan_model(recipe), RunFolder(tmp_path), None)
+        choose_temperature.chosen_temperature(plan_model(recipe), RunFolder(tmp_path), None)
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from skipwise.token_bar import warn_of_room
-from skipwise.token_store import Progress, part_of
+from skipwise.data.progress import warn_of_room
+from skipwise.data.token_cache import Progress, part_of
 
 
 def test_too_little_room_for_the_rest_is_told_once_it_can_be_foreseen():
@@ -22,7 +22,7 @@ def test_too_little_room_for_the_rest_is_told_once_it_can_be_foreseen():
 def test_a_second_process_says_that_it_waits(tmp_path):
     with part_of(tmp_path / "tokens/x") as part:
         code = (
-            "import sys; from pathlib import Path; from skipwise.token_store import part_of\n"
+            "import sys; from pathlib import Path; from skipwise.data.token_cache import part_of\n"
             f"with part_of(Path({str(tmp_path / 'tokens/x')!r})): print('mine')"
         )
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -17,13 +17,13 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from skipwise import tokens
-from skipwise.chunks import read_chunks
-from skipwise.documents import parse_sources
+from skipwise.data import tokenize
+from skipwise.data.readers import parse_sources
+from skipwise.data.shards import read_chunks
+from skipwise.data.token_cache import TokenWriter
+from skipwise.data.tokenize import encode, tokenize_source
 from skipwise.errors import SkipwiseError
-from skipwise.quickstart import MODEL
-from skipwise.token_store import TokenWriter
-from skipwise.tokens import encode, tokenize_source
+from skipwise.pipeline.quickstart import MODEL
 
 # Small chunks and a progress file for each, so that a small corpus is interrupted many times.
 SCRIPT = """
@@ -42,7 +42,7 @@ def slow(tokenizer, chunk):
 tokens._encode_chunk = slow
 if __name__ == "__main__":
     from transformers import AutoTokenizer
-    from skipwise.documents import parse_sources
+    from skipwise.data.readers import parse_sources
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     (source,) = parse_sources([sys.argv[2]])
     print("ready", flush=True)
@@ -59,8 +59,8 @@ def tokenizer():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("skipwise.chunks._CHUNK", 5000)
-    monkeypatch.setattr("skipwise.tokens._SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("skipwise.data.shards._CHUNK", 5000)
+    monkeypatch.setattr("skipwise.data.tokenize._SAVE_SECONDS", 0.0)
 
 
 def text_of(i: int) -> str:
@@ -103,7 +103,7 @@ def files_of(cache) -> dict[str, bytes]:
 
 def interrupted(monkeypatch, after: int):
     """Let tokenization end by Ctrl-C after so many chunks."""
-    append, calls = tokens._append, []
+    append, calls = tokenize._append, []
 
     def failing(*args):
         if len(calls) == after:
@@ -111,7 +111,7 @@ def interrupted(monkeypatch, after: int):
         calls.append(1)
         return append(*args)
 
-    monkeypatch.setattr(tokens, "_append", failing)
+    monkeypatch.setattr(tokenize, "_append", failing)
     return calls
 
 
@@ -157,8 +157,8 @@ def test_pieces_and_batches_of_any_size_give_the_same_tokens(tmp_path, monkeypat
     texts = ["".join(f"line {i}\n" for i in range(n)) for n in (3, 50, 7, 1, 200)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     for piece, batch in ((40, 1 << 22), (40, 60), (1 << 20, 1)):
-        monkeypatch.setattr(tokens, "_PIECE", piece)
-        monkeypatch.setattr(tokens, "_BATCH", batch)
+        monkeypatch.setattr(tokenize, "_PIECE", piece)
+        monkeypatch.setattr(tokenize, "_BATCH", batch)
         cache = tmp_path / f"{piece}-{batch}"
         store = tokenize_source(source_of(tmp_path / "x.jsonl"), tokenizer, cache=cache)
         for i, text in enumerate(texts):
@@ -174,7 +174,7 @@ def test_the_special_token_of_a_start_stands_only_at_the_start_of_a_text_cut_in_
             ids = tokenizer(pieces, verbose=False)["input_ids"]
             return {"input_ids": [[1, *i] if add_special_tokens else i for i in ids]}
 
-    monkeypatch.setattr(tokens, "_PIECE", 40)
+    monkeypatch.setattr(tokenize, "_PIECE", 40)
     text = "".join(f"line {i}\n" for i in range(50))
     assert encode(Starting(), text) == [1, *tokenizer(text, verbose=False)["input_ids"]]
 
@@ -185,7 +185,7 @@ def test_processes_chunks_and_files_read_in_them_change_no_byte(
     source = source_of(mixed)
     one = tokenize_source(source, tokenizer, cache=tmp_path / "a")
     tokenize_source(source, tokenizer, cache=tmp_path / "b", num_proc=2)
-    monkeypatch.setattr("skipwise.chunks._CHUNK", 1 << 22)
+    monkeypatch.setattr("skipwise.data.shards._CHUNK", 1 << 22)
     tokenize_source(source, tokenizer, cache=tmp_path / "c")
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") == files_of(tmp_path / "c")
     texts = [text_of(i + 3) for i in range(30)]
@@ -338,13 +338,13 @@ def test_a_text_that_changed_after_the_kill_or_meanwhile_is_not_mixed(
     assert [d.tolist() for d in map(store.document, range(store.num_documents))] == [
         encode(tokenizer, text) for text in texts
     ]
-    append = tokens._append
+    append = tokenize._append
 
     def touching(*args):
         os.utime(file, ns=(1, 1))
         return append(*args)
 
-    monkeypatch.setattr(tokens, "_append", touching)
+    monkeypatch.setattr(tokenize, "_append", touching)
     with pytest.raises(SkipwiseError, match="changed while it was read"):
         os.utime(file)
         tokenize_source(source_of(file), tokenizer, cache=cache)
@@ -453,7 +453,7 @@ def test_stop_ends_at_the_first_broken_record_whatever_reads_it(
 def test_a_worker_ended_from_outside_is_an_error_with_a_remedy(
     tmp_path, small_chunks, mixed, tokenizer, monkeypatch
 ):
-    append = tokens._append
+    append = tokenize._append
 
     def ending(*args):
         import multiprocessing
@@ -462,7 +462,7 @@ def test_a_worker_ended_from_outside_is_an_error_with_a_remedy(
             child.kill()
         return append(*args)
 
-    monkeypatch.setattr(tokens, "_append", ending)
+    monkeypatch.setattr(tokenize, "_append", ending)
     with pytest.raises(SkipwiseError, match=r"ended from outside.*\n.*num_proc"):
         tokenize_source(source_of(mixed), tokenizer, cache=tmp_path, num_proc=2)
 
@@ -480,7 +480,7 @@ def test_a_pickled_store_names_its_files_and_holds_no_token(tmp_path, mixed, tok
 def test_where_no_terminal_is_progress_is_a_line_now_and_then(
     tmp_path, small_chunks, mixed, tokenizer, monkeypatch, capsys
 ):
-    monkeypatch.setattr("skipwise.token_bar._SECONDS", 0.0)
+    monkeypatch.setattr("skipwise.data.progress._SECONDS", 0.0)
     tokenize_source(source_of(mixed), tokenizer, cache=tmp_path)
     lines = [line for line in capsys.readouterr().err.splitlines() if "million" in line]
     shares = [int(line.split(": ")[1].split(" %")[0]) for line in lines]

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from skipwise import trainer as training_module
-from skipwise.checkpoints import finished_checkpoint, newest_checkpoint
 from skipwise.cli import main
+from skipwise.config.recipe import ModelSettings, parse_recipe
+from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.extend import check_run, prepare_run, train_run
 from skipwise.models.load import compute_dtype
-from skipwise.prepare import plan_model
-from skipwise.recipe import ModelSettings, parse_recipe
-from skipwise.run import RunFolder, open_run
-from skipwise.train import training_arguments
-from skipwise.trainer import read_metrics
+from skipwise.pipeline.extend import check_run, prepare_run, train_run
+from skipwise.training import trainer as training_module
+from skipwise.training.checkpoints import finished_checkpoint, newest_checkpoint
+from skipwise.training.inputs import plan_model
+from skipwise.training.setup import training_arguments
+from skipwise.training.trainer import read_metrics
 
 STEPS = 12
 
@@ -94,7 +94,7 @@ def test_the_loss_falls_and_every_step_is_written_down(straight):
 
 
 def test_examples_are_read_in_the_order_of_their_numbers(tiny, text_folder, tmp_path, monkeypatch):
-    from skipwise.data import PositionDataset
+    from skipwise.data.dataset import PositionDataset
 
     seen = []
     plain = PositionDataset.__getitem__
@@ -245,7 +245,7 @@ def test_a_full_disk_names_the_place_to_go_on_from(tiny, text_folder, tmp_path, 
 
 
 def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_path, monkeypatch):
-    from skipwise.data import PositionCollator
+    from skipwise.data.dataset import PositionCollator
 
     plain = PositionCollator.__call__
 
@@ -271,8 +271,8 @@ def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_pa
 def test_the_train_verb_writes_a_failed_check_down(
     tiny, text_folder, tmp_path, monkeypatch, capsys
 ):
-    from skipwise.data import PositionCollator
-    from skipwise.recipe import dump_recipe
+    from skipwise.config.recipe import dump_recipe
+    from skipwise.data.dataset import PositionCollator
 
     plain = PositionCollator.__call__
     monkeypatch.setattr(
@@ -313,8 +313,8 @@ def test_an_optimizer_that_would_not_be_used_is_an_error(tiny, text_folder, tmp_
 
 
 def test_masks_of_importance_weights_are_made_a_pass_at_a_time(tiny, text_folder, tmp_path):
-    from skipwise.positions import additive_mask
-    from skipwise.train import set_up
+    from skipwise.pose.samplers import additive_mask
+    from skipwise.training.setup import set_up
 
     recipe = make_recipe(tiny, text_folder, "positions.weights=importance")
     plan = plan_model(recipe)
@@ -356,7 +356,7 @@ def test_the_train_verb_stops_at_a_stop_code_of_its_own(
     def stopped(*args, **kwargs):
         raise RunStopped("stopped at step 3 of 12")
 
-    monkeypatch.setattr("skipwise.extend.train_run", stopped)
+    monkeypatch.setattr("skipwise.pipeline.extend.train_run", stopped)
     file = tmp_path / "r.yaml"
     file.write_text(
         json.dumps(
@@ -375,7 +375,7 @@ def test_the_train_verb_stops_at_a_stop_code_of_its_own(
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_anything_is_touched(
     tiny, text_folder, tmp_path, monkeypatch
 ):
-    from skipwise import checkpoints
+    from skipwise.training import checkpoints
 
     real = checkpoints.shutil.disk_usage
     recipe = make_recipe(tiny, text_folder)
@@ -402,7 +402,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_anything_is_touched
 
 
 def test_a_recipe_for_liger_leaves_the_loss_to_it(tiny, text_folder):
-    from skipwise.train import cuts_loss
+    from skipwise.training.setup import cuts_loss
 
     assert cuts_loss(make_recipe(tiny, text_folder), 8192, 32000)
     assert not cuts_loss(make_recipe(tiny, text_folder, "training.loss=whole"), 8192, 32000)

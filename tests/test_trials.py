@@ -6,10 +6,11 @@ import torch
 from oracle import MUTE, Oracle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from skipwise.evaluate import forward, passkey, trials
-from skipwise.evaluate.prompts import words_of
-from skipwise.evaluate.trials import Trial, answers_right, greedy, shares_found
-from skipwise.quickstart import MODEL
+from skipwise.evaluation import prefill, scoring
+from skipwise.evaluation.scoring import Trial, answers_right, greedy, shares_found
+from skipwise.evaluation.tasks import passkey
+from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.pipeline.quickstart import MODEL
 
 HYBRID = {
     "vocab_size": 1024,
@@ -136,14 +137,14 @@ def test_only_the_answers_positions_get_logits(model, tokenizer):
 
 def test_batches_are_filled_and_never_over_the_limit(tokenizer, words, monkeypatch):
     sizes = []
-    grouped = trials._grouped
+    grouped = scoring._grouped
 
     def spy(*arguments):
         for group in grouped(*arguments):
             sizes.append(len(group))
             yield group
 
-    monkeypatch.setattr(trials, "_grouped", spy)
+    monkeypatch.setattr(scoring, "_grouped", spy)
     asked = passkey.needle_trials(
         tokenizer, 512, num_trials=10, num_depths=10, words=words, per_haystack=10
     )
@@ -181,5 +182,5 @@ def test_a_mute_model_is_read_to_the_end_and_finds_nothing(tokenizer):
 def test_pieces_change_no_answer(model, tokenizer, words, monkeypatch):
     asked = questions(tokenizer, words, 256)["passkey"]
     whole = answers_right(model, asked, 16384)
-    monkeypatch.setattr(forward, "PREFILL", 50)
+    monkeypatch.setattr(prefill, "PREFILL", 50)
     assert answers_right(model, asked, 2000) == whole

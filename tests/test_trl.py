@@ -7,7 +7,7 @@ from transformers import (
 )
 
 from skipwise import PoSECollator
-from skipwise.callbacks import PreflightCallback
+from skipwise.integrations.preflight_callback import PreflightCallback
 
 
 def make_sft(model, tokenizer, records, folder, collator=None, callback=None, **settings):

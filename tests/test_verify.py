@@ -29,13 +29,13 @@ from verify_cases import (
     without,
 )
 
+from skipwise.config.recipe import parse_recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.checks import rotary_modules
-from skipwise.models.configs import facts_of
-from skipwise.models.scaling import scaled_config, scaling_for
-from skipwise.portable import make_portable
-from skipwise.recipe import parse_recipe
-from skipwise.verify import as_json, format_verdict, verify_folder
+from skipwise.export.runtimes import as_json, format_verdict, verify_folder
+from skipwise.models.compatibility import make_portable
+from skipwise.models.hf_config import facts_of
+from skipwise.models.scaled_config import scaled_config, scaling_for
+from skipwise.preflight.model import rotary_modules
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": T}
@@ -385,7 +385,7 @@ def test_neither_torch_nor_transformers_is_imported(tmp_path):
     write(tmp_path, {**BASE, **newer(LONGROPE)})
     program = (
         "import sys; from pathlib import Path\n"
-        "from skipwise.verify import format_verdict, verify_folder\n"
+        "from skipwise.export.runtimes import format_verdict, verify_folder\n"
         "print(format_verdict(verify_folder(Path(sys.argv[1]))))\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""Configs as they are found, good and faulty: what `skipwise.verify` and each runtime read.
+"""Configs as they are found, good and faulty: what our `export.runtimes` and each runtime read.
 
 Used by tests/test_verify.py, benchmarks/old_transformers.py and benchmarks/serving_rules.py.
 """

@@ -3,7 +3,7 @@
 python tools/make_config_defaults.py
 
 For every causal language model whose config has rope_parameters: those of the defaults that
-`skipwise.models.families` reads, and the rope_types that the class turns down or renames.
+`skipwise.models.model_info` reads, and the rope_types that the class turns down or renames.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from skipwise.models.configs import SHAPE
-from skipwise.rope import make_scaling
+from skipwise.models.hf_config import SHAPE
+from skipwise.pose.rope import make_scaling
 
 FILE = Path(__file__).parents[1] / "src/skipwise/models/config_defaults.json"
 KEYS = ("max_position_embeddings", "sliding_window", "use_sliding_window", "tie_word_embeddings")

@@ -42,18 +42,18 @@ from transformers import AutoModelForCausalLM, MistralConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_result
 
-from skipwise.data import PositionCollator, PositionDataset, build_corpus
-from skipwise.loss import chunk_loss
-from skipwise.models.configs import facts_of
+from skipwise.config.recipe import LoRASettings, Recipe, make_sampler, parse_recipe
+from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
+from skipwise.data.token_cache import TokenStore
+from skipwise.models.hf_config import facts_of
 from skipwise.models.load import add_lora, num_parameters
-from skipwise.models.scaling import scaled_config, scaling_for
-from skipwise.plan.cost import step_flops
-from skipwise.plan.gpus import find_gpu
-from skipwise.plan.job import make_job, read_model
-from skipwise.plan.memory import GIB, GPU_FRAGMENTATION, GPU_RUNTIME, predict_memory
-from skipwise.recipe import LoRASettings, Recipe, make_sampler, parse_recipe
-from skipwise.token_store import TokenStore
-from skipwise.train import enable_checkpointing
+from skipwise.models.scaled_config import scaled_config, scaling_for
+from skipwise.planning.flops import step_flops
+from skipwise.planning.gpus import find_gpu
+from skipwise.planning.job import make_job, read_model
+from skipwise.planning.memory import GIB, GPU_FRAGMENTATION, GPU_RUNTIME, predict_memory
+from skipwise.training.chunked_loss import chunk_loss
+from skipwise.training.setup import enable_checkpointing
 
 MISTRAL_7B = {
     "hidden_size": 4096,

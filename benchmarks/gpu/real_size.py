@@ -38,15 +38,15 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_result
 
-from skipwise.evaluate.passkey import passkey_trials, rows_by_depth
-from skipwise.evaluate.perplexity import perplexity
-from skipwise.evaluate.trials import answers_right
-from skipwise.models.configs import facts_of
-from skipwise.models.scaling import scaled_config, scaling_for
-from skipwise.models.temperature import QueryWeights
-from skipwise.recipe import Recipe, parse_length, parse_recipe
-from skipwise.temperature import search_temperature
-from skipwise.token_store import TokenStore
+from skipwise.config.recipe import Recipe, parse_length, parse_recipe
+from skipwise.data.token_cache import TokenStore
+from skipwise.evaluation.scoring import answers_right
+from skipwise.evaluation.tasks.passkey import passkey_trials, rows_by_depth
+from skipwise.evaluation.tasks.perplexity import perplexity
+from skipwise.models.attention.temperature import QueryWeights
+from skipwise.models.hf_config import facts_of
+from skipwise.models.scaled_config import scaled_config, scaling_for
+from skipwise.pipeline.choose_temperature import search_temperature
 
 SEARCHED = 16  # documents, for the temperature
 PROMPT_SHARE = 1 / 8  # of the rows, in pre-training and in extension

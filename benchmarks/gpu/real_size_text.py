@@ -29,8 +29,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from skipwise.evaluate import passkey
-from skipwise.token_store import TokenStore
+from skipwise.data.token_cache import TokenStore
+from skipwise.evaluation.tasks import passkey
 
 END = "</s>"
 BYTES_PER_TOKEN = 3.6  # of such text, to choose folders by; what comes out is counted

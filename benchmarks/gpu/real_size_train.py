@@ -16,10 +16,10 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from skipwise.data import PositionCollator, PositionDataset, build_corpus
-from skipwise.models.masks import with_chunk_weights
-from skipwise.recipe import Recipe, make_sampler
-from skipwise.token_store import TokenStore
+from skipwise.config.recipe import Recipe, make_sampler
+from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
+from skipwise.data.token_cache import TokenStore
+from skipwise.models.attention.masks import with_chunk_weights
 
 PASS_TOKENS = 32768  # R x L: float32 logits of 16k take 2 GiB
 BETAS = (0.9, 0.95)

@@ -5,8 +5,8 @@ import torch
 from weighted_kernels import carrier_of, reference
 from weighted_model import CANDIDATES, Step, errors, fresh, layout, register, run
 
-from skipwise.models.masks import with_chunk_weights, with_layer_masks
-from skipwise.positions import additive_mask
+from skipwise.models.attention.masks import with_chunk_weights, with_layer_masks
+from skipwise.pose.samplers import additive_mask
 
 
 def check(name, value, limit):

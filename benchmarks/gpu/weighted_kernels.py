@@ -14,8 +14,8 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from skipwise.models.attention import attend
-from skipwise.models.masks import with_carrier, with_chunk_weights
+from skipwise.models.attention.flex import attend
+from skipwise.models.attention.masks import with_carrier, with_chunk_weights
 
 aten = torch.ops.aten
 

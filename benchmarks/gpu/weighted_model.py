@@ -24,8 +24,8 @@ from weighted_kernels import (
 )
 from weighted_pieces import device_pieces, host_pieces, pieces
 
-from skipwise.models.masks import FLEX, with_carrier, with_chunk_weights
-from skipwise.positions import Example, PoSE
+from skipwise.models.attention.masks import FLEX, with_carrier, with_chunk_weights
+from skipwise.pose.samplers import Example, PoSE
 
 CANDIDATES = {  # (q, k, v, chunks, scale): (B, H, L, D), (B, K, L, D) twice, to (B, L, H, D)
     "unweighted": unweighted,

@@ -74,11 +74,11 @@ def one(method: str, target: int, steps: int) -> dict[str, float]:
     import torch
     from train import DTYPE, load_base
 
-    from skipwise.data import PositionCollator
+    from skipwise.config.run_folder import process_memory
+    from skipwise.data.dataset import PositionCollator
+    from skipwise.models.attention.masks import with_chunk_weights
     from skipwise.models.load import best_device
-    from skipwise.models.masks import with_chunk_weights
-    from skipwise.positions import FullLength, PoSE
-    from skipwise.run import process_memory
+    from skipwise.pose.samplers import FullLength, PoSE
 
     device = best_device()
     model = load_base(made(target=max(target, 2 * L)))

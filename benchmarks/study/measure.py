@@ -14,11 +14,11 @@ import torch
 from settings import L, Setting
 from text import Text, read_questions, tokenizer_of_base
 
-from skipwise.evaluate.perplexity import perplexity
-from skipwise.evaluate.trials import answers_right, shares_found
+from skipwise.config.recipe import ModelSettings
+from skipwise.evaluation.scoring import answers_right, shares_found
+from skipwise.evaluation.tasks.perplexity import perplexity
+from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.load import best_device, compute_dtype
-from skipwise.models.temperature import QueryWeights
-from skipwise.recipe import ModelSettings
 
 GRID = [round(1.0 + 0.05 * i, 2) for i in range(11)]
 

@@ -10,7 +10,7 @@ import numpy as np
 from rows import Rows, lengths_of, newest
 from settings import DISTILLED, FULL, OURS, PAPER, L, at, made
 
-from skipwise.positions import FullLength, PoSE, RandPos, coverage
+from skipwise.pose.samplers import FullLength, PoSE, RandPos, coverage
 
 plt.switch_backend("svg")
 plt.rcParams["svg.hashsalt"] = "skipwise"  # the same file for the same figures

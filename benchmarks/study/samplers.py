@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.data import PositionDataset
-from skipwise.positions import Example, PoSE
+from skipwise.data.dataset import PositionDataset
+from skipwise.pose.samplers import Example, PoSE
 
 
 class VariantDataset(PositionDataset):

@@ -24,8 +24,8 @@ from train import trained
 sys.path.append(str(Path(__file__).parents[1]))
 from common import write_result
 
-from skipwise.models.temperature import QueryWeights
-from skipwise.temperature import search_temperature
+from skipwise.models.attention.temperature import QueryWeights
+from skipwise.pipeline.choose_temperature import search_temperature
 
 
 def main() -> None:

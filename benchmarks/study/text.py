@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from skipwise.evaluate import passkey, ruler
-from skipwise.evaluate.prompts import words_of
-from skipwise.evaluate.trials import Trial
-from skipwise.quickstart import MODEL, corpus
-from skipwise.token_store import TokenStore
+from skipwise.data.token_cache import TokenStore
+from skipwise.evaluation.scoring import Trial
+from skipwise.evaluation.tasks import passkey, ruler
+from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.pipeline.quickstart import MODEL, corpus
 
 L = 256  # the base model's context
 NUM_PASSKEYS = 1000

@@ -20,14 +20,14 @@ from settings import BATCH, L, Setting
 from text import Text
 from torch.nn.functional import cross_entropy, kl_div
 
-from skipwise.data import PositionCollator, PositionDataset, build_corpus
+from skipwise.config.recipe import LoRASettings, ModelSettings, make_sampler, parse_recipe
+from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
+from skipwise.data.token_cache import TokenStore
+from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.load import best_device, compute_dtype, load_model
-from skipwise.models.masks import with_chunk_weights
-from skipwise.positions import Example, FullLength, Sampler
-from skipwise.prepare import plan_model
-from skipwise.quickstart import MODEL
-from skipwise.recipe import LoRASettings, ModelSettings, make_sampler, parse_recipe
-from skipwise.token_store import TokenStore
+from skipwise.pipeline.quickstart import MODEL
+from skipwise.pose.samplers import Example, FullLength, Sampler
+from skipwise.training.inputs import plan_model
 
 DTYPE = compute_dtype(ModelSettings())  # of the arithmetic; weights stay float32
 

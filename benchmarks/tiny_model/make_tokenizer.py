@@ -13,8 +13,8 @@ import sentencepiece as spm
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from skipwise.evaluate import passkey
-from skipwise.quickstart import corpus
+from skipwise.evaluation.tasks import passkey
+from skipwise.pipeline.quickstart import corpus
 
 VOCAB_SIZE = 1024
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from skipwise.portable import make_portable
-from skipwise.quickstart import corpus
+from skipwise.models.compatibility import make_portable
+from skipwise.pipeline.quickstart import corpus
 
 LENGTH, BATCH, PASSKEYS = 256, 16, 4
 HYBRID = {

@@ -6,11 +6,11 @@ Only numpy is loaded here; everything that needs torch lives in submodules.
 from typing import TYPE_CHECKING, Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.positions import CREAM, Example, FullLength, PoSE, RandPos, coverage
+from skipwise.pose.samplers import CREAM, Example, FullLength, PoSE, RandPos, coverage
 
 if TYPE_CHECKING:
-    from skipwise.callbacks import PreflightCallback, finish_folder
-    from skipwise.collator import PoSECollator
+    from skipwise.integrations.collator import PoSECollator
+    from skipwise.integrations.preflight_callback import PreflightCallback, finish_folder
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,9 +27,9 @@ __all__ = [
 ]
 
 _LAZY = {  # these load torch
-    "PoSECollator": "collator",
-    "PreflightCallback": "callbacks",
-    "finish_folder": "callbacks",
+    "PoSECollator": "integrations.collator",
+    "PreflightCallback": "integrations.preflight_callback",
+    "finish_folder": "integrations.preflight_callback",
 }
 
 

@@ -14,10 +14,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from skipwise import __version__, verbs
+from skipwise import __version__, commands
+from skipwise.config.run_folder import is_main_process
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.launch import FAILED, STOPPED
-from skipwise.run import is_main_process
+from skipwise.training.distributed.launcher import FAILED, STOPPED
 
 _KEYS = "any key of the recipe, as training.num_steps=200 rope.type=linear"
 
@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "quickstart",
-        verbs.quickstart_verb,
+        commands.quickstart_verb,
         "the whole job on the bundled model",
         "skipwise quickstart",
         _KEYS,
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "extend",
-        verbs.extend_verb,
+        commands.extend_verb,
         "check, train, evaluate before and after, report and export",
         "skipwise extend ./my-model --to 32k --data ./books --out runs/my-model-32k",
         _KEYS,
@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "check",
-        verbs.check_verb,
+        commands.check_verb,
         "the preflight: what would waste a training run",
         "skipwise check ./my-model --to 32k --data ./books",
         _KEYS,
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "plan",
-        verbs.plan_verb,
+        commands.plan_verb,
         "memory, time and the GPUs that a run needs, from a config alone",
         "skipwise plan ./my-model --to 32k --engine fsdp2 --gpus 8 --gpu A100-80GB",
         _KEYS,
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "positions",
-        verbs.positions_verb,
+        commands.positions_verb,
         "print and draw training positions and their coverage",
         "skipwise positions --length 8k --to 32k num_chunks=3 gaps=sorted",
         "a key of `positions:`, or method=randpos | full | cream",
@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "train",
-        verbs.train_verb,
+        commands.train_verb,
         "train a recipe, or go on with a run",
         "skipwise train recipes/mine.yaml --engine fsdp2 --gpus 8 --out runs/mine",
         _KEYS,
@@ -169,7 +169,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "eval",
-        verbs.eval_verb,
+        commands.eval_verb,
         "measure any model, or a run's, at every context length",
         "skipwise eval ./my-model --lengths 4k..32k --data ./books --baseline ./base",
         "a key of `eval:` or `load:`, as eval.passkey_trials=100 load.device_map=auto",
@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "report",
-        verbs.report_verb,
+        commands.report_verb,
         "write a run's page again, or one page of several side by side",
         "skipwise report runs/a runs/b --out comparison.html",
     )
@@ -207,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "export",
-        verbs.export_verb,
+        commands.export_verb,
         "write a run's model again, as GGUF or the adapter alone; or verify any folder",
         "skipwise export runs/my-model-32k --to hf,gguf --outtype q8_0",
     )
@@ -220,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb(
         "publish",
-        verbs.publish_verb,
+        commands.publish_verb,
         "upload a run's model to the Hugging Face Hub, once you have seen what and said yes",
         "skipwise publish runs/my-model-32k me/my-model-32k --private",
     )

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.configs import SHAPE, defaults, first_line
-from skipwise.recipe import ModelSettings
+from skipwise.models.hf_config import SHAPE, defaults, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor

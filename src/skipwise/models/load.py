@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from skipwise.config.recipe import LoRASettings, ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.config_checks import Check
-from skipwise.models.configs import first_line, is_local
-from skipwise.models.masks import FLEX
-from skipwise.recipe import LoRASettings, ModelSettings
+from skipwise.models.attention.masks import FLEX
+from skipwise.models.hf_config import first_line, is_local
+from skipwise.preflight.config import Check
 
 
 def load_tokenizer(model: str, settings: ModelSettings) -> Any:
@@ -196,7 +196,7 @@ def attention_for(
 
 def why_mask(settings: ModelSettings, config: Any) -> str:
     """Why importance weights take a mask of pairs and not flex_attention; "": they do not."""
-    from skipwise.models.attention import machine_lacks, model_lacks
+    from skipwise.models.attention.flex import machine_lacks, model_lacks
 
     if settings.attn_implementation not in ("auto", "flex_attention"):
         return "load.attn_implementation says so"

@@ -6,10 +6,9 @@ Reading order:  rows.py (the format)  ruler.py, benchmarks.py (what is summed up
                 page.py (all of it on one page)  compare.py (several runs on one page)
 """
 
-from skipwise.report.chunks import plot_positions
-from skipwise.report.compare import compare_runs
-from skipwise.report.page import write_report
+from skipwise.report.figures.positions import plot_positions
+from skipwise.report.page.compare import compare_runs
+from skipwise.report.page.page import write_report
 from skipwise.report.tables import format_table
-from skipwise.report.verdict import headline
 
-__all__ = ["compare_runs", "format_table", "headline", "plot_positions", "write_report"]
+__all__ = ["compare_runs", "format_table", "plot_positions", "write_report"]

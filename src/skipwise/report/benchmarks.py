@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from skipwise.report.quantities import is_share, listed, number, signed
+from skipwise.report.format import is_share, listed, number, signed
 from skipwise.report.rows import Row, Rows, finite, is_benchmark, models_of
 
 Z = 1.96  # standard errors of a difference that are still within error

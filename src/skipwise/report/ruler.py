@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skipwise.report.quantities import length_names
+from skipwise.report.format import length_names
 from skipwise.report.rows import RULER_AVERAGE, RULER_TASKS, Rows, is_ruler, models_of, pooled
 
 # the average of Llama-2-7B (chat) at 4k tokens, table 3 of the paper

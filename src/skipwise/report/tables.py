@@ -12,7 +12,7 @@ from skipwise.report.benchmarks import (
     say_benchmarks,
     shots_label,
 )
-from skipwise.report.quantities import METRICS, format_value
+from skipwise.report.format import METRICS, format_value
 from skipwise.report.rows import (
     RULER_AVERAGE,
     Rows,

@@ -1,0 +1,219 @@
+"""A source in chunks of a few megabytes; reading can be taken up again where any of them ended.
+
+Text files and plain JSON lines are handed on as spans of bytes, so that whoever tokenizes a chunk
+reads it as well. What can only be read from its start (gzip, Parquet, JSON arrays, the hub) is read
+while the chunks are made, which keeps up with some 40 tokenizer processes. Where chunks end
+depends on the source alone.
+
+In memory is one chunk, or one text file, line or JSON array where that is larger.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from skipwise.data.readers import (
+    BROKEN_FILE,
+    BadRecord,
+    BadRecords,
+    Outcome,
+    Source,
+    check_sizes,
+    file_kind,
+    hub_errors,
+    list_files,
+    open_file,
+    open_hub,
+    read_lines,
+    read_record,
+    read_records,
+    read_text,
+)
+
+_CHUNK = 1 << 22  # bytes; some hundred to some thousand documents, a second of work
+_RECORD = 64  # bytes that a record weighs besides its text: millions of empty ones are many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """A place between two documents of a source."""
+
+    file: int = 0  # which of the source's files
+    at: int = 0  # bytes of plain JSON lines, records of all else
+    state: Any = None  # of the hub's stream, for `datasets` to go on from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Bytes of a file, for others to read: a whole text file, or the lines that begin in it."""
+
+    path: Path
+    is_text: bool
+    start: int
+    stop: int
+
+    def read(self, text_field: str) -> Iterator[Outcome]:
+        try:
+            if self.is_text:
+                yield read_text(self.path)
+                return
+            with open_file(self.path) as file:
+                if self._seek(file):
+                    begin = file.tell()
+                    yield from read_lines(file, self.path, text_field, start=begin, stop=self.stop)
+        except BROKEN_FILE as error:
+            yield _broken(self.path, error)
+
+    def _seek(self, file: Any) -> bool:
+        """Go to the first line that begins in the span, if any does."""
+        if self.start == 0:
+            return True
+        file.seek(self.start - 1)
+        return file.readline(self.stop - self.start + 1).endswith(b"\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive documents of a source."""
+
+    items: list[Span | Outcome]
+    text_field: str
+    end: Position  # where the next chunk begins
+    size: int  # bytes it takes up in memory once it is read, about
+    done: int  # bytes of the source's files up to its end, for the progress
+
+    def read(self) -> Iterator[Outcome]:
+        for item in self.items:
+            if isinstance(item, Span):
+                yield from item.read(self.text_field)
+            else:
+                yield item
+
+
+def read_chunks(source: Source, start: Position | None = None) -> Iterator[Chunk]:
+    """The chunks of a source from a position on, where an earlier chunk ended.
+
+    Raises:
+        SkipwiseError: nothing there, a file too large to be held, no such data set of the hub.
+    """
+    start = start or Position()
+    return (_file_chunks if source.is_local else _hub_chunks)(source, start)
+
+
+def read_documents(source: Source, bad: BadRecords) -> Iterator[str]:
+    """The text of every document: a text file is one, JSON lines and Parquet one a record."""
+    for chunk in read_chunks(source):
+        for outcome in chunk.read():
+            if isinstance(outcome, BadRecord):
+                bad.add(outcome)
+            elif outcome.strip():
+                yield outcome
+
+
+@dataclass
+class _Items:
+    """What is gathered for the next chunk."""
+
+    text_field: str
+    items: list[Span | Outcome] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, item: Span | Outcome, size: int) -> bool:
+        """Whether the chunk is full."""
+        self.items.append(item)
+        self.size += size + _RECORD
+        return self.size >= _CHUNK
+
+    def take(self, end: Position, done: int) -> Chunk:
+        items, size = self.items, self.size
+        self.items, self.size = [], 0
+        return Chunk(items=items, text_field=self.text_field, end=end, size=size, done=done)
+
+
+def _file_chunks(source: Source, start: Position) -> Iterator[Chunk]:
+    files = list_files(source)
+    sizes = [path.stat().st_size for path in files]
+    check_sizes(files, sizes)
+    before = sum(sizes[: start.file])
+    gathered = _Items(source.text_field)
+    for i in range(start.file, len(files)):
+        at = start.at if i == start.file else 0
+        for item, size, stop, done in _file_items(files[i], sizes[i], at, source.text_field):
+            end = Position(file=i + 1) if math.isinf(stop) else Position(file=i, at=int(stop))
+            if gathered.add(item, size):
+                yield gathered.take(end, before + done)
+        before += sizes[i]
+    if gathered.items:
+        yield gathered.take(Position(file=len(files)), before)
+
+
+def _file_items(
+    path: Path, size: int, at: int, text_field: str
+) -> Iterator[tuple[Span | Outcome, int, float, int]]:
+    """Items of a file from `at`: what, its size, where the next begins (inf: not here), progress.
+
+    A file that breaks off ends with its bad record, so that going on does not meet it again.
+    """
+    try:
+        kind = file_kind(path)
+        zipped = path.suffix == ".gz"
+        if kind == "text":
+            span = Span(path=path, is_text=True, start=0, stop=size)
+            yield span, size * (4 if zipped else 1), math.inf, size
+        elif kind == "lines" and not zipped:
+            with path.open("rb"):  # one that cannot be opened is one bad record, not one a span
+                pass
+            for begin in range(at, size, _CHUNK):
+                stop = min(begin + _CHUNK, size)
+                span = Span(path=path, is_text=False, start=begin, stop=stop)
+                yield span, stop - begin, stop if stop < size else math.inf, stop
+        else:
+            records = read_records(path, kind, text_field, skip=at)
+            for number, (outcome, done) in enumerate(records, at + 1):
+                yield outcome, _size(outcome), number, done
+    except BROKEN_FILE as error:
+        yield _broken(path, error), 0, math.inf, size
+
+
+def _hub_chunks(source: Source, start: Position) -> Iterator[Chunk]:
+    gathered = _Items(source.text_field)
+    number = start.at
+    with hub_errors(source):
+        records = open_hub(source)
+        for record in _go_on(records, start):
+            outcome = read_record(f"{source.path}[{number}]", record, source.text_field)
+            number += 1
+            if gathered.add(outcome, _size(outcome)):
+                yield gathered.take(Position(at=number, state=_state_of(records)), 0)
+        if gathered.items:
+            yield gathered.take(Position(at=number), 0)
+
+
+def _go_on(records: Any, start: Position) -> Iterator[Any]:
+    """Records from a position: `datasets` skips whole files and row groups where it can."""
+    if start.state is not None and hasattr(records, "load_state_dict"):
+        records.load_state_dict(start.state)
+        return iter(records)
+    return itertools.islice(records, start.at, None)
+
+
+def _state_of(records: Any) -> Any:
+    """The stream's state, where it has one that can be written down."""
+    try:
+        return json.loads(json.dumps(records.state_dict()))
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _size(outcome: Outcome) -> int:
+    return len(outcome) if isinstance(outcome, str) else 0
+
+
+def _broken(path: Path, error: BaseException) -> BadRecord:
+    return BadRecord(where=str(path), why=str(error) or type(error).__name__)

@@ -1,0 +1,226 @@
+"""Standard benchmarks through lm-evaluation-harness: what a longer window costs at short length.
+
+Any task or group of the harness by its name, or the suite `pose-table`. Prompts, targets and
+metrics are the harness's own; the model is the one at hand, with its own window. Tasks may also
+come from a folder of YAML files (see `task_folder`), so that nothing has to be downloaded.
+
+Source: the suite is table 6 of PoSE, Zhu et al. 2024, arXiv 2309.10400; metrics as on the Open LLM
+        Leaderboard of its day, which takes acc_norm for ARC and HellaSwag and acc elsewhere
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import random
+import tempfile
+import warnings
+from collections.abc import Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from skipwise.errors import SkipwiseError
+from skipwise.evaluation.harness.adapter import first_line, guarded, script_refusal, wrap
+from skipwise.evaluation.harness.task_folder import read_folder
+
+POSE_TABLE = {  # task: (num_fewshot, metric)
+    "boolq": (0, "acc"),
+    "piqa": (0, "acc"),
+    "winogrande": (0, "acc"),
+    "truthfulqa_mc2": (0, "acc"),
+    "arc_challenge": (25, "acc_norm"),
+    "hellaswag": (10, "acc_norm"),
+}
+_SHARES = ("acc", "acc_norm", "exact_match")  # their intervals end at 0 and 1
+_BOOTSTRAPS = 1000  # for metrics that are not means: the standard error to 2 %
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Task names, each once, with `pose-table` replaced by its six."""
+    each = (POSE_TABLE if name == "pose-table" else (name,) for name in names)
+    return list(dict.fromkeys(name for some in each for name in some))
+
+
+def check_benchmarks(names: Sequence[str], *, task_folder: str | None = None) -> None:
+    """Raise what `run_benchmark` would raise, before any hours are spent; gets the data sets."""
+    for name in expand(names):
+        with guarded() as refused:
+            _load(name, task_folder, refused)
+
+
+def run_benchmark(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    limit: int | None = None,
+    task_folder: str | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of one task or group, one a metric.
+
+    A task of `pose-table` has the suite's few-shot count and metric. Any other has its own
+    few-shot count and all of its metrics; a group that the harness averages is one row a metric.
+
+    Args:
+        model: causal language model of transformers, on its device; comes back as it was.
+        limit: questions a task, the first ones; None: all of them.
+        task_folder: YAML files of tasks, whose names go before the harness's.
+        batch_size: rows of a forward pass; logits take rows x tokens x vocabulary x 4 bytes, twice.
+        max_length: tokens the model sees, longer prompts lose their start; None: its config's.
+        seed: draws the few-shot examples.
+
+    Returns:
+        rows with `value`, its 95 % interval `low` and `high` (None where there is no standard
+        error), and `num_truncated`, the prompts that lost their start.
+
+    Raises:
+        SkipwiseError: lm-eval missing, unknown task, data set not reachable, code to be run.
+    """
+    if limit is not None and limit < 1:
+        raise SkipwiseError(f"limit={limit}: at least one question a task, or none for all")
+    with guarded(model) as refused:
+        loaded = _load(name, task_folder, refused)
+        num_fewshot, metric = POSE_TABLE.get(name, (None, None))
+        for task in loaded["tasks"].values():
+            _set_fewshot(task, num_fewshot, seed)
+        from lm_eval.evaluator import evaluate
+
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        lm = wrap(model, tokenizer, batch_size, max_length)
+        results: Any = evaluate(
+            lm=lm,
+            task_dict=loaded,
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAPS,
+            log_samples=False,
+        )
+    if lm.num_truncated:
+        warnings.warn(
+            f"{name}: {lm.num_truncated} prompts lost their start, as they are longer than "
+            f"the window of {lm.max_length} tokens",
+            stacklevel=2,
+        )
+    reported = _reported(name, loaded, results)
+    rows = [
+        row for key in reported for row in _rows(key, results) if metric in (None, row["metric"])
+    ]
+    if not rows:
+        raise SkipwiseError(f"{name} gave no number for {metric or 'any metric'}")
+    return [{**row, "num_truncated": lm.num_truncated} for row in rows]
+
+
+def _load(name: str, task_folder: str | None, refused: list[str]) -> dict[str, Any]:
+    """`{"tasks": {name: Task}, "groups": {name: Group}}`, with their data sets."""
+    from lm_eval.tasks import TaskManager
+
+    manager = _built_in()
+    with tempfile.TemporaryDirectory() as scratch:
+        if task_folder is not None:
+            # lm-eval reads the checked copy, which has no Python beside it
+            for i, config in enumerate(read_folder(task_folder, manager.task_index)):
+                Path(scratch, f"{i}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+            local = TaskManager(include_defaults=False, include_path=scratch)
+            for known, entry in manager.task_index.items():
+                # a name of the folder wins, also inside a group; a tag has the tasks of both
+                local.task_index.setdefault(known, entry).tags |= entry.tags
+            manager = local
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.task_index, n=3, cutoff=0.5)
+            advice = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks shows all"
+            raise SkipwiseError(f"lm-eval has no task {name!r}: {advice}")
+        try:
+            loaded: Any = manager.load([name])
+        except SkipwiseError:
+            raise
+        except OSError as error:  # datasets' and the hub's errors of connection and of absence
+            raise SkipwiseError(
+                f"the data set of {name} cannot be read: {first_line(error)}\n"
+                "run it once where the hub can be reached, or put the rows on disk and type "
+                "eval.task_folder=DIR"
+            ) from error
+        except Exception as error:
+            raise SkipwiseError(f"lm-eval cannot make {name}: {first_line(error)}") from error
+    if refused:  # lm-eval swallows the refusal
+        raise SkipwiseError(script_refusal(refused[0]))
+    for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise SkipwiseError(
+                f"{name} runs code that the model writes, or shows it more than text: not done here"
+            )
+    return loaded
+
+
+def _set_fewshot(task: Any, num_fewshot: int | None, seed: int) -> None:
+    """None: the task's own. simple_evaluate would leave a task alone that says 0 itself."""
+    if num_fewshot is None:
+        num_fewshot = task.get_config("num_fewshot") or 0
+    pool = getattr(getattr(task, "sampler", None), "df", None)
+    if num_fewshot and pool is not None and len(pool) < num_fewshot:
+        raise SkipwiseError(
+            f"{task.task_name} has {len(pool)} rows to draw {num_fewshot} examples from: add rows"
+        )
+    task.set_config("num_fewshot", num_fewshot)
+    task.set_fewshot_seed(seed)
+
+
+@functools.cache
+def _built_in() -> Any:
+    """The harness's own tasks: reading its 14,000 names takes 6 seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _reported(name: str, loaded: dict[str, Any], results: Any) -> list[str]:
+    """The task or group itself; the members of a tag, or of a group without an average."""
+    if name in results["results"]:
+        if "sample_len" in results["results"][name]:
+            return [name]
+        members = results["group_subtasks"][name]
+        return [key for member in members for key in _reported(member, loaded, results)]
+    return list(loaded["tasks"])
+
+
+def _rows(name: str, results: Any) -> list[dict[str, Any]]:
+    numbers = results["results"][name]
+    rows = []
+    for key, value in numbers.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
+            continue
+        value, stderr = _finite(value), _finite(numbers.get(f"{metric}_stderr,{filtered}"))
+        low, high = None, None
+        if value is not None and stderr is not None:
+            low, high = value - 1.96 * stderr, value + 1.96 * stderr
+            if metric in _SHARES:
+                low, high = max(0.0, low), min(1.0, high)
+        row = {
+            "task": name,
+            "metric": metric if filtered == "none" else key,
+            "context_length": None,
+            "num_fewshot": results["n-shot"].get(name),  # None: its members differ
+            "value": value,
+            "low": low,
+            "high": high,
+            "stderr": stderr,
+            "num_samples": numbers["sample_len"],
+            "kind": "benchmark",
+        }
+        better = results["higher_is_better"].get(name, {}).get(metric)
+        rows.append(row if better is None else {**row, "higher_is_better": bool(better)})
+    return rows
+
+
+def _finite(number: Any) -> float | None:
+    return float(number) if isinstance(number, Real) and math.isfinite(number) else None

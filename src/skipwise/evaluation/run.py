@@ -1,0 +1,270 @@
+"""Evaluate any model: a folder, a hub name, or the model of a run folder, with a baseline beside.
+
+A run's results go into the run; those of a model into an evaluation folder of their own, which
+`skipwise report` reads as well. Both are added to, never measured twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipwise.config.recipe import ModelSettings, Recipe, context_lengths, parse_recipe
+from skipwise.config.run_folder import RunFolder, machine, versions
+from skipwise.data.readers import parse_sources
+from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprint
+from skipwise.errors import SkipwiseError
+from skipwise.evaluation.evaluator import (
+    OWN_TASKS,
+    Rows,
+    Subject,
+    Texts,
+    check_settings,
+    evaluate_model,
+)
+from skipwise.evaluation.fingerprint import files_identity
+from skipwise.models.hf_config import load_config
+from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
+from skipwise.models.model_info import check_reach
+
+
+def evaluate_anything(
+    thing: str,
+    *,
+    lengths: list[int],
+    tasks: list[str],
+    data: list[str],
+    overrides: list[str],
+    baseline: str | None = None,
+    out: str | Path | None = None,
+    command: str = "skipwise eval",
+) -> tuple[Rows, RunFolder]:
+    """Tidy rows of a model, and of a baseline, and the folder that holds them.
+
+    Args:
+        thing: model folder, hub name, or run folder (its exported model, lengths and text).
+        lengths: context lengths; none given: the run's own.
+        tasks: as `eval.tasks`; none given: the run's own, or all of Skipwise's.
+        data: text for perplexity and haystacks; none given: the run's own, or none.
+        baseline: a model to measure beside it, first; `base`: the run's own base model.
+        out: the evaluation folder of a model; None: runs/eval-NAME. A run is its own.
+
+    Raises:
+        SkipwiseError: a run without a model, a model without lengths, a task that is not known.
+    """
+    run = RunFolder(thing)
+    is_run = run.recipe_file.exists()
+    if is_run:
+        recipe = run.recipe()
+        if not run.model.is_dir():
+            trained = recipe.method == "none" or run.facts().get("training")
+            verb = "export" if trained else "extend"
+            raise SkipwiseError(f"{run.path} has no model yet: type skipwise {verb} {run.path}")
+        if out is not None:
+            raise SkipwiseError(f"--out: the results of a run go into it, {run.path}")
+        tree = dataclasses.asdict(recipe)
+    else:
+        name = Path(thing).expanduser().resolve().name if Path(thing).exists() else thing
+        tree = {"model": thing, "target_length": 1}
+        for key in (override.partition("=")[0] for override in overrides):
+            if key.split(".")[0] not in ("eval", "load") and key != "data.text_field":
+                raise SkipwiseError(
+                    f"{key} does not take effect on a model as it is: keys of eval. and load. do\n"
+                    "type skipwise extend to change a model, --data for text"
+                )
+        run = RunFolder(out or Path("runs") / f"eval-{name.replace('/', '-')}")
+    if tasks:
+        tree["eval"] = {**tree.get("eval", {}), "tasks": tasks}
+    recipe = parse_recipe(tree, overrides)
+    check_settings(recipe.eval)
+    lengths = lengths or _own_lengths(recipe, run if is_run else None)
+    if not lengths and set(recipe.eval.tasks) & set(OWN_TASKS):
+        raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
+    labels = _labels(recipe, run, is_run, baseline)
+    subjects = []
+    for label, model in labels.items():  # mistakes show before a folder is made
+        ours = is_run and model in (str(run.model), str(run.converted))
+        settings = recipe.load.of_own_folder() if ours else recipe.load
+        subjects.append(subject(label, model, settings, lengths))
+    if not is_run:
+        _open(run, labels, baseline, command)
+    rows: Rows = []
+    with run.lock():
+        for one in subjects:
+            documents = evaluation_documents(recipe, one.tokenizer, run if is_run else None, data)
+            wanting = [task for task in tasks if task in ("perplexity", "needle")]
+            if wanting and not documents:
+                raise SkipwiseError(f"{' and '.join(wanting)} need text: type --data PATH")
+            rows += evaluate_model(
+                one,
+                Texts(documents=documents),
+                lengths,
+                recipe.eval,
+                done=run.results(),
+                save=run.write_results,
+            )
+    if not rows:
+        raise SkipwiseError(
+            "nothing was measured: no prompt fits these lengths, and no document is as long\n"
+            "type other --lengths, or --data with longer documents"
+        )
+    return rows, run
+
+
+def subject(
+    label: str, model: str, settings: ModelSettings, lengths: list[int], tokenizer: Any = None
+) -> Subject:
+    """A folder or hub name to be measured with its own config, and tokenizer if none is given.
+
+    Raises:
+        SkipwiseError: the config cannot be read, or has no positions for a length.
+    """
+    config = load_config(model, settings)
+    check_reach(config.to_dict(), max(lengths, default=0))
+    dtype = compute_dtype(settings)
+    tokenizer = tokenizer or load_tokenizer(model, settings)
+    return Subject(
+        label=label,
+        load=lambda: load_for_evaluation(model, config, settings, dtype=dtype),
+        tokenizer=tokenizer,
+        identity=[
+            files_identity(model),
+            settings.revision,
+            getattr(config, "_commit_hash", None),  # of the hub
+            str(dtype),
+            settings.attn_implementation,
+            tokenizer_fingerprint(tokenizer),
+        ],
+    )
+
+
+def evaluation_documents(
+    recipe: Recipe, tokenizer: Any, run: RunFolder | None, data: list[str] | None = None
+) -> list[np.ndarray]:
+    """Token ids of the documents to measure with: given, named by the recipe, or held out.
+
+    Where nothing is trained (`method: none`) there is nothing to keep apart from: all sources, but
+    for what a temperature is searched on.
+    """
+    settings = recipe.data
+    sources = data or settings.eval_sources
+    if sources:
+        return _documents(sources, recipe, tokenizer)
+    if recipe.method == "none" and settings.sources:
+        documents = _documents(settings.sources, recipe, tokenizer)
+        searched = recipe.temperature == "auto"
+        return _share_out(documents, recipe.target_length)[0] if searched else documents
+    if run is None or not run.eval_documents.exists():
+        return []
+    lines = run.eval_documents.read_text(encoding="utf-8").splitlines()
+    held_out = [json.loads(line) for line in lines]
+    own = load_tokenizer(str(run.model), ModelSettings()) if run.model.is_dir() else tokenizer
+    if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(own):
+        return [np.array(document["tokens"], np.int64) for document in held_out]
+    texts = [document["text"] for document in held_out]  # a baseline's tokenizer is another
+    return [np.array(encode(tokenizer, text), np.int64) for text in texts]
+
+
+def documents_for_search(recipe: Recipe, tokenizer: Any) -> list[np.ndarray]:
+    """Token ids of what `method: none` may search a temperature on: not what is measured with."""
+    documents = _documents(recipe.data.sources, recipe, tokenizer)
+    if recipe.data.eval_sources:
+        return documents
+    return _share_out(documents, recipe.target_length)[1]
+
+
+def _documents(sources: Any, recipe: Recipe, tokenizer: Any) -> list[np.ndarray]:
+    settings = recipe.data
+    stores = [
+        tokenize_source(s, tokenizer, on_bad_record=settings.on_bad_record, progress=False)
+        for s in parse_sources(sources, settings.text_field)
+    ]
+    bad = [record for store in stores for record in store.bad_records]
+    if bad:
+        count = sum(store.num_bad_records for store in stores)
+        print(f"{count:,} records of the text not readable: {bad[0]}", file=sys.stderr)
+    return [store.document(i) for store in stores for i in range(store.num_documents)]
+
+
+def _share_out(
+    documents: list[np.ndarray], length: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(to measure with, to search on): every second long document, or halves of the only one."""
+    long = [i for i, tokens in enumerate(documents) if len(tokens) >= length]
+    if len(long) == 1 and len(documents[long[0]]) >= 2 * length:
+        whole = documents[long[0]]
+        half = len(whole) // 2
+        return [*documents[: long[0]], whole[:half], *documents[long[0] + 1 :]], [whole[half:]]
+    taken = set(long[1::2])
+    kept = [tokens for i, tokens in enumerate(documents) if i not in taken]
+    return kept, [documents[i] for i in sorted(taken)]
+
+
+def _own_lengths(recipe: Recipe, run: RunFolder | None) -> list[int]:
+    if run is None:
+        return list(recipe.eval.context_lengths)
+    original = run.facts().get("original_length", recipe.target_length)
+    return list(context_lengths(recipe, original))
+
+
+def _labels(recipe: Recipe, run: RunFolder, is_run: bool, baseline: str | None) -> dict[str, str]:
+    """The models to measure by label, the baseline first."""
+    if is_run:
+        base = str(run.converted) if run.converted.is_dir() else recipe.model
+        first: dict[str, str] = {}
+        if baseline == "base":
+            first = {"before": base}
+        elif baseline:  # some other model, not what the run began with
+            name = _name(baseline)
+            first = {baseline if name in ("before", "after") else name: baseline}
+        return {**first, "after": str(run.model)}
+    if baseline == "base":
+        raise SkipwiseError("which baseline? type --baseline MODEL (a run knows its own)")
+    name, other = (_name(model) if model else "" for model in (recipe.model, baseline))
+    if baseline and other == name:
+        name, other = recipe.model, baseline
+    return {**({other: baseline} if baseline else {}), name: recipe.model}
+
+
+def _name(model: str) -> str:
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
+
+
+def _place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
+
+
+def _open(run: RunFolder, labels: dict[str, str], baseline: str | None, command: str) -> None:
+    """Make the evaluation folder, or go on with it."""
+    facts = run.facts()
+    if not facts and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise SkipwiseError(f"{run.path} exists and holds something else: type another --out")
+    if facts and facts.get("kind") != "evaluation":
+        raise SkipwiseError(f"{run.path} is not an evaluation folder: type another --out")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SkipwiseError(f"{run.path} cannot be written: {error.strerror}") from error
+    models = {label: {"name": model} for label, model in labels.items()}
+    for label, model in models.items():
+        known = facts.get("models", {}).get(label, model)["name"]
+        if _place(known) != _place(model["name"]):
+            raise SkipwiseError(
+                f"{run.path} holds results of another {label} ({known})\ntype another --out"
+            )
+    run.update(
+        name=run.path.name,
+        kind="evaluation",
+        models={**facts.get("models", {}), **models},
+        baseline=next(iter(labels)) if baseline else facts.get("baseline"),
+        command=command,
+        machine=machine(),
+        versions=versions(),
+    )

@@ -1,0 +1,235 @@
+"""Passkey retrieval, and the needle grid: five digits hidden at a depth, asked for at the end.
+
+The passkey's haystack is five sentences repeated, with one needle, as published. The needle grid's
+is real text, where nothing tells a needle's line from the rest but its words. It holds a needle at
+every depth, each of its own name, and asks for one after the other: the haystack goes through the
+model once for all of them, and the others distract. With `per_haystack=1` it is the passkey's
+single needle in real text.
+
+Source: Mohtashami & Jaggi 2023, arXiv 2305.16300, section 4; the template is PoSE's. The grid over
+depth and length follows Kamradt 2023, "Needle in a haystack".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from skipwise.evaluation.intervals import wilson
+from skipwise.evaluation.scoring import Trial
+from skipwise.evaluation.tasks.prompts import (
+    answered,
+    count_tokens,
+    fill,
+    made_up_words,
+    sprinkle,
+    token_ids,
+)
+
+INTRO = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+QUERY = "What is the pass key? The pass key is"
+
+
+def prompt(passkey: str, num_fillers: int, depth: float, filler: Sequence[str] = FILLER) -> str:
+    """The question, ready for the answer to follow.
+
+    Args:
+        passkey: the digits to hide.
+        num_fillers: filler sentences in all; the `filler` sentences repeat in turn.
+        depth: share of them that stand before the needle, 0 .. 1.
+    """
+    before = round(depth * num_fillers)
+    sentences = [filler[i % len(filler)] for i in range(num_fillers)]
+    return _around(passkey, " ".join(sentences[:before]), " ".join(sentences[before:]))
+
+
+def prompt_in_text(
+    needles: Sequence[tuple[float, str, str]], asked: str, words: Sequence[str]
+) -> str:
+    """The question about one of the needles in a text.
+
+    Args:
+        needles: (depth, name, passkey) of each; no name: there is one needle only.
+        asked: the name asked for.
+    """
+    lines = [
+        (depth, _needle(passkey, f" of {name}" if name else "")) for depth, name, passkey in needles
+    ]
+    of = f" of {asked}" if asked else ""
+    query = f"What is the pass key{of}? The pass key{of} is"
+    return "\n".join([INTRO, sprinkle(words, lines).rstrip(), query])
+
+
+def passkey_trials(
+    tokenizer: Any, length: int, *, num_trials: int, num_depths: int, seed: int = 0
+) -> list[Trial]:
+    """Prompts with answers, as long as fits in `length` tokens, by depth; none where none fits.
+
+    Args:
+        num_trials: spread evenly over the depths.
+    """
+    trials: list[Trial] = []
+    guess = 16
+    for i, (depth, count) in enumerate(_depths(num_trials, num_depths)):
+        rng = np.random.default_rng([seed, length, i])
+        keys = [str(key) for key in rng.integers(10_000, 100_000, count)]
+
+        def text(units: int, depth: float = depth, keys: list[str] = keys) -> list[str]:
+            return [prompt(key, units, depth) for key in keys]
+
+        found = _filled(tokenizer, text, keys, length, guess)
+        if found is None:
+            return []
+        guess = found[0]
+        trials += [_trial(asked, whole, depth) for asked, whole in found[1]]
+    return trials
+
+
+def needle_trials(
+    tokenizer: Any,
+    length: int,
+    *,
+    num_trials: int,
+    num_depths: int,
+    words: Sequence[str],
+    per_haystack: int = 10,
+    seed: int = 0,
+) -> list[Trial]:
+    """The same for the needle grid, haystack by haystack.
+
+    Args:
+        words: of the text, with their whitespace; each haystack starts at a place of its own.
+        per_haystack: needles in one haystack, at depths spread over it, fewer where they do not
+            fit; 1: all of the same text.
+    """
+    trials: list[Trial] = []
+    guess = 16
+    depths = _depths(num_trials, num_depths)
+    num_groups = -(-len(depths) // max(1, per_haystack))
+    haystack, start = 0, int(np.random.default_rng([seed, length, 2]).integers(len(words)))
+    for turn in range(depths[0][1]):
+        for group in range(num_groups):
+            here = [depth for depth, count in depths[group::num_groups] if turn < count]
+            if not here:
+                continue
+            rng = np.random.default_rng([seed, length, len(trials), 1])
+            if per_haystack > 1:
+                haystack += 1
+                start = int(rng.integers(len(words)))
+            names = made_up_words(rng, len(here), 2) if per_haystack > 1 else [""] * len(here)
+            keys = [str(key) for key in rng.choice(90_000, len(here), replace=False) + 10_000]
+            needles = list(zip(here, names, keys, strict=True))
+
+            def text(units: int, needles: list[Any] = needles, start: int = start) -> list[str]:
+                shown = [
+                    *words[start : start + units],
+                    *words[: max(0, start + units - len(words))],
+                ]
+                return [prompt_in_text(needles, name, shown) for _, name, _ in needles]
+
+            found = _filled(tokenizer, text, keys, length, guess)
+            if found is None and per_haystack == 1:
+                return []
+            if found is None:  # as many as a short context has room for
+                return needle_trials(
+                    tokenizer,
+                    length,
+                    num_trials=num_trials,
+                    num_depths=num_depths,
+                    words=words,
+                    per_haystack=per_haystack // 2,
+                    seed=seed,
+                )
+            guess = found[0]
+            trials += [
+                _trial(asked, whole, depth, haystack)
+                for (asked, whole), depth in zip(found[1], here, strict=True)
+            ]
+    return sorted(trials, key=lambda trial: (trial.haystack, trial.depth))
+
+
+def rows_by_depth(
+    task: str, length: int, trials: Sequence[Trial], right: Sequence[bool]
+) -> list[dict[str, Any]]:
+    """A row of results a depth."""
+    rows = []
+    for depth in sorted({trial.depth or 0.0 for trial in trials}):
+        hits = [hit for trial, hit in zip(trials, right, strict=True) if trial.depth == depth]
+        low, high = wilson(sum(hits), len(hits))
+        rows.append(
+            {
+                "task": task,
+                "metric": "exact_match",
+                "context_length": length,
+                "depth": depth,
+                "value": sum(hits) / len(hits),
+                "low": low,
+                "high": high,
+                "num_samples": len(hits),
+            }
+        )
+    return rows
+
+
+def _depths(num_trials: int, num_depths: int) -> list[tuple[float, int]]:
+    """(depth, trials there), the trials spread evenly."""
+    num = max(1, min(num_depths, num_trials))
+    return [
+        (float(depth), num_trials // num + (i < num_trials % num))
+        for i, depth in enumerate(np.linspace(0.0, 1.0, num))
+    ]
+
+
+def _filled(
+    tokenizer: Any,
+    text: Callable[[int], list[str]],
+    keys: Sequence[str],
+    length: int,
+    guess: int,
+) -> tuple[int, list[tuple[list[int], list[int]]]] | None:
+    """Prompts, and prompts with their answers, of the most units that all of them fit with."""
+
+    def size(units: int) -> int:
+        return count_tokens(tokenizer, f"{text(units)[0]} {keys[0]}")
+
+    units = fill(size, length, guess)
+    while units:
+        texts = text(units)
+        asked = [token_ids(tokenizer, prompt) for prompt in texts]
+        whole = [
+            answered(tokenizer, prompt, ids, key)
+            for prompt, ids, key in zip(texts, asked, keys, strict=True)
+        ]
+        if max(map(len, whole)) <= length:
+            return units, list(zip(asked, whole, strict=True))
+        units -= 1
+    return None
+
+
+def _trial(asked: list[int], whole: list[int], depth: float, haystack: int = 0) -> Trial:
+    return Trial(
+        input_ids=whole,
+        num_answer=len(whole) - len(asked),
+        depth=round(depth, 3),
+        haystack=haystack,
+    )
+
+
+def _needle(passkey: str, of: str = "") -> str:
+    return f"The pass key{of} is {passkey}. Remember it. {passkey} is the pass key{of}."
+
+
+def _around(passkey: str, before: str, after: str) -> str:
+    return "\n".join([INTRO, before, _needle(passkey), after, QUERY])

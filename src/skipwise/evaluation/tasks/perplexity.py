@@ -1,0 +1,157 @@
+"""Perplexity by context length: the same target tokens, seen with more and more context.
+
+Windows of the longest context are laid over each document with stride S; the last S tokens of a
+window are its targets, scored at every context length c with the c - S tokens before them. So a
+lower value at a longer context means that the model uses it, not that the text is easier there.
+Bits per byte are the same loss counted per byte of the targets' text: they compare models of
+different tokenizers.
+
+Source: the sliding window of Press et al. 2022, arXiv 2108.12409, appendix B, with stride S.
+Shapes:  c = context length, S = targets of a window, W = windows
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from skipwise.evaluation.intervals import clustered_mean
+from skipwise.evaluation.prefill import logits_in_slices
+
+_BEFORE = 16  # tokens decoded before the targets, so that both ends are cut in the same way
+
+
+def perplexity(
+    model: Any,
+    documents: Sequence[np.ndarray],
+    context_lengths: Sequence[int],
+    *,
+    tokenizer: Any = None,
+    stride: int | None = None,
+    num_windows: int = 32,
+    batch_tokens: int = 16384,
+    tick: Callable[[int], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of results, two a context length: perplexity, and bits per byte.
+
+    Args:
+        documents: token ids; those below the longest context length are left out.
+        tokenizer: to count bytes with; None: no bits per byte.
+        stride: S; None: half the shortest context length, at most 512.
+        num_windows: windows in all, spread evenly over the documents; as many as fit are every
+            window of the sliding.
+        tick: is told of the tokens that went through the model.
+
+    Returns:
+        tidy rows with 95 % intervals over documents; no rows where no document is long enough for
+        the shortest length. Context lengths beyond the longest document are left out.
+    """
+    lengths = fitting_lengths(documents, context_lengths)
+    if not lengths or not num_windows:
+        return []
+    num_targets = max(1, min(stride or min(lengths[0] // 2, 512), lengths[0] - 1))
+    windows, owners = _windows(documents, lengths[-1], num_targets, num_windows)
+    bytes_per_token = _bytes(tokenizer, windows, num_targets) / (len(windows) * num_targets)
+    rows = []
+    for c in lengths:
+        losses = _losses(model, windows[:, -c:], num_targets, batch_tokens, tick)
+        mean, low, high = clustered_mean(losses, owners)
+        common = {
+            "task": "perplexity",
+            "context_length": c,
+            "num_samples": len(windows) * num_targets,
+        }
+        values = {"value": _exp(mean), "low": _exp(low), "high": _exp(high)}
+        rows.append({**common, "metric": "perplexity", **values})
+        if bytes_per_token:
+            bits = math.log(2) * bytes_per_token
+            values = {"value": mean / bits, "low": low / bits, "high": high / bits}
+            finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            rows.append({**common, "metric": "bits_per_byte", **finite})
+    return rows
+
+
+def fitting_lengths(
+    documents: Sequence[np.ndarray], context_lengths: Sequence[int]
+) -> tuple[int, ...]:
+    """The context lengths that the longest document has the tokens for, ascending."""
+    longest = max((len(tokens) for tokens in documents), default=0)
+    return tuple(c for c in sorted(context_lengths) if 1 < c <= longest)
+
+
+def _windows(
+    documents: Sequence[np.ndarray], length: int, num_targets: int, num_windows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(W, length) windows and (W,) the document each is from; targets never overlap."""
+    usable = [i for i, tokens in enumerate(documents) if len(tokens) >= length]
+    room = {i: (len(documents[i]) - length) // num_targets + 1 for i in usable}
+    counts = dict.fromkeys(usable, 0)
+    left = min(num_windows, sum(room.values()))
+    while left:
+        for i in usable:
+            if left and counts[i] < room[i]:
+                counts[i] += 1
+                left -= 1
+    windows, owners = [], []
+    for i in usable:
+        places = np.linspace(0, room[i] - 1, counts[i] + 2)[1:-1] if room[i] > counts[i] else None
+        for j in range(counts[i]):
+            start = (j if places is None else round(float(places[j]))) * num_targets
+            windows.append(np.asarray(documents[i][start : start + length], np.int64))
+            owners.append(i)
+    return np.stack(windows), np.array(owners)
+
+
+@torch.inference_mode()
+def _losses(
+    model: Any,
+    windows: np.ndarray,
+    num_targets: int,
+    batch_tokens: int,
+    tick: Callable[[int], object] | None,
+) -> np.ndarray:
+    """(W,) mean loss of each window's targets, in nats."""
+    length = windows.shape[1]
+    rows = max(1, batch_tokens // length)
+    positions = torch.arange(length - num_targets - 1, length - 1)
+    losses = []
+    for start in range(0, len(windows), rows):
+        ids = torch.from_numpy(windows[start : start + rows]).to(model.device)
+        done, total = 0, torch.zeros(len(ids), dtype=torch.float64)
+        for logits in logits_in_slices(model, ids, positions):  # (B, k, V)
+            at = length - num_targets + done
+            targets = ids[:, at : at + logits.shape[1]]
+            for row in range(len(ids)):  # a row at a time: float32 copies stay small
+                target = targets[row].to(logits.device)
+                loss = torch.nn.functional.cross_entropy(logits[row].float(), target)
+                total[row] += loss.double().cpu() * logits.shape[1]
+            done += logits.shape[1]
+        losses.append((total / num_targets).numpy())
+        if tick is not None:
+            tick(ids.numel())
+    return np.concatenate(losses)
+
+
+def _bytes(tokenizer: Any, windows: np.ndarray, num_targets: int) -> int:
+    """UTF-8 bytes of the text of all targets; a cut character counts where it ends."""
+    if tokenizer is None:
+        return 0
+    total = 0
+    for window in windows:
+        last = window[-num_targets - _BEFORE :].tolist()
+        whole, before = (
+            tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+            for ids in (last, last[:-num_targets])
+        )
+        total += len(whole.encode()) - len(before.encode())
+    return total
+
+
+def _exp(loss: float) -> float | None:
+    """Perplexity; None where it is not a finite number (JSON has none)."""
+    value = math.exp(loss) if loss < 700 else math.inf
+    return value if math.isfinite(value) else None

@@ -1,0 +1,235 @@
+"""RULER-like tasks: retrieval, tracing and counting over a context of exact length, no download.
+
+Each prompt is filled until prompt and answer take the context length, and ends with the start of
+the answer, so that base models can do it. Names and values are made up anew for each sample, so no
+model can know them. The score is RULER's: the share of the expected answers that stand in what the
+model says.
+
+Where it differs from RULER: words of no language instead of an English list, wording of its own,
+the evaluation's text as haystack (repeated filler where there is none), counts that shrink with
+short contexts, and one worked example for tracing and counting at any length.
+
+Source: Hsieh et al. 2024, arXiv 2404.06654, section 3 and appendix B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from skipwise.evaluation.scoring import Trial
+from skipwise.evaluation.tasks.passkey import FILLER
+from skipwise.evaluation.tasks.prompts import (
+    count_tokens,
+    fill,
+    made_up_numbers,
+    made_up_uuids,
+    made_up_words,
+    sprinkle,
+    token_ids,
+)
+
+_NUM_KEYS = 4  # of the multi-key, multi-value and multi-query tasks
+_NUM_HOPS = 4
+_NUM_COMMON = 10
+_TOP = 3
+_MARGIN = 1.5  # room for the answer, to its tokens; a base model may put words between
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """A prompt as a function of how much haystack is in it."""
+
+    text: Callable[[int], str]  # of a number of units
+    answers: tuple[str, ...]
+    spoken: str  # the answer as a model would say it
+
+
+def make_samples(
+    task: str,
+    tokenizer: Any,
+    length: int,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    words: Sequence[str] = (),
+) -> list[Trial]:
+    """Samples of a task that fill `length` tokens with their answers; none where none fits.
+
+    Args:
+        task: a key of `TASKS`.
+        words: the haystack's, with their whitespace; none: filler sentences.
+    """
+    make = TASKS[task]
+    samples = []
+    num_units: int | None = 16
+    for i in range(num_samples):
+        rng = np.random.default_rng([seed, length, i, list(TASKS).index(task)])
+        haystack = _Haystack(words=words)
+        question = make(rng, haystack, length)
+        room = round(_MARGIN * count_tokens(tokenizer, question.spoken)) + 4
+
+        def size(units: int, text: Callable[[int], str] = question.text, room: int = room) -> int:
+            return count_tokens(tokenizer, text(units)) + room
+
+        num_units = fill(size, length, num_units)
+        if num_units is None:
+            return []
+        samples.append(
+            Trial(
+                input_ids=token_ids(tokenizer, question.text(num_units)),
+                answers=question.answers,
+                max_new_tokens=room,
+            )
+        )
+    return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Haystack:
+    """Text or filler to hide needles in."""
+
+    words: Sequence[str] = field(default=())
+
+    def units(self, count: int) -> Sequence[str]:
+        if self.words:
+            return self.words[:count]
+        return [FILLER[i % len(FILLER)] + " " for i in range(count)]
+
+
+def _needles(
+    kind: Callable[[np.random.Generator, int], list[str]],
+    noun: str,
+    *,
+    num_needles: int = 1,
+    num_values: int = 1,
+    num_asked: int = 1,
+) -> Callable[[np.random.Generator, _Haystack, int], _Question]:
+    """Needles that give each name its values; some names are asked for."""
+
+    def make(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
+        names = made_up_words(rng, num_needles)
+        values = kind(rng, num_needles * num_values)
+        depths = rng.random(num_needles * num_values)
+        needles = [
+            (float(depth), f"The special {noun} for {names[i // num_values]} is {value}.")
+            for i, (depth, value) in enumerate(zip(depths, values, strict=True))
+        ]
+        asked = sorted(rng.choice(num_needles, num_asked, replace=False).tolist())
+        answers = [values[n * num_values + j] for n in asked for j in range(num_values)]
+        listed = _listed([names[n] for n in asked])
+        one = len(answers) == 1
+        nouns, are = (noun, "is") if one else (f"{noun}s", "are")
+        what = f"What {are} {'the' if one else 'all the'} special {nouns} for {listed}?"
+
+        def text(units: int) -> str:
+            return (
+                f"Special {noun}s are hidden in this text. Remember them: they are asked for at "
+                f"the end.\n{sprinkle(haystack.units(units), needles)}\n{what} "
+                f"The special {nouns} for {listed} {are}"
+            )
+
+        return _Question(text=text, answers=tuple(answers), spoken=" " + ", ".join(answers))
+
+    return make
+
+
+def _tracing(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
+    """A value handed from variable to variable, over hops in the order of the text."""
+    names = [name.upper() for name in made_up_words(rng, 2 * (_NUM_HOPS + 1), 2)]
+    example, names = names[: _NUM_HOPS + 1], names[_NUM_HOPS + 1 :]
+    other, value = made_up_numbers(rng, 2, 5)
+
+    def chain(names: list[str], value: str) -> list[str]:
+        first = f"VAR {names[0]} = {value}"
+        return [first, *(f"VAR {b} = VAR {a}" for a, b in pairwise(names))]
+
+    def question(value: str) -> str:
+        return (
+            f"Which variables have the value {value}, directly or through others? The "
+            f"{_NUM_HOPS + 1} variables with the value {value} are"
+        )
+
+    depths = sorted(rng.random(_NUM_HOPS + 1).tolist())
+    needles = list(zip(depths, chain(names, value), strict=True))
+
+    def text(units: int) -> str:
+        shown = "\n".join(chain(example, other))
+        return (
+            f"Follow the variables through the text.\n{shown}\n{question(other)} "
+            f"{' '.join(example)}.\n\nFollow the variables through the text.\n"
+            f"{sprinkle(haystack.units(units), needles)}\n{question(value)}"
+        )
+
+    return _Question(text=text, answers=tuple(names), spoken=" " + " ".join(names))
+
+
+def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
+    """A list in which ten words come ten times as often as the others."""
+    times = 3 if length >= 4096 else 1
+    common = made_up_words(rng, _NUM_COMMON, 2)
+    rare = [w for w in made_up_words(rng, max(64, length // 2), 3) if w not in common]
+    places = rng.random(10 * times * _NUM_COMMON + times * len(rare))
+    what = f"The {_NUM_COMMON} most common words in the list are"
+
+    def numbered(words: list[str]) -> str:
+        mixed = [words[i] for i in places[: len(words)].argsort()]  # one more moves no other
+        return " ".join(f"{i + 1}. {word}" for i, word in enumerate(mixed))
+
+    example = made_up_words(rng, _NUM_COMMON // 2, 2)
+    short = numbered(example * 3 + rare[-4:])
+
+    def text(units: int) -> str:
+        words = common * (10 * times) + [w for w in rare[:units] for _ in range(times)]
+        return (
+            f"Below is a list of words, some of them far more common than others.\n{short}\nThe "
+            f"{len(example)} most common words in the list are {' '.join(example)}.\n\nBelow is a "
+            "list of words, some of them far more common than others.\n"
+            f"{numbered(words)}\n{what}"
+        )
+
+    return _Question(text=text, answers=tuple(common), spoken=" " + " ".join(common))
+
+
+def _frequent_words(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
+    """Words whose counts fall with the square of their rank; the first three are asked for."""
+    words = made_up_words(rng, max(32, length // 8), 2)
+    shares = 1 / np.arange(1, len(words) + 1) ** 2.0  # zeta of 2, as RULER's alpha
+    order = int(rng.integers(1 << 30))
+
+    def text(units: int) -> str:
+        counts = np.maximum((shares / shares.sum() * (units + 15)).round().astype(int), 0)
+        counts[:_TOP] += np.arange(_TOP, 0, -1)  # no ties among those asked for
+        mixed = np.random.default_rng(order).permutation(np.repeat(words, counts))
+        return (
+            f"Find the {_TOP} most frequent words of this coded text.\n{' '.join(mixed)}\nThe "
+            f"{_TOP} most frequent words are"
+        )
+
+    return _Question(text=text, answers=tuple(words[:_TOP]), spoken=" " + " ".join(words[:_TOP]))
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+_WORDS = _needles(made_up_words, "word")
+_NUMBERS = _needles(made_up_numbers, "number")
+_UUIDS = _needles(made_up_uuids, "uuid")
+TASKS: dict[str, Callable[[np.random.Generator, _Haystack, int], _Question]] = {
+    "niah_single_words": _WORDS,
+    "niah_single_numbers": _NUMBERS,
+    "niah_single_uuids": _UUIDS,
+    "niah_multikey": _needles(made_up_numbers, "number", num_needles=_NUM_KEYS),
+    "niah_multivalue": _needles(made_up_numbers, "number", num_values=_NUM_KEYS),
+    "niah_multiquery": _needles(
+        made_up_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS
+    ),
+    "vt": _tracing,
+    "cwe": _common_words,
+    "fwe": _frequent_words,
+}

@@ -1,0 +1,185 @@
+"""Run llama.cpp's converter on a model folder, in a process of its own, and check its file.
+
+It sees a copy of the folder's listing without code and with the context's true length. The file is
+moved in place when it is whole and llama.cpp will compute from it what config.json asks for.
+
+Source: ggml-org/llama.cpp, convert_hf_to_gguf.py and conversion/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from skipwise.config.recipe import load_recipe
+from skipwise.config.run_folder import write_json
+from skipwise.data.tokenize import cache_folder
+from skipwise.errors import SkipwiseError
+from skipwise.export.gguf.file import gguf_package
+from skipwise.export.gguf.keys import check_gguf, mend
+from skipwise.export.gguf.requirements import Asked, read_asked, refuse
+from skipwise.export.gguf.tokenizer import pre_tokenizer, text_ends
+from skipwise.pose.rope import Linear
+
+OUTTYPES = ("f16", "bf16", "q8_0", "f32")
+_SCRIPT = "convert_hf_to_gguf.py"
+_WITHOUT = (".py", ".pyc", ".gguf")  # of the folder: nothing in it is run
+_NAMED = """
+import runpy, sys
+name, script = sys.argv[1:3]
+sys.argv = sys.argv[2:]
+folder = script.rpartition("/")[0]
+sys.path[:1] = [folder, folder + "/gguf-py"]
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: name
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def find_converter(given: str | None = None) -> Path:
+    """llama.cpp's converter script: given, in $LLAMA_CPP, on the PATH, or at a usual place.
+
+    Args:
+        given: a checkout of llama.cpp or the script.
+
+    Raises:
+        SkipwiseError: it is not there, with what to type.
+    """
+    for source, place in (("", given), ("$LLAMA_CPP: ", os.environ.get("LLAMA_CPP"))):
+        if place:
+            path = Path(place).expanduser()
+            script = path / _SCRIPT if path.is_dir() else path
+            if script.is_file() and script.suffix == ".py":
+                return script.resolve()
+            raise SkipwiseError(
+                f"{source}{place} holds no {_SCRIPT}\ngive a checkout of llama.cpp, or the script"
+            )
+    usual = [Path("llama.cpp"), Path("..") / "llama.cpp", Path.home() / "llama.cpp"]
+    usual.append(cache_folder() / "llama.cpp")
+    on_path = shutil.which(_SCRIPT)
+    for script in [*([Path(on_path)] if on_path else []), *(folder / _SCRIPT for folder in usual)]:
+        if script.is_file():
+            return script.resolve()
+    raise SkipwiseError(
+        f"llama.cpp's {_SCRIPT} was not found, and it writes the GGUF file\n"
+        "type git clone --depth 1 https://github.com/ggml-org/llama.cpp, "
+        "or give yours: --llama-cpp FOLDER, or $LLAMA_CPP"
+    )
+
+
+def to_gguf(
+    folder: Path, out: Path, outtype: str = "f16", *, converter: Path, name: str | None = None
+) -> Path:
+    """Write an exported model folder as one GGUF file, and check what llama.cpp will compute.
+
+    Args:
+        out: replaced whole, and only by a file that passed.
+        outtype: f16, bf16, q8_0 or f32.
+        converter: from `find_converter`.
+        name: of the model, in the file; None: the recipe's, else the folder's.
+
+    Raises:
+        SkipwiseError: llama.cpp does not know the architecture or tokenizer, or cannot compute the
+            scaling; the `gguf` package is missing; the disk is full.
+    """
+    if outtype not in OUTTYPES:
+        raise SkipwiseError(f"{outtype!r} is no type of GGUF file: choose {', '.join(OUTTYPES)}")
+    gguf_package()  # before minutes of work
+    asked = read_asked(folder)
+    refuse(asked)
+    part = out.with_name(out.name + ".part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            staged = Path(scratch) / "model"
+            _stage(folder, staged, asked)
+            _convert(converter, staged, part, outtype, name or _name(folder))
+        mend(part, folder)
+        failed = [check for check in check_gguf(part, folder) if not check.passed]
+        if failed:
+            lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
+            raise SkipwiseError(f"llama.cpp would not compute what {folder} says\n{lines}")
+        os.replace(part, out)
+    except OSError as error:
+        raise SkipwiseError(f"{out} could not be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return out
+
+
+def _stage(folder: Path, staged: Path, asked: Asked) -> None:
+    """The folder as the converter should see it: no code, T, and whether texts begin with BOS.
+
+    The converter loads the tokenizer with trust_remote_code, and leaves llama.cpp to its defaults
+    where the tokenizer says nothing: SentencePiece models would get a BOS that training never saw.
+    """
+    staged.mkdir()
+    edited = {"config.json", "tokenizer_config.json"}
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix not in _WITHOUT and path.name not in edited:
+            try:
+                (staged / path.name).symlink_to(path.resolve())
+            except OSError:  # Windows lets few users do this
+                shutil.copyfile(path, staged / path.name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    if isinstance(asked.scaling, Linear):
+        config["max_position_embeddings"] = asked.target_length
+    write_json(staged / "config.json", config)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings.pop("auto_map", None)
+    write_json(staged / "tokenizer_config.json", {**settings, **text_ends(folder)})
+
+
+def _name(folder: Path) -> str:
+    recipe = folder / "skipwise_recipe.yaml"
+    return load_recipe(recipe).run_name if recipe.is_file() else folder.resolve().name
+
+
+def _convert(converter: Path, staged: Path, part: Path, outtype: str, name: str) -> None:
+    arguments = [str(staged), "--outfile", str(part), "--outtype", outtype, "--model-name", name]
+    errors = _run([str(converter), *arguments])
+    known = pre_tokenizer(staged) if errors and "pre-tokenizer" in errors else None
+    if known and (converter.parent / "conversion").is_dir():
+        errors = _run(["-c", _NAMED, known, converter.as_posix(), *arguments])
+    if errors is not None:
+        raise SkipwiseError(_explain(errors, converter))
+
+
+def _run(arguments: list[str]) -> str | None:
+    """None where it went well, else what it wrote to stderr."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    return (done.stderr or "no word") if done.returncode else None
+
+
+def _explain(errors: str, converter: Path) -> str:
+    """One to three lines on why the converter failed."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    last = lines[-1] if lines else "no word"
+    if "No module named" in last:
+        module = last.split("'")[1].partition(".")[0] if "'" in last else "?"
+        names = {"google": "protobuf", "mistral_common": "mistral-common"}
+        return f"{converter} needs {module}\ntype pip install {names.get(module, module)}"
+    if "pre-tokenizer" in errors:
+        return (
+            "llama.cpp does not know how this tokenizer cuts texts into words, and would cut them "
+            "otherwise\nthe safetensors folder serves with vLLM or transformers; SentencePiece "
+            "models (tokenizer.model) and the published byte-level ones convert"
+        )
+    unknown = [line for line in lines if "not supported" in line]
+    if unknown:
+        return f"{unknown[-1]}\ntake a newer llama.cpp, or serve the folder with vLLM"
+    if "No space left" in errors:
+        return "the disk is full: the GGUF file needs 2 bytes a parameter, and q8_0 half of that"
+    return f"{converter.name} failed: {last}\ntry a newer llama.cpp, or type it yourself to see all"

@@ -1,0 +1,205 @@
+"""The RoPE keys of a GGUF file: what llama.cpp will compute from them, and mending them.
+
+Frequencies are worked out from the file's keys the way llama.cpp's C code does, and compared with
+those that config.json asks for.
+
+Relied on, as of the llama.cpp in llama-cpp-python 0.3.36, {arch} the architecture:
+
+src/llama-model.cpp, load_hparams   `{arch}.context_length`; `.rope.freq_base`, 10000; and of
+    `.rope.scaling.`: `type`, linear unless given; `factor`, 1; `original_context_length`, the
+    context length; `attn_factor`, 1. `yarn_beta_fast` and its like are read by few architectures,
+    llama not among them: elsewhere the ramp goes from 32 turns to 1, its ends at whole pairs.
+src/llama-context.cpp, ggml rope_yarn   yarn multiplies cos and sin by attn_factor x
+    (1 + 0.1 ln factor) whatever config.json says; other types by attn_factor.
+src/models/llama.cpp   a tensor `rope_freqs.weight` (d/2,) divides each pair's frequency, unless the
+    type is longrope. The converter writes it for llama3; it can hold any fixed frequencies, so
+    what has no keys (yarn with other turns, longrope with one list) is written that way.
+src/models/phi3.cpp   beyond the original context `rope_factors_long.weight` divides them.
+conversion/base.py   max_position_embeddings becomes `context_length`, though linear keeps L there;
+    attention_factor becomes `yarn_attn_factor`, which is not read.
+
+Letters: d = rotary dimension, T = target length
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipwise.export.gguf.file import read_file, rewrite, set_numbers
+from skipwise.export.gguf.requirements import Asked, read_asked
+from skipwise.export.gguf.tokenizer import text_ends
+from skipwise.pose.rope import Linear, LongRoPE, Unscaled, YaRN
+from skipwise.preflight.config import Check
+
+_TABLE = "rope_freqs.weight"
+# these read more keys (yarn_log_multiplier, yarn_beta_fast) or work out the factor on their own
+_OWN_WAY = {"deepseek2", "deepseek32", "deepseek4", "glm-dsa", "grok", "laguna", "mistral3"}
+
+
+def check_gguf(file: Path, folder: Path) -> list[Check]:
+    """What llama.cpp will compute from a GGUF file, against the model folder it was made from.
+
+    Raises:
+        SkipwiseError: not a GGUF file; a folder whose config Skipwise cannot read.
+    """
+    asked = read_asked(folder)
+    keys, tables = read_file(file)
+    length = keys.get(f"{keys['general.architecture']}.context_length", 0)
+    T = asked.target_length
+    checks = [
+        _check_frequencies(asked, keys, tables),
+        _check_attention(asked, keys, tables),
+        Check(
+            name="gguf context length",
+            passed=length == T,
+            detail=f"{length:,} tokens" + ("" if length == T else f", and the model's is {T:,}"),
+        ),
+    ]
+    ends = text_ends(folder)
+    flag = keys.get("tokenizer.ggml.add_bos_token", keys.get("tokenizer.ggml.model") == "llama")
+    if "add_bos_token" in ends:
+        same = flag == ends["add_bos_token"]
+        words = {True: "begins with BOS", False: "begins without BOS"}
+        checks.append(
+            Check(
+                name="gguf tokenizer",
+                passed=same,
+                detail=f"a text {words[flag]}"
+                + ("" if same else f", and in training it {words[not flag]}"),
+            )
+        )
+    return checks
+
+
+def _check_frequencies(asked: Asked, keys: dict[str, Any], tables: dict[str, np.ndarray]) -> Check:
+    name, scaling, architecture = "gguf rope", asked.scaling, keys["general.architecture"]
+    if architecture in _OWN_WAY and not isinstance(scaling, Unscaled):
+        detail = (
+            f"llama.cpp scales {architecture} in a way of its own, which Skipwise does not compute:"
+            " compare its answers at full length with transformers'"
+        )
+        return Check(name=name, passed=False, detail=detail)
+    have, want = llama_cpp_rope(keys, tables)[0], asked.inv_freq()
+    if len(have) != len(want):
+        detail = f"{len(have)} pairs, and the config says {len(want)}"
+        return Check(name=name, passed=False, detail=detail)
+    scaled = f"{architecture}.rope.scaling"
+    factor = keys.get(f"{scaled}.factor", 1.0)
+    found = f"{keys[f'{scaled}.type']} by {factor:g}" if f"{scaled}.type" in keys else "no type"
+    found += f", theta {keys.get(f'{architecture}.rope.freq_base', 10000.0):,.0f}"
+    found += " and a table" if tables else ""
+    worst = int(np.abs(have / want - 1).argmax())
+    if np.allclose(have, want, rtol=1e-5, atol=0):
+        detail = f"{found}: llama.cpp turns every pair as {scaling.name} by {scaling.factor:g} does"
+        return Check(name=name, passed=True, detail=detail)
+    detail = (
+        f"{found}: llama.cpp turns pair {worst} of {len(want)} by {have[worst]:.4g}, and "
+        f"{scaling.name} by {scaling.factor:g} turns it by {want[worst]:.4g}"
+    )
+    return Check(name=name, passed=False, detail=detail)
+
+
+def _check_attention(asked: Asked, keys: dict[str, Any], tables: dict[str, np.ndarray]) -> Check:
+    have, want = llama_cpp_rope(keys, tables)[1], asked.scaling.attention_factor
+    same = abs(have - want) <= 1e-5 * want
+    detail = f"{have:.4f}" + ("" if same else f", and the config says {want:.4f}")
+    return Check(name="gguf attention factor", passed=same, detail=detail)
+
+
+def llama_cpp_rope(keys: dict[str, Any], tables: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
+    """llama.cpp's inv_freq (d/2,) beyond the original context, and its factor on cos and sin."""
+    architecture = keys["general.architecture"]
+
+    def key(name: str, default: Any) -> Any:
+        return keys.get(f"{architecture}.{name}", default)
+
+    kind = key("rope.scaling.type", "linear")
+    factor = 1.0 if kind == "none" else key("rope.scaling.factor", 0.0) or 1.0
+    head_dim = key("attention.key_length", None)
+    if head_dim is None:
+        head_dim = key("embedding_length", 0) // np.max(key("attention.head_count", 1))
+    dim, theta = key("rope.dimension_count", head_dim), float(key("rope.freq_base", 10000.0))
+    long = kind == "longrope" or architecture == "phi3"
+    table = tables.get("rope_factors_long.weight" if long else _TABLE, 1.0)
+    plain = theta ** (-np.arange(0, dim, 2) / dim) / table
+    attention = float(key("rope.scaling.attn_factor", 1.0))
+    if kind != "yarn":
+        return plain / factor, attention
+    length = key("rope.scaling.original_context_length", key("context_length", 0))
+
+    def pair(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(0, math.floor(pair(32.0))), min(dim - 1, math.ceil(pair(1.0)))
+    slowed = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0.0, 1.0)
+    mixed = plain * (1 - slowed) + plain / factor * slowed
+    return mixed, attention * (1 + 0.1 * math.log(max(factor, 1.0)))
+
+
+def mend(file: Path, folder: Path) -> list[str]:
+    """Put right what the converter wrote of RoPE, in place where numbers suffice.
+
+    Returns:
+        the keys and tensors that were changed.
+    """
+    asked = read_asked(folder)
+    keys, tables = read_file(file)
+    architecture = keys["general.architecture"]
+    if architecture in _OWN_WAY:
+        return []
+    wanted = _rope_keys(asked, architecture)
+    changed = {key: value for key, value in wanted.items() if not _same(keys.get(key), value)}
+    table = _table(asked)
+    if table is None or (_TABLE in tables and np.allclose(tables[_TABLE], table, rtol=1e-5)):
+        tensors = {}
+    else:
+        tensors = {_TABLE: table}
+    numbers = {k: v for k, v in changed.items() if isinstance(v, int | float) and k in keys}
+    if not changed and not tensors:
+        return []
+    if numbers == changed and not tensors:
+        set_numbers(file, numbers)
+    else:
+        # what llama.cpp does not read today would count twice if it read it tomorrow
+        unread = [k for k in keys if k.startswith(f"{architecture}.rope.scaling.yarn_")]
+        rewrite(file, {**dict.fromkeys(unread), **changed}, tensors)
+    return [*changed, *tensors]
+
+
+def _rope_keys(asked: Asked, architecture: str) -> dict[str, str | int | float | None]:
+    """The keys as they should be; None: not there."""
+    scaling = asked.scaling
+    rope: dict[str, str | int | float | None]
+    if isinstance(scaling, LongRoPE) and not asked.by_table:  # phi3's own keys stay
+        rope = {}
+    else:
+        rope = {"type": None, "factor": None, "original_context_length": None}
+    if isinstance(scaling, Linear):
+        rope |= {"type": "linear", "factor": scaling.factor}
+    elif isinstance(scaling, YaRN) and not asked.by_table:
+        rope |= {"type": "yarn", "factor": scaling.factor}
+        rope["original_context_length"] = scaling.original_length
+    factor = asked.attn_factor
+    rope["attn_factor"] = None if abs(factor - 1) < 1e-6 else factor
+    wanted = {f"{architecture}.rope.scaling.{key}": value for key, value in rope.items()}
+    wanted[f"{architecture}.rope.freq_base"] = asked.facts.rope_theta
+    wanted[f"{architecture}.context_length"] = asked.target_length
+    return wanted
+
+
+def _table(asked: Asked) -> np.ndarray | None:
+    """By what each pair's frequency is divided (d/2,), where only that says it."""
+    if not asked.by_table:
+        return None
+    plain = Unscaled().inv_freq(asked.facts.rope_theta, asked.facts.rotary_dim)
+    return (plain / asked.inv_freq()).astype(np.float32)
+
+
+def _same(have: Any, want: Any) -> bool:
+    if isinstance(have, int | float) and isinstance(want, int | float):
+        return math.isclose(have, want, rel_tol=1e-6)  # float32 in the file
+    return have == want

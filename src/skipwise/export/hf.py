@@ -1,0 +1,273 @@
+"""What is handed over: weights, tokenizer, and a config that every stock runtime reads right.
+
+The config is written in both spellings, for transformers 4 reads a transformers 5 checkpoint as
+unscaled without a word. A fresh process with plain transformers then loads the folder, and its
+logits at the far end of the window must equal those of the model that was saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from skipwise.config.recipe import Recipe, dump_recipe
+from skipwise.config.run_folder import RunFolder, write_json, write_text
+from skipwise.errors import SkipwiseError
+from skipwise.models.attention.temperature import fold_temperature
+from skipwise.models.compatibility import make_portable, save_tokenizer
+from skipwise.models.load import best_device, compute_dtype, load_model
+from skipwise.preflight.config import Check
+from skipwise.training.inputs import ModelPlan
+
+_TOLERANCE = 1e-4
+_SHARD = "5GB"
+_PROBE = 64  # tokens of the reload check: half at the start of the window, half at its end
+_RELOAD = """
+import sys, numpy, torch
+from transformers import AutoModelForCausalLM
+folder, probe, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+ids, positions = torch.from_numpy(numpy.load(probe))
+with torch.no_grad():
+    ones = torch.ones_like(ids)[None]
+    logits = model(ids[None], position_ids=positions[None], attention_mask=ones,
+                   use_cache=False).logits
+numpy.save(out, logits[0].numpy())
+"""
+_RELOAD_ADAPTER = _RELOAD.replace(
+    "model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()",
+    """from peft import PeftConfig, PeftModel
+from transformers import AutoConfig
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+model = AutoModelForCausalLM.from_pretrained(
+    base, config=AutoConfig.from_pretrained(folder), dtype=torch.float32)
+model = PeftModel.from_pretrained(model, folder).eval()""",
+)
+_ADAPTER = """# An adapter that needs its own config
+
+The adapter was trained on `{base}` with rescaled RoPE, which an adapter does not carry: load the
+base with the `config.json` of this folder. On the base's own config it computes something else.
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("FOLDER")
+base = AutoModelForCausalLM.from_pretrained("{base}", config=config, dtype="auto")
+model = PeftModel.from_pretrained(base, "FOLDER")
+```
+"""
+_TEMPERATURE = """
+The merged model of this run has an attention temperature ({value}) in its query weights, the base's
+among them, which an adapter cannot change: this one has none, and computes something else at every
+length. Take the merged model to have it.
+"""
+
+
+def export_model(
+    plan: ModelPlan, run: RunFolder, checkpoint: Path | None, temperature: float = 1.0
+) -> list[Check]:
+    """Write `model/` from a trained checkpoint and check it in a fresh process.
+
+    Args:
+        checkpoint: with the trained weights; None: training has not reached its end.
+        temperature: to fold into the weights.
+
+    Raises:
+        SkipwiseError: training has not reached its end, the weights cannot carry the temperature,
+            or the disk is full.
+    """
+    recipe = plan.recipe
+    if recipe.method != "none":
+        require_trained(run, checkpoint)
+    model = trained_model(plan, checkpoint)
+    if temperature != 1:
+        fold_temperature(model, temperature)
+    dtype = getattr(plan.config, "dtype", None) or torch.float32
+    for parameter in model.parameters():  # parameters only: a cast of inv_freq ruins positions
+        parameter.data = parameter.data.to(dtype).float()
+    probe = _probe(plan.facts.vocab_size, recipe.target_length)
+    want = _logits(model, probe)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    model.config.use_cache = True
+    part = run.path / "model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        model.save_pretrained(part, max_shard_size=_SHARD)
+        save_tokenizer(plan.tokenizer, plan.source, part)
+        make_portable(part, recipe.target_length)
+        write_text(part / "skipwise_recipe.yaml", dump_recipe(without_places(recipe)))
+        shutil.rmtree(run.model, ignore_errors=True)
+        os.replace(part, run.model)
+    except OSError as error:
+        raise SkipwiseError(f"{run.model} could not be written: {error.strerror}") from error
+    return [_check_reload(run.model, probe, want)]
+
+
+def export_adapter(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> list[Check]:
+    """Write `adapter/`: LoRA alone, with the base's scaled config, and check it.
+
+    An adapter does not carry the change of RoPE: on the plain base it computes something else,
+    without a word. So its folder holds the base's config as it has to be, and says how to load.
+
+    Raises:
+        SkipwiseError: the run trained no adapter, or not to its end.
+    """
+    if plan.recipe.lora is None:
+        raise SkipwiseError(f"{run.path} trained all weights: it has no adapter\ntype --to hf")
+    checkpoint = require_trained(run, checkpoint)
+    part = run.path / "adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copyfile(checkpoint / name, part / name)
+        base = plan.recipe.model if plan.conversion is None else plan.source
+        settings = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
+        write_json(part / "adapter_config.json", {**settings, "base_model_name_or_path": base})
+        plan.scaled.save_pretrained(part)
+        save_tokenizer(plan.tokenizer, plan.source, part)
+        make_portable(part, plan.recipe.target_length)
+        write_text(part / "README.md", _ADAPTER.format(base=base) + _without_temperature(run))
+        shutil.rmtree(run.adapter, ignore_errors=True)
+        os.replace(part, run.adapter)
+    except OSError as error:
+        raise SkipwiseError(f"{run.adapter} could not be written: {error.strerror}") from error
+    probe = _probe(plan.facts.vocab_size, plan.recipe.target_length)
+    want = _logits(trained_model(plan, checkpoint), probe)
+    return [_check_reload(run.adapter, probe, want, "reload of the adapter", _RELOAD_ADAPTER)]
+
+
+def require_trained(run: RunFolder, checkpoint: Path | None) -> Path:
+    """The checkpoint, where training has reached its end.
+
+    Raises:
+        SkipwiseError: it has not.
+    """
+    if checkpoint is None:
+        raise SkipwiseError(
+            f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
+        )
+    return checkpoint
+
+
+def trained_model(
+    plan: ModelPlan,
+    checkpoint: Path | None,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | None = None,
+) -> Any:
+    """The model with a checkpoint's weights, LoRA merged; None: untrained but rescaled."""
+    recipe = plan.recipe
+    source, settings = plan.source, plan.load
+    if checkpoint is not None and recipe.lora is None:
+        source, settings = str(checkpoint), recipe.load.of_own_folder()
+    model = load_model(source, plan.scaled, settings, dtype=dtype, device_map=device_map)
+    if checkpoint is not None and recipe.lora is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
+    return model.eval()
+
+
+def measurable_model(plan: ModelPlan, checkpoint: Path | None) -> Any:
+    """`trained_model` on the best device, or spread as `load.device_map` says."""
+    settings = plan.recipe.load
+    dtype = compute_dtype(settings)
+    model = trained_model(plan, checkpoint, dtype, settings.device_map)
+    return model if settings.device_map is not None else model.to(best_device())
+
+
+def without_places(recipe: Recipe) -> Recipe:
+    """The recipe with local files and folders by their names alone: it is handed to others."""
+
+    def name(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {**value, "path": name(value.get("path"))}
+        path = Path(str(value)).expanduser()
+        return path.resolve().name if path.exists() else value
+
+    data = dataclasses.replace(
+        recipe.data,
+        sources=tuple(map(name, recipe.data.sources)),
+        eval_sources=tuple(map(name, recipe.data.eval_sources)),
+    )
+    tasks = recipe.eval.task_folder
+    settings = dataclasses.replace(recipe.eval, task_folder=tasks and name(tasks))
+    return dataclasses.replace(recipe, model=name(recipe.model), data=data, eval=settings)
+
+
+def _without_temperature(run: RunFolder) -> str:
+    """What an adapter lacks of the merged model, for its README."""
+    value = run.facts().get("temperature", {}).get("value", run.recipe().temperature)
+    value = "searched at its export" if value == "auto" else value
+    return "" if value == 1 else _TEMPERATURE.format(value=value)
+
+
+def _probe(vocab_size: int, target_length: int) -> np.ndarray:
+    """(2, K) token ids and positions: the two ends of the window, so distances up to T show."""
+    half = min(_PROBE, target_length) // 2
+    ids = np.random.default_rng(0).integers(3, vocab_size, 2 * half)
+    positions = np.concatenate([np.arange(half), np.arange(target_length - half, target_length)])
+    return np.stack([ids, positions])
+
+
+@torch.no_grad()
+def _logits(model: Any, probe: np.ndarray) -> np.ndarray:
+    ids, positions = torch.from_numpy(probe).to(model.device)
+    ones = torch.ones_like(ids)[None]
+    out = model(ids[None], position_ids=positions[None], attention_mask=ones, use_cache=False)
+    return out.logits[0].float().cpu().numpy()
+
+
+def fresh_logits(folder: Path, probe: np.ndarray, program: str = _RELOAD) -> np.ndarray:
+    """Logits of the probe (K, V) by plain transformers in a process of its own.
+
+    Raises:
+        SkipwiseError: transformers cannot load the folder, or run it; says its last line.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        files = Path(scratch) / "probe.npy", Path(scratch) / "logits.npy"
+        np.save(files[0], probe)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(folder), *map(str, files)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            raise SkipwiseError(f"plain transformers fails: {last}")
+        return np.load(files[1])
+
+
+def _check_reload(
+    folder: Path, probe: np.ndarray, want: np.ndarray, name: str = "reload", program: str = _RELOAD
+) -> Check:
+    try:
+        have = fresh_logits(folder, probe, program)
+    except SkipwiseError as failed:
+        return Check(name=name, passed=False, detail=str(failed))
+    error = float(np.abs(have - want).max())
+    positions = f"positions up to {int(probe[1].max()):,}"
+    return Check(
+        name=name,
+        passed=error <= _TOLERANCE,
+        detail=f"plain transformers in a fresh process gives the same logits at {positions} "
+        f"(largest difference {error:.0e})"
+        if error <= _TOLERANCE
+        else f"plain transformers gives other logits at {positions}: off by {error:.1e}",
+    )

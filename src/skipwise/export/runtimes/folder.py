@@ -1,0 +1,165 @@
+"""A model folder as it lies on disk: its JSON files, and what its config class would add.
+
+A config.json is enough. No weights are opened, and neither torch nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipwise.config.recipe import ModelSettings
+from skipwise.errors import SkipwiseError
+from skipwise.models.hf_config import defaults, read_config
+
+_UNSET = 10**12  # a tokenizer without a length of its own says 1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """What the files say, before any runtime reads them."""
+
+    path: Path
+    raw: dict[str, Any]  # config.json of the language model, as it stands
+    known: dict[str, Any]  # defaults of its config class in transformers 5; {} for a family unknown
+    tokenizer: dict[str, Any] | None  # tokenizer_config.json
+    generation: dict[str, Any]  # generation_config.json
+    base: str | None  # what an adapter's folder names as its base
+    own_config: dict[str, Any] | None  # the config.json beside an adapter, which peft does not read
+    weights: tuple[str, ...]
+    missing_weights: tuple[str, ...]  # named by an index, and not there
+
+    @property
+    def family(self) -> str:
+        return self.raw.get("model_type", "unknown")
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """What config.json says, or the config class where it says nothing."""
+        return self.raw[key] if key in self.raw else self.known.get(key, default)
+
+    @property
+    def length(self) -> int:
+        """max_position_embeddings, under whichever name."""
+        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        found = next((self.raw[n] for n in names if self.raw.get(n)), None)
+        return found or self.known.get("max_position_embeddings") or 2048
+
+    @property
+    def nested(self) -> bool:
+        """Whether RoPE is set per layer type."""
+        given = self.raw.get("rope_parameters") or self.known.get("rope_parameters") or {}
+        known = self.known.get("rope_parameters") or {}
+        return any(isinstance(p.get("full_attention"), dict) for p in (given, known))
+
+    @property
+    def head_dim(self) -> int | None:
+        """Dimensions of a head; None: the config does not say, not even by its width."""
+        if self.raw.get("qk_rope_head_dim"):  # DeepSeek: only this part of a head turns
+            return self.raw["qk_rope_head_dim"]
+        if self.value("head_dim"):
+            return self.value("head_dim")
+        width, heads = self._shape("hidden_size", "n_embd"), self._shape("num_attention_heads")
+        return width // heads if width and heads else None
+
+    def _shape(self, *names: str) -> int | None:
+        return next((self.value(n) for n in names if self.value(n)), None)
+
+    @property
+    def tokenizer_length(self) -> int | None:
+        """The tokenizer's model_max_length; None where it has none."""
+        length = (self.tokenizer or {}).get("model_max_length")
+        ok = isinstance(length, int | float) and not isinstance(length, bool) and length < _UNSET
+        return int(length) if ok and length is not None else None
+
+
+def read_folder(path: Path) -> ModelFolder:
+    """The files of a folder.
+
+    Raises:
+        SkipwiseError: no folder, no config.json, broken JSON, an adapter whose base is not here,
+            a model without rotary positions.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise SkipwiseError(f"{path}: no such folder\ngive the folder that holds config.json")
+    adapter = _json(path / "adapter_config.json")
+    base = None if adapter is None else str(adapter.get("base_model_name_or_path") or "")
+    own = _json(path / "config.json") if adapter is not None else None
+    if base is None or (not _has_config(base) and own is not None):
+        raw = read_config(str(path), ModelSettings())
+    elif _has_config(base):
+        raw = read_config(base, ModelSettings())
+    else:
+        raise SkipwiseError(
+            f"{path} is an adapter of {base or 'a base that it does not name'}, and what is loaded "
+            "is that base's RoPE, which is not here to read\ngive the base's folder, or merge the "
+            "adapter into it (peft: merge_and_unload) and give that"
+        )
+    text = raw.get("text_config")
+    if isinstance(text, dict):
+        raw = {key: raw[key] for key in ("quantization_config",) if key in raw} | text
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(key), dict | None):
+            raise SkipwiseError(
+                f"{path / 'config.json'}: {key} is {raw[key]!r}\ngive a JSON object, or take it out"
+            )
+    folder = ModelFolder(
+        path=path,
+        raw=raw,
+        known=defaults().get(raw.get("model_type", ""), {}),
+        tokenizer=_json(path / "tokenizer_config.json"),
+        generation=_json(path / "generation_config.json") or {},
+        base=base,
+        own_config=own,
+        weights=_weights(path),
+        missing_weights=_missing_weights(path),
+    )
+    _require_rope(folder)
+    return folder
+
+
+def _require_rope(folder: ModelFolder) -> None:
+    raw, keys = folder.raw, ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base")
+    has_rope = folder.known.get("rope_parameters") or any(raw.get(key) for key in keys)
+    if raw.get("alibi") or not has_rope:
+        raise SkipwiseError(
+            f"{folder.path} is a {folder.family} model without rotary position embeddings: there "
+            "is no RoPE for a runtime to read\ngive the folder of a RoPE model"
+        )
+    if folder.head_dim is None:
+        raise SkipwiseError(
+            f"the config.json of {folder.path} has neither head_dim nor hidden_size and "
+            "num_attention_heads: it is not whole"
+        )
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    """The object in a file; None: no such file."""
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SkipwiseError(f"{file} is not JSON: {error}\nmend or remove it") from error
+    if not isinstance(found, dict):
+        raise SkipwiseError(f"{file} should map keys to values\nmend or remove it")
+    return found
+
+
+def _has_config(base: str) -> bool:
+    return bool(base) and (Path(base).expanduser() / "config.json").is_file()
+
+
+def _weights(path: Path) -> tuple[str, ...]:
+    patterns = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+    return tuple(sorted(file.name for p in patterns for file in path.glob(p)))
+
+
+def _missing_weights(path: Path) -> tuple[str, ...]:
+    """Shards that an index names and the folder lacks."""
+    names: set[str] = set()
+    for index in path.glob("*.index.json"):
+        names |= set(((_json(index) or {}).get("weight_map") or {}).values())
+    return tuple(sorted(name for name in names if not (path / name).is_file()))

@@ -1,0 +1,145 @@
+"""The verdict on a folder, as a table and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipwise.export.runtimes.config_issues import find_faults, is_new_family
+from skipwise.export.runtimes.folder import ModelFolder, read_folder
+from skipwise.export.runtimes.folder_report import Case, Fault, make_case
+from skipwise.export.runtimes.readers import LLAMA_CPP, VLLM, Reading, read_all
+
+_HEADS = ("runtime", "loads as", "theta", "factor", "original", "attention", "max length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What runtimes make of a folder."""
+
+    folder: str
+    family: str
+    window: int  # tokens that the config reaches, by its own account
+    readings: tuple[Reading, ...]
+    faults: tuple[Fault, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def well(self) -> bool:
+        return not self.faults
+
+
+def verify_folder(folder: Path, original_length: int | None = None) -> Verdict:
+    """What each runtime would load from a model's folder.
+
+    Args:
+        folder: with a config.json; weights are not opened.
+        original_length: L, the window before scaling, where it is known. A linear config does not
+            tell it.
+
+    Raises:
+        SkipwiseError: there is no config to read, or no RoPE in it.
+    """
+    found = read_folder(folder)
+    readings = read_all(found)
+    case = make_case(found, readings, original_length)
+    return Verdict(
+        folder=str(folder),
+        family=found.family,
+        window=case.window,
+        readings=readings,
+        faults=find_faults(case),
+        notes=tuple(_notes(case, found)),
+    )
+
+
+def format_verdict(verdict: Verdict) -> str:
+    """One row a runtime, then what is to be mended."""
+    rows = [_HEADS, *(_row(reading) for reading in verdict.readings)]
+    widths = [max(len(row[k]) for row in rows if len(row) > 2 or k == 0) for k in range(7)]
+    lines = [f"{verdict.folder}: {verdict.family}, {verdict.window:,} tokens", ""]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]) if len(row) > 2 else row[1]]
+        cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=False)]
+        lines.append("  ".join(cells).rstrip())
+    for fault in verdict.faults:
+        lines += ["", *_wrapped(f"FAIL {fault.name}: {fault.what}", "     ")]
+        lines += _wrapped(f"     mend: {fault.mend}", "     ")
+    for note in verdict.notes:
+        lines += ["", *_wrapped(f"note {note}", "     ")]
+    if verdict.well:
+        lines += ["", "ok   nothing to mend: every runtime that loads it computes the same"]
+    return "\n".join(lines)
+
+
+def as_json(verdict: Verdict) -> dict[str, Any]:
+    """The same as plain values; `inv_freq` is given by its fastest and slowest pair."""
+    out = dataclasses.asdict(dataclasses.replace(verdict, readings=()))
+    out["readings"] = [_plain(reading) for reading in verdict.readings]
+    return {**out, "well": verdict.well}
+
+
+def _plain(reading: Reading) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(reading) if f.name != "inv_freq"]
+    ends = reading.inv_freq
+    return {
+        **{name: getattr(reading, name) for name in names},
+        "inv_freq_ends": None if ends is None else [float(ends[0]), float(ends[-1])],
+    }
+
+
+def _row(reading: Reading) -> tuple[str, ...]:
+    if reading.error:
+        return (reading.runtime, f"fails: {reading.error}")
+    return (
+        reading.runtime,
+        reading.rope_type,
+        f"{reading.rope_theta:,.0f}",
+        f"{reading.factor:g}",
+        f"{reading.original_length:,}" if reading.original_length else "-",
+        f"{reading.attention_factor:.4f}",
+        f"{reading.max_length:,}" if reading.max_length else "-",
+    )
+
+
+def _notes(case: Case, folder: ModelFolder) -> list[str]:
+    out, readings = [], case.readings
+    if case.rope_type in ("linear", "dynamic") and not readings[LLAMA_CPP].error:
+        out.append(
+            f"llama.cpp's own converter writes {folder.length:,} for the length of a "
+            f"{case.rope_type} model, and llama-server serves no more: skipwise export --to gguf "
+            f"writes {case.window:,}"
+        )
+    if case.rope_type == "longrope":
+        if readings[VLLM].max_length != folder.length:
+            out.append(f"vLLM serves longrope at L: give it --max-model-len {folder.length}")
+        p = case.parameters
+        if p.get("short_factor") != p.get("long_factor"):
+            out.append("transformers changes the frequencies where a batch goes beyond L")
+    out += [f"{r.error}: use transformers 5" for r in readings.values() if is_new_family(r)]
+    if folder.raw.get("quantization_config"):
+        out.append("the weights are quantised, and not every runtime has kernels for them")
+    if not folder.weights and folder.base is None:
+        out.append("there are no weights here: this is what the config says of them")
+    if folder.tokenizer is None:
+        out.append("there is no tokenizer_config.json here")
+    if not folder.known:
+        out.append(f"{folder.family} is not a family of transformers 5: its defaults are unknown")
+    if folder.raw.get("auto_map"):
+        out.append("the model brings its own code, which may read its config otherwise")
+    return out
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    first = indent if text.startswith(" ") else ""
+    return textwrap.wrap(
+        text.strip(),
+        100,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,315 @@
+"""What another trainer needs of Skipwise beside the collator: the preflight, and a portable folder.
+
+Most ways to void a PoSE run leave the loss normal: a trainer that drops `position_ids`, a mask that
+is not sent, labels that are made anew, a model that was never rescaled. `PreflightCallback` looks
+at what the trainer has really put together, before its first step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from skipwise.errors import SkipwiseError
+from skipwise.integrations.collator import PoSECollator
+from skipwise.models.compatibility import make_portable
+from skipwise.models.hf_config import complete
+from skipwise.models.model_info import ModelFacts, read_facts
+from skipwise.pose.rope import Linear, Scaling, YaRN
+from skipwise.pose.samplers import IGNORE_INDEX, FullLength
+from skipwise.preflight.config import Check, require
+from skipwise.preflight.model import check_batch, check_labels, check_model, check_tokenizer
+
+_LOOKED_AT = 16  # records of the data set that are collated for the preflight
+
+
+class PreflightCallback(TrainerCallback):
+    """Skipwise's checks on a trainer's own model and batches, and the collator's epochs.
+
+    When training begins, the first records of the trainer's data set go through its own collator,
+    and the one whose skip is nearest the middle through its model, forward and backward. The first
+    training step shows besides that positions and mask reach the model.
+
+    Args:
+        collator: the run's; its epoch is set here, so that every epoch draws new skips.
+        target_length: T, where the collator is another one.
+        facts: of the model before it was rescaled (`load_scaled` returns them): its frequencies
+            must differ from theirs. Without them the window of the model's config must be T.
+        report: gets each check, on the first process.
+    """
+
+    def __init__(
+        self,
+        collator: PoSECollator | None = None,
+        *,
+        target_length: int | None = None,
+        facts: ModelFacts | None = None,
+        report: Callable[[Check], None] = lambda check: print(check, flush=True),
+    ) -> None:
+        if collator is not None and not isinstance(collator, PoSECollator):
+            raise SkipwiseError(
+                f"collator is a {type(collator).__name__}, not a PoSECollator\n"
+                "for a collator of your own give target_length= instead"
+            )
+        if target_length is None:
+            if collator is None:
+                raise SkipwiseError("give the run's PoSECollator, or target_length=")
+            target_length = collator.sampler.target_length
+        self.collator, self.target_length, self.facts = collator, target_length, facts
+        self.report = report
+        self.checks: list[Check] = []
+        self._epoch = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start_epoch(int(state.epoch or 0))
+        model = kwargs["model"]
+        self.checks = _check_scaled(model, self.target_length, self.facts)
+        records, rows = _collated(kwargs["train_dataloader"])
+        self.checks += _check_rows(rows, self.collator)
+        if all(check.passed for check in self.checks):
+            best = min(range(len(rows)), key=lambda i: _distance(rows[i]))
+            row = _to(rows[best], args.device)
+            tokenizer = kwargs.get("processing_class")
+            if hasattr(tokenizer, "__len__"):
+                size = model.get_input_embeddings().num_embeddings
+                self.checks.append(check_tokenizer(tokenizer, size, row))
+            self.checks += _check_open_labels(records, rows, self.collator)
+            devices = [args.device] if args.device.type == "cuda" else []
+            # The run's own random numbers stay as they are.
+            with torch.random.fork_rng(devices=devices), _without_reentry(model):
+                self.checks += check_batch(model, row, lambda: _autocast(args))
+        if state.is_world_process_zero:
+            for check in self.checks:
+                self.report(check)
+        require(self.checks)
+        if not args.torch_compile:  # a hook would be compiled with the model
+            _watch_first_step(model)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start_epoch(self._epoch)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._epoch += 1
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        if self.collator is not None:
+            self.collator.set_epoch(epoch)
+
+
+def finish_folder(folder: str | Path, target_length: int) -> Path:
+    """Make a folder that a trainer has saved readable by every stock runtime.
+
+    Both spellings of RoPE in its config (transformers 4 reads a transformers 5 checkpoint as
+    unscaled without a word), the cache switched on again, and the tokenizer's length.
+
+    Raises:
+        SkipwiseError: a LoRA adapter, or a model whose window is not the target.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / "adapter_config.json").exists():
+        raise SkipwiseError(
+            f"{folder} holds a LoRA adapter, which does not carry the rescaled positions\n"
+            "merge it: trainer.model.merge_and_unload().save_pretrained(FOLDER), and finish that"
+        )
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SkipwiseError(f"{folder} holds no config.json: save the model there first")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    window = _window_of(complete(config), target_length)[1]
+    if window < target_length:
+        raise SkipwiseError(
+            f"the model in {folder} reaches {window:,} tokens, not {target_length:,}: it was saved "
+            "with the config of its base\nsave the model that was trained, in its scaled config"
+        )
+    make_portable(folder, target_length)
+    return folder
+
+
+def _check_scaled(model: Any, target_length: int, base: ModelFacts | None) -> list[Check]:
+    """The model's config reaches the target, and the model computes what its config says."""
+    config = model.config.get_text_config()
+    facts, window = _window_of(config.to_dict(), target_length)
+    dim, scaling = facts.rotary_dim, facts.scaling
+    reaches = window >= target_length
+    detail = (
+        f"a window of {window:,} tokens, {scaling.name}"
+        if reaches
+        else f"the model's config has a window of {window:,} tokens, and positions go up to "
+        f"{target_length - 1:,}: load it by skipwise.prepare.load_scaled"
+    )
+    if reaches and base is not None:
+        before = base.scaling.inv_freq(base.rope_theta, base.rotary_dim)
+        have = scaling.inv_freq(facts.rope_theta, dim)
+        if have.shape == before.shape and np.allclose(have, before, rtol=1e-6, atol=0):
+            reaches = False
+            detail = (
+                f"the frequencies are those of the base, whose window is "
+                f"{base.original_length:,}: load the model by skipwise.prepare.load_scaled"
+            )
+    rescaled = Check(name="rescaled", passed=reaches, detail=detail)
+    return [rescaled, *check_model(model, config, facts, scaling, target_length)]
+
+
+def _window_of(config: dict[str, Any], target_length: int) -> tuple[ModelFacts, int]:
+    """(facts of a config that may be scaled, the window that it states)."""
+    # Weights that were quantised on loading are trained through an adapter.
+    facts = read_facts({**config, "quantization_config": None}, target_length)
+    scaling: Scaling = facts.scaling
+    stated = config.get("max_position_embeddings") or target_length
+    if isinstance(scaling, YaRN):
+        return facts, round(scaling.factor * scaling.original_length)
+    # Linear's max_position_embeddings is the window before scaling; Skipwise writes it so.
+    return facts, round(stated * scaling.factor) if isinstance(scaling, Linear) else stated
+
+
+def _collated(dataloader: Any) -> tuple[list[Any], list[dict[str, Any]]]:
+    """(the first records of the trainer's data set, each as a batch of one by its own collator).
+
+    The dataloader itself is not begun: that would draw from the run's random numbers.
+    """
+    dataset = dataloader.dataset
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        records = [dataset[i] for i in range(min(_LOOKED_AT, len(dataset)))]
+    else:
+        records = list(itertools.islice(iter(dataset), _LOOKED_AT))
+    return records, [dict(dataloader.collate_fn([record])) for record in records]
+
+
+def _check_rows(rows: list[dict[str, Any]], collator: PoSECollator | None) -> list[Check]:
+    """The batches hold what is needed, and positions that skip."""
+    name = "positions skip"
+    if not rows:
+        return [Check(name=name, passed=False, detail="the data set is empty")]
+    missing = [k for k in ("input_ids", "labels", "position_ids") if rows[0].get(k) is None]
+    if missing:
+        detail = (
+            f"no {' and no '.join(missing)} in the trainer's batches: give the trainer "
+            "data_collator=PoSECollator(...)"
+        )
+        return [Check(name=name, passed=False, detail=detail)]
+    num_skipping = sum(_distance(row) < np.inf for row in rows)
+    plain_is_asked = collator is not None and isinstance(collator.sampler, FullLength)
+    detail = f"in {num_skipping} of the first {len(rows)} records"
+    if not num_skipping:
+        longest = max(int(row["input_ids"].shape[1]) for row in rows)
+        length = collator.sampler.train_length if collator is not None else 0
+        detail = f"in none of the first {len(rows)} records, so nothing far would be learnt: " + (
+            f"the longest has {longest:,} tokens, and train_length is {length:,}; pack the records "
+            "or take a smaller train_length"
+            if longest < length
+            else "the trainer makes its own position_ids; give it data_collator=PoSECollator(...)"
+        )
+    return [Check(name=name, passed=num_skipping > 0 or plain_is_asked, detail=detail)]
+
+
+def _check_open_labels(
+    records: list[Any], rows: list[dict[str, Any]], collator: PoSECollator | None
+) -> list[Check]:
+    """Labels that the text's jumps and the prompts' masks take out are out in the batch, too.
+
+    Where the text jumps is known of Skipwise's own data set and collator only.
+    """
+    if collator is None:
+        if not all(isinstance(r, dict) and "example" in r for r in records):
+            return []
+        pairs = zip(records, rows, strict=True)
+        items = [{"example": r["example"], "labels": row["labels"][0].numpy()} for r, row in pairs]
+        return [check_labels(items)]
+    num_open = num_masked = 0
+    for record, row in zip(records, rows, strict=True):
+        want = collator([record])["labels"]
+        have = row["labels"][:, : want.shape[1]]
+        if have.shape != want.shape:
+            detail = (
+                f"a batch of {row['labels'].shape[1]:,} tokens, and the collator makes "
+                f"{want.shape[1]:,}: give the trainer the same collator as the callback"
+            )
+            return [Check(name="labels", passed=False, detail=detail)]
+        masked = want == IGNORE_INDEX
+        num_masked += int(masked.sum())
+        num_open += int((masked & (have != IGNORE_INDEX)).sum())
+    detail = (
+        f"{num_masked:,} masked in {len(rows)} records: prompts, padding, and the first after each "
+        "jump of the text"
+        if num_open == 0
+        else f"{num_open:,} stand open that the collator masks, after a jump of the text or in a "
+        "prompt: something makes labels anew after it"
+    )
+    return [Check(name="labels", passed=num_open == 0, detail=detail)]
+
+
+def _distance(row: dict[str, Any]) -> float:
+    """Of the skip nearest the middle of a batch of one; infinite where nothing skips."""
+    if row.get("position_ids") is None:
+        return np.inf
+    positions = row["position_ids"][0]
+    cuts = torch.nonzero(positions.diff() != 1).flatten() + 1
+    return float((cuts - len(positions) / 2).abs().min()) if len(cuts) else np.inf
+
+
+def _watch_first_step(model: Any) -> None:
+    """Fail in the first training step where positions or mask do not reach the model."""
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not module.training:
+            return  # an evaluation came first
+        handle.remove()
+        lost = [k for k in ("position_ids", "attention_mask") if kwargs.get(k) is None]
+        if lost:
+            raise SkipwiseError(
+                f"{' and '.join(lost)} of the batch did not reach the model: the trainer took "
+                f"{'them' if len(lost) > 1 else 'it'} out, and PoSE would teach nothing\n"
+                "turn off its packing and flattening; else look into its compute_loss"
+            )
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+@contextmanager
+def _without_reentry(model: Any) -> Iterator[None]:
+    """Gradient checkpointing that gradients can be taken through with respect to the embeddings.
+
+    The reentrant kind (the default of Axolotl and of peft's QLoRA) refuses that; masks and
+    positions are the same in both.
+    """
+    name = "_gradient_checkpointing_func"
+    changed = []
+    for module in model.modules():
+        function = vars(module).get(name)
+        # torch's own default, where nothing is said, is the reentrant kind
+        if isinstance(function, partial) and function.keywords.get("use_reentrant", True):
+            keywords = {**function.keywords, "use_reentrant": False}
+            setattr(module, name, partial(function.func, *function.args, **keywords))
+            changed.append((module, function))
+    try:
+        yield
+    finally:
+        for module, function in changed:
+            setattr(module, name, function)
+
+
+def _autocast(args: Any) -> Any:
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return torch.autocast(args.device.type, dtype or torch.float32, enabled=dtype is not None)
+
+
+def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on a device; a mask may be one for each kind of layer."""
+    return {
+        key: _to(value, device)
+        if isinstance(value, dict)
+        else value.to(device)
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in batch.items()
+    }

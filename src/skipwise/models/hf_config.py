@@ -1,0 +1,219 @@
+"""Reading a model's config: as plain JSON in a blink, or by transformers.
+
+A config.json leaves out what its class has as a default, and older ones spell RoPE otherwise.
+`complete` puts both right without transformers, from a table of its config classes' defaults
+(`config_defaults.json`, written by tools/make_config_defaults.py).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from skipwise.config.recipe import ModelSettings
+from skipwise.errors import SkipwiseError
+from skipwise.models.model_info import ModelFacts, read_facts
+
+SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # a whole config.json has these
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
+
+
+@cache
+def defaults() -> dict[str, dict[str, Any]]:
+    """Of each family that transformers has as a decoder with RoPE: its config class's defaults."""
+    file = Path(__file__).with_name("config_defaults.json")
+    return json.loads(file.read_text(encoding="utf-8"))["families"]
+
+
+def is_local(model: str) -> bool:
+    return Path(model).expanduser().is_dir()
+
+
+def is_config_alone(model: str) -> bool:
+    """Whether this is a folder with a config.json and no weights."""
+    folder = Path(model).expanduser()
+    return (folder / "config.json").is_file() and not any(
+        next(folder.glob(pattern), None) for pattern in _WEIGHTS
+    )
+
+
+def read_config(model: str, settings: ModelSettings) -> dict[str, Any]:
+    """The config.json of a folder or hub name, as it is.
+
+    Raises:
+        SkipwiseError: no such folder or hub name, an adapter, broken JSON.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _read_folder(folder)
+    if folder.exists() or model.startswith((".", "/", "~")):
+        raise SkipwiseError(f"{model}: no such folder\ngive the folder of a model, or its hub name")
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model, revision=settings.revision)
+    except Exception as error:  # the hub raises many kinds
+        raise SkipwiseError(
+            f"{model} could not be read: it is no folder here, and the hub did not give it\n"
+            f"{first_line(error)}"
+        ) from error
+    return config
+
+
+def load_config(model: str, settings: ModelSettings) -> Any:
+    """The model's config by transformers; raises as `config_of`."""
+    return config_of(model, read_config(model, settings), settings)
+
+
+def config_of(
+    model: str,
+    raw: dict[str, Any],
+    settings: ModelSettings,
+    converted: dict[str, Any] | None = None,
+) -> Any:
+    """transformers' config of a model whose config.json was read, or of what it is converted to.
+
+    Raises:
+        SkipwiseError: remote code that was not asked for, a config that transformers turns down.
+    """
+    if converted is None:
+        _check_code(raw, model, settings)
+    from transformers import AutoConfig
+
+    try:
+        if converted is not None:
+            return AutoConfig.for_model(**converted)
+        return AutoConfig.from_pretrained(
+            str(Path(model).expanduser()) if is_local(model) else model,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise SkipwiseError(f"{model} could not be read\n{first_line(error)}") from error
+
+
+def facts_of(config: Any, original_length: int | None = None) -> ModelFacts:
+    """The facts of transformers' config; see `read_facts`."""
+    known = defaults().get(config.model_type, {})
+    refused = known.get("refused_rope_types", [])
+    return read_facts({**config.to_dict(), "refused_rope_types": refused}, original_length)
+
+
+def complete(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with its class's defaults filled in and RoPE spelled as transformers 5 does.
+
+    Source: transformers 5, `RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`.
+
+    Raises:
+        SkipwiseError: the model brings its own code, whose defaults nobody knows.
+    """
+    family = raw.get("model_type", "unknown")
+    known = defaults().get(family, {})
+    if raw.get("auto_map") and not known:
+        raise SkipwiseError(_own_code(f"this {family} model"))
+    config = {k: v for k, v in known.items() if k not in SHAPE} | raw
+    parameters = raw.get("rope_scaling") or raw.get("rope_parameters")  # the older key wins
+    default = known.get("rope_parameters")
+    if default is None and parameters is None and "rope_theta" not in raw:
+        return config
+    if default and isinstance(default.get("full_attention"), dict):
+        config["rope_parameters"] = _per_layer_type(raw, parameters or {}, default)
+    else:
+        config["rope_parameters"] = _spelled(raw, parameters or {}, default or {})
+    if "layer_types" not in raw:
+        config["layer_types"] = _layer_types(config, known)
+    return config
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if (folder / "adapter_config.json").exists() and not file.exists():
+        raise SkipwiseError(
+            f"{folder} is a LoRA adapter, and an adapter has no window of its own\n"
+            "merge it into its base (peft: merge_and_unload), and give that"
+        )
+    if not file.exists():
+        raise SkipwiseError(f"{folder} holds no config.json: it is not the folder of a model")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SkipwiseError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise SkipwiseError(f"{file} is not a config: it should map keys to values")
+    return config
+
+
+def _check_code(raw: dict[str, Any], model: str, settings: ModelSettings) -> None:
+    if raw.get("auto_map") and not settings.trust_remote_code and _needs_code(raw):
+        raise SkipwiseError(_own_code(f"{model} ({raw.get('model_type', 'no model_type')})"))
+
+
+def _own_code(what: str) -> str:
+    return (
+        f"{what} brings its own code, which is not run unasked\n"
+        "read it, and type load.trust_remote_code=true if you trust it"
+    )
+
+
+def _needs_code(raw: dict[str, Any]) -> bool:
+    if raw.get("model_type") in defaults():
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return raw.get("model_type") not in CONFIG_MAPPING
+
+
+def _spelled(
+    raw: dict[str, Any], parameters: dict[str, Any], default: dict[str, Any]
+) -> dict[str, Any]:
+    """One layer type's rope_parameters."""
+    out = {**parameters}
+    name = out.pop("type", None)
+    out.setdefault("rope_type", name or default.get("rope_type", "default"))
+    if out["rope_type"] == "su":  # longrope's first name
+        out["rope_type"] = "longrope"
+    if not parameters:  # the class's own scaling, as Llama-3.1's
+        out = {**{k: v for k, v in default.items() if k != "partial_rotary_factor"}, **out}
+    theta = raw.get("rope_theta", raw.get("rotary_emb_base", default.get("rope_theta", 10000.0)))
+    if "rope_theta" not in parameters:
+        out["rope_theta"] = theta
+    share = raw.get("partial_rotary_factor", raw.get("rotary_pct"))
+    share = default.get("partial_rotary_factor") if share is None else share
+    if share is not None:
+        out.setdefault("partial_rotary_factor", share)
+    if "original_max_position_embeddings" in raw and out["rope_type"] == "longrope":
+        out.setdefault("original_max_position_embeddings", raw["original_max_position_embeddings"])
+    return out
+
+
+def _per_layer_type(
+    raw: dict[str, Any], parameters: dict[str, Any], default: dict[str, Any]
+) -> dict[str, Any]:
+    """rope_parameters per layer type: theirs, or the older words for two of them."""
+    if any(key in default for key in parameters):
+        return {key: parameters.get(key, value) for key, value in default.items()}
+    out = {key: dict(value) for key, value in default.items()}
+    out["full_attention"] = _spelled(raw, parameters, default["full_attention"])
+    if "rope_local_base_freq" in raw:
+        out["sliding_attention"]["rope_theta"] = raw["rope_local_base_freq"]
+    elif "rope_theta" in raw and len({v["rope_theta"] for v in default.values()}) == 1:
+        out["sliding_attention"]["rope_theta"] = raw["rope_theta"]  # olmo3: one theta
+    return out
+
+
+def _layer_types(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """Which kinds of layers there are, where config.json does not list them layer by layer."""
+    kinds = set(known.get("layer_types", []))
+    if not config.get("sliding_window") or config.get("use_sliding_window") is False:
+        kinds -= {"sliding_attention"}
+    elif config.get("use_sliding_window") and "max_window_layers" in config:  # Qwen2
+        full, layers = config["max_window_layers"], config.get("num_hidden_layers", 0)
+        kinds = {"full_attention"} if full >= layers else {"sliding_attention"}
+        kinds |= {"full_attention"} if full > 0 else set()
+    return sorted(kinds)

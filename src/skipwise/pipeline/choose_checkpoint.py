@@ -1,0 +1,150 @@
+"""Checkpoint choice: later checkpoints can be worse at retrieval, so a few are measured.
+
+While training, the weights of every saved checkpoint are kept beside it (as links: they take no
+room until the checkpoint is removed). After training a small fixed set is asked of each, and the
+best is exported; of equals the latest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipwise.config.recipe import EvalSettings, Recipe, context_lengths
+from skipwise.config.run_folder import RunFolder
+from skipwise.errors import SkipwiseError
+from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+from skipwise.evaluation.run import evaluation_documents
+from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
+from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.export.hf import measurable_model
+from skipwise.training.checkpoints import trained_checkpoint
+from skipwise.training.inputs import ModelPlan
+
+_TRIALS = 20  # a length
+_WINDOWS = 16
+_TASKS = {"needles": "needle", "passkey": "passkey", "perplexity": "perplexity"}
+
+
+def check_selection(
+    recipe: Recipe, documents: list[Any], tokenizer: Any, original_length: int
+) -> None:
+    """Refuse a choice that could not be made, before training.
+
+    Raises:
+        SkipwiseError: it needs text to hide needles in or to predict, and there is none; no prompt
+            fits the lengths.
+    """
+    by = recipe.eval.select
+    if by in ("needles", "perplexity"):
+        longest = max(map(len, documents), default=0)
+        if not longest or (by == "perplexity" and longest < recipe.target_length):
+            raise SkipwiseError(
+                f"eval.select: {by} needs evaluation text"
+                + (f" of {recipe.target_length:,} tokens" if by == "perplexity" else "")
+                + "\ntype data.eval_sources=FILE, or eval.select=passkey"
+            )
+    longest = context_lengths(recipe, original_length)[-1]
+    one = {"num_trials": 1, "num_depths": 1}
+    if by == "needles":
+        words = words_of(tokenizer, documents, 2 * longest)
+        fits = needle_trials(tokenizer, longest, **one, words=words)
+    else:
+        fits = by != "passkey" or passkey_trials(tokenizer, longest, **one)
+    if not fits:
+        raise SkipwiseError(
+            f"eval.select: {by}: no prompt fits {longest:,} tokens\ntype eval.select=perplexity"
+        )
+
+
+def chosen_checkpoint(plan: ModelPlan, run: RunFolder) -> Path | None:
+    """The folder of the weights to export; None where training has not reached its end.
+
+    Measures the candidates that were not measured yet, and removes those not chosen.
+    """
+    recipe = plan.recipe
+    finished = trained_checkpoint(run, recipe)
+    if finished is None or recipe.eval.select == "last":
+        return finished
+    scores: dict[int, float] = {
+        c["step"]: c["score"] for c in run.facts().get("selection", {}).get("candidates", [])
+    }
+    higher = recipe.eval.select != "perplexity"
+    found = run.facts().get("selection", {}).get("chosen")
+    whole = (f for f in run.candidates.glob("step-*") if f.suffix != ".part")  # a kill leaves those
+    folders = {int(f.name.split("-")[1]): f for f in whole}
+    if found is not None and found in folders:
+        return folders[found]
+    if not folders:
+        raise SkipwiseError(
+            f"{run.candidates} holds no checkpoint to choose from: it was removed\n"
+            f"the last one is {finished}: train again with another --out to choose"
+        )
+    for step in sorted(folders):
+        if step not in scores:
+            scores[step] = _score(plan, run, folders[step])
+            print(f"  checkpoint {step}: {scores[step]:.4g}", file=sys.stderr, flush=True)
+            _record(run, recipe, scores, higher, None)
+    best = max(folders, key=lambda step: (scores[step] if higher else -scores[step], step))
+    _record(run, recipe, scores, higher, best)
+    for step, folder in folders.items():
+        if step != best:
+            shutil.rmtree(folder)
+    return folders[best]
+
+
+def _record(
+    run: RunFolder, recipe: Recipe, scores: dict[int, float], higher: bool, chosen: int | None
+) -> None:
+    by = recipe.eval.select
+    run.update(
+        selection={
+            "by": by,
+            "metric": "exact match" if higher else "perplexity",
+            "higher_is_better": higher,
+            "chosen": chosen,
+            "candidates": [{"step": s, "score": scores[s]} for s in sorted(scores)],
+        }
+    )
+
+
+def _score(plan: ModelPlan, run: RunFolder, folder: Path) -> float:
+    """Mean over the two longest lengths of a small fixed set; of perplexity, at the target."""
+    recipe = plan.recipe
+    lengths = list(context_lengths(recipe, plan.facts.original_length))[-2:]
+    settings = dataclasses.replace(
+        EvalSettings(),
+        tasks=(_TASKS[recipe.eval.select],),
+        passkey_trials=_TRIALS,
+        needle_trials=_TRIALS,
+        perplexity_windows=_WINDOWS,
+        batch_tokens=recipe.eval.batch_tokens,
+        seed=recipe.eval.seed + 1,  # not the questions of the evaluation that follows
+    )
+
+    def load() -> Any:
+        return measurable_model(plan, folder)
+
+    documents = evaluation_documents(recipe, plan.tokenizer, run)
+    subject = Subject(label=folder.name, load=load, tokenizer=plan.tokenizer)
+    rows = evaluate_model(subject, Texts(documents=documents), lengths, settings, progress=False)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if recipe.eval.select == "perplexity":
+        rows = [r for r in rows if r["metric"] == "perplexity"][-1:]
+        value = rows[0]["value"] if rows else None
+        return sys.float_info.max if value is None else value  # JSON has no infinity
+    trials = sum(row["num_samples"] for row in rows)
+    if not trials:
+        raise SkipwiseError(
+            f"eval.select: {recipe.eval.select}: no trial fits {lengths[-1]:,} tokens\n"
+            "type eval.select=last"
+        )
+    return sum(row["value"] * row["num_samples"] for row in rows) / trials

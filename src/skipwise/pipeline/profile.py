@@ -1,0 +1,157 @@
+"""A few real training steps in a process of their own: what they take, beside the prediction.
+
+The steps go the way of `skipwise train`, on the recipe's text or on random tokens, in a temporary
+run folder. A folder with nothing but a config.json gets random weights. The process is a new one,
+so that the peak is its own; the one that asks loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from skipwise.config.distillation import in_one_process
+from skipwise.config.recipe import FinishSettings, Recipe, dump_recipe, load_recipe
+from skipwise.config.run_folder import RunFolder, process_memory, write_json, write_text
+from skipwise.errors import SkipwiseError
+from skipwise.models.hf_config import is_config_alone
+from skipwise.planning.plan import Measured
+
+_STEPS = 3  # the first has no optimizer states yet, and is the slowest
+
+
+def measure(recipe: Recipe) -> Measured:
+    """Run the steps.
+
+    Raises:
+        SkipwiseError: they failed; with the last lines that they said.
+    """
+    with tempfile.TemporaryDirectory(prefix="skipwise-measure-") as name:
+        folder = Path(name)
+        if is_config_alone(recipe.model):
+            _run("make", Path(recipe.model).expanduser(), folder / "model")
+            recipe = dataclasses.replace(recipe, model=str(folder / "model"))
+        write_text(folder / "recipe.yaml", dump_recipe(_shortened(recipe)))
+        _run("steps", folder)
+        found = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    share = _shortened(recipe).training.global_batch_size / recipe.training.global_batch_size
+    found["seconds_per_step"] /= share
+    return Measured(**found)
+
+
+def _shortened(recipe: Recipe) -> Recipe:
+    """The same step, with at most two of its passes: more of them hold no more, and take longer.
+
+    One process: an engine that shards needs several.
+    """
+    recipe = in_one_process(recipe)
+    training = recipe.training
+    passes = min(2, max(1, training.global_batch_size // max(1, training.batch_size)))
+    return dataclasses.replace(
+        recipe,
+        finish=FinishSettings(),
+        training=dataclasses.replace(
+            training,
+            num_steps=_STEPS,
+            save_steps=_STEPS,
+            global_batch_size=passes * training.batch_size,
+        ),
+    )
+
+
+def _run(task: str, *arguments: Path) -> None:
+    command = [sys.executable, "-m", "skipwise.pipeline.profile", task, *map(str, arguments)]
+    # a process must not take the memory of the one that starts it for its own
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return
+    said = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    told = [line.removeprefix("skipwise: ") for line in said if line.startswith("skipwise: ")]
+    if done.returncode in (-9, 137):
+        raise SkipwiseError("the steps were killed: this machine's memory is full")
+    after = said[said.index(f"skipwise: {told[-1]}") + 1 :][:2] if told else []
+    raise SkipwiseError(
+        "\n".join(["measuring failed: " + (told or said or ["no word"])[-1], *after])
+    )
+
+
+def _steps(folder: Path) -> None:
+    """In the process of its own: train, and write down what it took."""
+    import torch
+
+    import skipwise.pipeline.extend
+    from skipwise.training.distributed.engines import on_cpu
+    from skipwise.training.inputs import (
+        load_training_data,
+        plan_model,
+        ready_weights,
+        stand_in_data,
+    )
+    from skipwise.training.setup import set_up, train
+    from skipwise.training.trainer import read_metrics
+
+    assert skipwise.pipeline.extend  # what a run of its own loads besides
+    runtime = process_memory("VmRSS")
+    recipe = load_recipe(folder / "recipe.yaml")
+    run = RunFolder(folder / "run")
+    run.path.mkdir()
+    write_text(run.recipe_file, dump_recipe(recipe))
+    plan = ready_weights(plan_model(recipe), run.converted)
+    if recipe.data.sources:
+        data = load_training_data(plan, run, progress=False)
+    else:
+        data = stand_in_data(plan)
+        data.dataset.num_examples = _STEPS * recipe.training.global_batch_size
+    training = set_up(plan, data, run)
+    train(training, run, recipe)
+    seconds = [line["seconds"] for line in read_metrics(run)]
+    step = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+    tokens = recipe.training.global_batch_size * data.sampler.train_length
+    cuda = torch.cuda.is_available()
+    write_json(
+        folder / "measured.json",
+        {
+            "on_cpu": on_cpu(),
+            "device": torch.cuda.get_device_name() if cuda else "CPU",
+            "runtime_bytes": 0 if cuda else runtime,
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else process_memory("VmHWM"),
+            "seconds_per_step": step,
+            "tokens_per_second": tokens / step,
+        },
+    )
+
+
+def _make(source: Path, folder: Path) -> None:
+    """Random weights for a config, and a tokenizer where it has none."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from skipwise.pipeline.quickstart import MODEL
+
+    torch.manual_seed(0)
+    shutil.copytree(source, folder)
+    config: Any = AutoConfig.from_pretrained(folder)
+    made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    if not any(folder.glob("tokenizer*")):
+        if config.vocab_size < 1024:
+            raise SkipwiseError(f"{source} has no tokenizer, and too few tokens for a stand-in")
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        {"make": _make, "steps": _steps}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    except SkipwiseError as problem:
+        print(f"skipwise: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,56 @@
+"""The quickstart: a bundled base model of 256 tokens, extended to 2,048 on the text at hand."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from skipwise.config.recipe import Recipe, load_recipe
+from skipwise.data.tokenize import cache_folder
+
+MODEL = Path(__file__).with_name("model")
+_TRAIN_LENGTH = 256
+_NUM_PASSKEYS = 1000  # a run of 240 steps shows 960
+
+
+def make_recipe(overrides: list[str] | None = None) -> Recipe:
+    """The quickstart's recipe, with model and text put into the cache folder.
+
+    The text is the standard library's source of this interpreter, three quarters of the examples,
+    and passkey prompts, one quarter; it is written once.
+    """
+    from transformers import AutoTokenizer
+
+    from skipwise.pipeline.quickstart.corpus import write_documents
+
+    folder = cache_folder() / "quickstart"
+    model = folder / "skipwise-tiny"
+    shutil.copytree(MODEL, model, dirs_exist_ok=True)
+    texts = (
+        folder
+        / f"python-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    )
+    write_documents(
+        texts,
+        AutoTokenizer.from_pretrained(MODEL),
+        length=_TRAIN_LENGTH,
+        num_passkeys=_NUM_PASSKEYS,
+    )
+    sources = [(texts / "source.jsonl", 3), (texts / "passkeys.jsonl", 1)]
+    listed = ", ".join(f"{{path: {_short(path)}, weight: {weight}}}" for path, weight in sources)
+    return load_recipe(
+        Path(__file__).with_name("recipe.yaml"),
+        [
+            f"model={_short(model)}",
+            f"data.sources=[{listed}]",
+            f"data.eval_sources=[{_short(texts / 'evaluation.jsonl')}]",
+            *(overrides or []),
+        ],
+    )
+
+
+def _short(path: Path) -> str:
+    """With ~ for the home folder, so that a recipe that is shown does not tell whose it is."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

@@ -1,0 +1,93 @@
+"""The quickstart's text: the standard library's source of the interpreter that is running.
+
+Modules are split by name, so that a module kept for evaluation is kept out of the base model's
+training and out of the extension on every Python version. A share of passkey prompts of exactly
+the training length keeps the skill that the evaluation looks at.
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipwise.config.run_folder import write_text
+from skipwise.evaluation.tasks import passkey
+
+_SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
+
+
+def modules() -> Iterator[tuple[str, str]]:
+    """(module name, source) of the standard library, in the order of the names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED.isdisjoint(parts) and not parts[0].startswith("config-"):
+            try:
+                yield ".".join(parts), path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue  # a few codec tables are not UTF-8
+
+
+def held_out(module: str) -> bool:
+    """Whether a module is kept for evaluation: one in eight, by its name alone."""
+    return zlib.crc32(module.encode()) % 8 == 0
+
+
+def passkey_document(
+    tokenizer: Any, length: int, rng: np.random.Generator, sources: list[str]
+) -> str:
+    """A passkey prompt with its answer that is exactly `length` tokens long.
+
+    The filler is the evaluation's sentences half of the time, else lines of the `sources`.
+    """
+    while True:
+        if rng.random() < 0.5:
+            filler: tuple[str, ...] = passkey.FILLER
+        else:
+            lines = [s for s in sources[rng.integers(len(sources))].splitlines() if len(s) > 8]
+            start = int(rng.integers(max(1, len(lines) - 40)))
+            filler = tuple(lines[start : start + 40]) or passkey.FILLER
+        key = str(rng.integers(10_000, 100_000))
+        depth = float(rng.random())
+        num_fillers = 0
+        while len(_ids(tokenizer, _answered(key, num_fillers + 1, depth, filler))) <= length - 4:
+            num_fillers += 1
+        text = _answered(key, num_fillers, depth, filler) + ".\n" + " ".join(passkey.FILLER * 8)
+        cut = tokenizer.decode(_ids(tokenizer, text)[:length])
+        if num_fillers and len(_ids(tokenizer, cut)) == length:
+            return cut
+
+
+def _answered(key: str, num_fillers: int, depth: float, filler: tuple[str, ...]) -> str:
+    return passkey.prompt(key, num_fillers, depth, filler) + " " + key
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def write_documents(folder: Path, tokenizer: Any, *, length: int, num_passkeys: int) -> None:
+    """Write the quickstart's text: `source.jsonl`, `passkeys.jsonl` and `evaluation.jsonl`.
+
+    Passkey prompts are `length` tokens, the training length, so that each is one example.
+    """
+    if (folder / "evaluation.jsonl").exists():  # written last
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = list(modules())
+    sources = [text for name, text in texts if not held_out(name)]
+    rng = np.random.default_rng(1)  # not the base model's prompts
+    prompts = [passkey_document(tokenizer, length, rng, sources) for _ in range(num_passkeys)]
+    for name, documents in (
+        ("source", sources),
+        ("passkeys", prompts),
+        ("evaluation", [text for name, text in texts if held_out(name)]),
+    ):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        write_text(folder / f"{name}.jsonl", lines)

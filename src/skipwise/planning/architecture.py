@@ -1,0 +1,372 @@
+"""What a model is made of, counted from its config alone.
+
+A decoder layer is a list of matrices (attention, MLP, experts) and some vectors (norms, sinks).
+Families differ in a few facts, which kinds.py holds; any other decoder is counted like a Llama
+and called an estimate. Counts are tested against transformers' own models.
+
+Letters:  d = hidden_size, H / K = attention / key-value heads, h = head_dim,
+          F = intermediate_size, V = vocab_size, E / k = experts / experts a token uses
+Source:   transformers 5, models/*/modeling_*.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from skipwise.errors import SkipwiseError
+from skipwise.planning.families import FAMILIES, Family, Said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A weight (rows_out, rows_in), `copies` of it where it is a layer's experts."""
+
+    name: str
+    rows_in: int
+    rows_out: int
+    bias: bool = False
+    copies: int = 1
+    active: int = 1  # copies that a token goes through
+    linear: bool = True  # a torch.nn.Linear, which LoRA and nf4 reach; experts are not
+
+    @property
+    def size(self) -> int:
+        return self.copies * self.weight + self.copies * self.rows_out * self.bias
+
+    @property
+    def weight(self) -> int:
+        """Numbers in one copy, its bias aside."""
+        return self.rows_in * self.rows_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One kind of decoder layer and how many there are of it."""
+
+    count: int
+    matrices: tuple[Matrix, ...]
+    vectors: int  # numbers in norms and the like
+    norms: int  # norms over the hidden width
+    mlp_width: int  # numbers a token has between the MLP's matrices: F, or those of its experts
+
+    @property
+    def size(self) -> int:
+        return sum(m.size for m in self.matrices) + self.vectors
+
+    @property
+    def active(self) -> int:
+        """Weights that one token is multiplied with."""
+        return sum(m.weight * m.active for m in self.matrices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Counts and widths of a causal language model."""
+
+    family: str
+    exact: bool  # counted by the family's own facts; else like a Llama
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # of queries and keys
+    value_dim: int  # of values, for each head
+    kv_width: int  # numbers of keys and values a token leaves in a layer's cache
+    vocab_size: int
+    intermediate_size: int
+    gated: bool
+    num_experts: int
+    experts_per_token: int
+    tied: bool
+    embedding: int
+    head: int  # 0 where tied
+    final: int  # norm before the head
+    layers: tuple[Layer, ...]
+    sliding_layers: int  # of num_layers, beside full ones
+    sliding_window: int | None
+    fused_qkv: bool
+    fused_gate: bool
+    rms_norm: bool
+    composed_gelu: bool  # an activation of several operations, each of which keeps something
+    softcap: bool  # of the logits, as in Gemma 2
+    qk_norm: bool
+    stored_bytes: int  # of a number in the checkpoint
+
+    @property
+    def num_parameters(self) -> int:
+        return self.embedding + self.layer_parameters + self.final + self.head
+
+    @property
+    def layer_parameters(self) -> int:
+        return sum(layer.count * layer.size for layer in self.layers)
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights a token is multiplied with: the head counts, the embedding is looked up."""
+        inside = sum(layer.count * layer.active for layer in self.layers)
+        return inside + self.vocab_size * self.hidden_size
+
+    @property
+    def vectors(self) -> int:
+        """Numbers in norms and biases: all that is no matrix."""
+        matrices = sum(
+            layer.count * m.copies * m.weight for layer in self.layers for m in layer.matrices
+        )
+        return self.layer_parameters + self.final - matrices
+
+    def matrices(self) -> Iterator[tuple[int, Matrix]]:
+        """(how many layers have it, matrix), the head aside."""
+        for layer in self.layers:
+            for matrix in layer.matrices:
+                yield layer.count, matrix
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_TOP = ("num_experts_per_tok", "moe_topk", "moe_k")
+_WHOLE_WIDTH = {  # experts as wide as intermediate_size, whatever else the config holds
+    "hunyuan_v1_moe", "mixtral", "phimoe", "granitemoe", "granitemoeshared", "olmoe", "flex_olmo",
+    "minimax_m2", "gpt_oss",
+}  # fmt: skip
+_DENSE_FIRST = ("first_k_dense_replace", "moe_layer_start_index")
+
+
+def read_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The counts of a config, as `configs.complete` gives it or transformers' `to_dict()`.
+
+    Raises:
+        SkipwiseError: the config lacks a size that nothing else tells.
+    """
+    family = str(config.get("model_type", "unknown"))
+    facts = FAMILIES.get(family, Family(experts=_first(config, _EXPERTS, 0) > 1))
+    d = _need(config, "hidden_size", "d_model", "n_embd")
+    count = _need(config, "num_hidden_layers", "n_layer", "num_layers")
+    H = _need(config, "num_attention_heads", "n_head", "n_heads")
+    K, h = _kv_heads(config, family, H), config.get("head_dim") or d // H
+    V = _need(config, "vocab_size")
+    F = _first(config, ("ffn_hidden_size", "intermediate_size", "n_inner"), 0) or 4 * d
+    latent = bool(config.get("kv_lora_rank"))
+    if latent:
+        h = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    value_dim = config.get("v_head_dim", h) if latent else h
+    experts = _first(config, _EXPERTS, 0) if facts.experts else 0
+    dense = count
+    if experts:
+        dense = min(count, _first(config, _DENSE_FIRST, 0))
+    attention = _latent(config, d, H) if latent else _attention(config, facts, d, H, K, h)
+    layers = []
+    for number, sparse in ((dense, False), (count - dense, True)):
+        if number:
+            mlp, width = (
+                _experts(config, facts, family, d, F) if sparse else _mlp(config, facts, d, F)
+            )
+            norms = _num_norms(config, facts, family)
+            layers.append(
+                Layer(
+                    count=number,
+                    matrices=(*attention, *mlp),
+                    vectors=_vectors(config, facts, family, d, H, K, h, F, norms)
+                    + (experts if sparse and family == "ernie4_5_moe" else 0),  # router's offsets
+                    norms=norms,
+                    mlp_width=width,
+                )
+            )
+    tied = bool(config.get("tie_word_embeddings", False))
+    norm = facts.norm_weight * (1 + facts.norm_bias) * d
+    kinds = list(config.get("layer_types") or [])
+    window = config.get("sliding_window")
+    sliding = 0
+    if window and "full_attention" in kinds:
+        sliding = kinds.count("sliding_attention")
+        if len(kinds) != count:  # only which kinds there are is known: Gemma 2 has half of each
+            sliding = _sliding_layers(config, count) if sliding else 0
+    return Architecture(
+        family=family,
+        exact=family in FAMILIES
+        and not config.get("mlp_only_layers")
+        and config.get("decoder_sparse_step") in (None, 1),
+        hidden_size=d,
+        num_layers=count,
+        num_heads=H,
+        num_kv_heads=K,
+        head_dim=h,
+        value_dim=value_dim,
+        kv_width=H * (h + value_dim) if latent else 2 * K * h,
+        vocab_size=V,
+        intermediate_size=F,
+        gated=facts.gated,
+        num_experts=experts,
+        experts_per_token=_first(config, _TOP, 2) if experts else 0,
+        tied=tied,
+        embedding=V * d,
+        head=(0 if tied else V * d) + V * _said(config, facts.head_bias),
+        final=norm,
+        layers=tuple(layers),
+        sliding_layers=sliding,
+        sliding_window=window,
+        fused_qkv=facts.fused_qkv,
+        fused_gate=facts.fused_gate,
+        rms_norm=not facts.norm_bias,
+        composed_gelu=str(config.get("hidden_act")) in ("gelu_new", "gelu_fast"),
+        softcap=bool(config.get("final_logit_softcapping")),
+        qk_norm=facts.qk_norm != "none" and bool(config.get(facts.qk_norm_if or "", True)),
+        stored_bytes=4 if "32" in str(config.get("dtype") or config.get("torch_dtype")) else 2,
+    )
+
+
+def _attention(
+    config: Mapping[str, Any], facts: Family, d: int, H: int, K: int, h: int
+) -> list[Matrix]:
+    bias, out_bias = _said(config, facts.qkv_bias), _said(config, facts.out_bias)
+    out = Matrix(name="o", rows_in=H * h, rows_out=d, bias=out_bias)
+    if facts.fused_qkv:
+        return [Matrix(name="qkv", rows_in=d, rows_out=(H + 2 * K) * h, bias=bias), out]
+    sizes = (("q", H), ("k", K), ("v", K))
+    return [
+        *(Matrix(name=name, rows_in=d, rows_out=heads * h, bias=bias) for name, heads in sizes),
+        out,
+    ]
+
+
+def _latent(config: Mapping[str, Any], d: int, H: int) -> list[Matrix]:
+    """Multi-head latent attention: DeepSeek-V2, arXiv 2405.04434, section 2.1."""
+    rank, q_rank = config["kv_lora_rank"], config.get("q_lora_rank")
+    nope, rope, value = (config[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    queries = H * (nope + rope)
+    found = [
+        Matrix(name="kv_a", rows_in=d, rows_out=rank + rope),
+        Matrix(name="kv_b", rows_in=rank, rows_out=H * (nope + value)),
+        Matrix(name="o", rows_in=H * value, rows_out=d),
+    ]
+    if not q_rank:
+        return [Matrix(name="q", rows_in=d, rows_out=queries), *found]
+    down = Matrix(name="q_a", rows_in=d, rows_out=q_rank)
+    return [down, Matrix(name="q_b", rows_in=q_rank, rows_out=queries), *found]
+
+
+def _mlp(
+    config: Mapping[str, Any], facts: Family, d: int, F: int, name: str = ""
+) -> tuple[list[Matrix], int]:
+    """(matrices of a plain or gated MLP, its width F)."""
+    bias = _said(config, facts.mlp_bias)
+    down = Matrix(name=f"{name}down", rows_in=F, rows_out=d, bias=bias)
+    if not facts.gated:
+        return [Matrix(name=f"{name}up", rows_in=d, rows_out=F, bias=bias), down], F
+    if facts.fused_gate:
+        return [Matrix(name=f"{name}gate_up", rows_in=d, rows_out=2 * F, bias=bias), down], F
+    names = (f"{name}gate", f"{name}up")
+    return [*(Matrix(name=n, rows_in=d, rows_out=F, bias=bias) for n in names), down], F
+
+
+def _experts(
+    config: Mapping[str, Any], facts: Family, family: str, d: int, F: int
+) -> tuple[list[Matrix], int]:
+    """(router, experts and shared experts, numbers between them for one token)."""
+    E, k = _first(config, _EXPERTS, 0), _first(config, _TOP, 2)
+    width = config.get("moe_intermediate_size") or F
+    if isinstance(width, list):  # Hunyuan has one a layer
+        width = width[0]
+    if family in _WHOLE_WIDTH:
+        width = F
+    inside = {"copies": E, "active": k, "linear": False, "bias": facts.expert_bias}
+    found = [
+        Matrix(name="router", rows_in=d, rows_out=E, bias=facts.expert_bias, linear=False),
+        Matrix(name="experts_gate_up", rows_in=d, rows_out=2 * width, **inside),
+        Matrix(name="experts_down", rows_in=width, rows_out=d, **inside),
+    ]
+    shared = _shared_width(config, family, width)
+    if family == "qwen2_moe":
+        found.append(Matrix(name="shared_gate", rows_in=d, rows_out=1))
+    if shared:
+        found += _mlp(config, facts, d, shared, "shared_")[0]
+    return found, k * width + shared
+
+
+def _shared_width(config: Mapping[str, Any], family: str, width: int) -> int:
+    """F of the expert that every token goes through; 0: there is none."""
+    match family:
+        case "qwen2_moe":
+            return config.get("shared_expert_intermediate_size") or 0
+        case "granitemoeshared":
+            return config.get("shared_intermediate_size") or 0
+        case "deepseek_v2" | "deepseek_v3" | "glm4_moe" | "dots1":
+            return (config.get("n_shared_experts") or 0) * width
+        case "ernie4_5_moe":
+            return (config.get("moe_num_shared_experts") or 0) * width
+        case "hunyuan_v1_moe":
+            number = config.get("num_shared_expert") or 1
+            return (number[0] if isinstance(number, list) else number) * width
+    return 0
+
+
+def _vectors(
+    config: Mapping[str, Any],
+    facts: Family,
+    family: str,
+    d: int,
+    H: int,
+    K: int,
+    h: int,
+    F: int,
+    norms: int,
+) -> int:
+    """Numbers of a layer that stand in no matrix."""
+    weights = 1 + facts.norm_bias
+    found = norms * d * weights * facts.norm_weight
+    switched = facts.qk_norm_if is None or bool(config.get(facts.qk_norm_if, family == "persimmon"))
+    if facts.qk_norm == "head" and switched:
+        found += 2 * h * weights
+    if facts.qk_norm == "whole" and switched:
+        found += (H + K) * h
+    if config.get("kv_lora_rank"):
+        found += config["kv_lora_rank"] + (config.get("q_lora_rank") or 0)
+    return (
+        found
+        + {
+            "none": 0,
+            "bitnet": d + F,  # norms inside attention and MLP
+            "diffllama": 4 * h,
+            "sinks": H,
+            "apertus": 2,  # of its activation
+        }[facts.extra]
+    )
+
+
+def _num_norms(config: Mapping[str, Any], facts: Family, family: str) -> int:
+    if family == "stablelm" and config.get("use_parallel_residual"):
+        return 1
+    if family == "falcon":
+        if config.get("new_decoder_architecture"):
+            return config.get("num_ln_in_parallel_attn") or 2
+        return 1 if config.get("parallel_attn", True) else 2
+    return facts.norms
+
+
+def _kv_heads(config: Mapping[str, Any], family: str, H: int) -> int:
+    if family == "falcon" and not config.get("new_decoder_architecture"):
+        return 1 if config.get("multi_query", True) else H
+    if family in ("gpt_neox", "persimmon"):
+        return H
+    return _first(config, ("num_key_value_heads", "num_kv_heads"), H)
+
+
+def _sliding_layers(config: Mapping[str, Any], count: int) -> int:
+    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
+    return count - count // every if every else count // 2
+
+
+def _said(config: Mapping[str, Any], said: Said) -> bool:
+    return said if isinstance(said, bool) else bool(config.get(said[0], said[1]))
+
+
+def _first(config: Mapping[str, Any], keys: tuple[str, ...], default: Any) -> Any:
+    return next((config[key] for key in keys if config.get(key) is not None), default)
+
+
+def _need(config: Mapping[str, Any], *keys: str) -> int:
+    value = _first(config, keys, None)
+    if not isinstance(value, int) or value < 1:
+        family = config.get("model_type", "unknown")
+        raise SkipwiseError(f"the config of this {family} model lacks {keys[0]}: it is not whole")
+    return value

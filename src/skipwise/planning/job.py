@@ -1,0 +1,269 @@
+"""What of a recipe decides memory and time: lengths, precisions, what trains, on how many GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from skipwise.config.distillation import distillation_weight
+from skipwise.config.recipe import LoRASettings, Recipe, make_sampler, settled
+from skipwise.config.stages import finish_part, first_part
+from skipwise.errors import SkipwiseError
+from skipwise.models.convert import conversion_for
+from skipwise.models.hf_config import complete, is_local, read_config
+from skipwise.models.model_info import ModelFacts, read_facts
+from skipwise.models.scaled_config import scaling_for
+from skipwise.planning.architecture import Architecture, Matrix, read_architecture
+from skipwise.planning.gpus import Gpu
+from skipwise.pose.samplers import Sampler
+
+SLICE = 512  # tokens that go through the head at a time with training.loss=chunked (loss.py)
+_SMALL_LOGITS = 64 << 20  # bytes of float32 logits up to which training.loss=auto keeps them whole
+
+# Bytes of optimizer state for one trained number. Source: torch.optim, bitsandbytes; the 8-bit ones
+# keep a float32 scale for 256 numbers and state.
+_STATE_BYTES = {
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "adamw_apex_fused": 8.0,
+    "adamw_bnb_8bit": 2 + 2 * 4 / 256,
+    "adamw_8bit": 2 + 2 * 4 / 256,
+    "paged_adamw_8bit": 2 + 2 * 4 / 256,
+    "paged_adamw_32bit": 8.0,
+    "lion_32bit": 4.0,
+    "paged_lion_32bit": 4.0,
+    "lion_8bit": 1 + 4 / 256,
+    "paged_lion_8bit": 1 + 4 / 256,
+    "adagrad": 4.0,
+    "rmsprop": 4.0,
+    "sgd": 0.0,
+    "adafactor": 0.0,  # rows and columns, counted apart
+}
+KNOWN_OPTIMIZERS = tuple(_STATE_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run, as far as memory and time go."""
+
+    architecture: Architecture
+    batch_size: int  # B, examples a device holds at once
+    length: int  # L, tokens of an example
+    accumulation: int  # forward and backward passes to one step
+    num_steps: int
+    global_batch_size: int
+    bf16: bool  # arithmetic in bf16 by autocast; else float32
+    lora: LoRASettings | None
+    checkpointing: bool
+    chunked: bool  # the loss, a slice of tokens at a time
+    attention: Literal["eager", "sdpa", "flash"]
+    importance: bool  # an additive (B, 1, L, L) mask
+    optimizer: str
+    engine: Literal["ddp", "fsdp2", "zero3", "zero3-offload"]
+    num_gpus: int
+    taught_share: float = 0.0  # of a pass's tokens, that the teacher reads; 0: no distillation
+
+    @property
+    def tokens(self) -> int:
+        """B x L"""
+        return self.batch_size * self.length
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.length
+
+    @property
+    def state_bytes(self) -> float:
+        return _STATE_BYTES.get(self.optimizer, 8.0)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens whose logits stand at once."""
+        return min(self.tokens, max(self.batch_size, SLICE)) if self.chunked else self.tokens
+
+    def adapted(self, matrix: Matrix) -> bool:
+        """Whether LoRA stands beside this matrix."""
+        if self.lora is None or not matrix.linear:
+            return False
+        wanted = [name.rsplit(".", 1)[-1] for name in self.lora.target_modules]
+        return not wanted or any(_named(matrix.name, name) for name in wanted)
+
+    @property
+    def lora_parameters(self) -> int:
+        """rank x (rows_in + rows_out) of each adapted matrix."""
+        if self.lora is None:
+            return 0
+        return sum(
+            count * self.lora.rank * (m.rows_in + m.rows_out)
+            for count, m in self.architecture.matrices()
+            if self.adapted(m)
+        )
+
+    @property
+    def trains_embeddings(self) -> bool:
+        return self.lora is None or self.lora.train_embeddings
+
+    @property
+    def trainable_parameters(self) -> int:
+        a = self.architecture
+        if self.lora is None:
+            return a.num_parameters
+        norms = a.final + sum(layer.count * layer.vectors for layer in a.layers)
+        return (
+            self.lora_parameters
+            + (norms if self.lora.train_norms else 0)
+            + (a.embedding if self.lora.train_embeddings else 0)
+        )
+
+
+def read_model(recipe: Recipe) -> tuple[ModelFacts, Architecture]:
+    """The facts and counts of the recipe's model, from its config alone.
+
+    Raises:
+        SkipwiseError: no config, one that is not whole, a model that cannot be extended so.
+    """
+    raw = read_config(recipe.model, recipe.load)
+    conversion = conversion_for(raw, recipe.load.text_only)
+    config = complete(conversion.config(raw) if conversion else raw)
+    facts = read_facts(config, recipe.original_length)
+    scaling_for(recipe, facts)
+    architecture = read_architecture(config)
+    if is_local(recipe.model):
+        stored = _stored_bytes(Path(recipe.model).expanduser())
+        architecture = dataclasses.replace(
+            architecture, stored_bytes=stored or architecture.stored_bytes
+        )
+    return facts, architecture
+
+
+def make_jobs(
+    recipe: Recipe,
+    facts: ModelFacts,
+    architecture: Architecture,
+    *,
+    num_gpus: int = 1,
+    gpu: Gpu | None = None,
+) -> tuple[Job, Job | None]:
+    """The jobs of a recipe: what it trains, and its finish at full length where it has one.
+
+    Raises:
+        SkipwiseError: as `make_job`; a share of the finish that is no step.
+    """
+    last = finish_part(recipe, facts.original_length, num_gpus)
+    first, finish = (
+        part and make_job(part, facts, architecture, num_gpus=num_gpus, gpu=gpu)
+        for part in (first_part(recipe), last)
+    )
+    assert first is not None
+    return first, finish
+
+
+def make_job(
+    recipe: Recipe,
+    facts: ModelFacts,
+    architecture: Architecture,
+    *,
+    num_gpus: int = 1,
+    gpu: Gpu | None = None,
+    on_cpu: bool = False,
+) -> Job:
+    """The job that a recipe makes of a model.
+
+    Args:
+        gpu: what it runs on; None: any with bf16.
+
+    Raises:
+        SkipwiseError: `method: none`, which trains nothing; a batch that the GPUs cannot share.
+    """
+    recipe = settled(recipe)
+    settings = recipe.training
+    sampler = make_sampler(recipe, facts.original_length)
+    length = sampler.train_length
+    held = settings.batch_size * num_gpus
+    if not held or not settings.global_batch_size or settings.global_batch_size % held:
+        raise SkipwiseError(
+            f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
+            f"training.batch_size {settings.batch_size} x {num_gpus} GPUs"
+        )
+    logits = settings.batch_size * length * facts.vocab_size * 4
+    asked = recipe.load.attn_implementation
+    engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
+    taught = 0.0
+    if distillation_weight(recipe)[0]:
+        taught = _taught_share(sampler, settings.batch_size, facts.original_length)
+    return Job(
+        architecture=architecture,
+        batch_size=settings.batch_size,
+        length=length,
+        accumulation=settings.global_batch_size // held,
+        num_steps=settings.num_steps,
+        global_batch_size=settings.global_batch_size,
+        bf16=_uses_bf16(recipe, gpu, on_cpu),
+        lora=recipe.lora,
+        checkpointing=settings.gradient_checkpointing,
+        chunked=settings.loss == "chunked"
+        or (settings.loss == "auto" and (taught > 0 or logits > _SMALL_LOGITS)),
+        attention="flash" if asked.startswith("flash") else "eager" if asked == "eager" else "sdpa",
+        importance=recipe.positions.weights != "none" and asked != "flex_attention",
+        optimizer=str(recipe.trainer.get("optim", "adamw_torch_fused")),
+        engine=engine,
+        num_gpus=num_gpus,
+        taught_share=taught,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _taught_share(sampler: Sampler, batch_size: int, base_length: int) -> float:
+    """The mean of the longest first chunk of a pass, as a share of L."""
+    rng, T = np.random.default_rng(0), sampler.target_length
+    size = (max(16, 256 // batch_size), batch_size)
+    first = [int(sampler.sample(rng, T).lengths[0]) for _ in range(size[0] * size[1])]
+    longest = np.minimum(first, base_length).reshape(size).max(1)
+    return float(longest.mean()) / sampler.train_length
+
+
+def _uses_bf16(recipe: Recipe, gpu: Gpu | None, on_cpu: bool) -> bool:
+    if recipe.load.dtype != "auto":
+        return recipe.load.dtype == "bfloat16"
+    if on_cpu:
+        return cpu_has_bf16()
+    return gpu is None or gpu.bf16
+
+
+def cpu_has_bf16() -> bool:
+    """As models.load.compute_dtype decides it, without torch."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in text or "amx_tile" in text
+
+
+def _named(name: str, wanted: str) -> bool:
+    """Whether a layer of `wanted` name (q_proj, query_key_value, W_pack) is this matrix."""
+    stem = wanted.lower().removesuffix("_proj")
+    others = {
+        "qkv": ("query_key_value", "qkv"),
+        "o": ("dense", "out", "wo"),
+        "up": ("fc1", "c_fc", "dense_h_to_4h"),
+        "down": ("fc2", "c_proj", "dense_4h_to_h"),
+    }
+    return stem == name or wanted in others.get(name, ()) or stem in others.get(name, ())
+
+
+def _stored_bytes(folder: Path) -> int:
+    """Bytes of a number in a folder's safetensors, from the first header; 0: not known."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                head = stream.read(min(os.path.getsize(file), 4096))
+        except OSError:
+            return 0
+        return 4 if b'"F32"' in head else 2
+    return 0

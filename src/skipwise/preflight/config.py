@@ -1,0 +1,126 @@
+"""The checks that a config decides alone, in a blink: no weights, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skipwise.config.recipe import Recipe, make_sampler
+from skipwise.errors import SkipwiseError
+from skipwise.models.convert import conversion_for
+from skipwise.models.hf_config import complete, read_config
+from skipwise.models.model_info import ModelFacts, read_facts
+from skipwise.models.scaled_config import config_changes, scaling_for
+from skipwise.pose.rope import Scaling, Unscaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str  # what was measured, or the mend where it failed
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
+
+
+def require(checks: list[Check]) -> None:
+    """Stop at failed checks.
+
+    Raises:
+        SkipwiseError: names each of them with its mend.
+    """
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
+        raise SkipwiseError(f"the preflight failed\n{lines}")
+
+
+def check_config(facts: ModelFacts, scaling: Scaling, target_length: int) -> list[Check]:
+    """What the config decides of any run: the lengths, and what kind of layers there are."""
+    L = facts.original_length
+    reach = L * scaling.factor / facts.scaling.factor
+    fits = target_length > L and abs(reach - target_length) < 1
+    carried = (
+        "" if isinstance(facts.scaling, Unscaled) else f", carried on from {facts.scaling.factor:g}"
+    )
+    lengths = Check(
+        name="lengths",
+        passed=fits,
+        detail=f"{L:,} to {target_length:,} tokens, {scaling.name} by {scaling.factor:g}{carried}"
+        if fits
+        else f"rope.factor {scaling.factor:g} x {L:,} is {reach:,.0f} tokens, not the target's "
+        f"{target_length:,}: leave rope.factor out",
+    )
+    if not facts.recurrent:
+        return [lengths]
+    state = Check(
+        name="recurrent layers",
+        passed=True,
+        detail="skips train the attention layers only; recurrent ones see no longer text than "
+        "before: compare with method=full if they should",
+    )
+    return [lengths, state]
+
+
+def check_config_alone(recipe: Recipe) -> list[Check]:
+    """All that a folder with nothing but a config.json tells, and what it does not.
+
+    Raises:
+        SkipwiseError: the model cannot be extended as asked.
+    """
+    raw = read_config(recipe.model, recipe.load)
+    conversion = conversion_for(raw, recipe.load.text_only)
+    facts = read_facts(
+        complete(conversion.config(raw) if conversion else raw), recipe.original_length
+    )
+    scaling = scaling_for(recipe, facts)
+    changes = config_changes(facts, scaling, recipe.target_length)
+    inv_freq = scaling.inv_freq(facts.rope_theta, facts.rotary_dim)
+    checks = [
+        Check(
+            name="model",
+            passed=True,
+            detail=(f"{conversion.source}, to be converted exactly to " if conversion else "")
+            + f"{facts.family}, rope_theta {facts.rope_theta:,.0f}, "
+            f"{facts.rotary_dim // 2} pairs of {facts.head_dim} dimensions",
+        ),
+        *check_config(facts, scaling, recipe.target_length),
+        Check(
+            name="rope",
+            passed=True,
+            detail=f"slowest pair 1/{1 / inv_freq[-1]:.4g}, attention factor "
+            f"{scaling.attention_factor:.4f}",
+        ),
+        Check(name="attention window", passed=True, detail=_window(facts)),
+    ]
+    if recipe.method != "none":
+        sampler = make_sampler(recipe, facts.original_length)
+        checks.append(
+            Check(
+                name="training",
+                passed=True,
+                detail=f"{recipe.method}, {sampler.train_length:,} tokens an example, positions up "
+                f"to {recipe.target_length - 1:,}"
+                + (
+                    "; train_length=8k trains with fewer"
+                    if sampler.train_length > 32768 and recipe.method != "full"
+                    else ""
+                ),
+            )
+        )
+    keys = ", ".join(f"{key}={value}" for key, value in changes.items() if key != "rope_parameters")
+    written = ", ".join(
+        f"{k}={v}"
+        for k, v in changes["rope_parameters"].items()
+        if k != "long_factor" and k != "short_factor"
+    )
+    checks.append(Check(name="config", passed=True, detail=f"{keys}, rope: {written}"))
+    return checks
+
+
+def _window(facts: ModelFacts) -> str:
+    if facts.sliding_window is None:
+        return "every layer sees the whole context"
+    if facts.hybrid:
+        return f"sliding layers keep their {facts.sliding_window:,} tokens, the full ones see all"
+    return f"sliding_window {facts.sliding_window:,} in every layer: it will be taken out"

@@ -1,0 +1,106 @@
+"""The figures in words, for those who hear the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from skipwise.report.format import number, percent
+from skipwise.report.rows import Rows, models_of, of, pooled
+from skipwise.report.ruler import EFFECTIVE_THRESHOLD, RulerSummary, say_tasks
+
+
+def say_perplexity(rows: Rows) -> str:
+    """Every value, by model and length."""
+    said = []
+    for model in models_of(of(rows, "perplexity")):
+        points = [r for r in of(rows, "perplexity") if r["model"] == model]
+        values = ", ".join(
+            f"{number(r['value']) if r['value'] is not None else 'beyond measure'} "
+            f"at {r['context_length']:,}"
+            for r in sorted(points, key=lambda r: r["context_length"])
+        )
+        said.append(f"{model}: {values}")
+    return f"Perplexity by tokens of context. {'; '.join(said)}."
+
+
+def say_grid(rows: Rows, task: str) -> str:
+    """The share over all depths by model and length, and the weakest depth of each."""
+    trials = [r for r in of(rows, task) if r["value"] is not None]
+    said = []
+    for row in pooled(trials):
+        at = (row["model"], row["context_length"])
+        depths = [
+            r
+            for r in trials
+            if (r["model"], r["context_length"]) == at and r.get("depth") is not None
+        ]
+        text = f"{row['model']} at {row['context_length']:,}: "
+        text += "not measured" if row["value"] is None else f"{percent(row['value'])} %"
+        weakest = min(depths, key=lambda r: r["value"], default=None)
+        if weakest and row["value"] is not None and weakest["value"] < row["value"]:
+            text += f" ({percent(weakest['value'])} % at {percent(weakest['depth'])} % depth)"
+        said.append(text)
+    return f"{task.capitalize()} retrieval over all depths. {'; '.join(said)}."
+
+
+def say_ruler(summaries: Sequence[RulerSummary]) -> str:
+    """Every average, by model and length, and the effective lengths."""
+    said = []
+    for summary in summaries:
+        values = ", ".join(f"{percent(v)} % at {n:,}" for n, v in summary.averages.items())
+        if values:
+            said.append(f"{summary.model}: {values}; effective length {summary.effective}")
+    return (
+        f"RULER score by tokens of context, {say_tasks(list(summaries))}; the threshold is "
+        f"{100 * EFFECTIVE_THRESHOLD:.1f} %. {'. '.join(said)}."
+    )
+
+
+def say_selection(points: Sequence[tuple[int, float]], chosen: int | None, share: bool) -> str:
+    """Every checkpoint's score, and which was chosen."""
+    scores = ", ".join(
+        f"{f'{percent(score)} %' if share else number(score)} at step {step:,}"
+        + (" (chosen)" if step == chosen else "")
+        for step, score in points
+    )
+    return f"Score of each checkpoint. {scores}."
+
+
+def say_loss(metrics: list[dict[str, Any]]) -> str:
+    losses = [m["loss"] for m in metrics if m.get("loss") is not None]
+    if not losses:
+        return "Training loss."
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    return (
+        f"Training loss over {len(losses):,} logged steps: {first:.3f} on average over the first "
+        f"tenth, {last:.3f} over the last.{_say_finish(metrics)}"
+    )
+
+
+def _say_finish(metrics: list[dict[str, Any]]) -> str:
+    first = next((m["step"] for m in metrics if m.get("phase") == "finish"), None)
+    return "" if first is None else f" The examples from step {first:,} on have full length."
+
+
+def say_positions(
+    examples: Sequence[dict[str, Any]], coverage: Sequence[tuple[int, float]], L: int, T: int
+) -> str:
+    """How far the examples reach and how often near, middle and far distances are shown."""
+    ends = [e["position_starts"][-1] + e["lengths"][-1] for e in examples if e["lengths"]]
+    said = f"{len(examples)} training examples of {L:,} tokens as chunks on positions 0 to {T:,}"
+    if ends:
+        said += f", the furthest reaching position {max(ends):,}"
+    shares = ", ".join(
+        f"{distance:,} by {share:.1%}" for distance, share in milestones(coverage, L, T)
+    )
+    return f"{said}. Share of examples that show a relative distance: {shares}."
+
+
+def milestones(coverage: Sequence[tuple[int, float]], L: int, T: int) -> list[tuple[int, float]]:
+    """The points of the coverage nearest to half the training length, half the target, its end."""
+    wanted = (L // 2, T // 2, T)
+    return (
+        [min(coverage, key=lambda point: abs(point[0] - at)) for at in wanted] if coverage else []
+    )

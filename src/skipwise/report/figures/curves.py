@@ -1,0 +1,262 @@
+"""Curves: perplexity and RULER by context length, training loss and checkpoints by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from skipwise.report.figures.style import (
+    AFTER,
+    BEFORE,
+    INK,
+    MOST_CURVES,
+    STYLE,
+    WIDE,
+    length_axis,
+    palette,
+    shorten,
+)
+from skipwise.report.format import number, percent
+from skipwise.report.rows import Row, Rows, models_of, of
+from skipwise.report.ruler import EFFECTIVE_THRESHOLD, average_rows, summarise_ruler
+
+_MOST_STEPS = 400  # points of the loss curve
+
+
+def plot_perplexity(
+    rows: Rows, original_length: int | None = None, width: float = WIDE
+) -> Figure | None:
+    """Perplexity against context length, a curve a model, with 95 % bands; at most 4 models."""
+    rows = [row for row in of(rows, "perplexity") if row["value"] is not None]
+    if not 1 <= len(models_of(rows)) <= MOST_CURVES:
+        return None
+    lengths = sorted({r["context_length"] for r in rows})
+    values = [r["value"] for r in rows]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, 3.6), layout="constrained")
+        axes = figure.subplots()
+        _curves(axes, rows, number, width)
+        if max(values) > 4 * min(values):
+            axes.set_yscale("log")
+            decades = np.log10(max(values) / min(values))
+            axes.yaxis.set_major_locator(
+                LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,))
+            )
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(
+                FuncFormatter(lambda v, _: f"{v:,g}" if v < 1e6 else f"{v:.0e}")
+            )
+        axes.margins(x=0.07, y=0.12)
+        length_axis(axes, lengths)
+        if original_length:
+            axes.axvline(original_length, color=INK, linewidth=1, linestyle=":")
+            axes.annotate(
+                "original window",
+                (original_length, 1.01),
+                xycoords=("data", "axes fraction"),
+                ha="center" if lengths[0] < original_length < lengths[-1] else "left",
+                va="bottom",
+                fontsize=9,
+            )
+        axes.set_xlabel("tokens of context (same target tokens)")
+        axes.set_ylabel("perplexity")
+        _legend(figure, axes, width)
+        return figure
+
+
+def plot_ruler(rows: Rows, width: float = WIDE) -> Figure | None:
+    """The average over the RULER tasks against context length, at most 4 models."""
+    rows = average_rows(summarise_ruler(rows))
+    if not 1 <= len(models_of(rows)) <= MOST_CURVES:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, 3.4), layout="constrained")
+        axes = figure.subplots()
+        shares = [{**row, "value": 100 * row["value"]} for row in rows]
+        _curves(axes, shares, lambda value: percent(value / 100), width)
+        axes.set_ylim(-14, 112)  # room for the values
+        axes.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        axes.margins(x=0.07)
+        length_axis(axes, sorted({row["context_length"] for row in rows}))
+        axes.axhline(100 * EFFECTIVE_THRESHOLD, color=INK, linewidth=1, linestyle="--")
+        axes.annotate(
+            f"{100 * EFFECTIVE_THRESHOLD:.1f} %",
+            (1.005, 100 * EFFECTIVE_THRESHOLD),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9,
+        )
+        axes.set_xlabel("tokens of context")
+        axes.set_ylabel("mean of the RULER tasks")
+        _legend(figure, axes, width)
+        return figure
+
+
+def plot_selection(selection: dict[str, Any], width: float = WIDE) -> Figure | None:
+    """The score of each checkpoint by its step, the chosen one ringed; from two on."""
+    points = scored_checkpoints(selection)
+    if len(points) < 2:
+        return None
+    steps, scores = zip(*points, strict=True)
+    share = is_share_of(selection)
+    scale, unit = (100, " %") if share else (1, "")
+    chosen = [(step, score) for step, score in points if step == selection.get("chosen")]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, 2.9), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(steps, [scale * s for s in scores], color=AFTER, marker="o", linewidth=2)
+        for step, score in chosen:
+            axes.plot(step, scale * score, "o", ms=14, mfc="none", mec=BEFORE, mew=2.2)
+            up = selection.get("higher_is_better", True)  # the curve is on the other side
+            axes.annotate(
+                f"chosen: step {step:,}, {percent(score) if share else number(score)}{unit}",
+                (step, scale * score),
+                xytext=(0, 13 if up else -13),
+                textcoords="offset points",
+                ha={steps[0]: "left", steps[-1]: "right"}.get(step, "center"),
+                va="bottom" if up else "top",
+                fontsize=9,
+            )
+        axes.margins(x=0.06, y=0.25)
+        most = 8 if width >= WIDE else 4
+        few = len(steps) <= most
+        axes.xaxis.set_major_locator(
+            FixedLocator(steps) if few else MaxNLocator(most, integer=True)
+        )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda v, _: "" if share and not 0 <= v <= 100 else f"{v:,g}{unit}")
+        )
+        axes.set_xlabel("step")
+        axes.set_ylabel(str(selection.get("metric") or "score"))
+        return figure
+
+
+def scored_checkpoints(selection: dict[str, Any]) -> list[tuple[int, float]]:
+    """(step, score) of the candidates that have both, by step."""
+    pairs = ((c.get("step"), c.get("score")) for c in selection.get("candidates") or [])
+    return sorted(
+        (step, score)
+        for step, score in pairs
+        if step is not None and score is not None and np.isfinite(score)
+    )
+
+
+def is_share_of(selection: dict[str, Any]) -> bool:
+    """Whether the scores are shares: higher is better and all are in 0 .. 1."""
+    higher = selection.get("higher_is_better", True)
+    return bool(higher) and all(0 <= score <= 1 for _, score in scored_checkpoints(selection))
+
+
+def plot_loss(metrics: list[dict[str, Any]], width: float = WIDE) -> Figure | None:
+    """Training loss by step, with a running mean; beyond 400 steps the range of equal bins."""
+    points = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None and "step" in m]
+    if len(points) < 2:
+        return None
+    steps, losses = (np.array(x, float) for x in zip(*points, strict=True))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, 2.9), layout="constrained")
+        axes = figure.subplots()
+        if len(steps) > _MOST_STEPS:
+            edges = np.linspace(0, len(steps), _MOST_STEPS // 2 + 1).astype(int)[:-1]
+            lows, highs = np.minimum.reduceat(losses, edges), np.maximum.reduceat(losses, edges)
+            axes.fill_between(steps[edges], lows, highs, color=AFTER, alpha=0.25, linewidth=0)
+        else:
+            axes.plot(steps, losses, color=AFTER, alpha=0.35, linewidth=1)
+        window = max(1, len(losses) // 20)
+        sums = np.cumsum(np.insert(losses, 0, 0.0))
+        smooth = (sums[window:] - sums[:-window]) / window
+        every = max(1, len(smooth) // _MOST_STEPS)
+        axes.plot(steps[window - 1 :][::every], smooth[::every], color=AFTER, linewidth=2)
+        first = finish_step(metrics)
+        if first is not None:
+            axes.axvline(first - 0.5, color=INK, linewidth=1, linestyle=":")
+            axes.annotate(
+                "full length",
+                (first - 0.5, 1.01),
+                xycoords=("data", "axes fraction"),
+                ha="center" if first < 0.9 * steps[-1] else "right",
+                va="bottom",
+                fontsize=9,
+            )
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(8 if width >= WIDE else 4, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats a token)")
+        return figure
+
+
+def finish_step(metrics: list[dict[str, Any]]) -> int | None:
+    """The first step at full length; None: there is none."""
+    return next((m["step"] for m in metrics if m.get("phase") == "finish"), None)
+
+
+def _curves(axes: Any, rows: Rows, write: Any, width: float) -> None:
+    """A line, marker and band a model; values are written at the points of one or two models."""
+    models = models_of(rows)
+    few = len({row["context_length"] for row in rows}) <= (8 if width >= WIDE else 5)
+    means = {m: np.mean([r["value"] for r in rows if r["model"] == m]) for m in models}
+    styles = palette(models)
+    for model in models:
+        colour, marker = styles[model]
+        points: Sequence[Row] = sorted(
+            (r for r in rows if r["model"] == model), key=lambda r: r["context_length"]
+        )
+        x, y = ([p[key] for p in points] for key in ("context_length", "value"))
+        axes.plot(x, y, marker=marker, color=colour, label=_label(model), linewidth=2)
+        bands = [p for p in points if p["low"] is not None and p["high"] is not None]
+        axes.fill_between(
+            [p["context_length"] for p in bands],
+            [p["low"] for p in bands],
+            [p["high"] for p in bands],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
+        if len(bands) == 1:  # a band of one length would have no width
+            axes.vlines(
+                bands[0]["context_length"],
+                bands[0]["low"],
+                bands[0]["high"],
+                color=colour,
+                alpha=0.4,
+            )
+        if len(models) > 2 or not few:
+            continue
+        up = 1 if means[model] == max(means.values()) else -1  # the upper curve's above it
+        others = {(r["context_length"], write(r["value"])) for r in rows if r["model"] != model}
+        for at, value in zip(x, y, strict=True):
+            if up < 0 and (at, write(value)) in others:
+                continue  # written above already
+            axes.annotate(
+                write(value),
+                (at, value),
+                xytext=(0, 7 * up),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if up > 0 else "top",
+                fontsize=9,
+            )
+
+
+def _label(model: str) -> str:
+    """As the legend takes it: one that starts with an underscore is left out by matplotlib."""
+    name = shorten(model, 40)
+    return f" {name}" if name.startswith("_") else name
+
+
+def _legend(figure: Figure, axes: Any, width: float) -> None:
+    """Above the axes; names that do not stand beside each other stand in columns of two or one."""
+    names = axes.get_legend_handles_labels()[1]
+    room = 80 if width >= WIDE else 40  # characters
+    columns = len(names)
+    while columns > 1 and columns * (max(map(len, names)) + 6) > room:
+        columns -= 1
+    figure.legend(loc="outside upper right", ncols=columns)

@@ -1,0 +1,206 @@
+"""Several runs or evaluations side by side: their rows under distinct labels, on one page.
+
+Of a run, `after` becomes the run's name. `before` stays one column where the runs started from
+one base with the same values, and is `before (NAME)` for each where they did not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipwise.errors import SkipwiseError
+from skipwise.report.format import duration, short_count
+from skipwise.report.headline import evaluation_headline
+from skipwise.report.load import all_training, count, is_evaluation, part, read_json, read_rows
+from skipwise.report.page.html import definitions, facts_list, note, page, section
+from skipwise.report.page.results import (
+    benchmark_section,
+    grid_section,
+    measured_facts,
+    perplexity_section,
+    ruler_section,
+    table_section,
+)
+from skipwise.report.rows import Row, Rows, finite, models_of
+from skipwise.report.tables import format_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A folder that is compared."""
+
+    folder: Path
+    label: str  # distinct among those compared
+    run: dict[str, Any]
+    rows: Rows
+
+    @property
+    def base(self) -> str | None:
+        """The model that a run started from."""
+        return part(self.run, "model").get("name")
+
+
+def compare_runs(folders: Sequence[Path], out: Path) -> str:
+    """Write one self-contained page of several runs or evaluations to `out`.
+
+    Returns:
+        the table as Markdown.
+
+    Raises:
+        SkipwiseError: fewer than two folders, one given twice, one without results or with broken
+            ones.
+    """
+    compared = read_compared(folders)
+    rows = merge_rows(compared)
+    windows = {c.run.get("original_length") for c in compared}
+    text = page(
+        title="Comparison · Skipwise",
+        eyebrow=f"Skipwise comparison of {len(compared)} folders",
+        headline=evaluation_headline({"name": "The comparison"}, rows),
+        facts=facts_list(measured_facts(rows)),
+        sections=[
+            table_section(rows, "Side by side", {}),
+            perplexity_section(
+                rows, windows.pop() if len(windows) == 1 else None, None, optional=True
+            ),
+            grid_section(rows, "passkey", None),
+            grid_section(rows, "needle", None),
+            ruler_section(rows, None),
+            benchmark_section(rows),
+            _folders(compared),
+        ],
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return format_table(rows)
+
+
+def read_compared(folders: Sequence[Path]) -> list[Compared]:
+    """The folders with their rows and labels that differ."""
+    paths = [Path(folder) for folder in folders]
+    if len(paths) < 2:
+        raise SkipwiseError(
+            "a comparison takes two folders or more: skipwise compare runs/a runs/b"
+        )
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise SkipwiseError(
+            f"a folder is given twice: {' '.join(map(str, paths))}; name each one once"
+        )
+    found = []
+    for folder in paths:
+        rows = read_rows(folder)
+        if not rows:
+            reason = "no results.json" if rows is None else "nothing in its results.json"
+            raise SkipwiseError(
+                f"{folder} has {reason}: give the folder of a finished run or evaluation"
+            )
+        run = read_json(folder / "run.json")
+        found.append((folder, run if isinstance(run, dict) else {}, rows))
+    names = [str(run.get("name") or folder.resolve().name) for folder, run, _ in found]
+    ends = _distinct_ends(paths)
+    labels = [
+        name if names.count(name) == 1 else f"{name} ({end})"
+        for name, end in zip(names, ends, strict=True)
+    ]
+    return [
+        Compared(folder=folder, label=label, run=run, rows=rows)
+        for label, (folder, run, rows) in zip(labels, found, strict=True)
+    ]
+
+
+def merge_rows(compared: Sequence[Compared]) -> Rows:
+    """All rows, the base models first, each model under a label of its own."""
+    bases = _bases(compared)
+    merged: Rows = []
+    for rows, owners in bases:
+        name = "before" if len(bases) == 1 else f"before ({', '.join(owners)})"
+        merged += [{**row, "model": name} for row in rows]
+    named = [
+        (one, model, one.label if model == "after" and not is_evaluation(one.run) else model)
+        for one in compared
+        for model in models_of(one.rows)
+        if model != "before" or is_evaluation(one.run)
+    ]
+    names = [name for _, _, name in named] + models_of(merged)
+    for one, model, name in named:
+        label = name if names.count(name) == 1 else f"{name} in {one.label}"
+        merged += [{**row, "model": label} for row in one.rows if row["model"] == model]
+    return merged
+
+
+def _bases(compared: Sequence[Compared]) -> list[tuple[Rows, list[str]]]:
+    """The rows of each base model, and the labels of the runs that measured them.
+
+    Rows of two runs are put together where all that both measured is the same, and they started
+    from a model of one name or measured the same things.
+    """
+    bases: list[tuple[dict[tuple[Any, ...], Row], list[Compared]]] = []
+    for one in compared:
+        if is_evaluation(one.run):
+            continue
+        cells = {_cell(row): row for row in finite(one.rows) if row["model"] == "before"}
+        if not cells:
+            continue
+        for known, owners in bases:
+            common = known.keys() & cells.keys()
+            agree = all(_same(known[key], cells[key]) for key in common)
+            one_name = one.base is not None and one.base == owners[0].base
+            if agree and common and (one_name or known.keys() == cells.keys()):
+                known.update({**cells, **known})
+                owners.append(one)
+                break
+        else:
+            bases.append((cells, [one]))
+    return [(list(cells.values()), [o.label for o in owners]) for cells, owners in bases]
+
+
+def _cell(row: Row) -> tuple[Any, ...]:
+    keys = ("task", "metric", "context_length", "depth", "num_fewshot")
+    return tuple(row.get(key) for key in keys)
+
+
+def _same(a: Row, b: Row) -> bool:
+    return (a["value"], a["num_samples"]) == (b["value"], b["num_samples"])
+
+
+def _distinct_ends(paths: Sequence[Path]) -> list[str]:
+    """Of each path as many last parts as tell it from the others."""
+    full = [path.resolve() for path in paths]
+    for num in range(1, max(len(path.parts) for path in full) + 1):
+        ends = ["/".join(path.parts[-num:]) for path in full]
+        if len(set(ends)) == len(ends):
+            return ends
+    return [str(path) for path in full]
+
+
+def _folders(compared: Sequence[Compared]) -> str:
+    """Where each stands, what it started from, what it was trained and measured on."""
+    entries = {}
+    for one in compared:
+        training, data = part(one.run, "training"), part(one.run, "data")
+        taken = all_training(one.run)
+        seconds, tokens = taken.get("seconds"), taken.get("num_tokens")
+        sources = ", ".join(map(str, data.get("sources") or []))
+        entries[one.label] = [
+            str(one.folder),
+            "an evaluation" if is_evaluation(one.run) else None,
+            f"from {one.base}" if one.base else None,
+            count(one.run, "target_length", "tokens of target length"),
+            training.get("method"),
+            f"{short_count(tokens)} tokens of training" if tokens else None,
+            f"{duration(seconds)} of training" if seconds else None,
+            f"text {sources}" if sources else None,
+            part(one.run, "machine").get("gpu") or part(one.run, "machine").get("cpu"),
+        ]
+    return section(
+        "What is compared",
+        definitions(entries)
+        + note(
+            "Perplexity compares only where it was taken on the same documents, and retrieval "
+            "where the trials were the same; see the folders' own pages."
+        ),
+    )

@@ -1,0 +1,178 @@
+"""The page of a run, or of an evaluation without one: every word comes from the folder's JSON.
+
+Whatever run.json does not hold is left out or said to be missing; nothing is guessed.
+
+Reading order:  folder.py (what is read)  results.py (sections of what was measured)
+                training.py (sections of how a run was made)  markup.py (the pieces of HTML)
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from skipwise.errors import SkipwiseError
+from skipwise.report.format import length_names, percent
+from skipwise.report.headline import evaluation_headline, headline
+from skipwise.report.load import count, is_evaluation, part, read_json, read_lines, read_rows
+from skipwise.report.page.html import definitions, facts_list, note, page, section
+from skipwise.report.page.results import (
+    benchmark_section,
+    grid_section,
+    measured_facts,
+    perplexity_section,
+    ruler_section,
+    table_section,
+)
+from skipwise.report.page.training import (
+    checks_section,
+    cost_section,
+    details_section,
+    loss_section,
+    positions_section,
+    selection_section,
+    training_facts,
+)
+from skipwise.report.rows import Rows, find
+from skipwise.report.ruler import summarise_ruler
+from skipwise.report.tables import format_table
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write `report/` of a folder: the page, its figures as PNG, and the table as Markdown.
+
+    Args:
+        run_folder: of a run, or of an evaluation (run.json with `"kind": "evaluation"`).
+
+    Returns:
+        the path of `report/index.html`.
+
+    Raises:
+        SkipwiseError: the folder has no run.json, or a file that is not what it should be.
+    """
+    folder = Path(run_folder)
+    run = read_json(folder / "run.json")
+    if not isinstance(run, dict):
+        raise SkipwiseError(
+            f"{folder} has no run.json: give the folder of a run, as runs/quickstart"
+        )
+    rows = read_rows(folder) or []
+    out = folder / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    name = run.get("name") or folder.name
+    if is_evaluation(run):
+        # a baseline that was measured later is still what the others stand against
+        rows.sort(key=lambda row: row["model"] != run.get("baseline"))
+        said, facts = evaluation_headline({"name": name, **run}, rows), measured_facts(rows)
+        sections, what = _evaluation(run, rows, out), "evaluation"
+    else:
+        said, facts = headline(run, rows), _run_facts(run, rows)
+        sections, what = _run(folder, run, rows, out), "run"
+    text = page(
+        title=f"{name} · Skipwise",
+        eyebrow=" · ".join([f"Skipwise {what} {name}", *_when(run)]),
+        headline=said,
+        notice=_notice(run),
+        facts=facts_list(facts),
+        sections=sections,
+    )
+    (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
+    (out / "index.html").write_text(text, encoding="utf-8")
+    return out / "index.html"
+
+
+def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
+    names = {run.get("target_length"): "target", run.get("original_length"): "original"}
+    return [
+        table_section(rows, "Before and after", names),
+        perplexity_section(rows, run.get("original_length"), out),
+        grid_section(rows, "passkey", out, optional=False),
+        grid_section(rows, "needle", out),
+        ruler_section(rows, out),
+        benchmark_section(rows),
+        selection_section(run, out),
+        loss_section(read_lines(folder / "metrics.jsonl"), out),
+        positions_section(run, out),
+        cost_section(run),
+        checks_section(run),
+        details_section(run),
+        _reproduce(run, folder / "recipe.yaml"),
+    ]
+
+
+def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
+    models, machine = part(run, "models"), part(run, "machine")
+    windows = {part(models, label).get("original_length") for label in models}
+    memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None
+    entries = {
+        label: [
+            part(models, label).get("name"),
+            part(models, label).get("family"),
+            count(part(models, label), "num_parameters", "parameters"),
+            count(part(models, label), "original_length", "tokens of original context"),
+        ]
+        for label in models
+    }
+    entries["Machine"] = [
+        machine.get("cpu"),
+        count(machine, "num_cpus", "CPUs"),
+        memory,
+        machine.get("gpu") or ("no GPU" if machine else None),
+    ]
+    entries["Versions"] = [f"{k} {v}" for k, v in part(run, "versions").items()]
+    return [
+        table_section(rows, "What was measured", {}),
+        perplexity_section(rows, windows.pop() if len(windows) == 1 else None, out, optional=True),
+        grid_section(rows, "passkey", out),
+        grid_section(rows, "needle", out),
+        ruler_section(rows, out),
+        benchmark_section(rows),
+        section("Models and machine", definitions(entries)),
+        _reproduce(run, None),
+    ]
+
+
+def _when(run: dict[str, Any]) -> list[str]:
+    created = str(run.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
+    version = part(run, "versions").get("skipwise")
+    return [x for x in (created, f"version {version}" if version else "") if x]
+
+
+def _notice(run: dict[str, Any]) -> str:
+    status = run.get("status")
+    if status in (None, "finished"):
+        return ""
+    what = "evaluation" if is_evaluation(run) else "run"
+    return (
+        f'<p class="notice">This {what} has not finished; its status is “{escape(status)}”.</p>\n'
+    )
+
+
+def _run_facts(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
+    """The lengths, retrieval at the target and effective length before and after, the training."""
+    L, T = run.get("original_length"), run.get("target_length")
+    facts = []
+    if L and T:
+        facts.append((" → ".join(length_names([L, T])), "tokens of context"))
+        for task in ("passkey", "needle"):
+            found = [(m, find(rows, m, task, T)) for m in ("before", "after")]
+            shares = {m: percent(r["value"]) for m, r in found if r and r["value"] is not None}
+            if shares:
+                models = " and ".join(shares)
+                facts.append((f"{' → '.join(shares.values())} %", f"{task} at {T:,}, {models}"))
+    known = [s for s in summarise_ruler(rows) if s.averages and s.model in ("before", "after")]
+    if known:
+        models = " and ".join(s.model for s in known)
+        lengths = " → ".join(s.effective_short for s in known)
+        facts.append((lengths, f"effective length (RULER), {models}"))
+    return facts + training_facts(run)
+
+
+def _reproduce(run: dict[str, Any], recipe: Path | None) -> str:
+    commands = [c for c in run.get("reproduce") or [run.get("command")] if c]
+    shown = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
+    if recipe and recipe.exists():
+        text = escape(recipe.read_text(encoding="utf-8"))
+        shown += f"<details><summary>The recipe, recipe.yaml</summary><pre>{text}</pre></details>"
+    return section("Reproduce", shown or note("No command was recorded."))

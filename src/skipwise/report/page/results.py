@@ -1,0 +1,286 @@
+"""Sections of the page that show what was measured: the same for a run, an evaluation, several."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from skipwise.report.benchmarks import (
+    Difference,
+    benchmark_layout,
+    format_benchmark,
+    line_difference,
+    metric_label,
+    say_benchmarks,
+    shots_label,
+)
+from skipwise.report.figures import alt_text, curves, heatmaps
+from skipwise.report.figures.style import MOST_CURVES, share_colours
+from skipwise.report.format import METRICS, format_value, length_names, percent
+from skipwise.report.page.html import MISSING, code_name, figure, note, prose, section
+from skipwise.report.rows import (
+    RULER_AVERAGE,
+    Rows,
+    is_ruler,
+    models_of,
+    of,
+    pooled,
+    say_mixed_texts,
+)
+from skipwise.report.ruler import (
+    EFFECTIVE_LENGTH,
+    EFFECTIVE_THRESHOLD,
+    ruler_tasks,
+    say_tasks,
+    summarise_ruler,
+)
+from skipwise.report.tables import layout
+
+_GRIDS = {
+    "passkey": (
+        "Passkey retrieval",
+        "Share of trials, in percent, in which greedy decoding gives exactly the digits, by how "
+        "deep in the context they stand (0 % is the start).",
+    ),
+    "needle": (
+        "Needle in real text",
+        "Share of trials, in percent, in which greedy decoding gives exactly the answer, by how "
+        "deep in the text the needle stands (0 % is the start).",
+    ),
+}
+_ABOUT = {
+    "perplexity": "Perplexity is taken on the same target tokens at every length.",
+    "passkey": "Passkey is the share of exact answers over all depths, in repeated filler text.",
+    "needle": "Needle is the share of exact answers over all depths, in real text.",
+}
+
+
+def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
+    """The table of everything at context lengths; of RULER only the averages.
+
+    Args:
+        names: what a context length is called, as `target`.
+    """
+    if not rows:
+        return section(title, MISSING)
+    models, lines, cells = layout(rows)
+    ruled = {row["task"] for row in rows if is_ruler(row)}
+    lines = [line for line in lines if line[0] not in ruled]
+    if not lines:
+        return ""
+    head = "".join(f'<th class="n" scope="col">{escape(m)}</th>' for m in models)
+    body = ""
+    for task, metric in dict.fromkeys(line[:2] for line in lines):
+        lengths = [line[2] for line in lines if line[:2] == (task, metric)]
+        body += "<tbody>"
+        for i, length in enumerate(lengths):
+            span = f'<th scope="rowgroup" rowspan="{len(lengths)}">{_task(task, metric)}</th>'
+            named = f"<small>{names[length]}</small> " if length in names else ""
+            body += f'<tr>{span if i == 0 else ""}<th class="n" scope="row">{named}{length:,}</th>'
+            for model in models:
+                cell = cells.get((task, metric, length, model))
+                missing = "no average" if task == RULER_AVERAGE else "not measured"
+                value, _, interval = (format_value(cell) if cell else missing).partition(" [")
+                small = f" <small>[{escape(interval)}</small>" if interval else ""
+                body += f'<td class="n">{escape(value)}{small}</td>'
+            body += "</tr>\n"
+        body += "</tbody>"
+    about = [text for task, text in _ABOUT.items() if of(rows, task)]
+    if any(cell["low"] is not None for cell in cells.values()):
+        about.append("In brackets 95 % intervals.")
+    about += [mixed] if (mixed := say_mixed_texts(rows)) else []
+    return section(
+        title,
+        '<div class="scroll"><table><thead><tr><th scope="col">Task</th>'
+        f'<th class="n" scope="col">Context</th>{head}</tr></thead>{body}</table></div>\n'
+        + note(" ".join(about)),
+    )
+
+
+def perplexity_section(
+    rows: Rows, original_length: int | None, png_folder: Path | None, optional: bool = False
+) -> str:
+    """The curve, or that it was not measured; nothing at all where it is optional."""
+    title = "Perplexity against context length"
+    drawn = figure(
+        png_folder,
+        "perplexity",
+        lambda width: curves.plot_perplexity(rows, original_length, width),
+        lambda: alt_text.say_perplexity(rows),
+        "The same target tokens, seen with more and more context: a lower value further right "
+        "means that the model uses it. Bands are 95 % intervals over documents, which differ "
+        f"far more from each other than the lengths do.{_beyond(rows)}",
+    )
+    num = len(models_of(of(rows, "perplexity")))
+    if not drawn and num > MOST_CURVES:
+        drawn = _too_many(num)
+    elif not drawn and optional:
+        return ""
+    return section(title, drawn or MISSING)
+
+
+def grid_section(rows: Rows, task: str, png_folder: Path | None, optional: bool = True) -> str:
+    """Heat maps of a task by depth and length, a panel a model."""
+    title, caption = _GRIDS[task]
+    models = heatmaps.grid_models(rows, task)
+    if len(models) > heatmaps.MOST_PANELS:
+        caption += (
+            f" The first {heatmaps.MOST_PANELS} of {len(models)} models; all are in the table."
+        )
+    drawn = figure(
+        png_folder,
+        task,
+        lambda width: heatmaps.plot_grid(rows, task, width),
+        lambda: alt_text.say_grid(rows, task),
+        caption,
+    )
+    return section(title, drawn or MISSING) if drawn or not optional else ""
+
+
+def ruler_section(rows: Rows, png_folder: Path | None) -> str:
+    """The averages as curves, the effective lengths, and every task by length for each model."""
+    summaries = summarise_ruler(rows)
+    drawn = figure(
+        png_folder,
+        "ruler",
+        lambda width: curves.plot_ruler(rows, width),
+        lambda: alt_text.say_ruler(summaries),
+        f"Score by context length, {say_tasks(summaries)}. Dashed: "
+        f"{100 * EFFECTIVE_THRESHOLD:.1f} %, the average of Llama-2-7B at 4k tokens over RULER's "
+        "13 tasks (Hsieh et al. 2024). The effective length is the largest measured that is not "
+        "below it, nor any shorter one.",
+    )
+    if not summaries:
+        return ""
+    num = sum(bool(s.averages) for s in summaries)
+    if not drawn:
+        drawn = _too_many(num) if num > MOST_CURVES else note(f"{say_tasks(summaries)}.")
+    lines = "".join(
+        f'<tr><th scope="row">{escape(s.model)}</th><td class="n">{escape(s.effective)}</td></tr>'
+        for s in summaries
+    )
+    effective = (
+        '<table class="short"><thead><tr><th scope="col">Model</th><th class="n" scope="col">'
+        f"{EFFECTIVE_LENGTH.capitalize()}</th></tr></thead><tbody>{lines}</tbody></table>"
+    )
+    tables = "".join(_ruler_table(rows, s.model) for s in summaries)
+    return section("RULER tasks", f"{drawn}\n{effective}\n{tables}")
+
+
+def benchmark_section(rows: Rows) -> str:
+    """Every benchmark with its standard errors, and what changed beyond them."""
+    models, lines, cells = benchmark_layout(rows)
+    if not lines:
+        return ""
+    pair = len(models) == 2
+    heads = [*models, *(["difference"] if pair else [])]
+    head = "".join(f'<th class="n" scope="col">{escape(m)}</th>' for m in heads)
+    body = ""
+    for line in lines:
+        found = [cells.get((line, model)) for model in models]
+        one = next(cell for cell in found if cell)
+        body += (
+            f'<tr><th scope="row">{code_name(line[0])}<small class="under">'
+            f"{escape(metric_label(line, one))}, shots: {escape(shots_label(line))}</small></th>"
+            + "".join(f'<td class="n">{_with_error(format_benchmark(cell))}</td>' for cell in found)
+            + (_difference(line_difference(*found)) if pair else "")
+            + "</tr>\n"
+        )
+    verdicts = "".join(f"<p>{prose(said)}</p>" for said in say_benchmarks(rows))
+    return section(
+        "Benchmarks of short contexts",
+        '<div class="scroll"><table><thead><tr><th scope="col">Benchmark</th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"</div>\n{verdicts}"
+        + note(
+            "In percent ± standard error. A difference is beyond error from 1.96 standard errors "
+            "on, sqrt(se1² + se2²); of twenty tasks that did not change, one is expected to look "
+            "as if it had."
+        ),
+    )
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return '<td class="n">not measured</td>'
+    kind = {"worse": "bad", "better": "good"}.get(difference.judgement, "")
+    return (
+        f'<td class="n {kind}">{_with_error(str(difference))}'
+        f'<small class="under">{difference.judgement}</small></td>'
+    )
+
+
+def _with_error(text: str) -> str:
+    """The standard error is small, and stands below its value on a phone."""
+    value, _, error = text.partition(" ± ")
+    return escape(value) + (f" <small>±&nbsp;{escape(error)}</small>" if error else "")
+
+
+def _ruler_table(rows: Rows, model: str) -> str:
+    """Tasks by lengths with the cells in the colours of the heat maps."""
+    kept = [r for r in pooled(rows) if is_ruler(r) and r["model"] == model]
+    cells = {(r["task"], r["context_length"]): r["value"] for r in kept}
+    lengths = sorted({r["context_length"] for r in kept})
+    head = "".join(f'<th class="n" scope="col">{n}</th>' for n in length_names(lengths))
+    body = "".join(
+        f'<tr><th scope="row">{code_name(task)}</th>'
+        + "".join(_share_cell(cells.get((task, n))) for n in lengths)
+        + "</tr>\n"
+        for task in ruler_tasks(kept)
+    )
+    samples = sorted({r["num_samples"] for r in kept})
+    num = f"{samples[0]:,}" if len(samples) == 1 else f"{samples[0]:,} to {samples[-1]:,}"
+    return (
+        f'<div class="scroll"><table class="shares"><caption>{escape(model)}: percent of the '
+        f"expected answers found, {num} samples a cell</caption><thead><tr>"
+        f'<th scope="col">Task</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _share_cell(value: float | None) -> str:
+    if value is None:
+        return '<td class="n">–</td>'
+    background, ink = share_colours(value)
+    return f'<td class="n" style="background:{background};color:{ink}">{percent(value)}</td>'
+
+
+def _task(task: str, metric: str) -> str:
+    """The task and, small below it, its metric and which way is better."""
+    label = METRICS.get(metric, metric)
+    if metric == task == "perplexity":
+        return "perplexity<small>↓ lower is better</small>"
+    if metric == "bits_per_byte":
+        return "bits per byte<small>↓ lower is better</small>"
+    if task == RULER_AVERAGE:
+        return f"RULER average<small>{escape(label)}</small>"
+    return f"{code_name(task)}<small>{escape(label)}</small>"
+
+
+def _too_many(num: int) -> str:
+    return note(f"{num} models are more than can be told apart as curves: see the table.")
+
+
+def _beyond(rows: Rows) -> str:
+    points = [r for r in of(rows, "perplexity") if r["value"] is None]
+    at = ", ".join(f"{r['model']} at {r['context_length']:,}" for r in points)
+    return f" Beyond measure, and not drawn: {at}." if at else ""
+
+
+def measured_facts(rows: Rows) -> list[tuple[str, str]]:
+    """Effective lengths and retrieval at the longest length, of one or two models."""
+    models = models_of(rows)
+    if len(models) > 2:
+        return []
+    facts = []
+    summaries = {s.model: s.effective_short for s in summarise_ruler(rows) if s.averages}
+    for model in models:
+        if model in summaries:
+            facts.append((summaries[model], f"effective length (RULER), {model}"))
+    for task in ("passkey", "needle"):
+        longest = max((row["context_length"] for row in of(rows, task)), default=0)
+        for row in pooled(of(rows, task)):
+            if row["context_length"] == longest and row["value"] is not None:
+                facts.append(
+                    (f"{percent(row['value'])} %", f"{task} at {longest:,}, {row['model']}")
+                )
+    return facts

@@ -1,0 +1,221 @@
+"""Sections of the page that show how a run was made: its choice, training, positions and cost."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from skipwise.report.figures import alt_text, curves
+from skipwise.report.figures.positions import plot_positions
+from skipwise.report.format import duration, number, percent, short_count
+from skipwise.report.load import all_training, count, part
+from skipwise.report.page.html import MISSING, definitions, figure, note, section
+
+
+def selection_section(run: dict[str, Any], png_folder: Path) -> str:
+    """How the checkpoint was chosen; nothing where none was."""
+    selection = part(run, "selection")
+    points, chosen = curves.scored_checkpoints(selection), selection.get("chosen")
+    share = curves.is_share_of(selection)
+    measure = str(selection.get("metric") or "score")
+    if selection.get("by"):
+        measure += f" on {selection['by']}"
+    better = "higher" if selection.get("higher_is_better", True) else "lower"
+    said = f"By {measure}, {better} is better, of {len(points):,} checkpoints with a score. "
+    if chosen is not None:
+        score = dict(points).get(chosen)
+        shown = "" if score is None else f", {f'{percent(score)} %' if share else number(score)}"
+        said += f"Chosen: step {chosen:,}{shown}. "
+    said += "The score of the best of several is flattered by the choosing."
+    drawn = figure(
+        png_folder,
+        "selection",
+        lambda width: curves.plot_selection(selection, width),
+        lambda: alt_text.say_selection(points, chosen, share),
+        said,
+    )
+    if not points and chosen is None:
+        return ""
+    return section("Choice of the checkpoint", drawn or note(said))
+
+
+def loss_section(metrics: list[dict[str, Any]], png_folder: Path) -> str:
+    first = curves.finish_step(metrics)
+    finish = "" if first is None else f" From step {first:,} on examples have full length."
+    drawn = figure(
+        png_folder,
+        "loss",
+        lambda width: curves.plot_loss(metrics, width),
+        lambda: alt_text.say_loss(metrics),
+        "Pale: every logged step, beyond 400 the range in equal bins. Strong: a running mean "
+        f"over a twentieth of the steps.{finish}",
+    )
+    return section("Training loss", drawn or MISSING)
+
+
+def positions_section(run: dict[str, Any], png_folder: Path) -> str:
+    """Where the training examples stand, and which distances they show."""
+    title, positions = "Positions seen in training", part(run, "positions")
+    L, T = run.get("train_length"), run.get("target_length")
+    examples = positions.get("examples") or []
+    pairs = zip(positions.get("distances") or [], positions.get("coverage") or [], strict=False)
+    coverage = [(d, share) for d, share in pairs if share is not None]
+    if not (examples and coverage and L and T):
+        (png_folder / "positions.png").unlink(missing_ok=True)
+        return section(title, _untrained(run))
+    drawn = figure(
+        png_folder,
+        "positions",
+        lambda width: plot_positions(examples, coverage, L, T, width),
+        lambda: alt_text.say_positions(examples, coverage, L, T),
+        f"Each row is an example of {L:,} tokens, cut into chunks (colours) whose positions skip "
+        "ahead. Below: how many of the examples show two tokens at each relative distance. "
+        + str(positions.get("sampler") or ""),
+    )
+    return section(title, drawn)
+
+
+def cost_section(run: dict[str, Any]) -> str:
+    """Tokens and attention pairs, counted, against full-length training."""
+    return section("What it cost, against full-length training", _cost(run))
+
+
+def _cost(run: dict[str, Any]) -> str:
+    training, L, T = part(run, "training"), run.get("train_length"), run.get("target_length")
+    if not training or not L or not T:
+        return _untrained(run)
+    if not training.get("num_steps") or not training.get("batch_size"):
+        return '<p class="note">The number of examples was not recorded.</p>'
+    num = training["num_steps"] * training["batch_size"]
+    finish = part(run, "finish")
+    long = finish.get("num_tokens", 0) // T if finish.get("seconds") is not None else 0
+    tokens = num * L + long * T
+    lines = (
+        ("This run", tokens, num * L * (L + 1) // 2 + long * T * (T + 1) // 2),
+        ("Full length, as many examples", (num + long) * T, (num + long) * T * (T + 1) // 2),
+        ("Full length, as many tokens", tokens, tokens * (T + 1) // 2),
+    )
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>'
+        f'<td class="n">{short_count(tokens) if tokens >= 1e8 else f"{tokens:,}"}</td>'
+        f'<td class="n">{short_count(pairs)}</td>'
+        f'<td class="n">{_ratio(pairs / lines[0][2])}×</td></tr>'
+        for name, tokens, pairs in lines
+    )
+    said = [f"{_spent(training, num * L)}."]
+    if long:
+        share = percent(finish["share"])
+        said += [f"Then {share} % of all tokens at full length: {_spent(finish, long * T)}."]
+    return (
+        "".join(f"<p>{escape(text)}</p>\n" for text in said)
+        + '<div class="scroll"><table><thead><tr><td></td><th class="n" scope="col">Tokens</th>'
+        '<th class="n" scope="col">Attention pairs</th>'
+        f'<th class="n" scope="col">Pairs, to this run</th></tr></thead><tbody>{body}</tbody>'
+        f'</table></div>\n<p class="note">{num:,} examples of {L:,} tokens'
+        f"{f' and {long:,} of {T:,}' if long else ''}; full length is {T:,}. "
+        "Attention pairs are the query-key pairs of one causal layer and head, n (n + 1) / 2 ≈ "
+        f"n² / 2 for an example of n tokens: at equal tokens the ratio is about T / L = {T / L:.3g}"
+        f", at equal examples its square. These are counted, not timed; of the work of a step, "
+        "only attention grows this way.</p>"
+    )
+
+
+def _spent(taken: dict[str, Any], num_tokens: int) -> str:
+    """Steps, time and memory of a part of training."""
+    spent = [f"{taken['num_steps']:,} steps of {taken['batch_size']:,} examples"]
+    if taken.get("seconds"):
+        speed = num_tokens / taken["seconds"]
+        spent.append(f"{duration(taken['seconds'])}, {speed:,.0f} tokens a second")
+    if taken.get("peak_memory_gib"):
+        each = ", of one process" if taken.get("num_processes", 1) > 1 else ""
+        spent.append(f"{taken['peak_memory_gib']:.2f} GiB of memory at the peak{each}")
+    return "; ".join(spent)
+
+
+def checks_section(run: dict[str, Any]) -> str:
+    items = ""
+    for check in run.get("checks") or []:
+        kind, word = ("passed", "ok") if check.get("passed") else ("failed", "failed")
+        text = escape(f"{check.get('name', '?')}: {check.get('detail', '')}")
+        items += f'<li class="{kind}"><b>{word}</b><span>{text}</span></li>'
+    shown = f'<ul class="checks">{items}</ul>' if items else note("None has run.")
+    return section("Checks", shown)
+
+
+def details_section(run: dict[str, Any]) -> str:
+    """Model, lengths, data, machine, times and versions."""
+    model, data, machine, training = (
+        part(run, key) for key in ("model", "data", "machine", "training")
+    )
+    lengths = [
+        f"{run[key]:,} {key.removesuffix('_length')}"
+        for key in ("original_length", "train_length", "target_length")
+        if run.get(key)
+    ]
+    trained = [count(training, "trainable_parameters", "parameters"), training.get("mode")]
+    if training.get("num_processes", 1) > 1:
+        trained.append(f"{training.get('engine', '?')} over {training['num_processes']} processes")
+    shorts = count(data, "num_short", "short ones")
+    documents = [
+        count(data, "num_documents", "documents"),
+        count(data, "num_tokens", "tokens"),
+        f"{shorts} ({data.get('short_documents', '?')})" if shorts else None,
+        count(data, "num_bad_records", "records not readable"),
+    ]
+    memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None
+    hardware = [machine.get("cpu"), count(machine, "num_cpus", "CPUs"), memory]
+    gpu = machine.get("gpu") or "no GPU"
+    if machine.get("num_gpus", 1) > 1:
+        gpu = f"{machine['num_gpus']} × {gpu}"
+    stages = part(run, "stages").items()
+    entries = {
+        "Model": [
+            model.get("name"),
+            model.get("family"),
+            count(model, "num_parameters", "parameters"),
+        ],
+        "Lengths": lengths,
+        "Trained": trained if training else [],
+        "RoPE": [f"{k} {v}" for k, v in part(run, "rope").items()],
+        "Temperature": _temperature(part(run, "temperature")),
+        "Text": data.get("sources") or [],
+        "Documents": documents,
+        "Evaluation": [count(data, "num_eval_documents", "documents kept apart")],
+        "Machine": [*hardware, gpu] if machine else ["not recorded"],
+        "Time": [f"{k} {duration(v)}".replace(" ", "\u00a0") for k, v in stages if v is not None],
+        "Versions": [f"{k} {v}" for k, v in part(run, "versions").items()],
+    }
+    return section("Data, model and machine", definitions(entries))
+
+
+def _temperature(found: dict[str, Any]) -> list[str]:
+    """The attention temperature of the exported weights, and what its search has shown."""
+    if not found.get("value"):
+        return []
+    return [f"{found['value']:g} times every attention logit", str(found.get("detail", ""))]
+
+
+def training_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """Tokens, time and memory of the training, for the boxes at the top."""
+    training = all_training(run)
+    facts = []
+    if training.get("num_tokens"):
+        facts.append((short_count(training["num_tokens"]), "tokens of training"))
+    if training.get("seconds"):
+        facts.append((duration(training["seconds"]), "of training"))
+    if training.get("peak_memory_gib"):
+        facts.append((f"{training['peak_memory_gib']:.2f} GiB", "peak memory of training"))
+    return facts
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
+def _untrained(run: dict[str, Any]) -> str:
+    if run.get("training"):
+        return '<p class="note">Not recorded.</p>'
+    done = run.get("status") in (None, "finished")
+    text = "Nothing was trained." if done else "No finished training is recorded."
+    return f'<p class="note">{text}</p>'

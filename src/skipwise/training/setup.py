@@ -1,0 +1,444 @@
+"""A recipe to a trained checkpoint, on transformers.Trainer.
+
+Skipwise owns the data set, the collator, the loss in slices and the preflight; the Trainer does the
+rest, under the recipe's engine. A run that was killed goes on where its newest whole checkpoint
+stands and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import AutocastKwargs
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from skipwise.config.distillation import shards
+from skipwise.config.recipe import SHARDED_ENGINES, Recipe, TrainingSettings
+from skipwise.config.run_folder import RunFolder, world_size
+from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.models.load import (
+    add_lora,
+    attention_for,
+    check_kernel,
+    compute_dtype,
+    keeps_buffers,
+    load_adapter,
+    load_model,
+    num_parameters,
+    quantization_for,
+)
+from skipwise.preflight.config import Check, require
+from skipwise.preflight.model import check_batch, check_model, check_tokenizer
+from skipwise.training.checkpoints import newest_checkpoint, num_processes_of, remove_broken
+from skipwise.training.chunked_loss import chunk_loss, is_chunked
+from skipwise.training.distillation import check_distillation, make_distillation
+from skipwise.training.distributed.engines import (
+    bring_up,
+    check_engine,
+    engine_arguments,
+    engine_of,
+    is_kind,
+    loading,
+    loads_once,
+    mend_precision,
+    on_cpu,
+    part_step_counts,
+    rope_keeper,
+    spread_anew,
+)
+from skipwise.training.error_hints import explained
+from skipwise.training.inputs import ModelPlan, TrainingData
+from skipwise.training.teacher import place_teacher
+from skipwise.training.trainer import (
+    Before,
+    PositionTrainer,
+    RunCallback,
+    StopCallback,
+    examples_per_step,
+    peak_memory_gib,
+    read_metrics,
+    stop_on_signals,
+    tensorboard_in,
+)
+
+_OWNED = {
+    "output_dir": "--out",
+    "max_steps": "training.num_steps",
+    "num_train_epochs": "training.num_steps",
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler_type": "training.lr_scheduler",
+    "warmup_steps": "training.warmup_steps",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "save_steps": "training.save_steps",
+    "save_total_limit": "training.save_total_limit",
+    "logging_steps": "nothing: every step is written down",
+    "seed": "seed",
+    "bf16": "load.dtype",
+    "fp16": "load.dtype",
+    "remove_unused_columns": "nothing: the data set has no columns to remove",
+    "label_smoothing_factor": "nothing: the loss is the model's own",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A Trainer that is ready to start, with what the preflight said of it.
+
+    Under an engine that shards the model the preflight needs the wrapped model, which is there when
+    training begins: `checks` grows then.
+    """
+
+    trainer: PositionTrainer
+    callback: RunCallback
+    check_wrapped: Callable[[], None] | None  # the rest of the preflight, where it is needed
+    checks: list[Check]
+    resume_from: Path | None
+    train_length: int
+    num_parameters: int
+
+
+class _Checked(Exception):
+    """The preflight is done, and nothing more was asked for."""
+
+
+def set_up(
+    plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before | None = None
+) -> Training:
+    """Load the model into a Trainer and run the preflight on it.
+
+    Args:
+        before: of a part that comes after another one: what that has trained.
+
+    Raises:
+        SkipwiseError: settings that do not fit each other, weights that cannot be loaded.
+    """
+    try:
+        return _set_up(plan, data, run, before or Before())
+    except Exception as error:
+        known = explained(error, plan.recipe, run)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before) -> Training:
+    recipe = plan.recipe
+    set_seed(recipe.seed)
+    engine = engine_of(recipe)
+    dtype = training_dtype(recipe, engine)
+    bring_up(engine, on_cpu())
+    deepspeed = is_kind(engine, "deepspeed")
+    resume_from = newest_checkpoint(run)
+    respread = False
+    if resume_from is not None:
+        respread = num_processes_of(resume_from, engine) != world_size() and deepspeed
+        if respread:
+            spread_anew(resume_from)
+    once = loads_once(engine, recipe.lora, plan.facts.tied_embeddings)
+    once = once and not keeps_buffers(plan.scaled, plan.load)  # accelerate 1.15: AttributeError
+    arguments = training_arguments(
+        recipe, run, dtype, engine, engine_options={"respread": respread, "load_once": once}
+    )
+    quantization = quantization_for(recipe.lora, dtype, engine)
+    weights = recipe.positions.weights
+    attention = attention_for(recipe.load, weights, plan.facts.hybrid, plan.scaled)
+    source, load = plan.source, plan.load
+    if before.checkpoint is not None and recipe.lora is None:
+        source, load = str(before.checkpoint), recipe.load.of_own_folder()
+    with loading(once):
+        model = load_model(
+            source,
+            plan.scaled,
+            load,
+            # What trains is kept in float32 and computed in bf16; a frozen base is bf16 itself,
+            # and DeepSpeed keeps a float32 copy of its own.
+            dtype=torch.float32 if recipe.lora is None and not deepspeed else dtype,
+            attn_implementation=attention,
+            quantization=quantization,
+        )
+    config, count = model.config, num_parameters(model)
+    config.use_cache = False
+    for name in plan.conversion.frozen if plan.conversion else ():
+        model.get_parameter(name).requires_grad_(False)
+    settings, train_length = recipe.training, data.sampler.train_length
+
+    def of_model() -> list[Check]:
+        return check_model(model, config, plan.facts, plan.scaling, recipe.target_length)
+
+    checks = of_model() + check_kernel(recipe.load, weights, config)
+    distillation, data, said = make_distillation(plan, data, model, dtype, engine)
+    checks += said
+    if distillation is not None or cuts_loss(recipe, train_length, plan.facts.vocab_size):
+        chunk_loss(model, distillation)
+    whole = model
+    if recipe.lora is not None:
+        whole = add_lora(model, recipe.lora, cast=not deepspeed)
+        if before.checkpoint is not None:
+            load_adapter(whole, before.checkpoint)
+        if settings.gradient_checkpointing:
+            whole.enable_input_require_grads()
+    if settings.gradient_checkpointing:
+        enable_checkpointing(whole)
+    callback = RunCallback(run, recipe, train_length, engine, config, before)
+    with tensorboard_in(run.path / "tensorboard"):
+        trainer = PositionTrainer(
+            model=whole,
+            args=arguments,
+            train_dataset=data.dataset,
+            data_collator=data.collator,
+            processing_class=plan.tokenizer,
+            callbacks=[callback, StopCallback()],
+        )
+    trainer.base_config, trainer.run_folder = config, run
+    callback.distillation = distillation
+    if distillation is not None and not shards(engine):
+        place_teacher(distillation.teacher, arguments.device)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    mend_precision(trainer, dtype)
+    # Autocast would keep a bf16 copy of every weight through a forward pass, and use each once.
+    accelerator: Any = trainer.accelerator
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+    batch = data.telling_batch()
+    checks.append(check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch))
+    restore_rope = rope_keeper(model)
+
+    def of_batch(wrapped: Any) -> list[Check]:
+        autocast = nullcontext if deepspeed else trainer.accelerator.autocast
+        inputs = trainer._prepare_inputs(batch)
+        first_lengths = inputs.pop("first_lengths", None)  # chunk 2 learns by its own loss
+        found = check_batch(wrapped, inputs, autocast, trainer.model)
+        if distillation is not None:
+            ids = inputs["input_ids"]
+            found.append(
+                check_distillation(distillation, plan, ids, first_lengths, engine, autocast)
+            )
+        return found
+
+    def of_wrapped() -> None:
+        restore_rope()
+        if respread:
+            part_step_counts(trainer)
+        again = [check_engine(engine, trainer), *of_model()]
+        if engine != "ddp":
+            again += of_batch(trainer.model_wrapped)
+        names = {check.name for check in again}
+        checks[:] = [check for check in checks if check.name not in names] + again
+
+    alone = world_size() == 1 and engine == "one process"
+    if alone or engine == "ddp":
+        checks += of_batch(trainer.model)
+    return Training(
+        trainer=trainer,
+        callback=callback,
+        check_wrapped=None if alone else of_wrapped,
+        checks=checks,
+        resume_from=resume_from,
+        train_length=train_length,
+        num_parameters=count,
+    )
+
+
+def train(
+    training: Training,
+    run: RunFolder,
+    recipe: Recipe,
+    *,
+    record: Callable[[list[Check]], None] = lambda checks: None,
+    only_check: bool = False,
+    write_down: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Train to the end, or to the point where the user stops it.
+
+    Args:
+        record: gets the checks when all are there, before the first step.
+        only_check: end there.
+        write_down: gets what training took, before its last checkpoint counts; None: run.json does.
+
+    Raises:
+        RunStopped: Ctrl-C or SIGTERM; a checkpoint was written.
+        SkipwiseError: a failed check, a loss that is not finite, a full disk, out of memory.
+    """
+    trainer, check_wrapped = training.trainer, training.check_wrapped
+
+    def preflight() -> None:
+        if check_wrapped is not None:
+            check_wrapped()
+        record(training.checks)
+        require(training.checks)
+        if only_check:
+            raise _Checked
+
+    def taken() -> None:
+        facts = training_facts(training, run, recipe)
+        run.update(training=facts) if write_down is None else write_down(facts)
+
+    training.callback.preflight, training.callback.write_down = preflight, taken
+    remove_broken(run)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with stop_on_signals(trainer) as stop:
+        try:
+            resume = str(training.resume_from) if training.resume_from else None
+            trainer.train(resume_from_checkpoint=resume)
+            if world_size() > 1:
+                torch.distributed.barrier()  # none leaves, and can be stopped, before the others
+        except _Checked:
+            if stop.asked:
+                raise RunStopped("stopped before the first step\ntype it again") from None
+            return
+        except Exception as error:
+            known = explained(error, recipe, run)
+            if known is None:
+                raise
+            raise known from error
+    step, last = trainer.state.global_step, trainer.args.max_steps
+    if step < last:
+        raise RunStopped(
+            f"stopped at step {step} of {last}, saved in {run.checkpoints}\n"
+            "type the same command again to go on"
+        )
+    if stop.asked:
+        raise RunStopped(f"stopped after the last step, saved in {run.checkpoints}")
+
+
+def training_facts(training: Training, run: RunFolder, recipe: Recipe) -> dict[str, Any]:
+    """What run.json says of a training that has come to its end."""
+    trainer, lora = training.trainer, recipe.lora
+    tokens_per_step = examples_per_step(trainer.args) * training.train_length
+    return {
+        "method": recipe.method,
+        "mode": "full" if lora is None else "lora" if lora.quantization == "none" else "qlora",
+        "engine": engine_of(recipe),
+        "num_processes": world_size(),
+        "num_steps": trainer.args.max_steps,
+        "batch_size": examples_per_step(trainer.args),
+        "tokens_per_step": tokens_per_step,
+        "num_tokens": tokens_per_step * trainer.args.max_steps,
+        "seconds": read_metrics(run)[-1]["seconds"],
+        "trainable_parameters": num_parameters(trainer.model, trainable=True),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
+    }
+
+
+def training_arguments(
+    recipe: Recipe,
+    run: RunFolder,
+    dtype: torch.dtype,
+    engine: str = "one process",
+    engine_options: dict[str, bool] | None = None,
+) -> TrainingArguments:
+    """The recipe as TrainingArguments, with its `trainer:` section on top.
+
+    Args:
+        engine_options: further arguments of `engine_arguments`.
+
+    Raises:
+        SkipwiseError: a key that Skipwise sets itself, or one that TrainingArguments lacks; a
+            global batch that the devices cannot share.
+    """
+    known = {f.name for f in fields(TrainingArguments)}
+    for key in recipe.trainer:
+        if key in _OWNED:
+            raise SkipwiseError(f"trainer.{key} is set by {_OWNED[key]}")
+        if key not in known:
+            raise SkipwiseError(
+                f"trainer.{key} is not an argument of transformers' TrainingArguments"
+            )
+    if engine == "zero3-offload" and "optim" in recipe.trainer:
+        raise SkipwiseError(
+            "trainer.optim: engine zero3-offload has an optimizer of its own, for the CPU\n"
+            "leave it out, or type --engine zero3"
+        )
+    settings = recipe.training
+    tensorboard = importlib.util.find_spec("tensorboard") is not None
+    values: dict[str, Any] = {
+        "output_dir": str(run.checkpoints),
+        "max_steps": settings.num_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": accumulation(settings, world_size()),
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "save_steps": settings.save_steps,
+        "save_total_limit": max(2, settings.save_total_limit),
+        "seed": recipe.seed,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu": on_cpu(),
+        "remove_unused_columns": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is not finite
+        "disable_tqdm": True,
+        "log_level_replica": "error",
+        "dataloader_pin_memory": not on_cpu(),
+        "report_to": ["tensorboard"] if tensorboard else [],
+        **engine_arguments(engine, on_cpu(), **(engine_options or {})),
+    }
+    try:
+        return TrainingArguments(**{**values, **recipe.trainer})
+    except (ValueError, ImportError, TypeError) as error:
+        raise SkipwiseError(f"the training settings do not fit: {error}") from error
+
+
+def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:
+    """The arithmetic's dtype; float32 where a sharding engine is tried without a GPU.
+
+    Raises:
+        SkipwiseError: bfloat16 was asked for there, which transformers refuses.
+    """
+    if not (on_cpu() and engine in SHARDED_ENGINES):
+        return compute_dtype(recipe.load)
+    if recipe.load.dtype == "bfloat16":
+        raise SkipwiseError(f"engine: {engine} computes in float32 on a CPU\nleave load.dtype out")
+    return torch.float32
+
+
+def cuts_loss(recipe: Recipe, train_length: int, vocab_size: int) -> bool:
+    """Whether the loss is computed in slices; Liger's kernels do it themselves."""
+    settings = recipe.training
+    if recipe.trainer.get("use_liger_kernel"):
+        if settings.loss == "chunked":
+            raise SkipwiseError(
+                "training.loss: chunked and trainer.use_liger_kernel both replace the loss\n"
+                "leave one of them out"
+            )
+        return False
+    return is_chunked(settings.loss, settings.batch_size, train_length, vocab_size)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Gradient checkpointing under the name that this transformers has for it."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise SkipwiseError(f"{error}\ntype training.gradient_checkpointing=false") from error
+
+
+def accumulation(settings: TrainingSettings, num_processes: int) -> int:
+    """Accumulation steps that make up the global batch on this many devices.
+
+    Raises:
+        SkipwiseError: the devices cannot share the batch.
+    """
+    held = settings.batch_size * num_processes
+    if held == 0 or settings.global_batch_size == 0 or settings.global_batch_size % held:
+        raise SkipwiseError(
+            f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
+            f"training.batch_size {settings.batch_size} x {num_processes} devices"
+        )
+    return settings.global_batch_size // held
