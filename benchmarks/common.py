@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from skipwise.config.run_folder import machine, versions
+from skipwise.config.machine import machine, versions
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).with_name("results"))
 

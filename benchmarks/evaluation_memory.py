@@ -26,8 +26,8 @@ def run(task: str, length: int) -> dict:
     """One task at one length, a trial each: memory before, peak, cache."""
     from skipwise.config.recipe import EvalSettings
     from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+    from skipwise.models.prepared import load_scaled
     from skipwise.pipeline.quickstart import MODEL
-    from skipwise.training.inputs import load_scaled
 
     model, tokenizer, _ = load_scaled(str(MODEL), length, rope_type="yarn")
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def resident() -> int:
 
 
 def main() -> None:
-    from skipwise.config.recipe import parse_length
+    from skipwise.config.lengths import parse_length
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", default="32k")

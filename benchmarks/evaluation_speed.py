@@ -15,13 +15,14 @@ import time
 import torch
 from common import write_result
 
-from skipwise.config.recipe import EvalSettings, parse_lengths
+from skipwise.config.lengths import parse_lengths
+from skipwise.config.recipe import EvalSettings
 from skipwise.data.tokenize import encode
 from skipwise.evaluation.scoring import Trial, answers_right
 from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
 from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.models.prepared import load_scaled
 from skipwise.pipeline.quickstart import MODEL, corpus
-from skipwise.training.inputs import load_scaled
 
 
 def generated_right(model, trials: list[Trial]) -> list[bool]:

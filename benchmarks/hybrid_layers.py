@@ -22,15 +22,17 @@ import numpy as np
 import torch
 from common import write_result
 
-from skipwise.config.recipe import EvalSettings, parse_recipe
-from skipwise.data.dataset import PositionDataset, build_corpus
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import EvalSettings
+from skipwise.data.corpus import build_corpus
+from skipwise.data.dataset import PositionDataset
 from skipwise.data.readers import parse_sources
 from skipwise.data.tokenize import tokenize_source
 from skipwise.evaluation.evaluator import evaluate_model
 from skipwise.models.load import load_model
+from skipwise.models.prepared import plan_model
 from skipwise.pipeline.quickstart import make_recipe
 from skipwise.pose.samplers import FullLength, PoSE, additive_mask
-from skipwise.training.inputs import plan_model
 
 BATCH, LEARNING_RATE = 16, 3e-4
 SETTINGS = ["untrained", "skip", "cut", "plain", "cut+weights", "plain+weights", "full-length"]

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from common import write_result
 
-from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
-from skipwise.data.tokenize import TokenStore
+from skipwise.data.collator import PositionCollator
+from skipwise.data.corpus import build_corpus
+from skipwise.data.dataset import PositionDataset
+from skipwise.data.token_cache import TokenStore
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.load import attention_for, compute_dtype, load_model
+from skipwise.models.prepared import plan_model
 from skipwise.pipeline.quickstart import make_recipe
 from skipwise.pose.samplers import PoSE
-from skipwise.training.inputs import load_training_data, plan_model
+from skipwise.training.inputs import load_training_data
 
 
 def seconds_per_batch(dataset, collator, batch, num_batches):

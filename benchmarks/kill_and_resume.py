@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from skipwise.config.run_folder import RunFolder
 from skipwise.pipeline.quickstart import MODEL
-from skipwise.training.trainer import read_metrics
+from skipwise.training.callbacks import read_metrics
 
 STEPS = 400
 

@@ -67,7 +67,8 @@ def measure(folder, cache, num_proc, examples):
     """In a process of its own: one line of JSON."""
     from transformers import AutoTokenizer
 
-    from skipwise.data.dataset import PositionDataset, build_corpus
+    from skipwise.data.corpus import build_corpus
+    from skipwise.data.dataset import PositionDataset
     from skipwise.data.readers import parse_sources
     from skipwise.data.tokenize import tokenize_source
     from skipwise.pipeline.quickstart import MODEL

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from common import write_result
 
-from skipwise.config.recipe import parse_recipe
+from skipwise.config.parse import parse_recipe
 from skipwise.export.runtimes import verify_folder
 from skipwise.models.compatibility import make_portable, save_tokenizer
 from skipwise.models.hf_config import facts_of

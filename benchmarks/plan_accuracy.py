@@ -20,7 +20,8 @@ from pathlib import Path
 import yaml
 from common import write_result
 
-from skipwise.config.recipe import Recipe, dump_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
+from skipwise.config.recipe import Recipe
 from skipwise.pipeline.profile import measure
 from skipwise.pipeline.quickstart import make_recipe
 from skipwise.planning.job import make_job, read_model

@@ -17,8 +17,9 @@ from common import write_result
 from transformers import Trainer, TrainingArguments
 
 from skipwise.models.load import compute_dtype, load_model
+from skipwise.models.prepared import plan_model
 from skipwise.pipeline.quickstart import make_recipe
-from skipwise.training.inputs import load_training_data, plan_model
+from skipwise.training.inputs import load_training_data
 from skipwise.training.trainer import PositionTrainer
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from skipwise import PoSE, finish_folder
+from skipwise.errors import require
 from skipwise.models.attention.masks import with_layer_masks
-from skipwise.preflight.config import require
-from skipwise.preflight.model import check_batch
-from skipwise.training.inputs import load_scaled
+from skipwise.models.prepared import load_scaled
+from skipwise.preflight.batch import check_batch
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from skipwise import PoSE, PoSECollator, PreflightCallback, finish_folder
-from skipwise.training.inputs import load_scaled
+from skipwise.models.prepared import load_scaled
 
 
 def main() -> None:

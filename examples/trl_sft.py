@@ -15,7 +15,7 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from skipwise import PoSE, PoSECollator, PreflightCallback, finish_folder
-from skipwise.training.inputs import load_scaled
+from skipwise.models.prepared import load_scaled
 
 
 def main() -> None:

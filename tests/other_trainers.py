@@ -7,7 +7,7 @@ from transformers import (
 )
 
 from skipwise import PoSE, SkipwiseError
-from skipwise.training.inputs import load_scaled
+from skipwise.models.prepared import load_scaled
 
 L, T = 64, 256
 POSE = PoSE(train_length=L, target_length=T, content="aligned")

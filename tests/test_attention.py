@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from skipwise.config.recipe import ModelSettings, parse_recipe
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import ModelSettings
 from skipwise.config.run_folder import open_run
 from skipwise.errors import SkipwiseError
 from skipwise.models.attention import flex
@@ -21,12 +22,12 @@ from skipwise.models.attention.masks import (
     with_layer_masks,
 )
 from skipwise.models.load import attention_for, why_mask
-from skipwise.pipeline.extend import prepare_run, train_run
+from skipwise.models.prepared import plan_model
+from skipwise.pipeline.stages import prepare_run, train_run
 from skipwise.pose.samplers import Example, PoSE, additive_mask
-from skipwise.preflight.model import check_batch
-from skipwise.training.inputs import plan_model
+from skipwise.preflight.batch import check_batch
+from skipwise.training.callbacks import read_metrics
 from skipwise.training.setup import enable_checkpointing, set_up
-from skipwise.training.trainer import read_metrics
 
 L, T = 48, 1024
 SHAPE = {

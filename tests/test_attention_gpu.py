@@ -8,8 +8,8 @@ from test_attention import batch_of, distance, examples_of, gradients, model_of,
 
 from skipwise.models.attention.flex import attend, machine_lacks
 from skipwise.models.attention.masks import FLEX, is_carrier, with_carrier, with_chunk_weights
-from skipwise.pipeline.extend import train_run
-from skipwise.training.trainer import read_metrics
+from skipwise.pipeline.stages import train_run
+from skipwise.training.callbacks import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,12 +15,12 @@ from transformers import (
 )
 
 from skipwise import FullLength, PoSECollator, SkipwiseError
-from skipwise.data.dataset import PositionCollator
+from skipwise.data.collator import PositionCollator
 from skipwise.integrations.preflight_callback import PreflightCallback, finish_folder
 from skipwise.models.attention.masks import sliding_reach
 from skipwise.models.hf_config import facts_of
+from skipwise.models.prepared import load_scaled
 from skipwise.pose.rope import Linear
-from skipwise.training.inputs import load_scaled
 
 
 def test_a_sound_run_reports_every_check_and_draws_new_skips_each_epoch(tiny, tmp_path):

@@ -7,15 +7,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from skipwise.config.recipe import LoRASettings, ModelSettings, Recipe, parse_recipe
-from skipwise.errors import SkipwiseError
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import LoRASettings, ModelSettings, Recipe
+from skipwise.errors import SkipwiseError, require
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.hf_config import facts_of, load_config
 from skipwise.models.load import load_model
+from skipwise.models.prepared import plan_model
 from skipwise.models.scaled_config import scaled_config, scaling_for
-from skipwise.preflight.config import check_config, require
-from skipwise.preflight.model import check_batch, check_labels, check_model, check_tokenizer
-from skipwise.training.inputs import plan_model, stand_in_data
+from skipwise.preflight.batch import check_batch, check_labels, check_tokenizer
+from skipwise.preflight.config import check_config
+from skipwise.preflight.model import check_model
+from skipwise.training.inputs import stand_in_data
 from skipwise.training.setup import enable_checkpointing
 
 T = 256
@@ -190,7 +193,7 @@ def test_weights_that_are_not_safetensors_or_missing_are_refused(tiny, tmp_path,
 
 
 def test_lora_trains_norms_and_embeddings_in_float32_and_passes(plan, batch):
-    from skipwise.models.load import add_lora
+    from skipwise.models.lora import add_lora
 
     base = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.bfloat16)
     model = add_lora(base, LoRASettings(rank=4))

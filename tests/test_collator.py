@@ -9,7 +9,7 @@ from other_trainers import POSE, L, T, loaded, make_records
 from torch.utils.data import DataLoader
 
 from skipwise import CREAM, PoSECollator, RandPos, SkipwiseError
-from skipwise.preflight.model import check_batch
+from skipwise.preflight.batch import check_batch
 
 
 @pytest.mark.parametrize(

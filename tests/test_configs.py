@@ -14,7 +14,7 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import complete, defaults, facts_of, load_config
 from skipwise.models.model_info import read_facts
-from skipwise.pose.rope import both_spellings
+from skipwise.pose.rope_config import both_spellings
 
 OLDER = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"]
 OLDER += ["gpt_neox", "falcon", "olmo", "olmo2", "olmo3", "cohere", "cohere2", "stablelm", "glm4"]

@@ -19,15 +19,16 @@ from transformers import (
 )
 
 from skipwise.cli import main
-from skipwise.config.recipe import ModelSettings, parse_recipe
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import ModelSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.models import convert
 from skipwise.models.convert import conversion_for, convert_model, load_sentencepiece
 from skipwise.models.hf_config import read_config
 from skipwise.models.load import load_model
+from skipwise.models.prepared import load_scaled, plan_model, ready_weights
 from skipwise.pipeline.quickstart import MODEL
-from skipwise.training.inputs import load_scaled, plan_model, ready_weights
 
 SHORT = ["training.num_steps=2", "training.global_batch_size=2", "training.learning_rate=1e-2"]
 SHORT += ["rope.type=yarn"]  # a random model tells no scaling from another

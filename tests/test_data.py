@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
+from skipwise.data.collator import PositionCollator
+from skipwise.data.corpus import build_corpus
+from skipwise.data.dataset import PositionDataset
 from skipwise.data.readers import parse_sources
-from skipwise.data.tokenize import TokenStore, tokenize_source
+from skipwise.data.token_cache import TokenStore
+from skipwise.data.tokenize import tokenize_source
 from skipwise.errors import SkipwiseError
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.pipeline.quickstart import MODEL

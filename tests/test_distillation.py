@@ -13,26 +13,30 @@ from test_train import STEPS, equal, make_recipe, run_training, stop_at, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.config.distillation import WEIGHT, distillation_weight, in_one_process
-from skipwise.config.recipe import LoRASettings, ModelSettings, dump_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
+from skipwise.config.recipe import LoRASettings, ModelSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import finish_part
-from skipwise.data.dataset import PositionCollator, PositionDataset
+from skipwise.data.collator import PositionCollator
+from skipwise.data.dataset import PositionDataset
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.models.attention.masks import with_layer_masks
 from skipwise.models.hf_config import facts_of
-from skipwise.models.load import add_lora, load_model, quantization_for
+from skipwise.models.load import load_model
+from skipwise.models.lora import add_lora, quantization_for
+from skipwise.models.prepared import plan_model
 from skipwise.models.scaled_config import scaled_config
-from skipwise.pipeline.extend import check
+from skipwise.pipeline.checks import check
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.pose.rope import make_scaling
 from skipwise.pose.samplers import FullLength
 from skipwise.training import chunked_loss as loss_module
 from skipwise.training import trainer as training_module
+from skipwise.training.callbacks import read_metrics
 from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
-from skipwise.training.inputs import plan_model, stand_in_data
+from skipwise.training.inputs import stand_in_data
 from skipwise.training.teacher import base_config, load_teacher, place_teacher, teacher_beside
-from skipwise.training.trainer import read_metrics
 
 CONFIGS = {family: needs for family, (needs, _) in FAMILIES.items() if needs is not None}
 SCALES = ["llama", "gemma2", "cohere", "granite"]  # GQA; soft caps; logits times a number

@@ -18,14 +18,15 @@ import yaml
 from safetensors.torch import load_file
 
 from skipwise.cli import main
-from skipwise.config.recipe import LoRASettings, parse_recipe
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import LoRASettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.models.load import num_parameters
+from skipwise.models.lora import num_parameters
+from skipwise.training.callbacks import read_metrics
 from skipwise.training.checkpoints import mark_whole, newest_checkpoint, num_processes_of
 from skipwise.training.distributed import engines, launcher
 from skipwise.training.distributed.engines import engine_of, rope_keeper
-from skipwise.training.trainer import read_metrics
 
 STEPS = 20
 ENGINES = ["ddp", "fsdp2", "zero3"]

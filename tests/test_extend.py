@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.cli import main
-from skipwise.config.recipe import parse_recipe
+from skipwise.config.parse import parse_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.export.hf import export_model
 from skipwise.models.compatibility import make_portable
+from skipwise.models.prepared import plan_model
 from skipwise.pipeline.extend import extend
-from skipwise.training.inputs import plan_model
 
 
 def make_recipe(tiny, text_folder, *overrides):

@@ -5,7 +5,7 @@ import errno
 import pytest
 import torch
 
-from skipwise.config.recipe import parse_recipe
+from skipwise.config.parse import parse_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.training.error_hints import explained, is_out_of_memory

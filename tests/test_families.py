@@ -12,18 +12,20 @@ from families_table import FILE, table
 from sources import make_gptj, make_sentencepiece, save_baichuan, save_gptj
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, write_text
-from skipwise.data.dataset import PositionCollator
+from skipwise.data.collator import PositionCollator
 from skipwise.evaluation import prefill
 from skipwise.export import hf
 from skipwise.models.attention.masks import with_layer_masks
 from skipwise.models.hf_config import defaults
 from skipwise.models.load import load_model
+from skipwise.models.prepared import plan_model, ready_weights
 from skipwise.pipeline.quickstart import MODEL
-from skipwise.preflight.model import check_batch, check_model, rotary_modules
+from skipwise.preflight.batch import check_batch
+from skipwise.preflight.model import check_model, rotary_modules
 from skipwise.training.checkpoints import finished_checkpoint
-from skipwise.training.inputs import plan_model, ready_weights, stand_in_data
+from skipwise.training.inputs import stand_in_data
 from skipwise.training.setup import set_up, train
 
 L, T = 64, 256

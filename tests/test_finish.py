@@ -16,18 +16,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from skipwise.cli import main
-from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.config.stages import finish_part, first_part
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.pipeline.extend import extend, prepare_run, train_run
+from skipwise.models.prepared import plan_model
+from skipwise.pipeline.extend import extend
+from skipwise.pipeline.stages import prepare_run, train_run
 from skipwise.planning import find_gpu, make_plan, next_change
 from skipwise.training import trainer as training_module
+from skipwise.training.callbacks import Before, read_metrics
 from skipwise.training.checkpoints import finished_checkpoint, newest_checkpoint, trained_checkpoint
 from skipwise.training.full_length_stage import plan_finish
-from skipwise.training.inputs import load_training_data, plan_model
+from skipwise.training.inputs import load_training_data
 from skipwise.training.setup import set_up
-from skipwise.training.trainer import Before, read_metrics
 
 L, T, STEPS, BATCH = 64, 256, 12, 4
 FIRST, LAST = 8, 4  # steps before the finish, and its own: an example of T tokens each

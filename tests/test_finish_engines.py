@@ -8,9 +8,9 @@ import pytest
 from test_engines import assert_close, skipwise
 from test_finish import LAST, make_recipe, trained
 
-from skipwise.config.recipe import dump_recipe
+from skipwise.config.parse import dump_recipe
 from skipwise.config.run_folder import RunFolder
-from skipwise.training.trainer import read_metrics
+from skipwise.training.callbacks import read_metrics
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
 LORA = ("--lora",)

@@ -7,10 +7,9 @@ import pytest
 
 from skipwise.cli import main
 from skipwise.config.run_folder import RunFolder
-from skipwise.errors import SkipwiseError
+from skipwise.errors import Check, SkipwiseError
 from skipwise.models.compatibility import make_portable
 from skipwise.pipeline import extend as extend_module
-from skipwise.preflight.config import Check
 
 
 @pytest.fixture

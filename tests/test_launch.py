@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from skipwise.config.recipe import parse_recipe
+from skipwise.config.parse import parse_recipe
 from skipwise.config.run_folder import open_run
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.training.distributed import launcher as launch_module

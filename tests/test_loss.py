@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from skipwise.config.recipe import LoRASettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.attention.masks import with_layer_masks
-from skipwise.models.load import add_lora
+from skipwise.models.lora import add_lora
 from skipwise.training import chunked_loss as loss_module
 from skipwise.training.chunked_loss import chunk_loss, is_chunked
 

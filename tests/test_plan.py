@@ -12,9 +12,10 @@ from test_families import FAMILIES, SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from skipwise.cli import main
-from skipwise.config.recipe import LoRASettings, parse_recipe
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import LoRASettings
 from skipwise.models.hf_config import complete
-from skipwise.models.load import add_lora
+from skipwise.models.lora import add_lora
 from skipwise.pipeline.profile import measure
 from skipwise.planning import find_gpu, make_plan, predict_memory
 from skipwise.planning.architecture import read_architecture

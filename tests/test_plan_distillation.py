@@ -6,7 +6,7 @@ import json
 import pytest
 from test_plan import MISTRAL
 
-from skipwise.config.recipe import parse_recipe
+from skipwise.config.parse import parse_recipe
 from skipwise.planning import next_change, predict_memory
 from skipwise.planning.flops import step_flops
 from skipwise.planning.job import make_job, read_model

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos, additive_mask, coverage
+from skipwise.pose.coverage import coverage
+from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos, additive_mask
 
 L, T = 16, 64
 SAMPLERS = [

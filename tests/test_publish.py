@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.numpy import save_file
 
-from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import SkipwiseError
 from skipwise.export.hub import confirm, describe_upload, plan_upload

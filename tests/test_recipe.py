@@ -3,17 +3,11 @@
 import pytest
 import yaml
 
-from skipwise.config.recipe import (
-    context_lengths,
-    dump_recipe,
-    format_length,
-    load_recipe,
-    make_sampler,
-    parse_length,
-    parse_recipe,
-    settled,
-)
+from skipwise.config.lengths import format_length, parse_length
+from skipwise.config.parse import dump_recipe, load_recipe, parse_recipe
+from skipwise.config.recipe import context_lengths
 from skipwise.config.run_folder import open_run
+from skipwise.config.samplers import make_sampler, settled
 from skipwise.errors import SkipwiseError
 from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from skipwise.cli import build_parser, main
-from skipwise.config.recipe import load_recipe
+from skipwise.config.parse import load_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.models.hf_config import is_config_alone
 

@@ -11,17 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.rope import (
-    NAMES,
-    NTK,
-    Dynamic,
-    LongRoPE,
-    Unscaled,
-    YaRN,
-    both_spellings,
-    from_rope_parameters,
-    make_scaling,
-)
+from skipwise.pose.rope import NAMES, NTK, Dynamic, LongRoPE, Unscaled, YaRN, make_scaling
+from skipwise.pose.rope_config import both_spellings, from_rope_parameters
 
 L = 4096
 HALF_POWERS = 10.0 ** (-np.arange(8) / 2)  # theta = 1e4, d = 16: 1, 0.316, 0.1, 0.0316, 0.01, ...

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from skipwise.config.recipe import parse_recipe
+from skipwise.config.parse import parse_recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import facts_of
 from skipwise.models.scaled_config import scaled_config, scaling_for

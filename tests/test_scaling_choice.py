@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.errors import SkipwiseError
 from skipwise.models import load
+from skipwise.models.prepared import plan_model
 from skipwise.pipeline import choose_scaling as scaling_module
 from skipwise.pipeline.choose_scaling import choose_scaling, with_choice
-from skipwise.pipeline.extend import export_again
+from skipwise.pipeline.stages import export_again
 from skipwise.training.checkpoints import mark_whole
-from skipwise.training.inputs import plan_model
 
 
 @pytest.fixture

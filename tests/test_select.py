@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from skipwise.cli import main
-from skipwise.config.recipe import parse_recipe
+from skipwise.config.parse import parse_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.pipeline import choose_checkpoint

@@ -14,7 +14,7 @@ import settings  # noqa: E402
 import train  # noqa: E402
 from samplers import VariantDataset  # noqa: E402
 
-from skipwise.data.dataset import build_corpus  # noqa: E402
+from skipwise.data.corpus import build_corpus  # noqa: E402
 from skipwise.data.token_cache import TokenStore  # noqa: E402
 from skipwise.pose.samplers import PoSE  # noqa: E402
 

@@ -8,7 +8,8 @@ from oracle import Oracle
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from skipwise.cli import main
-from skipwise.config.recipe import EvalSettings, parse_lengths
+from skipwise.config.lengths import parse_lengths
+from skipwise.config.recipe import EvalSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation import progress

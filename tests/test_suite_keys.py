@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skipwise.cli import main
-from skipwise.config.recipe import EvalSettings, dump_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
+from skipwise.config.recipe import EvalSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model

@@ -12,7 +12,7 @@ from test_families import FAMILIES, LATENT, SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.cli import main
-from skipwise.config.recipe import dump_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.data.tokenize import encode
 from skipwise.errors import SkipwiseError
@@ -20,11 +20,12 @@ from skipwise.evaluation.run import documents_for_search, evaluation_documents
 from skipwise.export.hf import export_model
 from skipwise.models.attention import temperature as folding
 from skipwise.models.attention.temperature import QueryWeights, check_foldable, fold_temperature
+from skipwise.models.prepared import plan_model
 from skipwise.pipeline import choose_temperature
-from skipwise.pipeline.choose_temperature import Tried, climb, longer_length, search_temperature
+from skipwise.pipeline.choose_temperature import Tried, climb, search_temperature
 from skipwise.pipeline.extend import extend
 from skipwise.pipeline.quickstart import MODEL, corpus
-from skipwise.training.inputs import plan_model
+from skipwise.pipeline.search_text import longer_length
 
 REFUSED = {"nanochat": "q_norm follows the projection and has no weight"}
 FULL = {"layer_types": ["full_attention"] * 2, "sliding_window": 256}

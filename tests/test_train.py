@@ -13,16 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from skipwise.cli import main
-from skipwise.config.recipe import ModelSettings, parse_recipe
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import ModelSettings
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.models.load import compute_dtype
-from skipwise.pipeline.extend import check_run, prepare_run, train_run
+from skipwise.models.prepared import plan_model
+from skipwise.pipeline.checks import check_run
+from skipwise.pipeline.stages import prepare_run, train_run
 from skipwise.training import trainer as training_module
+from skipwise.training.arguments import training_arguments
+from skipwise.training.callbacks import read_metrics
 from skipwise.training.checkpoints import finished_checkpoint, newest_checkpoint
-from skipwise.training.inputs import plan_model
-from skipwise.training.setup import training_arguments
-from skipwise.training.trainer import read_metrics
 
 STEPS = 12
 
@@ -245,7 +247,7 @@ def test_a_full_disk_names_the_place_to_go_on_from(tiny, text_folder, tmp_path, 
 
 
 def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_path, monkeypatch):
-    from skipwise.data.dataset import PositionCollator
+    from skipwise.data.collator import PositionCollator
 
     plain = PositionCollator.__call__
 
@@ -271,8 +273,8 @@ def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_pa
 def test_the_train_verb_writes_a_failed_check_down(
     tiny, text_folder, tmp_path, monkeypatch, capsys
 ):
-    from skipwise.config.recipe import dump_recipe
-    from skipwise.data.dataset import PositionCollator
+    from skipwise.config.parse import dump_recipe
+    from skipwise.data.collator import PositionCollator
 
     plain = PositionCollator.__call__
     monkeypatch.setattr(
@@ -356,7 +358,7 @@ def test_the_train_verb_stops_at_a_stop_code_of_its_own(
     def stopped(*args, **kwargs):
         raise RunStopped("stopped at step 3 of 12")
 
-    monkeypatch.setattr("skipwise.pipeline.extend.train_run", stopped)
+    monkeypatch.setattr("skipwise.pipeline.stages.train_run", stopped)
     file = tmp_path / "r.yaml"
     file.write_text(
         json.dumps(

@@ -29,7 +29,7 @@ from verify_cases import (
     without,
 )
 
-from skipwise.config.recipe import parse_recipe
+from skipwise.config.parse import parse_recipe
 from skipwise.errors import SkipwiseError
 from skipwise.export.runtimes import as_json, format_verdict, verify_folder
 from skipwise.models.compatibility import make_portable

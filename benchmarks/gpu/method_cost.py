@@ -42,11 +42,15 @@ from transformers import AutoModelForCausalLM, MistralConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_result
 
-from skipwise.config.recipe import LoRASettings, Recipe, make_sampler, parse_recipe
-from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import LoRASettings, Recipe
+from skipwise.config.samplers import make_sampler
+from skipwise.data.collator import PositionCollator
+from skipwise.data.corpus import build_corpus
+from skipwise.data.dataset import PositionDataset
 from skipwise.data.token_cache import TokenStore
 from skipwise.models.hf_config import facts_of
-from skipwise.models.load import add_lora, num_parameters
+from skipwise.models.lora import add_lora, num_parameters
 from skipwise.models.scaled_config import scaled_config, scaling_for
 from skipwise.planning.flops import step_flops
 from skipwise.planning.gpus import find_gpu

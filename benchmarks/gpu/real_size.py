@@ -38,7 +38,9 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_result
 
-from skipwise.config.recipe import Recipe, parse_length, parse_recipe
+from skipwise.config.lengths import parse_length
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import Recipe
 from skipwise.data.token_cache import TokenStore
 from skipwise.evaluation.scoring import answers_right
 from skipwise.evaluation.tasks.passkey import passkey_trials, rows_by_depth

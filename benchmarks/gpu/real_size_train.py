@@ -16,8 +16,11 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM
 
-from skipwise.config.recipe import Recipe, make_sampler
-from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
+from skipwise.config.recipe import Recipe
+from skipwise.config.samplers import make_sampler
+from skipwise.data.collator import PositionCollator
+from skipwise.data.corpus import build_corpus
+from skipwise.data.dataset import PositionDataset
 from skipwise.data.token_cache import TokenStore
 from skipwise.models.attention.masks import with_chunk_weights
 

@@ -74,8 +74,8 @@ def one(method: str, target: int, steps: int) -> dict[str, float]:
     import torch
     from train import DTYPE, load_base
 
-    from skipwise.config.run_folder import process_memory
-    from skipwise.data.dataset import PositionCollator
+    from skipwise.config.machine import process_memory
+    from skipwise.data.collator import PositionCollator
     from skipwise.models.attention.masks import with_chunk_weights
     from skipwise.models.load import best_device
     from skipwise.pose.samplers import FullLength, PoSE

@@ -10,7 +10,8 @@ import numpy as np
 from rows import Rows, lengths_of, newest
 from settings import DISTILLED, FULL, OURS, PAPER, L, at, made
 
-from skipwise.pose.samplers import FullLength, PoSE, RandPos, coverage
+from skipwise.pose.coverage import coverage
+from skipwise.pose.samplers import FullLength, PoSE, RandPos
 
 plt.switch_backend("svg")
 plt.rcParams["svg.hashsalt"] = "skipwise"  # the same file for the same figures

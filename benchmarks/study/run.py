@@ -20,7 +20,7 @@ from typing import Any
 
 from settings import TABLES, Setting, made
 
-from skipwise.config.run_folder import machine, versions
+from skipwise.config.machine import machine, versions
 
 
 def main() -> None:

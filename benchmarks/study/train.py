@@ -20,14 +20,18 @@ from settings import BATCH, L, Setting
 from text import Text
 from torch.nn.functional import cross_entropy, kl_div
 
-from skipwise.config.recipe import LoRASettings, ModelSettings, make_sampler, parse_recipe
-from skipwise.data.dataset import PositionCollator, PositionDataset, build_corpus
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import LoRASettings, ModelSettings
+from skipwise.config.samplers import make_sampler
+from skipwise.data.collator import PositionCollator
+from skipwise.data.corpus import build_corpus
+from skipwise.data.dataset import PositionDataset
 from skipwise.data.token_cache import TokenStore
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.load import best_device, compute_dtype, load_model
+from skipwise.models.prepared import plan_model
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.pose.samplers import Example, FullLength, Sampler
-from skipwise.training.inputs import plan_model
 
 DTYPE = compute_dtype(ModelSettings())  # of the arithmetic; weights stay float32
 
@@ -45,7 +49,7 @@ def trained(
     if setting.method == "none":
         return model, []
     if setting.lora_rank:
-        from skipwise.models.load import add_lora
+        from skipwise.models.lora import add_lora
 
         model = add_lora(model, LoRASettings(rank=setting.lora_rank, alpha=2 * setting.lora_rank))
     losses = []

@@ -6,7 +6,8 @@ Only numpy is loaded here; everything that needs torch lives in submodules.
 from typing import TYPE_CHECKING, Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.samplers import CREAM, Example, FullLength, PoSE, RandPos, coverage
+from skipwise.pose.coverage import coverage
+from skipwise.pose.samplers import CREAM, Example, FullLength, PoSE, RandPos
 
 if TYPE_CHECKING:
     from skipwise.integrations.collator import PoSECollator

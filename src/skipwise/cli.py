@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise import __version__, commands
-from skipwise.config.run_folder import is_main_process
+from skipwise.config.machine import is_main_process
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.training.distributed.launcher import FAILED, STOPPED
 

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skipwise.config.run_folder import is_main_process, world_size
+from skipwise.config.machine import is_main_process, world_size
 from skipwise.errors import SkipwiseError
 from skipwise.training.distributed.launcher import FAILED, launched, num_gpus
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def _recipe(given: argparse.Namespace) -> Recipe:
     """The recipe that the command names: a file, a run's own, or defaults around a model."""
-    from skipwise.config.recipe import load_recipe, parse_recipe
+    from skipwise.config.parse import load_recipe, parse_recipe
     from skipwise.config.run_folder import RunFolder
 
     data, overrides = given.data, given.overrides
@@ -124,7 +124,7 @@ def check_verb(given: argparse.Namespace) -> int:
         from skipwise.preflight.config import check_config_alone as check
     else:
         _quiet()
-        from skipwise.pipeline.extend import check
+        from skipwise.pipeline.checks import check
     checks = check(recipe)
     if given.json:
         print(json.dumps([dataclasses.asdict(c) for c in checks], indent=1))
@@ -161,7 +161,9 @@ def plan_verb(given: argparse.Namespace) -> int:
 
 
 def positions_verb(given: argparse.Namespace) -> int:
-    from skipwise.config.recipe import make_sampler, parse_length, parse_recipe
+    from skipwise.config.lengths import parse_length
+    from skipwise.config.parse import parse_recipe
+    from skipwise.config.samplers import make_sampler
     from skipwise.pose.preview import describe_positions, draw_text
 
     L, T = parse_length(given.length), parse_length(given.to)
@@ -190,7 +192,7 @@ def train_verb(given: argparse.Namespace) -> int:
     recipe = _recipe(given)
     out = _default_out(recipe, given)
     _quiet()
-    from skipwise.pipeline.extend import launch_training, open_training, prepare_training, train_run
+    from skipwise.pipeline.stages import launch_training, open_training, prepare_training, train_run
     from skipwise.training.distributed.engines import Turn
 
     num_processes = _num_processes(given, recipe)
@@ -211,7 +213,7 @@ def train_verb(given: argparse.Namespace) -> int:
 
 
 def eval_verb(given: argparse.Namespace) -> int:
-    from skipwise.config.recipe import parse_lengths
+    from skipwise.config.lengths import parse_lengths
 
     lengths = parse_lengths(given.lengths) if given.lengths else []
     tasks = [t.strip() for t in given.tasks.split(",")] if given.tasks is not None else []
@@ -268,7 +270,7 @@ def export_verb(given: argparse.Namespace) -> int:
         raise SkipwiseError(f"--to {unknown[0]}: choose from hf, gguf, adapter")
     _quiet()
     from skipwise.config.run_folder import RunFolder
-    from skipwise.pipeline.extend import export_again
+    from skipwise.pipeline.stages import export_again
 
     run = RunFolder(given.thing)
     for path in export_again(run, kinds, given.outtype, given.llama_cpp):

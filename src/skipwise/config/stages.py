@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from skipwise.config.recipe import FinishSettings, PositionSettings, Recipe, format_length, settled
+from skipwise.config.lengths import format_length
+from skipwise.config.recipe import FinishSettings, PositionSettings, Recipe
+from skipwise.config.samplers import settled
 from skipwise.errors import SkipwiseError
 
 

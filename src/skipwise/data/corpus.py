@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from skipwise.data.tokenize import TokenStore
+from skipwise.data.token_cache import TokenStore
 from skipwise.errors import SkipwiseError
 
 _PREFIX = 512  # P

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.config.run_folder import is_main_process, write_json
+from skipwise.config.machine import is_main_process
+from skipwise.config.run_folder import write_json
 from skipwise.data.shards import Position
 
 try:

@@ -44,8 +44,6 @@ from skipwise.data.token_cache import (
 )
 from skipwise.errors import SkipwiseError
 
-__all__ = ["TokenStore", "cache_folder", "encode", "tokenize_source", "tokenizer_fingerprint"]
-
 _FORMAT = 2  # of the cache: raise it when what is written changes
 _PIECE = 1 << 20  # characters handed to the tokenizer at once; longer texts are cut at line ends
 _BATCH = 1 << 22  # characters in a call of the tokenizer

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.config.recipe import ModelSettings, Recipe, context_lengths, parse_recipe
-from skipwise.config.run_folder import RunFolder, machine, versions
+from skipwise.config.machine import machine, versions
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import ModelSettings, Recipe, context_lengths
+from skipwise.config.run_folder import RunFolder
 from skipwise.data.readers import parse_sources
 from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprint
 from skipwise.errors import SkipwiseError

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipwise.config.recipe import Recipe, dump_recipe
+from skipwise.config.parse import dump_recipe
+from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
-from skipwise.errors import SkipwiseError
+from skipwise.errors import Check, SkipwiseError
 from skipwise.models.attention.temperature import fold_temperature
 from skipwise.models.compatibility import make_portable, save_tokenizer
 from skipwise.models.load import best_device, compute_dtype, load_model
-from skipwise.preflight.config import Check
-from skipwise.training.inputs import ModelPlan
+from skipwise.models.prepared import ModelPlan
 
 _TOLERANCE = 1e-4
 _SHARD = "5GB"

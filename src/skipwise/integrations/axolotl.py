@@ -17,11 +17,12 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissingImports]
 from pydantic import BaseModel
 
-from skipwise.config.recipe import make_sampler, parse_recipe
+from skipwise.config.parse import parse_recipe
+from skipwise.config.samplers import make_sampler
 from skipwise.errors import SkipwiseError
 from skipwise.integrations.collator import PoSECollator
 from skipwise.integrations.preflight_callback import PreflightCallback, finish_folder
-from skipwise.training.inputs import ModelPlan, plan_model
+from skipwise.models.prepared import ModelPlan, plan_model
 
 _KEYS = (
     "target_length",

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from skipwise.errors import SkipwiseError
+from skipwise.errors import Check, SkipwiseError, require
 from skipwise.integrations.collator import PoSECollator
 from skipwise.models.compatibility import make_portable
 from skipwise.models.hf_config import complete
 from skipwise.models.model_info import ModelFacts, read_facts
 from skipwise.pose.rope import Linear, Scaling, YaRN
 from skipwise.pose.samplers import IGNORE_INDEX, FullLength
-from skipwise.preflight.config import Check, require
-from skipwise.preflight.model import check_batch, check_labels, check_model, check_tokenizer
+from skipwise.preflight.batch import check_batch, check_labels, check_tokenizer
+from skipwise.preflight.model import check_model
 
 _LOOKED_AT = 16  # records of the data set that are collated for the preflight
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.config.run_folder import write_json
-from skipwise.pose.rope import both_spellings
+from skipwise.pose.rope_config import both_spellings
 
 
 def make_portable(folder: Path, target_length: int | None = None) -> None:

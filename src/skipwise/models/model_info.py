@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.rope import Scaling, Unscaled, YaRN, from_rope_parameters
+from skipwise.pose.rope import Scaling, Unscaled, YaRN
+from skipwise.pose.rope_config import from_rope_parameters
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid", "conv"}

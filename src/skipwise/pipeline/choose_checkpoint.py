@@ -24,8 +24,8 @@ from skipwise.evaluation.run import evaluation_documents
 from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
 from skipwise.evaluation.tasks.prompts import words_of
 from skipwise.export.hf import measurable_model
+from skipwise.models.prepared import ModelPlan
 from skipwise.training.checkpoints import trained_checkpoint
-from skipwise.training.inputs import ModelPlan
 
 _TRIALS = 20  # a length
 _WINDOWS = 16

@@ -29,11 +29,11 @@ from skipwise.evaluation.tasks.passkey import passkey_trials
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.load import compute_dtype, load_for_evaluation
-from skipwise.pipeline.choose_temperature import longer_length, search_text
+from skipwise.models.prepared import ModelPlan, plan_model
+from skipwise.pipeline.search_text import longer_length, search_text
 from skipwise.pose.rope import Unscaled
 from skipwise.training.checkpoints import newest_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
-from skipwise.training.inputs import ModelPlan, plan_model
 
 SCALINGS = ("yarn", "llama3", "ntk", "linear")  # the first, unless another is clearly better
 _LEAST_GAIN = 0.01  # nats

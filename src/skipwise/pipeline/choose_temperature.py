@@ -21,20 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipwise.config.run_folder import RunFolder, is_main_process
+from skipwise.config.machine import is_main_process
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation.run import documents_for_search
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.export.hf import measurable_model, require_trained
 from skipwise.models.attention.temperature import QueryWeights
+from skipwise.models.prepared import ModelPlan
+from skipwise.pipeline.search_text import longer_length, num_windows, search_text
 from skipwise.training.error_hints import is_out_of_memory
-from skipwise.training.inputs import ModelPlan, load_training_data, text_changed
+from skipwise.training.inputs import text_changed
 
 GRID = tuple(round(1 + 0.05 * i, 2) for i in range(9))  # 1 to 1.4; far coarser than bf16 rounding
 _MOST_COST = 0.01  # rise of the perplexity at L
 _LEAST_GAIN = 0.002  # fall of the perplexity at c
-_TARGETS = 2048  # tokens that a perplexity is of, at least
-_WINDOWS = 8  # at least
 _NOT_NOW = "not searched: "  # for a reason that may pass
 
 
@@ -101,7 +101,7 @@ def search_temperature(
             model,
             documents,
             (original_length, longer_length),
-            num_windows=_num_windows(original_length),
+            num_windows=num_windows(original_length),
             batch_tokens=batch_tokens,
         )
         near, far = (math.inf if row["value"] is None else row["value"] for row in rows)
@@ -124,28 +124,6 @@ def climb(measure: Callable[[float], Tried]) -> tuple[float, list[Tried]]:
         best = tried[-1]
     worth = best.far <= plain.far * (1 - _LEAST_GAIN)
     return best.temperature if worth else 1.0, tried
-
-
-def longer_length(
-    lengths: np.ndarray, original_length: int, target_length: int
-) -> tuple[int, np.ndarray]:
-    """(c, documents to search on): T, or half of it and so on, where the text has enough windows.
-
-    Args:
-        lengths: (n,) tokens of each document.
-
-    Returns:
-        c, 0 where there is too little text; and indices of documents of c tokens or more, spread
-        evenly.
-    """
-    wanted, c = _num_windows(original_length), target_length
-    while c > original_length:
-        usable = np.flatnonzero(lengths >= c)
-        if int(((lengths[usable] - c) // _stride(original_length) + 1).sum()) >= wanted:
-            places = np.linspace(0, len(usable) - 1, min(wanted, len(usable)))
-            return c, usable[places.round().astype(int)]
-        c //= 2
-    return 0, np.array([], int)
 
 
 def _search_of_run(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> dict[str, Any]:
@@ -184,7 +162,7 @@ def _search_of_run(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
         "detail": _say(value, tried, L, c, len(documents)),
         "context_lengths": [L, c],
         "num_documents": len(documents),
-        "num_windows": _num_windows(L),
+        "num_windows": num_windows(L),
         "searched": [
             {
                 "temperature": one.temperature,
@@ -205,28 +183,3 @@ def _say(value: float, tried: list[Tried], L: int, c: int, num_documents: int) -
         f"{plain.near:.4g} -> {shown.near:.4g} at {L:,}{instead} "
         f"({num_documents} documents that the evaluation does not use)"
     )
-
-
-def search_text(plan: ModelPlan) -> tuple[np.ndarray, Callable[[int], np.ndarray], str]:
-    """Lengths of the documents to search on, what reads one, and the digest of training data."""
-    if plan.recipe.method == "none":
-        documents = documents_for_search(plan.recipe, plan.tokenizer)
-        return np.array([len(d) for d in documents], int), lambda i: documents[i], ""
-    data = load_training_data(plan, None, progress=False)
-    corpus = data.corpus
-    ends = np.cumsum([len(group) for group in corpus.lengths])
-
-    def read(i: int) -> np.ndarray:
-        group = int(np.searchsorted(ends, i, "right"))
-        return corpus.document(group, i - int(ends[group] - len(corpus.lengths[group])))
-
-    return np.concatenate(corpus.lengths), read, data.digest
-
-
-def _stride(original_length: int) -> int:
-    """Targets of a window, as `perplexity` has it where none are given."""
-    return max(1, min(original_length // 2, 512))
-
-
-def _num_windows(original_length: int) -> int:
-    return max(_WINDOWS, -(-_TARGETS // _stride(original_length)))

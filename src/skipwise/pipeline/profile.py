@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.config.distillation import in_one_process
-from skipwise.config.recipe import FinishSettings, Recipe, dump_recipe, load_recipe
-from skipwise.config.run_folder import RunFolder, process_memory, write_json, write_text
+from skipwise.config.machine import process_memory
+from skipwise.config.parse import dump_recipe, load_recipe
+from skipwise.config.recipe import FinishSettings, Recipe
+from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import is_config_alone
 from skipwise.planning.plan import Measured
@@ -88,15 +90,11 @@ def _steps(folder: Path) -> None:
     import torch
 
     import skipwise.pipeline.extend
+    from skipwise.models.prepared import plan_model, ready_weights
+    from skipwise.training.callbacks import read_metrics
     from skipwise.training.distributed.engines import on_cpu
-    from skipwise.training.inputs import (
-        load_training_data,
-        plan_model,
-        ready_weights,
-        stand_in_data,
-    )
+    from skipwise.training.inputs import load_training_data, stand_in_data
     from skipwise.training.setup import set_up, train
-    from skipwise.training.trainer import read_metrics
 
     assert skipwise.pipeline.extend  # what a run of its own loads besides
     runtime = process_memory("VmRSS")

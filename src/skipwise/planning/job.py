@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from skipwise.config.distillation import distillation_weight
-from skipwise.config.recipe import LoRASettings, Recipe, make_sampler, settled
+from skipwise.config.recipe import LoRASettings, Recipe
+from skipwise.config.samplers import make_sampler, settled
 from skipwise.config.stages import finish_part, first_part
 from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for

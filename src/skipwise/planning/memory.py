@@ -113,7 +113,6 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Held]]:
     loss, back = allocations.logits(job, backward=False), allocations.logits(job, backward=True)
     head_gradient = [g for g in gradients if g.block >= 4 * a.vocab_size * a.hidden_size][:1]
     tied_gradient = head_gradient if a.tied and job.lora is None else []
-    cache = allocations.head_copy(job)
     temporaries = allocations.optimizer_temporaries(job)
     inner = [*one, *copies] if job.checkpointing else []
     return {

@@ -6,13 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from skipwise.config.recipe import (
-    FinishSettings,
-    PositionSettings,
-    Recipe,
-    context_lengths,
-    settled,
-)
+from skipwise.config.recipe import FinishSettings, PositionSettings, Recipe, context_lengths
+from skipwise.config.samplers import settled
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelFacts
 from skipwise.planning import flops

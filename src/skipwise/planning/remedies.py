@@ -11,13 +11,8 @@ import dataclasses
 from collections.abc import Callable
 
 from skipwise.config.distillation import distillation_weight, shards
-from skipwise.config.recipe import (
-    SHARDED_ENGINES,
-    FinishSettings,
-    LoRASettings,
-    Recipe,
-    format_length,
-)
+from skipwise.config.lengths import format_length
+from skipwise.config.recipe import SHARDED_ENGINES, FinishSettings, LoRASettings, Recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelFacts
 from skipwise.planning.architecture import Architecture

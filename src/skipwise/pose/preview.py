@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.pose.samplers import Example, Sampler, coverage
+from skipwise.pose.coverage import coverage
+from skipwise.pose.samplers import Example, Sampler
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from skipwise.config.recipe import Recipe, make_sampler
-from skipwise.errors import SkipwiseError
+from skipwise.config.recipe import Recipe
+from skipwise.config.samplers import make_sampler
+from skipwise.errors import Check
 from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import complete, read_config
 from skipwise.models.model_info import ModelFacts, read_facts
 from skipwise.models.scaled_config import config_changes, scaling_for
 from skipwise.pose.rope import Scaling, Unscaled
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    name: str
-    passed: bool
-    detail: str  # what was measured, or the mend where it failed
-
-    def __str__(self) -> str:
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
-
-
-def require(checks: list[Check]) -> None:
-    """Stop at failed checks.
-
-    Raises:
-        SkipwiseError: names each of them with its mend.
-    """
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
-        raise SkipwiseError(f"the preflight failed\n{lines}")
 
 
 def check_config(facts: ModelFacts, scaling: Scaling, target_length: int) -> list[Check]:

@@ -14,8 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import Recipe
-from skipwise.config.run_folder import RunFolder, is_main_process, world_size, write_text
+from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.errors import SkipwiseError
 
 _WHOLE = "complete"

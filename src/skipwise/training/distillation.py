@@ -11,11 +11,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from skipwise.config.distillation import distillation_weight, shards
-from skipwise.data.dataset import PositionCollator
-from skipwise.preflight.config import Check
+from skipwise.data.collator import PositionCollator
+from skipwise.errors import Check
+from skipwise.models.prepared import ModelPlan
 from skipwise.preflight.model import check_rope
 from skipwise.training.chunked_loss import Distillation, why_whole
-from skipwise.training.inputs import ModelPlan, TrainingData
+from skipwise.training.inputs import TrainingData
 from skipwise.training.teacher import (
     base_config,
     load_sharded_teacher,

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe
-from skipwise.config.run_folder import RunFolder, world_size
+from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import is_finish
 from skipwise.errors import SkipwiseError
 from skipwise.planning import next_change

@@ -22,18 +22,21 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from skipwise.config.recipe import Recipe, dump_recipe
-from skipwise.config.run_folder import RunFolder, is_main_process, world_size, write_text
+from skipwise.config.machine import is_main_process, world_size
+from skipwise.config.parse import dump_recipe
+from skipwise.config.recipe import Recipe
+from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.stages import finish_part, first_part
-from skipwise.data.dataset import PositionCollator, PositionDataset
-from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.data.collator import PositionCollator
+from skipwise.data.dataset import PositionDataset
+from skipwise.errors import Check, RunStopped, SkipwiseError
+from skipwise.models.prepared import ModelPlan
 from skipwise.pose.samplers import FullLength
-from skipwise.preflight.config import Check
+from skipwise.training.callbacks import Before, peak_memory_gib
 from skipwise.training.checkpoints import finished_checkpoint, newest_checkpoint
 from skipwise.training.distributed.engines import engine_of
-from skipwise.training.inputs import ModelPlan, TrainingData
+from skipwise.training.inputs import TrainingData
 from skipwise.training.setup import Training, set_up, train
-from skipwise.training.trainer import Before, peak_memory_gib
 
 _SEED = 1 << 40  # added to the recipe's: other documents in another order than before the finish
 

@@ -2,59 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from skipwise.config.distillation import distillation_weight
-from skipwise.config.recipe import ModelSettings, Recipe, make_sampler, parse_recipe, settled
-from skipwise.config.run_folder import RunFolder, is_main_process, write_text
-from skipwise.config.stages import finish_part, first_part
-from skipwise.data.dataset import Corpus, PositionCollator, PositionDataset, build_corpus
+from skipwise.config.machine import is_main_process
+from skipwise.config.recipe import Recipe
+from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.config.samplers import make_sampler
+from skipwise.config.stages import first_part
+from skipwise.data.collator import PositionCollator
+from skipwise.data.corpus import Corpus, build_corpus
+from skipwise.data.dataset import PositionDataset
 from skipwise.data.readers import Source, parse_sources
-from skipwise.data.tokenize import TokenStore, tokenize_source
-from skipwise.errors import SkipwiseError
-from skipwise.models.attention.temperature import check_foldable
-from skipwise.models.convert import Conversion, conversion_for, convert_model, load_sentencepiece
-from skipwise.models.hf_config import config_of, facts_of, is_local, read_config
-from skipwise.models.load import attention_for, check_weights, load_model, load_tokenizer
-from skipwise.models.model_info import ModelFacts
-from skipwise.models.scaled_config import scaled_config, scaling_for
-from skipwise.pose.rope import Scaling
+from skipwise.data.token_cache import TokenStore
+from skipwise.data.tokenize import tokenize_source
+from skipwise.errors import Check, SkipwiseError
+from skipwise.models.prepared import ModelPlan
 from skipwise.pose.samplers import Sampler
-from skipwise.preflight.config import Check, check_config
-from skipwise.preflight.model import check_documents, check_labels
+from skipwise.preflight.batch import check_documents, check_labels
+from skipwise.preflight.config import check_config
 from skipwise.training.checkpoints import newest_checkpoint, trained_checkpoint
 
 _NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe names none
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelPlan:
-    """What a recipe makes of a model, before any weight is loaded."""
-
-    recipe: Recipe
-    source: str  # where the weights are: the recipe's model, or what it was converted to
-    conversion: Conversion | None  # that `ready_weights` has to do, or has done
-    raw: dict[str, Any]  # config.json of the recipe's model
-    config: Any  # as it is
-    scaled: Any  # as it will be
-    facts: ModelFacts
-    scaling: Scaling
-    tokenizer: Any
-
-    @property
-    def load(self) -> ModelSettings:
-        """How `source` is loaded."""
-        settings = self.recipe.load
-        return settings if self.source == self.recipe.model else settings.of_own_folder()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,89 +53,6 @@ class TrainingData:
             return float(np.abs(cuts - len(item["labels"]) / 2).min()) if len(cuts) else np.inf
 
         return self.collator([min(self.items(16), key=distance)])
-
-
-def plan_model(recipe: Recipe) -> ModelPlan:
-    """Read the config, choose the scaling, and build the config to come.
-
-    What can be wrong with the recipe itself is found here, before anything is written.
-
-    Raises:
-        SkipwiseError: the model cannot be extended as asked.
-    """
-    raw = read_config(recipe.model, recipe.load)
-    conversion = conversion_for(raw, recipe.load.text_only)
-    if is_local(recipe.model):
-        check_weights(Path(recipe.model).expanduser(), recipe.load)
-    config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
-    facts = facts_of(config, recipe.original_length)
-    recipe = settled(recipe)
-    scaling = scaling_for(recipe, facts)
-    first_part(recipe)
-    finish_part(recipe, facts.original_length)
-    if recipe.method != "none":
-        make_sampler(recipe, facts.original_length)
-        attention_for(recipe.load, recipe.positions.weights, facts.hybrid, config)
-        if recipe.training.num_steps < 1:
-            raise SkipwiseError(
-                "training.num_steps is 0: type method=none to rescale without training"
-            )
-    scaled = scaled_config(config, facts, scaling, recipe.target_length)
-    distillation_weight(recipe, router_loss=bool(getattr(config, "output_router_logits", False)))
-    if recipe.temperature not in ("auto", 1.0):
-        check_foldable(scaled)
-    in_code = conversion is not None and conversion.sentencepiece
-    return ModelPlan(
-        recipe=recipe,
-        source=recipe.model,
-        conversion=conversion,
-        raw=raw,
-        config=config,
-        scaled=scaled,
-        facts=facts,
-        scaling=scaling,
-        tokenizer=(load_sentencepiece if in_code else load_tokenizer)(recipe.model, recipe.load),
-    )
-
-
-def ready_weights(plan: ModelPlan, folder: Path) -> ModelPlan:
-    """The plan with weights that transformers loads: converted into the folder where they must be.
-
-    Raises:
-        SkipwiseError: the weights cannot be converted.
-    """
-    if plan.conversion is None:
-        return plan
-    if not folder.is_dir():
-        convert_model(plan.recipe.model, plan.raw, plan.recipe.load, folder, plan.tokenizer)
-    tied = read_config(str(folder), plan.recipe.load)["tie_word_embeddings"]
-    for config in (plan.config, plan.scaled):
-        config.tie_word_embeddings = tied
-    facts = dataclasses.replace(plan.facts, tied_embeddings=tied)
-    return dataclasses.replace(plan, source=str(folder), facts=facts)
-
-
-def load_scaled(
-    model: str, target_length: int, *, rope_type: str = "auto", dtype: Any = None
-) -> tuple[Any, Any, ModelFacts]:
-    """A model with its window rescaled to a target, for a training loop of one's own.
-
-    Args:
-        dtype: of the weights; None: float32.
-
-    Returns:
-        the model with its weights, its tokenizer, and its facts (`original_length` and others).
-
-    Raises:
-        SkipwiseError: the model cannot be extended so.
-    """
-    tree = {"model": model, "target_length": target_length, "rope": {"type": rope_type}}
-    plan = plan_model(parse_recipe(tree))
-    with tempfile.TemporaryDirectory() as folder:
-        plan = ready_weights(plan, Path(folder) / "converted")
-        settings = plan.load
-        loaded = load_model(plan.source, plan.scaled, settings, dtype=dtype or torch.float32)
-    return loaded, plan.tokenizer, plan.facts
 
 
 def find_sources(recipe: Recipe) -> list[Source]:

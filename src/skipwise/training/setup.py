@@ -7,42 +7,49 @@ stands and ends with the same weights.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from skipwise.config.distillation import shards
-from skipwise.config.recipe import SHARDED_ENGINES, Recipe, TrainingSettings
-from skipwise.config.run_folder import RunFolder, world_size
-from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.config.machine import world_size
+from skipwise.config.recipe import Recipe
+from skipwise.config.run_folder import RunFolder
+from skipwise.errors import Check, RunStopped, SkipwiseError, require
 from skipwise.models.load import (
-    add_lora,
     attention_for,
     check_kernel,
-    compute_dtype,
     keeps_buffers,
-    load_adapter,
     load_model,
-    num_parameters,
-    quantization_for,
 )
-from skipwise.preflight.config import Check, require
-from skipwise.preflight.model import check_batch, check_model, check_tokenizer
+from skipwise.models.lora import add_lora, load_adapter, num_parameters, quantization_for
+from skipwise.models.prepared import ModelPlan
+from skipwise.preflight.batch import check_batch, check_tokenizer
+from skipwise.preflight.model import check_model
+from skipwise.training.arguments import training_arguments, training_dtype
+from skipwise.training.callbacks import (
+    Before,
+    RunCallback,
+    StopCallback,
+    examples_per_step,
+    peak_memory_gib,
+    read_metrics,
+    stop_on_signals,
+    tensorboard_in,
+)
 from skipwise.training.checkpoints import newest_checkpoint, num_processes_of, remove_broken
 from skipwise.training.chunked_loss import chunk_loss, is_chunked
 from skipwise.training.distillation import check_distillation, make_distillation
 from skipwise.training.distributed.engines import (
     bring_up,
     check_engine,
-    engine_arguments,
     engine_of,
     is_kind,
     loading,
@@ -54,42 +61,9 @@ from skipwise.training.distributed.engines import (
     spread_anew,
 )
 from skipwise.training.error_hints import explained
-from skipwise.training.inputs import ModelPlan, TrainingData
+from skipwise.training.inputs import TrainingData
 from skipwise.training.teacher import place_teacher
-from skipwise.training.trainer import (
-    Before,
-    PositionTrainer,
-    RunCallback,
-    StopCallback,
-    examples_per_step,
-    peak_memory_gib,
-    read_metrics,
-    stop_on_signals,
-    tensorboard_in,
-)
-
-_OWNED = {
-    "output_dir": "--out",
-    "max_steps": "training.num_steps",
-    "num_train_epochs": "training.num_steps",
-    "per_device_train_batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size",
-    "learning_rate": "training.learning_rate",
-    "lr_scheduler_type": "training.lr_scheduler",
-    "warmup_steps": "training.warmup_steps",
-    "weight_decay": "training.weight_decay",
-    "max_grad_norm": "training.max_grad_norm",
-    "gradient_checkpointing": "training.gradient_checkpointing",
-    "activation_checkpointing": "training.gradient_checkpointing",
-    "save_steps": "training.save_steps",
-    "save_total_limit": "training.save_total_limit",
-    "logging_steps": "nothing: every step is written down",
-    "seed": "seed",
-    "bf16": "load.dtype",
-    "fp16": "load.dtype",
-    "remove_unused_columns": "nothing: the data set has no columns to remove",
-    "label_smoothing_factor": "nothing: the loss is the model's own",
-}
+from skipwise.training.trainer import PositionTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,80 +307,6 @@ def training_facts(training: Training, run: RunFolder, recipe: Recipe) -> dict[s
     }
 
 
-def training_arguments(
-    recipe: Recipe,
-    run: RunFolder,
-    dtype: torch.dtype,
-    engine: str = "one process",
-    engine_options: dict[str, bool] | None = None,
-) -> TrainingArguments:
-    """The recipe as TrainingArguments, with its `trainer:` section on top.
-
-    Args:
-        engine_options: further arguments of `engine_arguments`.
-
-    Raises:
-        SkipwiseError: a key that Skipwise sets itself, or one that TrainingArguments lacks; a
-            global batch that the devices cannot share.
-    """
-    known = {f.name for f in fields(TrainingArguments)}
-    for key in recipe.trainer:
-        if key in _OWNED:
-            raise SkipwiseError(f"trainer.{key} is set by {_OWNED[key]}")
-        if key not in known:
-            raise SkipwiseError(
-                f"trainer.{key} is not an argument of transformers' TrainingArguments"
-            )
-    if engine == "zero3-offload" and "optim" in recipe.trainer:
-        raise SkipwiseError(
-            "trainer.optim: engine zero3-offload has an optimizer of its own, for the CPU\n"
-            "leave it out, or type --engine zero3"
-        )
-    settings = recipe.training
-    tensorboard = importlib.util.find_spec("tensorboard") is not None
-    values: dict[str, Any] = {
-        "output_dir": str(run.checkpoints),
-        "max_steps": settings.num_steps,
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": accumulation(settings, world_size()),
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler,
-        "warmup_steps": settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "save_steps": settings.save_steps,
-        "save_total_limit": max(2, settings.save_total_limit),
-        "seed": recipe.seed,
-        "bf16": dtype == torch.bfloat16,
-        "use_cpu": on_cpu(),
-        "remove_unused_columns": False,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # it would hide a loss that is not finite
-        "disable_tqdm": True,
-        "log_level_replica": "error",
-        "dataloader_pin_memory": not on_cpu(),
-        "report_to": ["tensorboard"] if tensorboard else [],
-        **engine_arguments(engine, on_cpu(), **(engine_options or {})),
-    }
-    try:
-        return TrainingArguments(**{**values, **recipe.trainer})
-    except (ValueError, ImportError, TypeError) as error:
-        raise SkipwiseError(f"the training settings do not fit: {error}") from error
-
-
-def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:
-    """The arithmetic's dtype; float32 where a sharding engine is tried without a GPU.
-
-    Raises:
-        SkipwiseError: bfloat16 was asked for there, which transformers refuses.
-    """
-    if not (on_cpu() and engine in SHARDED_ENGINES):
-        return compute_dtype(recipe.load)
-    if recipe.load.dtype == "bfloat16":
-        raise SkipwiseError(f"engine: {engine} computes in float32 on a CPU\nleave load.dtype out")
-    return torch.float32
-
-
 def cuts_loss(recipe: Recipe, train_length: int, vocab_size: int) -> bool:
     """Whether the loss is computed in slices; Liger's kernels do it themselves."""
     settings = recipe.training
@@ -427,18 +327,3 @@ def enable_checkpointing(model: Any) -> None:
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     except ValueError as error:
         raise SkipwiseError(f"{error}\ntype training.gradient_checkpointing=false") from error
-
-
-def accumulation(settings: TrainingSettings, num_processes: int) -> int:
-    """Accumulation steps that make up the global batch on this many devices.
-
-    Raises:
-        SkipwiseError: the devices cannot share the batch.
-    """
-    held = settings.batch_size * num_processes
-    if held == 0 or settings.global_batch_size == 0 or settings.global_batch_size % held:
-        raise SkipwiseError(
-            f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
-            f"training.batch_size {settings.batch_size} x {num_processes} devices"
-        )
-    return settings.global_batch_size // held

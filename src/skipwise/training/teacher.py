@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import ModelSettings
-from skipwise.config.run_folder import is_main_process, world_size
 from skipwise.errors import SkipwiseError
 from skipwise.models.attention.masks import FLEX
 from skipwise.models.load import best_device, load_model

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from skipwise.config.recipe import load_recipe
+from skipwise.config.parse import load_recipe
 from skipwise.config.run_folder import write_json
 from skipwise.data.tokenize import cache_folder
 from skipwise.errors import SkipwiseError

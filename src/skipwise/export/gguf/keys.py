@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
+from skipwise.errors import Check
 from skipwise.export.gguf.file import read_file, rewrite, set_numbers
 from skipwise.export.gguf.requirements import Asked, read_asked
 from skipwise.export.gguf.tokenizer import text_ends
 from skipwise.pose.rope import Linear, LongRoPE, Unscaled, YaRN
-from skipwise.preflight.config import Check
 
 _TABLE = "rope_freqs.weight"
 # these read more keys (yarn_log_multiplier, yarn_beta_fast) or work out the factor on their own

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from skipwise.config.recipe import ModelSettings, load_recipe
+from skipwise.config.parse import load_recipe
+from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import complete, read_config
 from skipwise.models.model_info import ModelFacts, read_facts

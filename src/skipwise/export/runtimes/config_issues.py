@@ -26,7 +26,7 @@ from skipwise.export.runtimes.readers import (
     top_length,
 )
 from skipwise.models.hf_config import complete
-from skipwise.pose.rope import both_spellings
+from skipwise.pose.rope_config import both_spellings
 
 _TO_GGUF = "convert it with skipwise export --to gguf, which writes what is missing"
 _NAMES_L = ("yarn", "llama3", "longrope")  # types that count from original_max_position_embeddings

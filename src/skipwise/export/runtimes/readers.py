@@ -28,7 +28,8 @@ import numpy as np
 from skipwise.errors import SkipwiseError
 from skipwise.export.runtimes.folder import ModelFolder
 from skipwise.models.hf_config import complete
-from skipwise.pose.rope import LongRoPE, Scaling, Unscaled, from_rope_parameters
+from skipwise.pose.rope import LongRoPE, Scaling, Unscaled
+from skipwise.pose.rope_config import from_rope_parameters
 
 T5, T4, VLLM, SGLANG, LLAMA_CPP = "transformers 5", "transformers 4", "vLLM", "SGLang", "llama.cpp"
 

@@ -6,7 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from skipwise.config.recipe import Recipe, load_recipe
+from skipwise.config.parse import load_recipe
+from skipwise.config.recipe import Recipe
 from skipwise.data.tokenize import cache_folder
 
 MODEL = Path(__file__).with_name("model")

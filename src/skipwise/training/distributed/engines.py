@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 
+from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import SHARDED_ENGINES, LoRASettings, Recipe
-from skipwise.config.run_folder import is_main_process, world_size
-from skipwise.errors import SkipwiseError
-from skipwise.preflight.config import Check
+from skipwise.errors import Check, SkipwiseError
 
 _OURS = "SKIPWISE_DEEPSPEED"  # in the environment: `bring_up` has set what a launcher sets
 _KINDS = {"fsdp2": "fsdp", "zero3": "deepspeed", "zero3-offload": "deepspeed"}

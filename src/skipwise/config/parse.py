@@ -1,0 +1,175 @@
+"""The recipe in and out of YAML, with `key=value` overrides and errors that name the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from skipwise.config.lengths import parse_length
+from skipwise.config.recipe import Recipe
+from skipwise.errors import SkipwiseError
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from YAML, with `key=value` overrides on top.
+
+    Raises:
+        SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+    except OSError as error:
+        raise SkipwiseError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise SkipwiseError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise SkipwiseError(f"{path} is not a recipe: it should map keys to values")
+    return parse_recipe(tree, overrides)
+
+
+def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Recipe:
+    """A recipe from nested mappings, with `key=value` overrides on top."""
+    tree = _copied(tree)
+    for override in overrides or []:
+        _override(tree, override)
+    for key in ("model", "target_length"):
+        if tree.get(key) is None:
+            raise SkipwiseError(f"the recipe lacks {key}: type {key}=...")
+    return _build(Recipe, tree, "")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults written out, in the order of the fields."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=100)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise SkipwiseError(
+            f"{override!r} is not an override: type key=value, as training.num_steps=200"
+        )
+    *parents, last = key.split(".")
+    at = tree
+    for parent in parents:
+        if at.get(parent) is None:
+            at[parent] = {}
+        at = at[parent]
+        if not isinstance(at, dict):
+            raise SkipwiseError(f"{key}: {parent} has no keys below it")
+    try:
+        at[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SkipwiseError(f"{override!r}: the value is not YAML") from error
+
+
+def _build(cls: type, tree: Any, where: str) -> Any:
+    """A dataclass from a mapping; unknown keys and wrong types are errors that name the key."""
+    if not isinstance(tree, dict):
+        raise SkipwiseError(f"{where or 'the recipe'} should map keys to values, not be {tree!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in tree if key not in hints]
+    if unknown:
+        keys = ", ".join(hints)
+        inner = _places(Recipe, unknown[0])
+        meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
+        name = _join(where, unknown[0])
+        raise SkipwiseError(f"{name} is not a recipe key: choose from {keys}{meant}")
+    values = {key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()}
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        if typing.get_origin(args[0]) is Literal:
+            return _word_or_factor(args[0], value, where)
+        return _value(next(a for a in args if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        value = "none" if value is None and "none" in args else value
+        if value not in args:
+            raise SkipwiseError(f"{where} is {value!r}: choose one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        name = where.removesuffix("s")
+        return tuple(_value(args[0], item, name) for item in items)
+    if origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            raise SkipwiseError(f"{where} should map keys to values, not be {value!r}")
+        return value
+    return _scalar(hint, value, where)
+
+
+def _word_or_factor(words: Any, value: Any, where: str) -> Any:
+    """One of the words, or a number above 0."""
+    choices = typing.get_args(words)
+    if value in choices:
+        return value
+    try:
+        number = _scalar(float, value, where)
+    except SkipwiseError:
+        number = math.nan
+    off = number == 0 and where == "training.distillation"
+    if not 0 < number < math.inf and not off:
+        raise SkipwiseError(f"{where} is {value!r}: give {', '.join(choices)} or a number above 0")
+    return number
+
+
+def _scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is int and where.endswith("_length"):
+        return parse_length(value)
+    if hint is float and isinstance(value, str):  # YAML reads 2e-5 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            value = str(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise SkipwiseError(f"{where} is {value!r}: give {names.get(hint, hint.__name__)}")
+    if hint in (int, float) and value < 0:
+        raise SkipwiseError(f"{where} is {value}: give 0 or more")
+    return value
+
+
+def _places(cls: Any, key: str, where: str = "") -> list[str]:
+    """Where in the recipe a key of this name stands."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                found += _places(inner, key, _join(where, name))
+        if name == key:
+            found.append(_join(where, name))
+    return found
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _copied(tree: Any) -> Any:
+    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

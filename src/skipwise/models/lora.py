@@ -1,0 +1,122 @@
+"""LoRA and QLoRA through peft: which modules, at which precision, and adapters read back."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipwise.config.recipe import LoRASettings
+from skipwise.errors import SkipwiseError
+
+
+def quantization_for(lora: LoRASettings | None, dtype: torch.dtype, engine: str) -> Any:
+    """The bitsandbytes configuration of QLoRA, or None.
+
+    Source: QLoRA, Dettmers et al. 2023, arXiv 2305.14314: NF4, constants quantised as well.
+
+    Raises:
+        SkipwiseError: bitsandbytes is missing, or the engine cannot shard such weights.
+    """
+    if lora is None or lora.quantization == "none":
+        return None
+    if "zero3" in engine or "deepspeed" in engine:
+        raise SkipwiseError(
+            f"lora.quantization: {lora.quantization}: DeepSpeed cannot shard quantised weights\n"
+            "type --engine ddp, or --engine fsdp2"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SkipwiseError(
+            f"lora.quantization: {lora.quantization} needs bitsandbytes\n"
+            "pip install 'skipwise[qlora]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if "fsdp" in engine else torch.uint8,  # FSDP shards floats
+    )
+
+
+def num_parameters(model: Any, trainable: bool = False) -> int:
+    """Parameters of a model, whether sharded, quantised or neither."""
+    total = 0
+    for parameter in model.parameters():
+        if trainable and not parameter.requires_grad:
+            continue
+        count = getattr(parameter, "ds_numel", None) or parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()  # packed
+        total += count
+    return total
+
+
+def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
+    """The model with LoRA on its linear layers; norms and embeddings train whole if asked.
+
+    Args:
+        cast: keep what trains in float32; DeepSpeed does that itself.
+
+    Source: LongLoRA, Chen et al. 2023, arXiv 2309.12307, section 3.3.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    whole: set[str] = set()
+    for name, module in model.named_modules():
+        if settings.train_norms and "norm" in type(module).__name__.lower():
+            whole.add(name.rsplit(".", 1)[-1])
+    embeddings = model.get_input_embeddings()
+    if settings.train_embeddings:
+        whole.add(next(n for n, m in model.named_modules() if m is embeddings).rsplit(".", 1)[-1])
+    routers = [  # of experts: some are linear layers that return more than a tensor
+        name for name, module in model.named_modules() if "router" in type(module).__name__.lower()
+    ]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules) or "all-linear",
+        exclude_modules=None if settings.target_modules else routers or None,
+        modules_to_save=sorted(whole) or None,
+        ensure_weight_tying=settings.train_embeddings and bool(model.config.tie_word_embeddings),
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise SkipwiseError(f"lora.target_modules: {error}") from error
+    for parameter in adapted.parameters():
+        if cast and parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def load_adapter(model: Any, checkpoint: Path) -> None:
+    """Put a checkpoint's adapter, and what trained whole beside it, into a model with LoRA.
+
+    Under DeepSpeed the first process gives what is sharded to the others.
+
+    Raises:
+        SkipwiseError: the checkpoint is of another adapter.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    sharded = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    whole: Any = nullcontext()
+    if sharded:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        whole = GatheredParameters(sharded, modifier_rank=0)
+    states = load_peft_weights(str(checkpoint), device="cpu")
+    with whole:
+        result = set_peft_model_state_dict(model, states)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    wrong = [*result.unexpected_keys, *trained.intersection(result.missing_keys)]
+    if wrong:
+        raise SkipwiseError(f"{checkpoint} is of another adapter than the recipe's: {wrong[0]}")
