@@ -1,4 +1,4 @@
-"""RoPE settings in a config.json: read into a scaling, and written for every version that reads them."""
+"""RoPE settings in a config.json: read into a scaling, and written in both spellings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks on real examples: tokenizer, documents, labels, and what skipped positions do to the model.
+"""Checks on real examples: tokenizer, documents, labels, and the effect of skipped positions.
 
 Shapes:  B = batch, L = tokens of an example
 """

@@ -1,4 +1,4 @@
-"""A recipe to transformers' TrainingArguments, and the dtype and accumulation that follow from it."""
+"""A recipe to transformers' TrainingArguments, with its dtype and gradient accumulation."""
 
 from __future__ import annotations
 

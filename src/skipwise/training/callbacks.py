@@ -1,7 +1,7 @@
 """What training writes into the run folder, and how a signal stops it.
 
-`RunCallback` writes metrics and progress, marks complete checkpoints and stops at a loss that is not
-finite. `StopCallback` saves and stops after the step in which Ctrl-C or SIGTERM arrived.
+`RunCallback` writes metrics and progress, marks complete checkpoints and stops at a loss that is
+not finite. `StopCallback` saves and stops after the step in which Ctrl-C or SIGTERM arrived.
 """
 
 from __future__ import annotations
