@@ -25,7 +25,7 @@ TASKS = ("perplexity", "passkey", "needle", "niah_single_numbers")
 def run(task: str, length: int) -> dict:
     """One task at one length, a trial each: memory before, peak, cache."""
     from skipwise.config.recipe import EvalSettings
-    from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+    from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
     from skipwise.models.prepared import load_scaled
     from skipwise.pipeline.quickstart import MODEL
 
@@ -41,11 +41,11 @@ def run(task: str, length: int) -> dict:
         perplexity_windows=1,
         perplexity_stride=128,
     )
-    subject = Subject(label="it", load=lambda: model, tokenizer=tokenizer)
-    evaluate_model(subject, texts, [512], settings, progress=False)
+    eval_model = EvalModel(label="it", load=lambda: model, tokenizer=tokenizer)
+    evaluate_model(eval_model, texts, [512], settings, progress=False)
     before = resident()
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rows = evaluate_model(subject, texts, [length], settings, progress=False)
+    rows = evaluate_model(eval_model, texts, [length], settings, progress=False)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     config = model.config
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * length

@@ -18,9 +18,9 @@ from common import write_result
 from skipwise.config.lengths import parse_lengths
 from skipwise.config.recipe import EvalSettings
 from skipwise.data.tokenize import encode
-from skipwise.evaluation.scoring import Trial, answers_right
+from skipwise.evaluation.scoring import Trial, exact_match
 from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
-from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.evaluation.tasks.prompts import haystack_words
 from skipwise.models.prepared import load_scaled
 from skipwise.pipeline.quickstart import MODEL, corpus
 
@@ -48,10 +48,12 @@ def main() -> None:
     model, tokenizer, _ = load_scaled(str(MODEL), max(lengths), rope_type="yarn")
     model.eval()
     text = "".join(source for name, source in corpus.modules() if corpus.held_out(name))
-    words = words_of(tokenizer, [encode(tokenizer, text[: 8 * max(lengths)])], 2 * max(lengths))
+    words = haystack_words(
+        tokenizer, [encode(tokenizer, text[: 8 * max(lengths)])], 2 * max(lengths)
+    )
     depths = {"num_depths": settings.num_depths}
     rows, seconds = [], {"skipwise": 0.0, "generate": 0.0}
-    answers_right(model, passkey_trials(tokenizer, 256, num_trials=2, **depths), 16384)  # warm up
+    exact_match(model, passkey_trials(tokenizer, 256, num_trials=2, **depths), 16384)  # warm up
     for length in lengths:
         tasks = {
             "passkey": passkey_trials(
@@ -68,7 +70,7 @@ def main() -> None:
         }
         for task, trials in tasks.items():
             started = time.perf_counter()
-            ours = answers_right(model, trials, settings.batch_tokens)
+            ours = exact_match(model, trials, settings.batch_tokens)
             between = time.perf_counter()
             theirs = generated_right(model, trials)
             ended = time.perf_counter()

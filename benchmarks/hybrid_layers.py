@@ -25,12 +25,12 @@ from common import write_result
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import EvalSettings
 from skipwise.data.corpus import build_corpus
-from skipwise.data.dataset import PositionDataset
+from skipwise.data.dataset import PoSEDataset
 from skipwise.data.readers import parse_sources
 from skipwise.data.tokenize import tokenize_source
 from skipwise.evaluation.evaluator import evaluate_model
 from skipwise.models.load import load_model
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.quickstart import make_recipe
 from skipwise.pose.samplers import FullLength, PoSE, additive_mask
 
@@ -59,23 +59,23 @@ def measure(base: Path, setting: str, args: argparse.Namespace) -> dict[str, Any
     """Perplexity and passkey by context length after one training."""
     torch.manual_seed(0)
     tree = {"model": str(base), "target_length": args.target, "rope": {"type": "yarn"}}
-    plan = plan_model(parse_recipe(tree))
-    model = load_model(str(base), plan.scaled, plan.load, dtype=torch.float32)
+    prepared = prepare_model(parse_recipe(tree))
+    model = load_model(str(base), prepared.scaled, prepared.load, dtype=torch.float32)
     data = make_recipe().data
     lengths = (256, 512, 1024, args.target)
     if setting != "untrained":
-        train(model, plan, setting, data.sources, args)
+        train(model, prepared, setting, data.sources, args)
     documents = [
         store.document(i)
         for source in parse_sources(data.eval_sources)
-        for store in [tokenize_source(source, plan.tokenizer)]
+        for store in [tokenize_source(source, prepared.tokenizer)]
         for i in range(store.num_documents)
     ]
     settings = EvalSettings(perplexity_windows=40, passkey_trials=40)
     model.to(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = evaluate_model(
-            model, plan.tokenizer, documents, lengths, settings, label="", progress=False
+            model, prepared.tokenizer, documents, lengths, settings, label="", progress=False
         )
     return {
         task: [
@@ -91,9 +91,9 @@ def measure(base: Path, setting: str, args: argparse.Namespace) -> dict[str, Any
     }
 
 
-def train(model: Any, plan: Any, setting: str, sources: Any, args: argparse.Namespace) -> None:
+def train(model: Any, prepared: Any, setting: str, sources: Any, args: argparse.Namespace) -> None:
     """PoSE as the quickstart trains it, with one treatment of the sliding layers."""
-    length, window = plan.facts.original_length, plan.facts.sliding_window
+    length, window = prepared.info.original_length, prepared.info.sliding_window
     kind, _, weights = setting.partition("+")
     sampler: Any = PoSE(train_length=length, target_length=args.target, content="aligned")
     batch = BATCH
@@ -101,12 +101,12 @@ def train(model: Any, plan: Any, setting: str, sources: Any, args: argparse.Name
         sampler, batch = FullLength(target_length=args.target), BATCH * length // args.target
     parsed = parse_sources(sources)
     corpus = build_corpus(
-        [tokenize_source(source, plan.tokenizer) for source in parsed],
+        [tokenize_source(source, prepared.tokenizer) for source in parsed],
         [source.weight for source in parsed],
         min_length=args.target if kind == "full-length" else length,
         target_length=args.target,
     )
-    dataset = PositionDataset(corpus, sampler, seed=0, num_examples=args.steps * batch)
+    dataset = PoSEDataset(corpus, sampler, seed=0, num_examples=args.steps * batch)
     if kind == "plain":
         plain_positions(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))

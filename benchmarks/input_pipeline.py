@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from common import write_result
 
-from skipwise.data.collator import PositionCollator
+from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import build_corpus
-from skipwise.data.dataset import PositionDataset
+from skipwise.data.dataset import PoSEDataset
 from skipwise.data.token_cache import TokenStore
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.load import attention_for, compute_dtype, load_model
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.quickstart import make_recipe
 from skipwise.pose.samplers import PoSE
 from skipwise.training.inputs import load_training_data
@@ -41,18 +41,18 @@ def long_windows(content, weights="none", L=8192, T=32768, batch=8):
         [TokenStore(tokens=tokens, offsets=offsets)], [None], min_length=L, target_length=T
     )
     sampler = PoSE(train_length=L, target_length=T, content=content)
-    dataset = PositionDataset(corpus, sampler, seed=0, num_examples=10**9)
-    return batch * L / seconds_per_batch(dataset, PositionCollator(weights), batch, 200)
+    dataset = PoSEDataset(corpus, sampler, seed=0, num_examples=10**9)
+    return batch * L / seconds_per_batch(dataset, ExampleCollator(weights), batch, 200)
 
 
 def quickstart_shares():
     """Pairs in one run: seconds of a batch's making beside those of the step it feeds."""
     recipe = make_recipe()
-    plan = plan_model(recipe)
-    data = load_training_data(plan, None)
+    prepared = prepare_model(recipe)
+    data = load_training_data(prepared, None)
     model = load_model(
         recipe.model,
-        plan.scaled,
+        prepared.scaled,
         recipe.load,
         dtype=torch.float32,
         attn_implementation=attention_for(recipe.load, recipe.positions.weights),

@@ -68,7 +68,7 @@ def measure(folder, cache, num_proc, examples):
     from transformers import AutoTokenizer
 
     from skipwise.data.corpus import build_corpus
-    from skipwise.data.dataset import PositionDataset
+    from skipwise.data.dataset import PoSEDataset
     from skipwise.data.readers import parse_sources
     from skipwise.data.tokenize import tokenize_source
     from skipwise.pipeline.quickstart import MODEL
@@ -101,7 +101,7 @@ def measure(folder, cache, num_proc, examples):
 
         def read():
             sampler = PoSE(train_length=L, target_length=T)
-            data = PositionDataset(corpus, sampler, seed=0, num_examples=1000)
+            data = PoSEDataset(corpus, sampler, seed=0, num_examples=1000)
             for k in range(1000):
                 data[k]
 

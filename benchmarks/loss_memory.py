@@ -21,7 +21,7 @@ from common import write_result
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from skipwise.training.chunked_loss import chunk_loss
-from skipwise.training.trainer import PositionTrainer
+from skipwise.training.trainer import PoSETrainer
 
 
 def status(name):
@@ -66,7 +66,7 @@ def measure(kind, length, vocabulary, steps):
     trainer_class = Trainer
     if kind == "slices":
         chunk_loss(model)
-        trainer_class = PositionTrainer
+        trainer_class = PoSETrainer
     watch = Steps()
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(

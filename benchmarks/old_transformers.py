@@ -22,7 +22,7 @@ from common import write_result
 from skipwise.config.parse import parse_recipe
 from skipwise.export.runtimes import verify_folder
 from skipwise.models.compatibility import make_portable, save_tokenizer
-from skipwise.models.hf_config import facts_of
+from skipwise.models.hf_config import model_info_of
 from skipwise.models.scaled_config import scaled_config, scaling_for
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def export(method: str, folder: Path) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     config.max_position_embeddings = L
-    facts = facts_of(config)
+    facts = model_info_of(config)
     recipe = parse_recipe({"model": "-", "target_length": T, "rope": {"type": method}})
     scaled = scaled_config(config, facts, scaling_for(recipe, facts), T)
     AutoModelForCausalLM.from_config(scaled).save_pretrained(folder)
@@ -133,9 +133,9 @@ def main() -> None:
                 "largest_difference_beyond_L": float(np.abs(a[1:] - b[1:]).max()),
                 "largest_difference_newer_only": float(np.abs(a[1:] - unscaled[1:]).max()),
                 "spread_of_logits": float(a.std()),
-                "faults": [fault.name for fault in verify_folder(scratch / method).faults],
+                "faults": [issue.name for issue in verify_folder(scratch / method).issues],
                 "faults_newer_only": [
-                    fault.name for fault in verify_folder(scratch / f"{method} newer only").faults
+                    issue.name for issue in verify_folder(scratch / f"{method} newer only").issues
                 ],
             }
         assert here["tokens"] == old["tokens"], "the tokenizers differ"

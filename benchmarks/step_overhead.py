@@ -17,10 +17,10 @@ from common import write_result
 from transformers import Trainer, TrainingArguments
 
 from skipwise.models.load import compute_dtype, load_model
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.quickstart import make_recipe
 from skipwise.training.inputs import load_training_data
-from skipwise.training.trainer import PositionTrainer
+from skipwise.training.trainer import PoSETrainer
 
 
 class PlainWindows(torch.utils.data.Dataset):
@@ -37,12 +37,12 @@ class PlainWindows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
 
 
-def make_trainer(cls, plan, dataset, collator, steps):
-    recipe = plan.recipe
+def make_trainer(cls, prepared, dataset, collator, steps):
+    recipe = prepared.recipe
     dtype = compute_dtype(recipe.load)
     torch.manual_seed(0)
     model = load_model(
-        recipe.model, plan.scaled, recipe.load, dtype=torch.float32, attn_implementation="sdpa"
+        recipe.model, prepared.scaled, recipe.load, dtype=torch.float32, attn_implementation="sdpa"
     )
     arguments = TrainingArguments(
         output_dir="/tmp/step_overhead",
@@ -89,18 +89,18 @@ def main():
     parser.add_argument("--pairs", type=int, default=30)
     pairs = parser.parse_args().pairs
     recipe = make_recipe()
-    weighted = plan_model(recipe)
+    weighted = prepare_model(recipe)
     plain_positions = dataclasses.replace(recipe.positions, weights="none")
-    plan = plan_model(dataclasses.replace(recipe, positions=plain_positions))
+    prepared = prepare_model(dataclasses.replace(recipe, positions=plain_positions))
     steps = pairs + 5
     steppers = {}
-    for name, its_plan in (("pose", plan), ("pose_weighted", weighted)):
+    for name, its_plan in (("pose", prepared), ("pose_weighted", weighted)):
         data = load_training_data(its_plan, None)
         steppers[name] = stepper(
-            make_trainer(PositionTrainer, its_plan, data.dataset, data.collator, steps)
+            make_trainer(PoSETrainer, its_plan, data.dataset, data.collator, steps)
         )
     windows = PlainWindows(data.dataset, data.sampler.train_length)
-    steppers["plain"] = stepper(make_trainer(Trainer, plan, windows, None, steps))
+    steppers["plain"] = stepper(make_trainer(Trainer, prepared, windows, None, steps))
     times = {name: [] for name in steppers}
     names = list(steppers)
     for i in range(steps):

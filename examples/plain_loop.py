@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from skipwise import PoSE, finish_folder
+from skipwise import PoSE, finalize_checkpoint
 from skipwise.errors import require
 from skipwise.models.attention.masks import with_layer_masks
 from skipwise.models.prepared import load_scaled
@@ -25,9 +25,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    model, tokenizer, facts = load_scaled(args.model, args.to, rope_type="yarn")
+    model, tokenizer, info = load_scaled(args.model, args.to, rope_type="yarn")
     tokens = np.array(tokenizer(args.text.read_text(encoding="utf-8"), verbose=False)["input_ids"])
-    sampler = PoSE(train_length=facts.original_length, target_length=args.to, content="aligned")
+    sampler = PoSE(train_length=info.original_length, target_length=args.to, content="aligned")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for step in range(args.steps):
         example = sampler.sample(np.random.default_rng([0, step]), len(tokens))
@@ -49,7 +49,9 @@ def main() -> None:
     if args.out:
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
-        finish_folder(args.out, args.to)  # readable by transformers 4, vLLM and llama.cpp, too
+        finalize_checkpoint(
+            args.out, args.to
+        )  # readable by transformers 4, vLLM and llama.cpp, too
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-from skipwise import PoSE, PoSECollator, PreflightCallback, finish_folder
+from skipwise import PoSE, PoSECollator, PreflightCallback, finalize_checkpoint
 from skipwise.models.prepared import load_scaled
 
 
@@ -24,14 +24,14 @@ def main() -> None:
     args = parser.parse_args()
 
     # The scaled config comes first and the weights into it, never the other way round.
-    model, tokenizer, facts = load_scaled(args.model, args.to, rope_type="yarn")
+    model, tokenizer, info = load_scaled(args.model, args.to, rope_type="yarn")
 
     # Records are whole documents, not cut to the window: the collator cuts them anew each epoch.
     lines = args.texts.read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     records = [{"input_ids": ids} for ids in tokenizer(texts, verbose=False)["input_ids"]]
 
-    sampler = PoSE(train_length=facts.original_length, target_length=args.to, content="aligned")
+    sampler = PoSE(train_length=info.original_length, target_length=args.to, content="aligned")
     collator = PoSECollator(sampler, seed=0, config=model.config)
     trainer = Trainer(
         model=model,
@@ -48,11 +48,11 @@ def main() -> None:
         train_dataset=records,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[PreflightCallback(collator, facts=facts)],  # stops a run that would be void
+        callbacks=[PreflightCallback(collator, info=info)],  # stops a run that would be void
     )
     trainer.train()
     trainer.save_model(args.out)
-    finish_folder(args.out, args.to)  # readable by transformers 4, vLLM and llama.cpp, too
+    finalize_checkpoint(args.out, args.to)  # readable by transformers 4, vLLM and llama.cpp, too
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from skipwise import PoSE, PoSECollator, PreflightCallback, finish_folder
+from skipwise import PoSE, PoSECollator, PreflightCallback, finalize_checkpoint
 from skipwise.models.prepared import load_scaled
 
 
@@ -28,10 +28,10 @@ def main() -> None:
     parser.add_argument("--out", default="sft-out")
     args = parser.parse_args()
 
-    model, tokenizer, facts = load_scaled(args.model, args.to, rope_type="yarn")
+    model, tokenizer, info = load_scaled(args.model, args.to, rope_type="yarn")
     lines = args.chats.read_text(encoding="utf-8").splitlines()
 
-    sampler = PoSE(train_length=facts.original_length, target_length=args.to, content="aligned")
+    sampler = PoSE(train_length=info.original_length, target_length=args.to, content="aligned")
     collator = PoSECollator(sampler, seed=0)
     trainer = SFTTrainer(
         model=model,
@@ -51,7 +51,7 @@ def main() -> None:
         data_collator=collator,  # without it TRL sends neither skips nor a mask that fits them
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, target_modules="all-linear") if args.lora else None,
-        callbacks=[PreflightCallback(collator, facts=facts)],
+        callbacks=[PreflightCallback(collator, info=info)],
     )
     trainer.train()
 
@@ -59,7 +59,7 @@ def main() -> None:
     whole = trainer.model.merge_and_unload() if args.lora else trainer.model
     whole.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    finish_folder(args.out, args.to)
+    finalize_checkpoint(args.out, args.to)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import transformers
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for
-from skipwise.models.hf_config import facts_of
+from skipwise.models.hf_config import model_info_of
 
 FILE = Path(__file__).parents[1] / "docs/families.md"
 REFUSED = [  # config class, models
@@ -83,7 +83,7 @@ and extends that.
 
 
 def _facts(name: str) -> None:
-    facts_of(getattr(transformers, name)())
+    model_info_of(getattr(transformers, name)())
 
 
 def _refusal(read) -> str:

@@ -71,7 +71,9 @@ class Baichuan(nn.Module):
     def forward(self, ids, positions):
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
-            x = x + self.attend(layer.self_attn, layer.input_layernorm(x), positions)
+            x = x + self.flex_attention_forward(
+                layer.self_attn, layer.input_layernorm(x), positions
+            )
             y = layer.post_attention_layernorm(x)
             gate = nn.functional.silu(layer.mlp.gate_proj(y))
             x = x + layer.mlp.down_proj(gate * layer.mlp.up_proj(y))
@@ -80,7 +82,7 @@ class Baichuan(nn.Module):
             weight = nn.functional.normalize(weight)
         return self.model.norm(x) @ weight.T
 
-    def attend(self, attention, x, positions):
+    def flex_attention_forward(self, attention, x, positions):
         rows, length, hidden = x.shape
         heads = self.config["num_attention_heads"]
         packed = attention.W_pack(x).view(rows, length, 3, heads, -1)

@@ -12,17 +12,17 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.config.run_folder import open_run
 from skipwise.errors import SkipwiseError
 from skipwise.models.attention import flex
-from skipwise.models.attention.flex import attend, model_lacks
+from skipwise.models.attention.flex import flex_attention_forward, unsupported_by_model
 from skipwise.models.attention.masks import (
     FLEX,
-    is_carrier,
-    read_carrier,
-    with_carrier,
+    is_packed,
+    pack_key_weights,
+    unpack_key_weights,
     with_chunk_weights,
     with_layer_masks,
 )
-from skipwise.models.load import attention_for, why_mask
-from skipwise.models.prepared import plan_model
+from skipwise.models.load import attention_for, mask_reason
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.stages import prepare_run, train_run
 from skipwise.pose.samplers import Example, PoSE, additive_mask
 from skipwise.preflight.batch import check_batch
@@ -98,7 +98,7 @@ def dense(query, key, value, *, score_mod, block_mask, scale, enable_gqa, kernel
 @pytest.fixture
 def on_gpu(monkeypatch):
     """As on a machine that flex_attention trains on, slowly."""
-    monkeypatch.setattr(flex, "machine_lacks", lambda: "")
+    monkeypatch.setattr(flex, "unsupported_by_machine", lambda: "")
     monkeypatch.setattr(flex, "flex_attention", dense)
 
 
@@ -126,18 +126,18 @@ def distance(found, wanted):
 
 def test_a_carrier_gives_back_what_went_in_after_an_engine_has_cast_what_it_can():
     batch = batch_of(examples_of(4))
-    carried = with_carrier(batch)
+    carried = pack_key_weights(batch)
     assert set(carried) == {"input_ids", "labels", "position_ids", "attention_mask"}
     cast = {k: v.bfloat16() if v.is_floating_point() else v for k, v in carried.items()}
     mask = cast["attention_mask"]
-    assert mask.shape == (3, 1, 2, L) and is_carrier(mask)
-    chunk_ids, key_weights = read_carrier(mask)
+    assert mask.shape == (3, 1, 2, L) and is_packed(mask)
+    chunk_ids, key_weights = unpack_key_weights(mask)
     assert torch.equal(chunk_ids, batch["chunk_ids"].int())
     assert torch.equal(key_weights, batch["key_weights"])  # to the bit
-    assert torch.equal(read_carrier(mask[1:2])[1], key_weights[1:2])
-    assert with_carrier(carried) is carried
+    assert torch.equal(unpack_key_weights(mask[1:2])[1], key_weights[1:2])
+    assert pack_key_weights(carried) is carried
     for other in (None, carried["labels"], torch.zeros(3, 1, L, L), torch.ones(3, 1, 2, L) > 0):
-        assert not is_carrier(other)
+        assert not is_packed(other)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -156,9 +156,9 @@ def test_flex_attention_computes_what_sdpa_does_with_the_additive_mask(
     module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
 
     def run(mask):
-        return attend(module, query, key, value, mask, scaling=0.3)[0]
+        return flex_attention_forward(module, query, key, value, mask, scaling=0.3)[0]
 
-    found = run(with_carrier(batch_of(examples))["attention_mask"])
+    found = run(pack_key_weights(batch_of(examples))["attention_mask"])
     wanted = run(torch.from_numpy(additive_mask(examples, torch.finfo(torch.float32).min)))
     assert found.shape == (3, length, heads, 16)
     assert distance(found, wanted) < 1e-6
@@ -171,7 +171,7 @@ def test_another_mask_goes_to_sdpa_as_it_came():
     near = torch.ones(L, L, dtype=torch.bool).tril().triu(-5).expand(2, 1, L, L)
     module = SimpleNamespace(num_key_value_groups=1, is_causal=True)
     for mask in (None, near):
-        found, _ = attend(module, query, query, query, mask, scaling=0.25)
+        found, _ = flex_attention_forward(module, query, query, query, mask, scaling=0.25)
         wanted = torch.nn.functional.scaled_dot_product_attention(
             query, query, query, attn_mask=mask, is_causal=mask is None, scale=0.25
         )
@@ -188,12 +188,12 @@ def test_another_mask_goes_to_sdpa_as_it_came():
 )
 def test_what_it_cannot_compute_is_an_error(given, word):
     query = torch.randn(1, 2, L, 16)
-    mask = with_carrier(batch_of(examples_of(2, rows=1)))["attention_mask"]
+    mask = pack_key_weights(batch_of(examples_of(2, rows=1)))["attention_mask"]
     with pytest.raises(SkipwiseError, match=f"{word}\ntype load.attn_implementation=sdpa"):
-        attend(SimpleNamespace(), query, query, query, mask, **given)
+        flex_attention_forward(SimpleNamespace(), query, query, query, mask, **given)
     if "dropout" not in given:  # which sdpa would leave out
         with pytest.raises(SkipwiseError, match=word):
-            attend(SimpleNamespace(), query, query, query, None, **given)
+            flex_attention_forward(SimpleNamespace(), query, query, query, None, **given)
 
 
 @pytest.mark.parametrize("num_chunks", [2, 4])
@@ -201,9 +201,9 @@ def test_what_it_cannot_compute_is_an_error(given, word):
 def test_a_model_learns_with_it_what_it_learns_with_the_mask(on_gpu, family, num_chunks):
     batch = batch_of(examples_of(num_chunks))
     by_mask, by_carrier = model_of(family, "sdpa"), model_of(family, FLEX)
-    assert not model_lacks(by_carrier.config)
+    assert not unsupported_by_model(by_carrier.config)
     loss, wanted = gradients(by_mask, with_chunk_weights(batch, torch.float32))
-    found_loss, found = gradients(by_carrier, with_carrier(batch))
+    found_loss, found = gradients(by_carrier, pack_key_weights(batch))
     assert abs(found_loss - loss) < 1e-5 and distance(found, wanted) < 1e-4
     ones = {k: v for k, v in batch.items() if k not in ("chunk_ids", "key_weights")}
     plain_loss, plain = gradients(by_mask, ones)
@@ -215,7 +215,7 @@ def test_a_model_learns_with_it_what_it_learns_with_the_mask(on_gpu, family, num
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_the_preflight_runs_through_it_and_sees_a_broken_carrier(on_gpu, family, monkeypatch):
     model = model_of(family, FLEX)
-    batch = with_layer_masks(model.config, with_carrier(batch_of(examples_of(2))))
+    batch = with_layer_masks(model.config, pack_key_weights(batch_of(examples_of(2))))
     checks = check_batch(model, batch)
     assert all(c.passed for c in checks), checks
     assert ("sliding layers" in {c.name for c in checks}) == (family == "gemma3_text")
@@ -230,11 +230,13 @@ def test_the_preflight_runs_through_it_and_sees_a_broken_carrier(on_gpu, family,
 
 def test_under_autocast_it_computes_in_its_dtype_as_sdpa_does(on_gpu):
     query = torch.randn(1, 2, L, 16, requires_grad=True)
-    mask = with_carrier(batch_of(examples_of(2, rows=1)))["attention_mask"]
+    mask = pack_key_weights(batch_of(examples_of(2, rows=1)))["attention_mask"]
     with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = attend(SimpleNamespace(), query, query, query, mask)
-    mixed, _ = attend(SimpleNamespace(), query, query, query.bfloat16(), mask)  # rotated in float32
-    plain, _ = attend(SimpleNamespace(), query, query, query, mask)
+        cast, _ = flex_attention_forward(SimpleNamespace(), query, query, query, mask)
+    mixed, _ = flex_attention_forward(
+        SimpleNamespace(), query, query, query.bfloat16(), mask
+    )  # rotated in float32
+    plain, _ = flex_attention_forward(SimpleNamespace(), query, query, query, mask)
     assert (cast.dtype, plain.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(mixed, cast) and 0 < distance(cast, plain) < 1e-2
 
@@ -256,7 +258,7 @@ CONFIGS = [  # (family, settings, why it takes a mask)
 @pytest.mark.parametrize(("family", "settings", "word"), CONFIGS, ids=[c[2] for c in CONFIGS])
 def test_what_a_model_lacks_sends_it_a_mask_and_is_said(on_gpu, family, settings, word):
     config = AutoConfig.for_model(family, **{**SHAPE, **settings})
-    assert word in why_mask(ModelSettings(), config)
+    assert word in mask_reason(ModelSettings(), config)
     assert attention_for(ModelSettings(), "importance", config=config) is None
     asked = ModelSettings(attn_implementation="flex_attention")
     with pytest.raises(SkipwiseError, match=rf"flex_attention: .*{word}.*\nleave it out"):
@@ -277,11 +279,11 @@ def test_it_is_chosen_where_it_can_be_and_never_against_the_recipe(on_gpu, monke
     with pytest.raises(SkipwiseError, match=r"is for positions\.weights: importance"):
         attention_for(ModelSettings(attn_implementation="flex_attention"), "none", config=config)
     config.auto_map = {"AutoModelForCausalLM": "modeling.Own"}
-    assert "code of its own" in why_mask(ModelSettings(trust_remote_code=True), config)
-    assert not why_mask(ModelSettings(), config)
-    monkeypatch.setattr(flex, "machine_lacks", lambda: "no GPU here")
+    assert "code of its own" in mask_reason(ModelSettings(trust_remote_code=True), config)
+    assert not mask_reason(ModelSettings(), config)
+    monkeypatch.setattr(flex, "unsupported_by_machine", lambda: "no GPU here")
     assert attention_for(ModelSettings(), "importance", config=config) is None
-    assert why_mask(ModelSettings(), config) == "no GPU here"
+    assert mask_reason(ModelSettings(), config) == "no GPU here"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -311,10 +313,10 @@ def set_up_run(tiny, text_folder, folder, *overrides):
         "trainer": {"report_to": "none"},
     }
     recipe = parse_recipe(tree, list(overrides))
-    plan = plan_model(recipe)
+    prepared = prepare_model(recipe)
     run = open_run(folder, recipe, "test")
-    data = prepare_run(plan, run)
-    return set_up(plan, data, run), (plan, data, run)
+    data = prepare_run(prepared, run)
+    return set_up(prepared, data, run), (prepared, data, run)
 
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=2"]], ids=["full", "lora"])
@@ -330,7 +332,7 @@ def test_a_run_trains_the_weights_it_trains_with_the_mask(
         seen.append({c.name: c.detail for c in training.checks}["importance weights"])
         batch = next(iter(training.trainer.get_train_dataloader()))
         mask = training.trainer._prepare_inputs(batch)["attention_mask"]
-        assert is_carrier(mask) == (asked == "auto")
+        assert is_packed(mask) == (asked == "auto")
         assert mask.shape == (2, 1, 2 if asked == "auto" else 64, 64)
         train_run(*job)
         losses[asked] = [m["loss"] for m in read_metrics(job[2])]
@@ -346,5 +348,5 @@ def test_an_example_of_one_chunk_beside_others_is_plain():
     zero = np.zeros(1, np.int64)
     plain = Example(lengths=np.array([L]), position_starts=zero, text_starts=zero)
     examples = [plain, *examples_of(2, rows=1)]
-    _, weights = read_carrier(with_carrier(batch_of(examples))["attention_mask"])
+    _, weights = unpack_key_weights(pack_key_weights(batch_of(examples))["attention_mask"])
     assert not weights[0].any() and weights[1].any()

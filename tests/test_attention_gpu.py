@@ -6,14 +6,14 @@ import pytest
 import torch
 from test_attention import batch_of, distance, examples_of, gradients, model_of, set_up_run
 
-from skipwise.models.attention.flex import attend, machine_lacks
-from skipwise.models.attention.masks import FLEX, is_carrier, with_carrier, with_chunk_weights
+from skipwise.models.attention.flex import flex_attention_forward, unsupported_by_machine
+from skipwise.models.attention.masks import FLEX, is_packed, pack_key_weights, with_chunk_weights
 from skipwise.pipeline.stages import train_run
 from skipwise.training.callbacks import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(bool(machine_lacks()), reason=machine_lacks()),
+    pytest.mark.skipif(bool(unsupported_by_machine()), reason=unsupported_by_machine()),
 ]
 
 
@@ -38,12 +38,12 @@ def attention_of(shape, examples, dtype, carried):
     ]
     for tensor in qkv:
         tensor.requires_grad_()
-    made = with_carrier(batch) if carried else with_chunk_weights(batch, dtype)
+    made = pack_key_weights(batch) if carried else with_chunk_weights(batch, dtype)
     module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out, _ = attend(module, *qkv, made["attention_mask"], scaling=width**-0.5)
+    out, _ = flex_attention_forward(module, *qkv, made["attention_mask"], scaling=width**-0.5)
     upstream = torch.randn(out.shape, generator=generator).to(out)
     grads = torch.autograd.grad(out, qkv, upstream)
     peak = torch.cuda.max_memory_allocated() - before
@@ -81,7 +81,7 @@ def test_a_model_learns_with_it_what_it_learns_with_the_mask(family, dtype):
             parameter.data = parameter.data.to(weights)
         carried = implementation == FLEX
         mask = torch.float32 if dtype == "float32" else torch.bfloat16
-        made = with_carrier(batch) if carried else with_chunk_weights(batch, mask)
+        made = pack_key_weights(batch) if carried else with_chunk_weights(batch, mask)
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "autocast"):
             loss, found = gradients(model, made)
         off = distance(found.float(), wanted[1])
@@ -116,7 +116,7 @@ def test_a_run_on_a_gpu_chooses_it_and_trains(tiny, text_folder, tmp_path, dtype
         assert said.startswith("by flex_attention") == (asked == "auto")
         batch = next(iter(training.trainer.get_train_dataloader()))
         mask = training.trainer._prepare_inputs(batch)["attention_mask"]
-        assert is_carrier(mask) == (asked == "auto")
+        assert is_packed(mask) == (asked == "auto")
         train_run(*job)
         losses[asked] = [m["loss"] for m in read_metrics(job[2])]
     assert losses["auto"] == pytest.approx(losses["sdpa"], abs=5e-3)

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from skipwise import FullLength, PoSECollator, SkipwiseError
-from skipwise.data.collator import PositionCollator
-from skipwise.integrations.preflight_callback import PreflightCallback, finish_folder
+from skipwise.data.collator import ExampleCollator
+from skipwise.integrations.preflight_callback import PreflightCallback, finalize_checkpoint
 from skipwise.models.attention.masks import sliding_reach
-from skipwise.models.hf_config import facts_of
+from skipwise.models.hf_config import model_info_of
 from skipwise.models.prepared import load_scaled
 from skipwise.pose.rope import Linear
 
@@ -34,7 +34,7 @@ def test_a_sound_run_reports_every_check_and_draws_new_skips_each_epoch(tiny, tm
             return batch
 
     collator = Watching(POSE)
-    callback = PreflightCallback(collator, facts=facts, report=lambda check: None)
+    callback = PreflightCallback(collator, info=facts, report=lambda check: None)
     trainer = make_trainer(
         model, make_records(2), collator, callback, tmp_path, max_steps=-1, num_train_epochs=3
     )
@@ -159,10 +159,10 @@ def test_a_collator_that_makes_labels_anew_is_caught_by_the_data_sets_own_exampl
         )
 
     def anew(rows):
-        batch = PositionCollator()(rows)
+        batch = ExampleCollator()(rows)
         return {**batch, "labels": batch["input_ids"].clone()}
 
-    for collator, said in ((PositionCollator(), None), (anew, "right after a jump of the text")):
+    for collator, said in ((ExampleCollator(), None), (anew, "right after a jump of the text")):
         callback = PreflightCallback(target_length=T, report=lambda check: None)
         trainer = make_trainer(
             loaded(tiny)[0], items, collator, callback, tmp_path, remove_unused_columns=False
@@ -270,7 +270,7 @@ def test_lora_passes(tiny, tmp_path):
     model, _, facts = loaded(tiny)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     collator = PoSECollator(POSE)
-    callback = PreflightCallback(collator, facts=facts, report=lambda check: None)
+    callback = PreflightCallback(collator, info=facts, report=lambda check: None)
     make_trainer(model, make_records(), collator, callback, tmp_path).train()
     assert all(check.passed for check in callback.checks)
 
@@ -288,7 +288,7 @@ def test_qlora_passes(tiny, tmp_path):
     model = prepare_model_for_kbit_training(model)  # switches reentrant checkpointing on
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     collator = PoSECollator(POSE)
-    callback = PreflightCallback(collator, facts=facts, report=lambda check: None)
+    callback = PreflightCallback(collator, info=facts, report=lambda check: None)
     make_trainer(model, make_records(), collator, callback, tmp_path).train()
     assert all(check.passed for check in callback.checks)
 
@@ -315,12 +315,12 @@ def test_a_hybrid_model_needs_its_config_in_the_collator_and_the_preflight_asks_
     from skipwise.models.scaled_config import scaled_config
 
     config = gemma(tmp_path)
-    facts = facts_of(config)
+    facts = model_info_of(config)
     scaled = scaled_config(config, facts, Linear(factor=T / L), T)
     for own in (False, True):
         model = Gemma2ForCausalLM.from_pretrained(tmp_path, config=scaled)
         collator = PoSECollator(POSE, config=model.config if own else None)
-        callback = PreflightCallback(collator, facts=facts, report=lambda check: None)
+        callback = PreflightCallback(collator, info=facts, report=lambda check: None)
         trainer = make_trainer(model, make_records(), collator, callback, tmp_path / "out")
         if own:
             trainer.train()
@@ -332,8 +332,8 @@ def test_a_hybrid_model_needs_its_config_in_the_collator_and_the_preflight_asks_
 def test_the_callback_says_what_it_needs():
     with pytest.raises(SkipwiseError, match="PoSECollator, or target_length"):
         PreflightCallback()
-    with pytest.raises(SkipwiseError, match="PositionCollator, not a PoSECollator"):
-        PreflightCallback(PositionCollator())  # type: ignore[arg-type]
+    with pytest.raises(SkipwiseError, match="ExampleCollator, not a PoSECollator"):
+        PreflightCallback(ExampleCollator())  # type: ignore[arg-type]
 
 
 # ---- the saved folder
@@ -346,13 +346,13 @@ def test_a_finished_folder_has_both_spellings_the_cache_and_the_tokenizers_lengt
     model.config.use_cache = False  # as a Trainer leaves it
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert finish_folder(str(tmp_path), T) == tmp_path
+    assert finalize_checkpoint(str(tmp_path), T) == tmp_path
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["use_cache"] is True
     assert config["rope_scaling"]["rope_type"] == config["rope_parameters"]["rope_type"] == "yarn"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == T
-    finish_folder(tmp_path, T)  # again: nothing more to do
+    finalize_checkpoint(tmp_path, T)  # again: nothing more to do
     assert json.loads((tmp_path / "config.json").read_text()) == config
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
@@ -362,9 +362,9 @@ def test_a_finished_folder_has_both_spellings_the_cache_and_the_tokenizers_lengt
 def test_every_scaling_that_is_trained_finishes(tiny, tmp_path, rope_type):
     model, _, facts = load_scaled(str(tiny), T, rope_type=rope_type)
     model.save_pretrained(tmp_path)
-    finish_folder(tmp_path, T)
+    finalize_checkpoint(tmp_path, T)
     collator = PoSECollator(POSE)
-    callback = PreflightCallback(collator, facts=facts, report=lambda check: None)
+    callback = PreflightCallback(collator, info=facts, report=lambda check: None)
     make_trainer(model, make_records(), collator, callback, tmp_path / "out").train()
 
 
@@ -372,10 +372,10 @@ def test_an_adapter_and_a_base_are_not_finished(tiny, tmp_path):
     import shutil
 
     with pytest.raises(SkipwiseError, match=r"no config\.json"):
-        finish_folder(tmp_path, T)
+        finalize_checkpoint(tmp_path, T)
     shutil.copytree(tiny, tmp_path / "base")
     with pytest.raises(SkipwiseError, match="reaches 64 tokens, not 256"):
-        finish_folder(tmp_path / "base", T)
+        finalize_checkpoint(tmp_path / "base", T)
     (tmp_path / "base" / "adapter_config.json").write_text("{}")
     with pytest.raises(SkipwiseError, match="merge_and_unload"):
-        finish_folder(tmp_path / "base", T)
+        finalize_checkpoint(tmp_path / "base", T)

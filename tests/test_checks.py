@@ -11,37 +11,37 @@ from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import LoRASettings, ModelSettings, Recipe
 from skipwise.errors import SkipwiseError, require
 from skipwise.models.attention.masks import with_chunk_weights
-from skipwise.models.hf_config import facts_of, load_config
+from skipwise.models.hf_config import load_config, model_info_of
 from skipwise.models.load import load_model
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.models.scaled_config import scaled_config, scaling_for
 from skipwise.preflight.batch import check_batch, check_labels, check_tokenizer
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
-from skipwise.training.inputs import stand_in_data
+from skipwise.training.inputs import dummy_data
 from skipwise.training.setup import enable_checkpointing
 
 T = 256
 
 
 @pytest.fixture(scope="module")
-def plan(tiny):
+def prepared(tiny):
     recipe = {"model": str(tiny), "target_length": T, "positions": {"content": "aligned"}}
-    return plan_model(parse_recipe(recipe))
+    return prepare_model(parse_recipe(recipe))
 
 
 @pytest.fixture(scope="module")
-def model(plan):
-    return load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.float32)
+def model(prepared):
+    return load_model(prepared.recipe.model, prepared.scaled, ModelSettings(), dtype=torch.float32)
 
 
 @pytest.fixture
-def batch(plan):
-    return make_batch(plan)
+def batch(prepared):
+    return make_batch(prepared)
 
 
-def make_batch(plan):
-    data = stand_in_data(plan)
+def make_batch(prepared):
+    data = dummy_data(prepared)
     return with_chunk_weights(data.collator(data.items(4)), torch.float32)
 
 
@@ -49,22 +49,24 @@ def passed(checks):
     return {check.name: check.passed for check in checks}
 
 
-def test_a_sound_set_up_passes_every_check(plan, model, batch):
-    checks = check_config(plan.facts, plan.scaling, T)
-    checks += check_model(model, model.config, plan.facts, plan.scaling, T)
+def test_a_sound_set_up_passes_every_check(prepared, model, batch):
+    checks = check_config(prepared.info, prepared.scaling, T)
+    checks += check_model(model, model.config, prepared.info, prepared.scaling, T)
     checks += check_batch(model, batch)
-    checks += [check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch)]
-    checks += [check_labels(stand_in_data(plan).items(8))]
+    checks += [check_tokenizer(prepared.tokenizer, prepared.info.vocab_size, batch)]
+    checks += [check_labels(dummy_data(prepared).items(8))]
     assert all(passed(checks).values()), checks
     require(checks)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_dropped_mask_cuts_the_chunks_off_and_is_caught(plan, batch, attention, checkpointing):
+def test_a_dropped_mask_cuts_the_chunks_off_and_is_caught(
+    prepared, batch, attention, checkpointing
+):
     model = load_model(
-        plan.recipe.model,
-        plan.scaled,
+        prepared.recipe.model,
+        prepared.scaled,
         ModelSettings(),
         dtype=torch.float32,
         attn_implementation=attention,
@@ -79,35 +81,40 @@ def test_a_dropped_mask_cuts_the_chunks_off_and_is_caught(plan, batch, attention
         require(check_batch(model, batch))
 
 
-def test_importance_weights_pass_and_a_mask_that_is_not_causal_is_caught(plan, model):
+def test_importance_weights_pass_and_a_mask_that_is_not_causal_is_caught(prepared, model):
     recipe = dataclasses.replace(
-        plan.recipe, positions=dataclasses.replace(plan.recipe.positions, weights="importance")
+        prepared.recipe,
+        positions=dataclasses.replace(prepared.recipe.positions, weights="importance"),
     )
-    batch = make_batch(dataclasses.replace(plan, recipe=recipe))
+    batch = make_batch(dataclasses.replace(prepared, recipe=recipe))
     assert all(passed(check_batch(model, batch)).values())
     batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
     assert not passed(check_batch(model, batch))["no look ahead"]
 
 
-def test_unscaled_frequencies_are_caught(plan):
-    unscaled = LlamaForCausalLM.from_pretrained(plan.recipe.model)
-    unscaled.config.rope_parameters = plan.scaled.rope_parameters  # too late: it is built
-    found = passed(check_model(unscaled, unscaled.config, plan.facts, plan.scaling, T))
+def test_unscaled_frequencies_are_caught(prepared):
+    unscaled = LlamaForCausalLM.from_pretrained(prepared.recipe.model)
+    unscaled.config.rope_parameters = prepared.scaled.rope_parameters  # too late: it is built
+    found = passed(check_model(unscaled, unscaled.config, prepared.info, prepared.scaling, T))
     assert found == {"rope": False, "attention window": True, "positions": False}
 
 
-def test_a_lost_attention_factor_is_caught(plan):
-    model = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.float32)
+def test_a_lost_attention_factor_is_caught(prepared):
+    model = load_model(prepared.recipe.model, prepared.scaled, ModelSettings(), dtype=torch.float32)
     model.model.rotary_emb.attention_scaling = 1.0
-    assert not passed(check_model(model, model.config, plan.facts, plan.scaling, T))["rope"]
+    assert not passed(check_model(model, model.config, prepared.info, prepared.scaling, T))["rope"]
 
 
-def test_frequencies_cast_to_bfloat16_are_caught_and_a_bfloat16_load_is_sound(plan):
-    cast = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.float32)
-    found = passed(check_model(cast.bfloat16(), cast.config, plan.facts, plan.scaling, T))
+def test_frequencies_cast_to_bfloat16_are_caught_and_a_bfloat16_load_is_sound(prepared):
+    cast = load_model(prepared.recipe.model, prepared.scaled, ModelSettings(), dtype=torch.float32)
+    found = passed(check_model(cast.bfloat16(), cast.config, prepared.info, prepared.scaling, T))
     assert not found["rope"] and not found["positions"]
-    loaded = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.bfloat16)
-    assert all(passed(check_model(loaded, loaded.config, plan.facts, plan.scaling, T)).values())
+    loaded = load_model(
+        prepared.recipe.model, prepared.scaled, ModelSettings(), dtype=torch.bfloat16
+    )
+    assert all(
+        passed(check_model(loaded, loaded.config, prepared.info, prepared.scaling, T)).values()
+    )
 
 
 def test_a_sliding_window_that_hides_the_rest_is_taken_off_and_caught_where_left_on(tmp_path):
@@ -123,7 +130,7 @@ def test_a_sliding_window_that_hides_the_rest_is_taken_off_and_caught_where_left
         head_dim=16,
     )
     model = MistralForCausalLM(config)
-    facts = facts_of(config)
+    facts = model_info_of(config)
     assert facts.sliding_window == 64 and not facts.hybrid
     scaling = scaling_for(Recipe(model="-", target_length=T), facts)
     assert not passed(check_model(model, config, facts, scaling, T))["attention window"]
@@ -132,8 +139,8 @@ def test_a_sliding_window_that_hides_the_rest_is_taken_off_and_caught_where_left
     assert all(passed(check_model(MistralForCausalLM(scaled), scaled, facts, scaling, T)).values())
 
 
-def test_a_label_after_a_jump_is_caught(plan):
-    items = stand_in_data(plan).items(8)
+def test_a_label_after_a_jump_is_caught(prepared):
+    items = dummy_data(prepared).items(8)
     jumped = next(item for item in items if item["example"].jumps().any())
     cut = int(jumped["example"].lengths[0])
     assert jumped["labels"][cut] == -100
@@ -141,24 +148,24 @@ def test_a_label_after_a_jump_is_caught(plan):
     assert not check_labels(items).passed
 
 
-def test_another_models_tokenizer_is_caught(plan, batch):
-    assert not check_tokenizer(plan.tokenizer, 1000, batch).passed
+def test_another_models_tokenizer_is_caught(prepared, batch):
+    assert not check_tokenizer(prepared.tokenizer, 1000, batch).passed
 
 
-def test_a_factor_that_does_not_reach_the_target_is_caught(plan):
+def test_a_factor_that_does_not_reach_the_target_is_caught(prepared):
     recipe = parse_recipe({"model": "-", "target_length": T, "rope": {"factor": 2}})
-    assert not check_config(plan.facts, scaling_for(recipe, plan.facts), T)[0].passed
+    assert not check_config(prepared.info, scaling_for(recipe, prepared.info), T)[0].passed
 
 
-def test_weights_that_are_not_finite_are_caught(plan, batch):
-    model = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.float32)
+def test_weights_that_are_not_finite_are_caught(prepared, batch):
+    model = load_model(prepared.recipe.model, prepared.scaled, ModelSettings(), dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
     (first, *_) = check_batch(model, batch)
     assert not first.passed and "not finite" in first.detail
 
 
-def test_the_check_leaves_the_model_as_it_was(plan, model, batch):
+def test_the_check_leaves_the_model_as_it_was(prepared, model, batch):
     was = model.training
     check_batch(model, batch)
     assert model.training == was
@@ -179,23 +186,23 @@ def test_folders_that_are_no_models_say_what_they_are(tmp_path):
         load_config(str(tmp_path), ModelSettings())
 
 
-def test_weights_that_are_not_safetensors_or_missing_are_refused(tiny, tmp_path, plan):
+def test_weights_that_are_not_safetensors_or_missing_are_refused(tiny, tmp_path, prepared):
     import shutil
 
     folder = tmp_path / "m"
     shutil.copytree(tiny, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(SkipwiseError, match=r"load\.use_safetensors=false to read it"):
-        load_model(str(folder), plan.scaled, ModelSettings(), dtype=torch.float32)
+        load_model(str(folder), prepared.scaled, ModelSettings(), dtype=torch.float32)
     (folder / "model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(SkipwiseError, match="could not be loaded"):
-        load_model(str(folder), plan.scaled, ModelSettings(), dtype=torch.float32)
+        load_model(str(folder), prepared.scaled, ModelSettings(), dtype=torch.float32)
 
 
-def test_lora_trains_norms_and_embeddings_in_float32_and_passes(plan, batch):
+def test_lora_trains_norms_and_embeddings_in_float32_and_passes(prepared, batch):
     from skipwise.models.lora import add_lora
 
-    base = load_model(plan.recipe.model, plan.scaled, ModelSettings(), dtype=torch.bfloat16)
+    base = load_model(prepared.recipe.model, prepared.scaled, ModelSettings(), dtype=torch.bfloat16)
     model = add_lora(base, LoRASettings(rank=4))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert any("embed_tokens" in n for n in trained) and any("layernorm" in n for n in trained)
@@ -206,6 +213,6 @@ def test_lora_trains_norms_and_embeddings_in_float32_and_passes(plan, batch):
     )
 
 
-def test_the_tokenizer_of_the_plan_is_the_models(plan, tiny):
-    assert len(plan.tokenizer) == len(AutoTokenizer.from_pretrained(tiny)) == 1024
-    assert np.isclose(plan.scaling.factor, T / 64)
+def test_the_tokenizer_of_the_plan_is_the_models(prepared, tiny):
+    assert len(prepared.tokenizer) == len(AutoTokenizer.from_pretrained(tiny)) == 1024
+    assert np.isclose(prepared.scaling.factor, T / 64)

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from skipwise.cli import main
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.hf_config import complete, defaults, facts_of, load_config
-from skipwise.models.model_info import read_facts
-from skipwise.pose.rope_config import both_spellings
+from skipwise.models.hf_config import complete, defaults, load_config, model_info_of
+from skipwise.models.model_info import read_model_info
+from skipwise.pose.rope_config import with_legacy_rope_keys
 
 OLDER = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"]
 OLDER += ["gpt_neox", "falcon", "olmo", "olmo2", "olmo3", "cohere", "cohere2", "stablelm", "glm4"]
@@ -32,8 +32,8 @@ def both_facts(folder):
 
     raw = json.loads((folder / "config.json").read_text())
     return (
-        read(lambda: read_facts(complete(raw))),
-        read(lambda: facts_of(AutoConfig.from_pretrained(folder))),
+        read(lambda: read_model_info(complete(raw))),
+        read(lambda: model_info_of(AutoConfig.from_pretrained(folder))),
     )
 
 
@@ -47,7 +47,7 @@ def test_config_json_alone_tells_what_transformers_tells(family, tmp_path):
 @pytest.mark.parametrize("family", OLDER)
 def test_an_older_config_json_tells_the_same(family, tmp_path):
     transformers.CONFIG_MAPPING[family]().save_pretrained(tmp_path)
-    old = both_spellings(json.loads((tmp_path / "config.json").read_text()))
+    old = with_legacy_rope_keys(json.loads((tmp_path / "config.json").read_text()))
     for key in ("rope_parameters", "layer_types"):
         old.pop(key, None)
     (tmp_path / "config.json").write_text(json.dumps(old))

@@ -27,7 +27,7 @@ from skipwise.models import convert
 from skipwise.models.convert import conversion_for, convert_model, load_sentencepiece
 from skipwise.models.hf_config import read_config
 from skipwise.models.load import load_model
-from skipwise.models.prepared import load_scaled, plan_model, ready_weights
+from skipwise.models.prepared import convert_weights, load_scaled, prepare_model
 from skipwise.pipeline.quickstart import MODEL
 
 SHORT = ["training.num_steps=2", "training.global_batch_size=2", "training.learning_rate=1e-2"]
@@ -233,7 +233,7 @@ def test_extend_converts_by_itself_and_says_so(family, gptj, spm, tmp_path, caps
     }
     assert "model.embed_tokens.weight" in changed
     assert ("lm_head.weight" in changed) == (family == "gptj")  # NormHead's rows keep their norm
-    assert "converted" in run.facts()["model"]
+    assert "converted" in run.metadata()["model"]
     assert main(["export", str(run.path)]) == 0, capsys.readouterr().err
     assert len(AutoTokenizer.from_pretrained(run.model)("the pass key")["input_ids"]) > 1
     assert dataclasses.asdict(run.recipe())["model"] == str(source)
@@ -306,8 +306,8 @@ def test_the_text_model_of_a_wrapper_is_taken_out_on_request(family, names, tmp_
     assert want.std() > 0.5 and (have - want).abs().max() < 1e-5
     assert not any("vision" in name for name, _ in model.named_parameters())
     tree = {"model": str(folder), "target_length": 256, "load": {"text_only": True}}
-    plan = ready_weights(plan_model(parse_recipe(tree)), tmp_path / "out")
-    scaled = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32).eval()
+    prepared = convert_weights(prepare_model(parse_recipe(tree)), tmp_path / "out")
+    scaled = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32).eval()
     assert torch.equal(scaled.lm_head.weight, model.lm_head.weight)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from skipwise.data.collator import PositionCollator
+from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import build_corpus
-from skipwise.data.dataset import PositionDataset
+from skipwise.data.dataset import PoSEDataset
 from skipwise.data.readers import parse_sources
 from skipwise.data.token_cache import TokenStore
 from skipwise.data.tokenize import tokenize_source
@@ -39,7 +39,7 @@ def corpus_of(*stores: TokenStore, weights=None, **options):
 
 def dataset_of(corpus, seed=0, num_examples=10_000, **sampler):
     pose = PoSE(train_length=L, target_length=T, **sampler)
-    return PositionDataset(corpus, pose, seed=seed, num_examples=num_examples)
+    return PoSEDataset(corpus, pose, seed=seed, num_examples=num_examples)
 
 
 def same(a, b):
@@ -147,13 +147,13 @@ def test_records_that_could_not_be_read_are_named_where_nothing_is_long_enough()
 
 def test_the_collator_always_sends_a_mask():
     data = dataset_of(corpus_of(store_of(100, 300)))
-    plain = PositionCollator()([data[0], data[1]])
+    plain = ExampleCollator()([data[0], data[1]])
     assert plain["attention_mask"].tolist() == torch.ones(2, L).tolist()
-    later = PositionCollator("importance", later=True)([data[0], data[1]])
+    later = ExampleCollator("importance", later=True)([data[0], data[1]])
     assert "position_ids" in later and later["chunk_ids"].shape == later["input_ids"].shape
     made = with_chunk_weights(later, torch.float32)
     assert set(made) == {"input_ids", "labels", "position_ids", "attention_mask"}
-    weighted = PositionCollator("importance")([data[0], data[1]])["attention_mask"]
+    weighted = ExampleCollator("importance")([data[0], data[1]])["attention_mask"]
     assert torch.equal(made["attention_mask"], weighted)
     assert weighted.shape == (2, 1, L, L)
     example = data[0]["example"]
@@ -165,7 +165,7 @@ def test_the_collator_always_sends_a_mask():
 
 
 def test_full_length_takes_whole_windows_at_plain_positions():
-    data = PositionDataset(
+    data = PoSEDataset(
         corpus_of(store_of(100, 300), min_length=T),
         FullLength(target_length=T),
         seed=0,
@@ -322,9 +322,7 @@ def test_a_data_set_goes_to_its_workers_without_the_corpus(tmp_path):
         corpus = corpus_of(
             store, min_length=min_length, target_length=12_000, short_documents="pack"
         )
-        data = PositionDataset(
-            corpus, PoSE(train_length=L, target_length=T), seed=0, num_examples=10
-        )
+        data = PoSEDataset(corpus, PoSE(train_length=L, target_length=T), seed=0, num_examples=10)
         pickled = pickle.dumps(data)
         assert len(pickled) < store.tokens.nbytes / 2
         assert same(pickle.loads(pickled)[3], data[3])

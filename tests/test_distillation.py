@@ -16,15 +16,15 @@ from skipwise.config.distillation import WEIGHT, distillation_weight, in_one_pro
 from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.recipe import LoRASettings, ModelSettings
 from skipwise.config.run_folder import RunFolder
-from skipwise.config.stages import finish_part
-from skipwise.data.collator import PositionCollator
-from skipwise.data.dataset import PositionDataset
+from skipwise.config.stages import full_length_stage
+from skipwise.data.collator import ExampleCollator
+from skipwise.data.dataset import PoSEDataset
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.models.attention.masks import with_layer_masks
-from skipwise.models.hf_config import facts_of
+from skipwise.models.hf_config import model_info_of
 from skipwise.models.load import load_model
 from skipwise.models.lora import add_lora, quantization_for
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.models.scaled_config import scaled_config
 from skipwise.pipeline.checks import check
 from skipwise.pipeline.quickstart import MODEL
@@ -35,8 +35,13 @@ from skipwise.training import trainer as training_module
 from skipwise.training.callbacks import read_metrics
 from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
-from skipwise.training.inputs import stand_in_data
-from skipwise.training.teacher import base_config, load_teacher, place_teacher, teacher_beside
+from skipwise.training.inputs import dummy_data
+from skipwise.training.teacher import (
+    base_config,
+    load_teacher,
+    place_teacher,
+    teacher_sharing_weights,
+)
 
 CONFIGS = {family: needs for family, (needs, _) in FAMILIES.items() if needs is not None}
 SCALES = ["llama", "gemma2", "cohere", "granite"]  # GQA; soft caps; logits times a number
@@ -58,14 +63,14 @@ def make_models(family, lora=False):
         for name, parameter in base.named_parameters():
             if "norm" not in name:
                 parameter.mul_(4.0)  # attention that looks at positions
-    facts = facts_of(config)
+    facts = model_info_of(config)
     kinds = [kind for kind in ("yarn", "longrope", "ntk") if kind not in facts.refused_types]
     arguments = {"theta": facts.rope_theta, "dim": facts.rotary_dim}
     scaling = make_scaling(kinds[0], factor=4.0, original_length=facts.original_length, **arguments)
     scaled = scaled_config(config, facts, scaling, 4 * facts.original_length)
     model = AutoModelForCausalLM.from_config(scaled)
     model.load_state_dict(base.state_dict())
-    teacher = teacher_beside(model, config) if lora else copy.deepcopy(base)
+    teacher = teacher_sharing_weights(model, config) if lora else copy.deepcopy(base)
     whole = add_lora(model, LoRASettings(rank=4)) if lora else model
     with torch.no_grad():
         for parameter in whole.parameters():
@@ -235,12 +240,12 @@ def test_a_lesson_that_fails_leaves_model_and_teacher_as_they_were():
 def test_under_nf4_the_teacher_is_the_base_in_nf4(tiny):
     pytest.importorskip("bitsandbytes")
     settings = LoRASettings(rank=4, quantization="nf4")
-    plan = plan_model(recipe_of(tiny))
+    prepared = prepare_model(recipe_of(tiny))
     quantised = quantization_for(settings, torch.float32, "one process")
     arguments = {"dtype": torch.float32, "quantization": quantised}
-    base = load_model(str(tiny), plan.config, ModelSettings(), **arguments).eval()
-    model = load_model(str(tiny), plan.scaled, ModelSettings(), **arguments)
-    teacher = teacher_beside(model, plan.config)
+    base = load_model(str(tiny), prepared.config, ModelSettings(), **arguments).eval()
+    model = load_model(str(tiny), prepared.scaled, ModelSettings(), **arguments)
+    teacher = teacher_sharing_weights(model, prepared.config)
     model = add_lora(model, settings)
     place_teacher(teacher, torch.device("cpu"))
     with torch.no_grad():
@@ -258,24 +263,24 @@ def test_a_scaling_that_was_never_trained_is_not_the_teachers(tiny, tmp_path):
     shipped = AutoConfig.for_model(
         **{**config, "rope_parameters": yarn, "max_position_embeddings": 128}
     )
-    untrained = base_config(shipped, facts_of(shipped, 64)).rope_parameters
+    untrained = base_config(shipped, model_info_of(shipped, 64)).rope_parameters
     assert untrained["rope_type"] == "default"
-    trained = base_config(shipped, facts_of(shipped)).rope_parameters
+    trained = base_config(shipped, model_info_of(shipped)).rope_parameters
     assert trained["rope_type"] == "yarn" and trained["factor"] == 2.0
 
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=4"]])
 def test_the_preflight_fails_where_the_teacher_has_the_scaled_rope(tiny, lora):
-    plan = plan_model(recipe_of(tiny, *lora, "training.distillation=2"))
-    model = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
+    prepared = prepare_model(recipe_of(tiny, *lora, "training.distillation=2"))
+    model = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32)
     arguments = model, torch.float32, "one process"
-    made, data, _ = make_distillation(plan, stand_in_data(plan), *arguments)
-    batch = data.telling_batch()
-    rest = plan, batch["input_ids"], batch["first_lengths"], "one process"
+    made, data, _ = make_distillation(prepared, dummy_data(prepared), *arguments)
+    batch = data.probe_batch()
+    rest = prepared, batch["input_ids"], batch["first_lengths"], "one process"
     passed = check_distillation(made, *rest)
     assert passed.passed and "w = 2" in passed.detail
     assert ("under LoRA" if lora else "frozen copy") in passed.detail
-    wrong = teacher_beside(model, plan.scaled)
+    wrong = teacher_sharing_weights(model, prepared.scaled)
     failed = check_distillation(Distillation(teacher=wrong, weight=2.0), *rest)
     assert not failed.passed and "not the base's RoPE" in failed.detail
 
@@ -284,10 +289,10 @@ def test_the_preflight_fails_where_the_teacher_has_the_scaled_rope(tiny, lora):
 def test_the_teacher_has_the_window_that_the_model_has_lost(tmp_path, lora):
     save_model(tmp_path, "mistral", sliding_window=8)  # of all layers: training takes it away
     tree = {"model": str(tmp_path), "target_length": 512}
-    plan = plan_model(parse_recipe(tree, [*lora, "training.distillation=2"]))
-    assert plan.scaled.sliding_window is None
-    model = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
-    arguments = plan, stand_in_data(plan), model, torch.float32, "one process"
+    prepared = prepare_model(parse_recipe(tree, [*lora, "training.distillation=2"]))
+    assert prepared.scaled.sliding_window is None
+    model = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32)
+    arguments = prepared, dummy_data(prepared), model, torch.float32, "one process"
     made, _, _ = make_distillation(*arguments)
     ids = torch.randint(3, 900, (2, L))
     lengths = torch.tensor([L, L])
@@ -299,9 +304,9 @@ def test_the_teacher_has_the_window_that_the_model_has_lost(tmp_path, lora):
 
 
 def test_the_copy_is_frozen_and_in_the_dtype_of_the_arithmetic(tiny):
-    plan = plan_model(recipe_of(tiny))
-    model = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
-    teacher = load_teacher(plan.source, plan.config, plan.load, torch.bfloat16, model)
+    prepared = prepare_model(recipe_of(tiny))
+    model = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32)
+    teacher = load_teacher(prepared.source, prepared.config, prepared.load, torch.bfloat16, model)
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert teacher.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -309,12 +314,12 @@ def test_the_copy_is_frozen_and_in_the_dtype_of_the_arithmetic(tiny):
 
 def test_the_collator_says_how_far_the_base_reads(tiny):
     recipe = parse_recipe({"model": str(tiny), "target_length": 256})
-    items = stand_in_data(plan_model(recipe)).items(8)
+    items = dummy_data(prepare_model(recipe)).items(8)
     first = [int(item["example"].lengths[0]) for item in items]
     assert min(first) < 40 < max(first)
-    batch = PositionCollator(base_length=40)(items)
+    batch = ExampleCollator(base_length=40)(items)
     assert batch["first_lengths"].tolist() == [min(one, 40) for one in first]
-    assert "first_lengths" not in PositionCollator()(items)
+    assert "first_lengths" not in ExampleCollator()(items)
 
 
 SETTINGS = ["training.distillation=3", "load.dtype=float32"]
@@ -383,7 +388,7 @@ def test_two_processes_train_what_one_does(
     for key, near in (("loss", 1e-5), ("distillation", 1e-6)):
         pairs = zip(read_metrics(run), read_metrics(straight[mode]), strict=True)
         assert max(abs(a[key] - b[key]) for a, b in pairs) < near
-    lines = {line["name"]: line for line in run.facts()["checks"]}
+    lines = {line["name"]: line for line in run.metadata()["checks"]}
     detail = lines["distillation"]["detail"]
     assert lines["distillation"]["passed"] and "w = 3" in detail
     assert engine == "ddp" or "18 of its 21 tensors sharded" in detail  # not: embedding, norm, head
@@ -433,7 +438,7 @@ def recipe_of(tiny, *settings):
 )
 def test_where_it_cannot_be_done_a_number_is_refused_and_auto_says_why(tiny, settings, words):
     with pytest.raises(SkipwiseError, match=rf"distillation: 2: .*{words}.*\n.*distillation=0"):
-        plan_model(recipe_of(tiny, "training.distillation=2", *settings))
+        prepare_model(recipe_of(tiny, "training.distillation=2", *settings))
     weight, why = distillation_weight(recipe_of(tiny, "training.distillation=auto", *settings))
     assert weight == 0 and words in why
 
@@ -456,7 +461,7 @@ def test_a_router_loss_leaves_it_out_with_the_reason_in_the_preflight(tmp_path):
     lines = {one.name: one for one in check(parse_recipe(tree))}
     assert lines["distillation"].passed and "none: its loss" in lines["distillation"].detail
     with pytest.raises(SkipwiseError, match="router"):
-        plan_model(parse_recipe(tree, ["training.distillation=1"]))
+        prepare_model(parse_recipe(tree, ["training.distillation=1"]))
 
 
 @pytest.mark.parametrize("value", ["-1", "often", "nan", "inf"])
@@ -478,14 +483,14 @@ def test_the_finish_of_a_baseline_is_taught_nothing_unasked(tiny, method, weight
     auto = ("training.distillation=auto", "finish.share=0.5")
     recipe = recipe_of(tiny, f"method={method}", *auto)
     assert distillation_weight(recipe)[0] == weight
-    assert distillation_weight(finish_part(recipe, 64))[0] == weight
+    assert distillation_weight(full_length_stage(recipe, 64))[0] == weight
 
 
 def test_the_finish_is_taught_as_far_as_the_base_reads(tiny):
     recipe = recipe_of(tiny, "training.distillation=2", "finish.share=0.5")
-    part = finish_part(recipe, 64)
+    part = full_length_stage(recipe, 64)
     assert part.method == "full" and distillation_weight(part) == (2.0, "")
-    data = stand_in_data(plan_model(recipe))
-    long = PositionDataset(data.corpus, FullLength(target_length=256), seed=0, num_examples=1)
-    batch = PositionCollator(base_length=64)([long[0]])
+    data = dummy_data(prepare_model(recipe))
+    long = PoSEDataset(data.corpus, FullLength(target_length=256), seed=0, num_examples=1)
+    batch = ExampleCollator(base_length=64)([long[0]])
     assert batch["input_ids"].shape == (1, 256) and batch["first_lengths"].tolist() == [64]

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from skipwise.data.readers import BadRecord, BadRecords, parse_sources
-from skipwise.data.shards import read_chunks, read_documents
+from skipwise.data.shards import read_documents, read_shards
 from skipwise.errors import SkipwiseError
 
 
@@ -117,7 +117,7 @@ def test_spans_of_any_size_read_every_line_once_and_name_it_by_its_number(
     file.write_text("\n".join(lines) + end)
     whole = file.stat().st_size
     for size in (*range(1, 40), 300, 301, whole - 1, whole, whole + 1):
-        monkeypatch.setattr("skipwise.data.shards._CHUNK", size)
+        monkeypatch.setattr("skipwise.data.shards._SHARD", size)
         texts, bad = read(file)
         assert texts == ["a", "b" * 300, "c"]
         assert [line.split(": ")[0] for line in bad.first] == [f"{file}:{n}" for n in (3, 6)]
@@ -126,7 +126,7 @@ def test_spans_of_any_size_read_every_line_once_and_name_it_by_its_number(
 def test_a_line_over_many_spans_is_read_once_not_once_a_span(tmp_path, monkeypatch):
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps({"text": "b" * 100_000}) + "\n" + '{"text": "c"}\n')
-    monkeypatch.setattr("skipwise.data.shards._CHUNK", 100)
+    monkeypatch.setattr("skipwise.data.shards._SHARD", 100)
     num_read = 0
 
     class Counting(io.BufferedReader):
@@ -173,7 +173,7 @@ def test_half_a_surrogate_pair_is_a_bad_record(tmp_path):
 
 
 def test_a_file_that_cannot_be_opened_is_one_bad_record_however_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("skipwise.data.shards._CHUNK", 10)
+    monkeypatch.setattr("skipwise.data.shards._SHARD", 10)
     (tmp_path / "x.jsonl").write_text('{"text": "abcdefghijkl"}\n' * 10)
     opened = Path.open
 
@@ -194,12 +194,12 @@ def test_reading_goes_on_from_the_end_of_any_chunk(tmp_path, monkeypatch):
     table = pyarrow.table({"text": [f"d{i}" for i in range(50)]})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=7)
     (tmp_path / "e.json").write_text(json.dumps([{"text": f"e{i}"} for i in range(9)]))
-    monkeypatch.setattr("skipwise.data.shards._CHUNK", 1)
+    monkeypatch.setattr("skipwise.data.shards._SHARD", 1)
     (source,) = parse_sources([str(tmp_path)])
-    chunks = list(read_chunks(source))
-    outcomes = [[o for o in chunk.read() if o] for chunk in chunks]
+    shards = list(read_shards(source))
+    outcomes = [[o for o in shard.read() if o] for shard in shards]
     assert sum(isinstance(o, BadRecord) for some in outcomes for o in some) == 1
-    assert [c.done for c in chunks] == sorted(c.done for c in chunks)
-    for i in range(len(chunks)):
-        again = [[o for o in chunk.read() if o] for chunk in read_chunks(source, chunks[i].end)]
+    assert [c.done for c in shards] == sorted(c.done for c in shards)
+    for i in range(len(shards)):
+        again = [[o for o in shard.read() if o] for shard in read_shards(source, shards[i].end)]
         assert again == outcomes[i + 1 :]

@@ -24,9 +24,9 @@ from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.models.lora import num_parameters
 from skipwise.training.callbacks import read_metrics
-from skipwise.training.checkpoints import mark_whole, newest_checkpoint, num_processes_of
+from skipwise.training.checkpoints import last_checkpoint, mark_complete, num_processes_of
 from skipwise.training.distributed import engines, launcher
-from skipwise.training.distributed.engines import engine_of, rope_keeper
+from skipwise.training.distributed.engines import engine_of, keep_rope_in_float32
 
 STEPS = 20
 ENGINES = ["ddp", "fsdp2", "zero3"]
@@ -127,13 +127,15 @@ def test_two_processes_have_the_loss_and_weights_of_one(alone, trained, engine):
     assert len(have) == STEPS and want[-1] < want[0]
     assert max(abs(a - b) for a, b in zip(want, have, strict=True)) < 1e-5
     assert_close(weights(folder), weights(alone), 1e-5)
-    facts = RunFolder(folder).facts()
+    facts = RunFolder(folder).metadata()
     assert facts["training"]["engine"] == engine and facts["training"]["num_processes"] == 2
     checks = {check["name"]: check for check in facts["checks"]}
     assert all(check["passed"] for check in checks.values())
     assert "over 2 processes" in checks["engine"]["detail"]
     assert {"rope", "positions", "chunks see each other", "no look ahead"} <= checks.keys()
-    assert facts["model"]["num_parameters"] == RunFolder(alone).facts()["model"]["num_parameters"]
+    assert (
+        facts["model"]["num_parameters"] == RunFolder(alone).metadata()["model"]["num_parameters"]
+    )
 
 
 @pytest.mark.slow
@@ -215,7 +217,7 @@ def test_a_signal_to_the_launcher_saves_in_every_process(recipe_file, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75 and "saved" in err, err
-    stopped = newest_checkpoint(RunFolder(out))
+    stopped = last_checkpoint(RunFolder(out))
     assert stopped is not None and int(stopped.name.split("-")[1]) < 120
     skipwise("train", out)  # the recipe says fsdp2, so a process is started for it
     steps = [m["step"] for m in read_metrics(RunFolder(out))]
@@ -267,7 +269,7 @@ def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
 def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
-    mark_whole(folder, 4, "zero3")
+    mark_complete(folder, 4, "zero3")
     assert num_processes_of(folder, "zero3") == 1
     with pytest.raises(SkipwiseError, match=r"engine zero3.*\ntype --engine zero3"):
         num_processes_of(folder, "ddp")
@@ -283,11 +285,13 @@ def test_only_the_first_process_loads_weights_under_fsdp2(monkeypatch):
             assert (os.environ.get(name) == "true") == once
         assert name not in os.environ
     lora, frozen = LoRASettings(), LoRASettings(train_embeddings=False)
-    assert engines.loads_once("fsdp2", None, True) and engines.loads_once("fsdp2", lora, False)
-    assert engines.loads_once("fsdp2", frozen, True)
-    assert not engines.loads_once("fsdp2", lora, True)
-    assert not engines.loads_once("fsdp2", LoRASettings(quantization="nf4"), False)
-    assert not engines.loads_once("ddp", None, False)
+    assert engines.cpu_ram_efficient_loading(
+        "fsdp2", None, True
+    ) and engines.cpu_ram_efficient_loading("fsdp2", lora, False)
+    assert engines.cpu_ram_efficient_loading("fsdp2", frozen, True)
+    assert not engines.cpu_ram_efficient_loading("fsdp2", lora, True)
+    assert not engines.cpu_ram_efficient_loading("fsdp2", LoRASettings(quantization="nf4"), False)
+    assert not engines.cpu_ram_efficient_loading("ddp", None, False)
 
 
 @pytest.mark.slow
@@ -313,7 +317,7 @@ def test_frequencies_are_float32_again_after_a_cast_of_the_model(tiny):
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
     exact = model.model.rotary_emb.inv_freq.clone()
-    restore = rope_keeper(model)
+    restore = keep_rope_in_float32(model)
     model.bfloat16()  # what DeepSpeed does
     assert not torch.equal(model.model.rotary_emb.inv_freq.float(), exact)
     restore()
@@ -340,7 +344,7 @@ def test_qlora_trains_packed_weights_and_exports_whole_ones(recipe_file, tmp_pat
     out = tmp_path / "run"
     lora = ("--lora", "lora.quantization=nf4", "training.num_steps=3")
     skipwise("train", recipe_file, "--out", out, *lora)
-    facts = RunFolder(out).facts()
+    facts = RunFolder(out).metadata()
     assert facts["training"]["mode"] == "qlora"
     _, err = skipwise("export", out)
     assert "ok   reload" in err

@@ -13,7 +13,7 @@ from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.export.hf import export_model
 from skipwise.models.compatibility import make_portable
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.extend import extend
 
 
@@ -40,7 +40,7 @@ def finished(tiny, text_folder, tmp_path_factory):
 
 
 def test_the_run_folder_holds_everything(finished):
-    facts = finished.facts()
+    facts = finished.metadata()
     assert facts["status"] == "finished" and facts["exported"]
     assert all(check["passed"] for check in facts["checks"])
     names = {check["name"] for check in facts["checks"]}
@@ -104,7 +104,7 @@ def test_what_is_there_is_not_done_again(finished, monkeypatch):
 def test_evaluation_text_is_kept_out_of_training(finished):
     held = [json.loads(line)["text"] for line in finished.eval_documents.read_text().splitlines()]
     assert len(held) == 1  # one in twenty, at least one, of twelve documents
-    assert finished.facts()["data"]["num_documents"] == 11
+    assert finished.metadata()["data"]["num_documents"] == 11
 
 
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "llama3", "longrope"])
@@ -112,7 +112,7 @@ def test_other_scalings_without_training_export_and_reload(tiny, tmp_path, scali
     recipe = make_recipe(tiny, "-", f"rope.type={scaling}", "method=none", "data.sources=[]")
     run = RunFolder(tmp_path)
     run.recipe_file.write_text("{}")
-    (check,) = export_model(plan_model(recipe), run, None)
+    (check,) = export_model(prepare_model(recipe), run, None)
     assert check.passed, check
 
 
@@ -129,7 +129,7 @@ def test_the_reload_check_catches_a_config_that_lost_its_scaling(tiny, tmp_path,
     recipe = make_recipe(tiny, "-", "method=none", "data.sources=[]")
     run = RunFolder(tmp_path)
     run.recipe_file.write_text("{}")
-    (check,) = export_model(plan_model(recipe), run, None)
+    (check,) = export_model(prepare_model(recipe), run, None)
     assert not check.passed and "other logits" in check.detail
 
 
@@ -138,8 +138,8 @@ def test_merged_lora_gives_the_logits_of_the_adapted_model(tiny, text_folder, tm
     run = extend(make_recipe(tiny, text_folder, "lora.rank=4"), tmp_path / "run")
     from peft import PeftModel
 
-    plan = plan_model(run.recipe())
-    base = AutoModelForCausalLM.from_pretrained(tiny, config=plan.scaled)
+    prepared = prepare_model(run.recipe())
+    base = AutoModelForCausalLM.from_pretrained(tiny, config=prepared.scaled)
     adapted = PeftModel.from_pretrained(base, run.checkpoints / "checkpoint-4").eval()
     merged = AutoModelForCausalLM.from_pretrained(run.model).eval()
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 1000, (1, 200)))
@@ -202,8 +202,8 @@ def test_large_weights_are_written_in_shards_that_load(tiny, tmp_path, monkeypat
     monkeypatch.setattr("skipwise.export.hf._SHARD", "60KB")
     run = RunFolder(tmp_path)
     run.recipe_file.write_text("{}")
-    plan = plan_model(make_recipe(tiny, "-", "method=none", "data.sources=[]"))
-    (check,) = export_model(plan, run, None)
+    prepared = prepare_model(make_recipe(tiny, "-", "method=none", "data.sources=[]"))
+    (check,) = export_model(prepared, run, None)
     assert check.passed and len(list(run.model.glob("model-*.safetensors"))) > 1
     assert (run.model / "model.safetensors.index.json").exists()
 
@@ -232,7 +232,7 @@ def test_untrained_rescaling_is_measured_on_the_sources(tiny, text_folder, tmp_p
     run = extend(make_recipe(tiny, text_folder, "method=none"), tmp_path / "run")
     rows = run.results()
     assert {r["task"] for r in rows if r["model"] == "after"} >= {"perplexity", "passkey"}
-    assert "training" not in run.facts() and not run.checkpoints.exists()
+    assert "training" not in run.metadata() and not run.checkpoints.exists()
     assert "Nothing was trained" in (run.report / "index.html").read_text()
 
 
@@ -240,7 +240,7 @@ def test_untrained_rescaling_is_measured_on_the_sources(tiny, text_folder, tmp_p
 @pytest.mark.parametrize("method", ["full", "randpos", "cream"])
 def test_the_baselines_run_from_the_same_recipe(tiny, text_folder, tmp_path, method):
     run = extend(make_recipe(tiny, text_folder, f"method={method}"), tmp_path / "run")
-    facts = run.facts()
+    facts = run.metadata()
     assert facts["status"] == "finished" and facts["training"]["method"] == method
     assert facts["training"]["tokens_per_step"] == 4 * (256 if method == "full" else 64)
 
@@ -249,4 +249,4 @@ def test_the_baselines_run_from_the_same_recipe(tiny, text_folder, tmp_path, met
 def test_importance_weights_train_with_lora_and_export(tiny, text_folder, tmp_path):
     overrides = ["lora.rank=2", "positions.weights=importance"]
     run = extend(make_recipe(tiny, text_folder, *overrides), tmp_path / "run")
-    assert run.facts()["training"]["mode"] == "lora"
+    assert run.metadata()["training"]["mode"] == "lora"

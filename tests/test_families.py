@@ -14,18 +14,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, write_text
-from skipwise.data.collator import PositionCollator
+from skipwise.data.collator import ExampleCollator
 from skipwise.evaluation import prefill
 from skipwise.export import hf
 from skipwise.models.attention.masks import with_layer_masks
 from skipwise.models.hf_config import defaults
 from skipwise.models.load import load_model
-from skipwise.models.prepared import plan_model, ready_weights
+from skipwise.models.prepared import convert_weights, prepare_model
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.preflight.batch import check_batch
 from skipwise.preflight.model import check_model, rotary_modules
 from skipwise.training.checkpoints import finished_checkpoint
-from skipwise.training.inputs import stand_in_data
+from skipwise.training.inputs import dummy_data
 from skipwise.training.setup import set_up, train
 
 L, T = 64, 256
@@ -209,7 +209,7 @@ def make_run(family, base, scaling, folder, **settings):
     run = RunFolder(folder)
     folder.mkdir()
     write_text(run.recipe_file, dump_recipe(recipe))
-    return ready_weights(plan_model(recipe), base.parent / "converted"), run
+    return convert_weights(prepare_model(recipe), base.parent / "converted"), run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,17 +219,17 @@ def test_family(family, tmp_path, spm, monkeypatch, capsys):
     make_base(family, base, spm)
     taken = TAKEN.get(family, ["linear", "ntk", "yarn"])
     for scaling in taken:
-        plan, run = make_run(family, base, scaling, tmp_path / scaling)
-        check_facts(family, plan)
-        check_guards(family, plan)
-        extend_and_reload(plan, run)
-    plan, run = make_run(family, base, "auto", tmp_path / "lora", lora={"rank": 4})
-    extend_and_reload(plan, run)
+        prepared, run = make_run(family, base, scaling, tmp_path / scaling)
+        check_facts(family, prepared)
+        check_guards(family, prepared)
+        extend_and_reload(prepared, run)
+    prepared, run = make_run(family, base, "auto", tmp_path / "lora", lora={"rank": 4})
+    extend_and_reload(prepared, run)
     check_evaluation(run, monkeypatch)
-    facts = plan.facts
+    facts = prepared.info
     OUTCOMES[family] = {
         "models": FAMILIES[family][1],
-        "as": plan.conversion.target if plan.conversion else "",
+        "as": prepared.conversion.target if prepared.conversion else "",
         "scalings": taken,
         "carried": facts.rope_type != "default",
         "sliding": "kept beside full layers"
@@ -240,10 +240,10 @@ def test_family(family, tmp_path, spm, monkeypatch, capsys):
     }
 
 
-def check_facts(family, plan):
+def check_facts(family, prepared):
     """What the config says, against what the unscaled model computes."""
-    facts = plan.facts
-    plain = load_model(plan.source, plan.config, plan.load, dtype=torch.float32)
+    facts = prepared.info
+    plain = load_model(prepared.source, prepared.config, prepared.load, dtype=torch.float32)
     (module, prefix), *_ = rotary_modules(plain)
     inv_freq = getattr(module, f"{prefix}inv_freq").double().numpy()
     assert facts.original_length == L and len(inv_freq) == facts.rotary_dim // 2
@@ -254,19 +254,19 @@ def check_facts(family, plan):
     )
     assert facts.vocab_size == plain.get_input_embeddings().weight.shape[0]
     # a model that was left unscaled is caught
-    assert not check_model(plain, plain.config, facts, plan.scaling, T)[0].passed
+    assert not check_model(plain, plain.config, facts, prepared.scaling, T)[0].passed
 
 
-def check_guards(family, plan):
+def check_guards(family, prepared):
     """The preflight passes, and fails where the mask is dropped."""
-    model = load_model(plan.source, plan.scaled, plan.load, dtype=torch.float32)
-    data = stand_in_data(plan)
+    model = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32)
+    data = dummy_data(prepared)
     data.collator.weights = "none"  # a model makes its own mask of ones
-    batch = with_layer_masks(model.config, data.telling_batch())
-    checks = check_model(model, model.config, plan.facts, plan.scaling, T)
+    batch = with_layer_masks(model.config, data.probe_batch())
+    checks = check_model(model, model.config, prepared.info, prepared.scaling, T)
     checks += check_batch(model, batch)
     assert all(check.passed for check in checks), [str(c) for c in checks if not c.passed]
-    if plan.facts.hybrid:
+    if prepared.info.hybrid:
         check_sliding_layers(model, batch, data)
     del batch["attention_mask"]
     assert check_batch(model, batch)[0].passed == (family in OWN_MASK)
@@ -282,22 +282,24 @@ def check_sliding_layers(model, batch, data):
     full = torch.zeros(1, 1, L, L).masked_fill(cut | ~causal, low)
     crossing = check_batch(model, {**batch, "attention_mask": {**masks, "full_attention": full}})
     assert not crossing[0].passed, "a sliding layer sees across the skip"
-    weighted = PositionCollator("importance")(data.items(4))
+    weighted = ExampleCollator("importance")(data.items(4))
     assert all(c.passed for c in check_batch(model, with_layer_masks(model.config, weighted)))
-    by_tokens = {check.name: check.passed for check in check_batch(model, data.telling_batch())}
+    by_tokens = {check.name: check.passed for check in check_batch(model, data.probe_batch())}
     assert not by_tokens["sliding layers"]
 
 
-def extend_and_reload(plan, run):
+def extend_and_reload(prepared, run):
     """Two steps by the Trainer, then the export with its reload in plain transformers."""
-    training = set_up(plan, stand_in_data(plan), run)
+    training = set_up(prepared, dummy_data(prepared), run)
     before = {n: p.detach().clone() for n, p in training.trainer.model.named_parameters()}
-    train(training, run, plan.recipe)
+    train(training, run, prepared.recipe)
     changed = [
         n for n, p in training.trainer.model.named_parameters() if not torch.equal(p, before[n])
     ]
     assert changed, "nothing was trained"
-    (reload,) = hf.export_model(plan, run, finished_checkpoint(run, plan.recipe.training.num_steps))
+    (reload,) = hf.export_model(
+        prepared, run, finished_checkpoint(run, prepared.recipe.training.num_steps)
+    )
     assert reload.passed, str(reload)
 
 
@@ -319,8 +321,10 @@ def test_full_layers_without_positions_are_told_by_the_preflight(family, tmp_pat
     config = AutoConfig.for_model(family, **{**SHAPE, **HYBRID})
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(base)
-    plan, run = make_run(family, base, "auto", tmp_path / "run")
-    failed = [check for check in set_up(plan, stand_in_data(plan), run).checks if not check.passed]
+    prepared, run = make_run(family, base, "auto", tmp_path / "run")
+    failed = [
+        check for check in set_up(prepared, dummy_data(prepared), run).checks if not check.passed
+    ]
     assert [check.name for check in failed] == ["skips take effect"]
     assert "PoSE would teach nothing" in failed[0].detail
 

@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM
 from skipwise.cli import main
 from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, open_run
-from skipwise.config.stages import finish_part, first_part
+from skipwise.config.stages import first_stage, full_length_stage
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.extend import extend
 from skipwise.pipeline.stages import prepare_run, train_run
 from skipwise.planning import find_gpu, make_plan, next_change
 from skipwise.training import trainer as training_module
-from skipwise.training.callbacks import Before, read_metrics
-from skipwise.training.checkpoints import finished_checkpoint, newest_checkpoint, trained_checkpoint
-from skipwise.training.full_length_stage import plan_finish
+from skipwise.training.callbacks import StageOffset, read_metrics
+from skipwise.training.checkpoints import finished_checkpoint, last_checkpoint, trained_checkpoint
+from skipwise.training.full_length_stage import make_full_length_stage
 from skipwise.training.inputs import load_training_data
 from skipwise.training.setup import set_up
 
@@ -60,10 +60,10 @@ def make_recipe(tiny, text_folder, *overrides):
 
 
 def run_training(recipe, folder):
-    plan = plan_model(recipe)
+    prepared = prepare_model(recipe)
     run = open_run(folder, recipe, "test")
-    data = prepare_run(plan, run)
-    train_run(plan, data, run)
+    data = prepare_run(prepared, run)
+    train_run(prepared, data, run)
     return run
 
 
@@ -100,13 +100,13 @@ def interrupt():
 
 def recorded(monkeypatch):
     """The inputs of every pass from now on."""
-    seen, plain = [], training_module.PositionTrainer.training_step
+    seen, plain = [], training_module.PoSETrainer.training_step
 
     def training_step(self, model, inputs, *rest, **kwargs):
         seen.append(inputs)
         return plain(self, model, inputs, *rest, **kwargs)
 
-    monkeypatch.setattr(training_module.PositionTrainer, "training_step", training_step)
+    monkeypatch.setattr(training_module.PoSETrainer, "training_step", training_step)
     return seen
 
 
@@ -126,7 +126,10 @@ def made(*overrides):
 @pytest.mark.parametrize("processes", [1, 3, 8])
 def test_the_tokens_of_both_parts_are_those_of_training(share, factor, processes):
     recipe = made(f"target_length={factor * 8192}", f"finish.share={share}")
-    first, finish = first_part(recipe).training, finish_part(recipe, 8192, processes).training
+    first, finish = (
+        first_stage(recipe).training,
+        full_length_stage(recipe, 8192, processes).training,
+    )
     step = 64 * 8192
     of_finish = finish.num_steps * finish.global_batch_size * factor * 8192
     total = first.num_steps * first.global_batch_size * 8192 + of_finish
@@ -138,19 +141,19 @@ def test_the_tokens_of_both_parts_are_those_of_training(share, factor, processes
 
 def test_the_recipe_of_the_finish_in_figures():
     recipe = made("finish.share=0.1", "training.lr_scheduler=cosine", "positions.num_chunks=3")
-    finish = finish_part(recipe, 8192, 8)
+    finish = full_length_stage(recipe, 8192, 8)
     settings = finish.training
-    assert first_part(recipe).training.num_steps == 900
+    assert first_stage(recipe).training.num_steps == 900
     assert (settings.num_steps, settings.global_batch_size) == (100, 16)  # 64 x 8k / 32k
     assert (settings.learning_rate, settings.warmup_steps) == (2e-5 / 3, 1)  # 10 of 1,000
     assert settings.lr_scheduler == "linear" and settings.save_steps == 100
     assert finish.method == "full" and finish.positions.weights == "none"
-    assert finish_part(made("finish.share=0.1", "finish.learning_rate=1e-6"), 8192).training == (
-        dataclasses.replace(settings, learning_rate=1e-6)
-    )
+    assert full_length_stage(
+        made("finish.share=0.1", "finish.learning_rate=1e-6"), 8192
+    ).training == (dataclasses.replace(settings, learning_rate=1e-6))
     warm = made("finish.share=0.1", "training.warmup_steps=500")
-    assert finish_part(warm, 8192).training.warmup_steps == 10  # a tenth at most
-    assert finish_part(made(), 8192) is None and first_part(made()) == made()
+    assert full_length_stage(warm, 8192).training.warmup_steps == 10  # a tenth at most
+    assert full_length_stage(made(), 8192) is None and first_stage(made()) == made()
 
 
 @pytest.mark.parametrize(
@@ -175,8 +178,8 @@ def test_the_recipe_of_the_finish_in_figures():
 def test_a_finish_that_cannot_be_is_refused(overrides, word):
     with pytest.raises(SkipwiseError, match=word):
         recipe = made(*overrides)
-        first_part(recipe)
-        finish_part(recipe, 8192)
+        first_stage(recipe)
+        full_length_stage(recipe, 8192)
 
 
 def test_what_is_trained_needs_no_processes_that_share_its_batch(
@@ -195,18 +198,21 @@ def test_what_is_trained_needs_no_processes_that_share_its_batch(
 def test_the_share_that_an_error_names_is_enough():
     short = ["training.num_steps=10", "training.global_batch_size=1"]
     with pytest.raises(SkipwiseError):
-        finish_part(made("finish.share=0.3", *short), 8192)
-    assert finish_part(made("finish.share=0.4", *short), 8192).training.num_steps == 1
+        full_length_stage(made("finish.share=0.3", *short), 8192)
+    assert full_length_stage(made("finish.share=0.4", *short), 8192).training.num_steps == 1
     with pytest.raises(SkipwiseError, match=r"2 examples.*\ntype finish\.share=0\.8"):
-        finish_part(made("finish.share=0.4", *short), 8192, 2)
+        full_length_stage(made("finish.share=0.4", *short), 8192, 2)
 
 
 def test_a_finish_that_was_begun_keeps_its_batch():
     recipe = made("finish.share=0.1")
-    assert finish_part(recipe, 8192, 3).training.global_batch_size == 15
-    assert finish_part(recipe, 8192, 5, batch=15).training == finish_part(recipe, 8192, 3).training
+    assert full_length_stage(recipe, 8192, 3).training.global_batch_size == 15
+    assert (
+        full_length_stage(recipe, 8192, 5, batch=15).training
+        == full_length_stage(recipe, 8192, 3).training
+    )
     with pytest.raises(SkipwiseError, match=r"batches of 15.*4 processes.*\n.*15, 5, 3, 1"):
-        finish_part(recipe, 8192, 4, batch=15)
+        full_length_stage(recipe, 8192, 4, batch=15)
 
 
 def test_one_curve_goes_through_both_parts(straight):
@@ -218,7 +224,7 @@ def test_one_curve_goes_through_both_parts(straight):
     assert seconds == sorted(seconds)
     rates = [m["learning_rate"] for m in metrics[FIRST:]]
     assert rates == pytest.approx([RATE, 0.75 * RATE, 0.5 * RATE, 0.25 * RATE])
-    facts = straight.facts()
+    facts = straight.metadata()
     assert facts["training"]["num_steps"] == FIRST
     assert facts["training"]["num_tokens"] == FIRST * BATCH * L
     finish = facts["finish"]
@@ -229,8 +235,8 @@ def test_one_curve_goes_through_both_parts(straight):
 
 
 def test_the_finish_is_full_length_training_from_the_weights_of_pose(straight, tiny, text_folder):
-    plan = plan_model(straight.recipe())
-    finish = plan_finish(plan, load_training_data(plan, None), straight)
+    prepared = prepare_model(straight.recipe())
+    finish = make_full_length_stage(prepared, load_training_data(prepared, None), straight)
     begins = finished_checkpoint(straight, FIRST)
     model = AutoModelForCausalLM.from_pretrained(begins, dtype=torch.float32).train()
     assert model.config.rope_parameters["factor"] == T / L
@@ -269,9 +275,9 @@ def test_what_the_trainer_is_given(tiny, text_folder, tmp_path, monkeypatch):
 
 def test_examples_depend_on_their_number_alone(straight, tiny, text_folder):
     def items(*overrides, processes=1):
-        plan = plan_model(make_recipe(tiny, text_folder, *overrides))
-        data = load_training_data(plan, None)
-        finish = plan_finish(plan, data, RunFolder("nowhere"), processes)
+        prepared = prepare_model(make_recipe(tiny, text_folder, *overrides))
+        data = load_training_data(prepared, None)
+        finish = make_full_length_stage(prepared, data, RunFolder("nowhere"), processes)
         assert finish.data.corpus.count_copies(data.corpus.held_out) == 0
         return [finish.data.dataset[k]["input_ids"] for k in range(LAST)]
 
@@ -279,7 +285,7 @@ def test_examples_depend_on_their_number_alone(straight, tiny, text_folder):
     assert np.array_equal(plain, items(processes=2))
     assert np.array_equal(plain, items("training.batch_size=4"))
     assert not np.array_equal(plain, items("seed=1"))
-    full = plan_model(make_recipe(tiny, text_folder, "method=full", "finish={}"))
+    full = prepare_model(make_recipe(tiny, text_folder, "method=full", "finish={}"))
     own = load_training_data(full, None).dataset
     assert not np.array_equal(plain, [own[k]["input_ids"] for k in range(LAST)])
 
@@ -325,7 +331,7 @@ def test_a_finish_that_died_goes_on_at_its_checkpoint(
         with pytest.raises(RuntimeError, match="dead"):
             run_training(recipe, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
-    assert newest_checkpoint(run.finish).name == "checkpoint-2"
+    assert last_checkpoint(run.finish).name == "checkpoint-2"
     assert trained_checkpoint(run, recipe) is None
     run_training(recipe, tmp_path / "run")
     assert equal(trained(run), trained(straight))
@@ -334,19 +340,19 @@ def test_a_finish_that_died_goes_on_at_its_checkpoint(
 def test_what_a_finish_took_is_there_when_it_counts_as_done(
     tiny, text_folder, tmp_path, monkeypatch
 ):
-    plain = training_module.mark_whole
+    plain = training_module.mark_complete
 
     def killed(folder, step, engine):
         plain(folder, step, engine)
         if "finish" in folder.parts and step == LAST:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_module, "mark_whole", killed)
+    monkeypatch.setattr(training_module, "mark_complete", killed)
     recipe = make_recipe(tiny, text_folder)
     with pytest.raises(KeyboardInterrupt):
         run_training(recipe, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
-    both = run.facts()["training"]["seconds"] + run.facts()["finish"]["seconds"]
+    both = run.metadata()["training"]["seconds"] + run.metadata()["finish"]["seconds"]
     assert trained_checkpoint(run, recipe) and both == pytest.approx(
         read_metrics(run)[-1]["seconds"]
     )
@@ -372,12 +378,12 @@ def test_an_adapter_goes_on_from_where_pose_left_it(tiny, text_folder, tmp_path,
 
     recipe = make_recipe(tiny, text_folder, "lora.rank=4")
     whole = run_training(recipe, tmp_path / "whole")
-    assert whole.facts()["finish"]["mode"] == "lora"
+    assert whole.metadata()["finish"]["mode"] == "lora"
     begins = finished_checkpoint(whole, FIRST)
-    plan = plan_model(recipe)
-    data = load_training_data(plan, None)
-    finish = plan_finish(plan, data, RunFolder(tmp_path / "empty"))
-    training = set_up(finish.plan, finish.data, finish.run, Before(checkpoint=begins))
+    prepared = prepare_model(recipe)
+    data = load_training_data(prepared, None)
+    finish = make_full_length_stage(prepared, data, RunFolder(tmp_path / "empty"))
+    training = set_up(finish.prepared, finish.data, finish.run, StageOffset(checkpoint=begins))
     states = get_peft_model_state_dict(training.trainer.model)
     assert equal(states, weights(begins)) and any("lora_B" in name for name in states)
     moved = trained(whole)
@@ -393,10 +399,12 @@ def test_an_adapter_goes_on_from_where_pose_left_it(tiny, text_folder, tmp_path,
 @pytest.mark.parametrize("lora", [[], ["lora.rank=4"]], ids=["full", "lora"])
 def test_the_teacher_of_the_finish_is_the_base(straight, tiny, text_folder, tmp_path, lora):
     recipe = make_recipe(tiny, text_folder, "training.distillation=2", *lora)
-    plan = plan_model(recipe)
-    finish = plan_finish(plan, load_training_data(plan, None), RunFolder(tmp_path / "empty"))
-    before = Before(checkpoint=None if lora else finished_checkpoint(straight, FIRST))
-    training = set_up(finish.plan, finish.data, finish.run, before)
+    prepared = prepare_model(recipe)
+    finish = make_full_length_stage(
+        prepared, load_training_data(prepared, None), RunFolder(tmp_path / "empty")
+    )
+    before = StageOffset(checkpoint=None if lora else finished_checkpoint(straight, FIRST))
+    training = set_up(finish.prepared, finish.data, finish.run, before)
     assert all(check.passed for check in training.checks)
     teacher = training.callback.distillation.teacher.state_dict()
     assert equal(teacher, AutoModelForCausalLM.from_pretrained(tiny).state_dict())
@@ -418,32 +426,35 @@ def test_text_without_long_documents_is_refused_before_anything_is_trained(tiny,
     for name in ("run", "train"):
         assert not read_metrics(RunFolder(tmp_path / name))
     packed = make_recipe(tiny, tmp_path / "short.jsonl", "data.short_documents=pack")
-    plan = plan_model(packed)
-    assert plan_finish(plan, load_training_data(plan, None), RunFolder(tmp_path)) is not None
+    prepared = prepare_model(packed)
+    assert (
+        make_full_length_stage(prepared, load_training_data(prepared, None), RunFolder(tmp_path))
+        is not None
+    )
 
 
 def test_out_of_memory_at_full_length_shows_before_the_first_step(
     tiny, text_folder, tmp_path, monkeypatch
 ):
-    plain = training_module.PositionTrainer.training_step
+    plain = training_module.PoSETrainer.training_step
 
     def training_step(self, model, inputs, *rest, **kwargs):
         if inputs["input_ids"].shape[1] == T:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self, model, inputs, *rest, **kwargs)
 
-    monkeypatch.setattr(training_module.PositionTrainer, "training_step", training_step)
+    monkeypatch.setattr(training_module.PoSETrainer, "training_step", training_step)
     for at, job in enumerate((extend, run_training)):
         run = tmp_path / f"run{at}"
         with pytest.raises(SkipwiseError, match=r"at 1 x 256 tokens.*full-length finish\n.*--lora"):
             job(make_recipe(tiny, text_folder), run)
-        assert not read_metrics(RunFolder(run)) and not newest_checkpoint(RunFolder(run))
+        assert not read_metrics(RunFolder(run)) and not last_checkpoint(RunFolder(run))
 
 
 def test_out_of_memory_in_the_finish_ends_with_leaving_it_out(tiny, text_folder):
     small = ["lora.train_embeddings=false", "lora.quantization=nf4", "trainer.optim=adamw_8bit"]
     recipe = make_recipe(tiny, text_folder, *small, "training.gradient_checkpointing=true")
-    assert next_change(finish_part(recipe, L)) == "finish={}"
+    assert next_change(full_length_stage(recipe, L)) == "finish={}"
 
 
 def test_a_dry_run_tries_a_step_and_trains_nothing(tiny, text_folder, tmp_path, capsys):
@@ -453,8 +464,8 @@ def test_a_dry_run_tries_a_step_and_trains_nothing(tiny, text_folder, tmp_path, 
     said = capsys.readouterr().err
     assert "ok   finish, step: tried: a pass of 256 tokens" in said
     assert "ok   finish, text: 11 documents of 256 tokens or more, 4 examples" in said
-    assert not read_metrics(RunFolder(out)) and newest_checkpoint(RunFolder(out)) is None
-    assert newest_checkpoint(RunFolder(out).finish) is None
+    assert not read_metrics(RunFolder(out)) and last_checkpoint(RunFolder(out)) is None
+    assert last_checkpoint(RunFolder(out).finish) is None
 
 
 def test_text_that_is_read_again_and_again_is_said(tiny, text_folder, tmp_path, capsys):
@@ -466,7 +477,7 @@ def test_text_that_is_read_again_and_again_is_said(tiny, text_folder, tmp_path, 
 
 def test_the_whole_job_hands_over_what_the_finish_made(tiny, text_folder, tmp_path):
     run = extend(make_recipe(tiny, text_folder, "eval.select=passkey"), tmp_path / "run")
-    facts = run.facts()
+    facts = run.metadata()
     steps = [c["step"] for c in facts["selection"]["candidates"]]
     assert steps == [2, 4, 6, 8, 10, 12]  # of both parts
     names = {check["name"] for check in facts["checks"] if check["passed"]}

@@ -41,7 +41,7 @@ def test_two_processes_finish_like_one_and_one_goes_on(command, tmp_path, engine
     pairs = zip(read_metrics(one), read_metrics(two), strict=True)
     assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-5
     assert_close(trained(two), trained(one), 1e-5)
-    finish = two.facts()["finish"]
+    finish = two.metadata()["finish"]
     assert (finish["num_processes"], finish["batch_size"]) == (2, 2)
     if engine != "ddp":  # one process reads no shards of an optimizer; test_engines has them
         return

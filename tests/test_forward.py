@@ -77,9 +77,9 @@ def test_several_go_on_from_one_prefix_as_if_each_had_read_it(family, rows, requ
     base = prefill.new_cache(model, 80)
     prefill.prefill(model, prefix, base)
     for rest in rests:  # twice: the first must leave the prefix as it was
-        cache = prefill.fork(base, rows)
+        cache = prefill.batch_repeat(base, rows)
         have = prefill.logits_at(model, rest, torch.arange(30), past=cache)
-        prefill.rewind(base, 40)
+        prefill.crop(base, 40)
         ids = torch.cat([prefix.expand(rows, -1), rest], 1)
         want = plain(model, ids, torch.arange(40, 70))
         assert torch.allclose(have, want, atol=2e-5), float((have - want).abs().max())
@@ -105,7 +105,7 @@ def test_hybrid_caches_keep_their_windows_and_cannot_be_padded(llama, hybrid):
 
 @pytest.mark.parametrize(("total", "rows"), [(2048, 8), (32768, 1), (131072, 1)])
 def test_a_pieces_mask_stays_a_small_part_of_the_cache(llama, total, rows):
-    piece = prefill.piece_size(llama, total, rows)
+    piece = prefill.prefill_chunk_size(llama, total, rows)
     cache = 2 * 4 * 256 * 4 * total * rows
     assert 64 <= piece <= prefill.PREFILL
     assert piece == 64 or piece * total * rows * 5 <= max(12 << 20, cache / 20)
@@ -114,4 +114,4 @@ def test_a_pieces_mask_stays_a_small_part_of_the_cache(llama, total, rows):
 def test_a_large_model_is_read_in_large_pieces():
     config = AutoConfig.for_model("llama")  # 7B
     stub = type("Stub", (), {"config": config, "dtype": torch.bfloat16})()
-    assert prefill.piece_size(stub, 131072) > 2000
+    assert prefill.prefill_chunk_size(stub, 131072) > 2000

@@ -159,7 +159,7 @@ def test_other_families_agree_beyond_the_trained_window(
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from skipwise.models.hf_config import facts_of
+    from skipwise.models.hf_config import model_info_of
     from skipwise.models.scaled_config import scaled_config
 
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def test_other_families_agree_beyond_the_trained_window(
         **own.get(family, {}),
     }
     config = CONFIG_MAPPING[family](**settings)
-    facts = facts_of(config)
+    facts = model_info_of(config)
     scaling = make_scaling(
         "longrope" if family == "phi3" else "yarn",
         factor=F,

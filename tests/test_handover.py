@@ -92,6 +92,6 @@ def test_gguf_is_made_of_the_exported_folder_and_checked(tmp_path, monkeypatch, 
     (file,) = extend_module.export_again(run, ["gguf"], "q8_0", None)
     assert file == run.gguf / "mine-q8_0.gguf"
     assert calls == [(run.model, file, "q8_0", "script", "mine")]
-    assert run.facts()["checks"][0]["name"] == "gguf rope"
+    assert run.metadata()["checks"][0]["name"] == "gguf rope"
     with pytest.raises(SkipwiseError, match="choose from f16"):
         extend_module.export_again(run, ["gguf"], "q4", None)

@@ -12,7 +12,7 @@ from skipwise.config.parse import parse_recipe
 from skipwise.config.run_folder import open_run
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.training.distributed import launcher as launch_module
-from skipwise.training.distributed.engines import check_engine, mend_precision
+from skipwise.training.distributed.engines import check_engine, set_fsdp2_mixed_precision
 from skipwise.training.distributed.launcher import launch, launched
 
 
@@ -106,9 +106,9 @@ def test_fsdp_sums_gradients_in_float32_and_leaves_the_loss_as_it_is():
     plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy="accelerate's")
     state = SimpleNamespace(fsdp_plugin=plugin)
     trainer = SimpleNamespace(accelerator=SimpleNamespace(state=state))
-    mend_precision(trainer, torch.float32)
+    set_fsdp2_mixed_precision(trainer, torch.float32)
     assert plugin.mixed_precision_policy == "accelerate's"
-    mend_precision(trainer, torch.bfloat16)
+    set_fsdp2_mixed_precision(trainer, torch.bfloat16)
     policy = plugin.mixed_precision_policy
     assert policy.param_dtype == torch.bfloat16 and policy.reduce_dtype == torch.float32
     assert policy.output_dtype is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from skipwise.evaluation.scoring import answers_right
+from skipwise.evaluation.scoring import exact_match
 from skipwise.evaluation.tasks.passkey import passkey_trials
 from skipwise.pipeline.quickstart import MODEL, corpus, make_recipe
 
@@ -29,7 +29,7 @@ def test_the_base_finds_the_passkey_in_its_window_and_not_beyond(tokenizer):
     found = {}
     for length in (256, 512):
         trials = passkey_trials(tokenizer, length, num_trials=20, num_depths=5)
-        found[length] = np.mean(answers_right(model, trials, 16384))
+        found[length] = np.mean(exact_match(model, trials, 16384))
     assert found[256] >= 0.95 and found[512] <= 0.05
 
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.evaluation import prefill
 from skipwise.evaluation.prefill import reading
-from skipwise.evaluation.scoring import Trial, answers_right, greedy
+from skipwise.evaluation.scoring import Trial, exact_match, greedy
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.pipeline.quickstart import MODEL
 
@@ -128,7 +128,7 @@ def test_answers_are_those_of_plain_passes_whatever_the_model_can(family, prefix
     ]
     for batch_tokens in (100, 10**6):
         assert greedy(model, tokenizer, asked, batch_tokens) == want
-        assert answers_right(model, exact, batch_tokens) == [False, True, False, True]
+        assert exact_match(model, exact, batch_tokens) == [False, True, False, True]
 
 
 def test_perplexity_in_pieces_is_that_of_whole_passes(family, monkeypatch):

@@ -7,7 +7,7 @@ from skipwise.config.lengths import format_length, parse_length
 from skipwise.config.parse import dump_recipe, load_recipe, parse_recipe
 from skipwise.config.recipe import context_lengths
 from skipwise.config.run_folder import open_run
-from skipwise.config.samplers import make_sampler, settled
+from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.errors import SkipwiseError
 from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos
 
@@ -24,7 +24,7 @@ def test_training_is_the_papers_by_default():
 
 def test_the_published_positions_are_a_line_of_overrides():
     published = ["positions.content=uniform", "positions.cut=random", "positions.weights=none"]
-    recipe = settled(parse_recipe(BASE, published))
+    recipe = resolve_auto(parse_recipe(BASE, published))
     assert make_sampler(recipe, 8192) == PoSE(train_length=8192, target_length=32768)
     assert recipe.positions.weights == "none"
 
@@ -41,10 +41,10 @@ def test_the_published_positions_are_a_line_of_overrides():
     ],
 )
 def test_auto_positions_are_settled_by_the_method(overrides, content, weights):
-    recipe = settled(parse_recipe(BASE, overrides))
+    recipe = resolve_auto(parse_recipe(BASE, overrides))
     found = recipe.positions
     assert (found.content, found.weights) == (content, weights)
-    assert settled(recipe) == recipe
+    assert resolve_auto(recipe) == recipe
     make_sampler(recipe, 8192)
 
 
@@ -137,7 +137,7 @@ def test_a_setting_that_would_not_take_effect_is_an_error(overrides):
 def test_a_run_folder_takes_one_recipe_and_nothing_else(tmp_path):
     recipe = parse_recipe(BASE)
     run = open_run(tmp_path / "run", recipe, "skipwise extend m")
-    assert open_run(tmp_path / "run", recipe, "again").facts()["command"] == "skipwise extend m"
+    assert open_run(tmp_path / "run", recipe, "again").metadata()["command"] == "skipwise extend m"
     assert run.recipe() == recipe
     with pytest.raises(SkipwiseError, match="another recipe"):
         open_run(tmp_path / "run", parse_recipe(BASE, ["seed=1"]), "x")

@@ -94,6 +94,6 @@ def test_shrunk_to_a_tiny_model_it_trains_and_exports(path, tiny, text_folder, t
     overrides += ["original_length=64"] if "original_length" in keys else []
     overrides += ["train_length=32"] if "train_length" in keys else []
     assert main(["extend", str(path), "--out", str(tmp_path / "run"), *overrides]) == 0
-    facts = RunFolder(tmp_path / "run").facts()
+    facts = RunFolder(tmp_path / "run").metadata()
     assert facts["status"] == "finished" and facts["target_length"] == 256
     assert (tmp_path / "run/model/model.safetensors").exists()

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from skipwise.report import format_table, write_report
-from skipwise.report.benchmarks import differences, say_benchmarks
+from skipwise.report.benchmarks import describe_benchmarks, differences
 from skipwise.report.headline import headline
 from skipwise.report.rows import RULER_TASKS, find
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, summarise_ruler
@@ -269,15 +269,15 @@ def test_a_difference_is_judged_by_the_errors_of_both():
 
 def test_the_verdict_on_short_contexts_names_what_changed_and_the_mean():
     # changes in points: −0.2 −0.2 +0.9 −0.3 −0.7 −2.9, mean −3.4 / 6; hellaswag's error is 0.608
-    assert say_benchmarks(complete_rows("before", "after")) == [
+    assert describe_benchmarks(complete_rows("before", "after")) == [
         "Short contexts, after against before: worse beyond error: hellaswag (−2.9 ± 0.6); 5 of 6 "
         "benchmarks within error; mean change −0.57 points over 6."
     ]
     unlike = [bench("before", "boolq", 0.7), bench("after", "boolq", 0.7, shots=5)]
-    assert say_benchmarks(unlike)[0].endswith("no benchmark was measured for both.")
+    assert describe_benchmarks(unlike)[0].endswith("no benchmark was measured for both.")
     both = [bench(m, "piqa", 0.7, 0.1, k) for m in ("before", "after") for k in ("acc", "acc_norm")]
     assert [d.metric for d in differences(both, "before", "after")] == ["acc_norm"]
-    assert say_benchmarks([bench("after", "boolq", 0.7)]) == []
+    assert describe_benchmarks([bench("after", "boolq", 0.7)]) == []
 
 
 def test_the_headline_of_a_run_mentions_benchmarks_that_fell_and_no_others():

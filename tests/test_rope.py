@@ -12,7 +12,7 @@ from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import NAMES, NTK, Dynamic, LongRoPE, Unscaled, YaRN, make_scaling
-from skipwise.pose.rope_config import both_spellings, from_rope_parameters
+from skipwise.pose.rope_config import from_rope_parameters, with_legacy_rope_keys
 
 L = 4096
 HALF_POWERS = 10.0 ** (-np.arange(8) / 2)  # theta = 1e4, d = 16: 1, 0.316, 0.1, 0.0316, 0.01, ...
@@ -184,8 +184,8 @@ def test_the_older_spelling_alone_and_beside_the_newer_says_the_same(family, nam
         parameters = {"full_attention": parameters, "sliding_attention": sliding}
     config = AutoConfig.for_model(family, **SIZES, **head, **settings, rope_parameters=parameters)
     stored = config.to_dict()
-    both = both_spellings(stored)
-    assert both_spellings(both) == both and "rope_scaling" not in stored
+    both = with_legacy_rope_keys(stored)
+    assert with_legacy_rope_keys(both) == both and "rope_scaling" not in stored
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
     assert older["rope_scaling"] is None or older["rope_scaling"]["type"] == name
     for spelled in (both, older):
@@ -208,7 +208,7 @@ def test_what_transformers_4_has_no_words_for_is_left_out():
     full = {"rope_type": "default", "rope_theta": 1e6}
     nested = {"full_attention": full, "sliding_attention": {**full, "rope_theta": 1e4}}
     for config in ({"rope_parameters": nested, "model_type": "olmo3"}, {"model_type": "gpt2"}):
-        assert both_spellings(config) == config
+        assert with_legacy_rope_keys(config) == config
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from skipwise.config.parse import parse_recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.hf_config import facts_of
+from skipwise.models.hf_config import model_info_of
 from skipwise.models.scaled_config import scaled_config, scaling_for
 from skipwise.pose.rope import Llama3, LongRoPE, Unscaled, YaRN
 from skipwise.preflight.model import rotary_modules
@@ -47,7 +47,7 @@ def tiny_config(family="llama", length=131072, **values):
 
 def extend(config, target, *, original_length=None, **recipe):
     """(facts, scaling, scaled config) of a model that is to reach the target."""
-    facts = facts_of(config, original_length)
+    facts = model_info_of(config, original_length)
     recipe = parse_recipe({"model": "-", "target_length": target, **recipe})
     scaling = scaling_for(recipe, facts)
     return facts, scaling, scaled_config(config, facts, scaling, target)
@@ -104,7 +104,7 @@ def test_a_linear_model_says_which_length_its_config_means_before_it_is_carried_
     parameters = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     config = tiny_config(length=4096, rope_parameters=parameters)
     with pytest.raises(SkipwiseError, match="original_length=4096, or original_length=16384"):
-        facts_of(config)
+        model_info_of(config)
     _, scaling, scaled = extend(config, 32768, original_length=16384)
     assert scaling.factor == 8.0  # 4 for its own 16k, twice that for 32k
     assert scaled.max_position_embeddings == 4096  # vLLM multiplies it by the factor

@@ -68,7 +68,7 @@ def test_the_best_checkpoint_is_exported_and_of_equals_the_latest(
     assert all(torch.equal(exported[name], kept[chosen][name]) for name in exported)
     other = next(step for step in kept if step != chosen)
     assert any(not torch.equal(exported[name], kept[other][name]) for name in exported)
-    selection = run.facts()["selection"]
+    selection = run.metadata()["selection"]
     assert selection["chosen"] == chosen and selection["higher_is_better"]
     assert [c["score"] for c in selection["candidates"]] == [scores[2], scores[4], scores[6]]
     assert [f.name for f in run.candidates.iterdir()] == [f"step-{chosen}"]
@@ -95,7 +95,7 @@ def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
     (tmp_path / "run" / "candidates" / "step-4.part").mkdir()  # of a kill while it was linked
     run = extend(recipe, tmp_path / "run")
     assert measured == ["step-2", "step-4", "killed", "step-6"]
-    selection = run.facts()["selection"]
+    selection = run.metadata()["selection"]
     scores = {c["step"]: c["score"] for c in selection["candidates"]}
     assert len(scores) == 3 and all(score >= 0 for score in scores.values())
     if by == "perplexity":
@@ -111,7 +111,7 @@ def test_lora_candidates_are_adapters(tiny, text_folder, tmp_path, monkeypatch):
         choose_checkpoint, "_score", lambda plan, run, folder: -int(folder.name[5:])
     )
     run = extend(make_recipe(tiny, text_folder, "lora.rank=2"), tmp_path / "run")
-    assert run.facts()["selection"]["chosen"] == 2
+    assert run.metadata()["selection"]["chosen"] == 2
     (folder,) = run.candidates.iterdir()
     assert (folder / "adapter_model.safetensors").exists()
     config = json.loads((run.model / "config.json").read_text())
@@ -157,11 +157,11 @@ def test_the_choice_asks_other_questions_than_the_evaluation(tiny, monkeypatch):
     monkeypatch.setattr(choose_checkpoint, "evaluation_documents", lambda *a: [])
     recipe = make_recipe(tiny, "-", "eval.seed=7")
     facts = types.SimpleNamespace(original_length=64)
-    plan = types.SimpleNamespace(recipe=recipe, facts=facts, tokenizer=None)
+    plan = types.SimpleNamespace(recipe=recipe, info=facts, tokenizer=None)
     assert choose_checkpoint._score(plan, None, Path("step-2")) == 0.5
     assert seeds == [(8, (128, 256))]
 
 
 def test_without_a_choice_nothing_is_kept(tiny, text_folder, tmp_path):
     run = extend(make_recipe(tiny, text_folder, "eval.select=last"), tmp_path / "run")
-    assert not RunFolder(run.path).candidates.exists() and "selection" not in run.facts()
+    assert not RunFolder(run.path).candidates.exists() and "selection" not in run.metadata()

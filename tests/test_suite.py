@@ -13,7 +13,7 @@ from skipwise.config.recipe import EvalSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation import progress
-from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.evaluation.tasks import ruler
 from skipwise.evaluation.tasks.prompts import token_ids
 from skipwise.pipeline.quickstart import MODEL
@@ -35,7 +35,7 @@ def counted(tokenizer):
         loads.append(1)
         return Oracle()
 
-    return Subject(label="it", load=load, tokenizer=tokenizer, identity="a"), loads
+    return EvalModel(label="it", load=load, tokenizer=tokenizer, identity="a"), loads
 
 
 def settings(**more):
@@ -44,16 +44,16 @@ def settings(**more):
 
 
 def test_what_was_measured_is_not_measured_again(counted):
-    subject, loads = counted
+    eval_model, loads = counted
     saved = []
     first = evaluate_model(
-        subject, Texts(), [256, 512], settings(), save=saved.append, progress=False
+        eval_model, Texts(), [256, 512], settings(), save=saved.append, progress=False
     )
     assert len(loads) == 1 and [len(rows) for rows in saved] == [2, 4]
-    again = evaluate_model(subject, Texts(), [256, 512], settings(), done=first, progress=False)
+    again = evaluate_model(eval_model, Texts(), [256, 512], settings(), done=first, progress=False)
     assert len(loads) == 1 and again == first
     more = evaluate_model(
-        subject, Texts(), [256, 512, 1024], settings(), done=first, progress=False
+        eval_model, Texts(), [256, 512, 1024], settings(), done=first, progress=False
     )
     assert (
         len(loads) == 2
@@ -62,7 +62,7 @@ def test_what_was_measured_is_not_measured_again(counted):
 
 
 def test_a_run_that_is_killed_keeps_what_it_had_measured(counted, monkeypatch):
-    subject, _ = counted
+    eval_model, _ = counted
     saved = []
     measured = []
 
@@ -72,12 +72,14 @@ def test_a_run_that_is_killed_keeps_what_it_had_measured(counted, monkeypatch):
             raise KeyboardInterrupt
         return [True] * 4
 
-    monkeypatch.setattr("skipwise.evaluation.evaluator.answers_right", fail_late)
+    monkeypatch.setattr("skipwise.evaluation.evaluator.exact_match", fail_late)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_model(subject, Texts(), [256, 512], settings(), save=saved.append, progress=False)
+        evaluate_model(
+            eval_model, Texts(), [256, 512], settings(), save=saved.append, progress=False
+        )
     assert {row["context_length"] for row in saved[-1]} == {256}
     evaluate_model(
-        subject,
+        eval_model,
         Texts(),
         [256, 512],
         settings(),
@@ -90,42 +92,42 @@ def test_a_run_that_is_killed_keeps_what_it_had_measured(counted, monkeypatch):
 
 
 def test_ruler_is_all_of_its_tasks_and_each_has_a_name_of_its_own(counted):
-    subject, _ = counted
+    eval_model, _ = counted
     rows = evaluate_model(
-        subject, Texts(), [2048], settings(tasks=("ruler",), ruler_samples=1), progress=False
+        eval_model, Texts(), [2048], settings(tasks=("ruler",), ruler_samples=1), progress=False
     )
     assert {row["task"] for row in rows} == set(ruler.TASKS)
     assert {row["group"] for row in rows} == {"ruler"}
     rows = evaluate_model(
-        subject, Texts(), [2048], settings(tasks=("vt",), ruler_samples=1), progress=False
+        eval_model, Texts(), [2048], settings(tasks=("vt",), ruler_samples=1), progress=False
     )
     assert {row["task"] for row in rows} == {"vt"}
 
 
 def test_without_text_there_is_no_needle_grid_and_no_perplexity(counted):
-    subject, loads = counted
+    eval_model, loads = counted
     asked = settings(tasks=("perplexity", "needle"))
-    assert evaluate_model(subject, Texts(), [256], asked, progress=False) == []
+    assert evaluate_model(eval_model, Texts(), [256], asked, progress=False) == []
     assert not loads
 
 
 def test_a_task_nobody_knows_is_named_before_a_model_is_loaded(counted):
-    subject, loads = counted
+    eval_model, loads = counted
     for name, word in (("passkeys", "mean passkey"), ("pose-tabel", "mean pose-table")):
         with pytest.raises(SkipwiseError, match=word):
-            evaluate_model(subject, Texts(), [256], settings(tasks=(name,)), progress=False)
+            evaluate_model(eval_model, Texts(), [256], settings(tasks=(name,)), progress=False)
     with pytest.raises(SkipwiseError, match=r"no task 'helaswag'.*hellaswag"):
-        evaluate_model(subject, Texts(), [256], settings(tasks=("helaswag",)), progress=False)
+        evaluate_model(eval_model, Texts(), [256], settings(tasks=("helaswag",)), progress=False)
     assert not loads
 
 
 def test_what_could_not_be_measured_is_said(counted, tokenizer, capsys):
-    subject, _ = counted
-    evaluate_model(subject, Texts(), [64], settings(tasks=("perplexity", "needle", "vt")))
+    eval_model, _ = counted
+    evaluate_model(eval_model, Texts(), [64], settings(tasks=("perplexity", "needle", "vt")))
     said = capsys.readouterr().err
     assert "left out: perplexity (no text), needle (no text), vt 64 (it does not fit)" in said
     texts = Texts(documents=[np.array(token_ids(tokenizer, "x = 1\n" * 30))])
-    evaluate_model(subject, texts, [64, 256], settings(tasks=("perplexity",)))
+    evaluate_model(eval_model, texts, [64, 256], settings(tasks=("perplexity",)))
     assert "perplexity at 256 (no document is as long)" in capsys.readouterr().err
 
 
@@ -139,17 +141,17 @@ def test_progress_counts_all_tokens_and_a_log_file_gets_lines(
             bars.append(self)
             super().__init__(*arguments, **{**more, "disable": False})
 
-    subject, _ = counted
+    eval_model, _ = counted
     texts = Texts(documents=[np.array(token_ids(tokenizer, "x = 1\n" * 300))])
     asked = settings(tasks=("perplexity", "passkey"), perplexity_windows=2)
     with monkeypatch.context() as patch:
         patch.setattr(progress, "tqdm", Bar)
-        evaluate_model(subject, texts, [256, 512], asked)
+        evaluate_model(eval_model, texts, [256, 512], asked)
     said = capsys.readouterr()
     assert not said.out and "evaluate it" in said.err and "passkey 512" in said.err
     assert bars[0].n == bars[0].total == (256 + 512) * (2 + 4)
     monkeypatch.setattr(progress, "_EVERY", 0)
-    evaluate_model(subject, texts, [256, 512], asked)
+    evaluate_model(eval_model, texts, [256, 512], asked)
     lines = capsys.readouterr().err.splitlines()
     assert "perplexity done, 33%" in lines[0] and "passkey 512 done, 100%" in lines[-1]
 
@@ -181,7 +183,7 @@ def test_eval_of_a_model_with_a_baseline_writes_a_folder_and_goes_on(
     run = RunFolder(out)
     assert {row["model"] for row in run.results()} == {"tiny-llama", "model"}
     assert {row["metric"] for row in run.results()} >= {"bits_per_byte", "exact_match"}
-    assert run.facts()["baseline"] == "model" and (out / "report" / "index.html").exists()
+    assert run.metadata()["baseline"] == "model" and (out / "report" / "index.html").exists()
 
     def refuse(*arguments, **more):
         raise AssertionError("it was measured already")

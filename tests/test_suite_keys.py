@@ -16,7 +16,7 @@ from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.recipe import EvalSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.evaluation.tasks.prompts import token_ids
 from skipwise.pipeline.quickstart import MODEL
 
@@ -42,7 +42,7 @@ def counted(tokenizer):
         loads.append(1)
         return Oracle()
 
-    return Subject(label="it", load=load, tokenizer=tokenizer, identity="a"), loads
+    return EvalModel(label="it", load=load, tokenizer=tokenizer, identity="a"), loads
 
 
 def settings(task, **more):
@@ -60,20 +60,20 @@ def texts_of(tokenizer, word):
 def test_other_settings_seeds_texts_or_weights_are_measured_and_replace_the_old(
     task, change, counted, tokenizer
 ):
-    subject, loads = counted
+    eval_model, loads = counted
     texts = texts_of(tokenizer, "one")
-    old = evaluate_model(subject, texts, [256], settings(task), progress=False)
+    old = evaluate_model(eval_model, texts, [256], settings(task), progress=False)
     asked = settings(task)
     if change == "text":
         texts = texts_of(tokenizer, "two")
     elif change == "weights":
-        label, load = subject.label, subject.load
-        subject = Subject(label=label, load=load, tokenizer=tokenizer, identity="b")
+        label, load = eval_model.label, eval_model.load
+        eval_model = EvalModel(label=label, load=load, tokenizer=tokenizer, identity="b")
     else:
         asked = settings(task, **change)
     other, saved = {**old[0], "model": "other"}, []
     new = evaluate_model(
-        subject, texts, [256], asked, done=[*old, other], save=saved.append, progress=False
+        eval_model, texts, [256], asked, done=[*old, other], save=saved.append, progress=False
     )
     assert len(loads) == 2 and new and not any(row in saved[-1] for row in old)
     assert other in saved[-1]
@@ -83,15 +83,17 @@ def test_other_settings_seeds_texts_or_weights_are_measured_and_replace_the_old(
 
 def test_perplexity_at_other_lengths_replaces_all_of_it(counted, tokenizer):
     """Its targets follow from the lengths: two calls have not the same ones."""
-    subject, _ = counted
+    eval_model, _ = counted
     texts, asked, saved = texts_of(tokenizer, "one"), settings("perplexity"), []
-    old = evaluate_model(subject, texts, [128, 256], asked, progress=False)
-    evaluate_model(subject, texts, [256, 512], asked, done=old, save=saved.append, progress=False)
+    old = evaluate_model(eval_model, texts, [128, 256], asked, progress=False)
+    evaluate_model(
+        eval_model, texts, [256, 512], asked, done=old, save=saved.append, progress=False
+    )
     assert {row["context_length"] for row in saved[-1]} == {256, 512}
 
 
 def test_the_seed_reaches_the_questions_and_other_lengths_do_not(counted, tokenizer, monkeypatch):
-    subject, _ = counted
+    eval_model, _ = counted
     documents = [np.array(token_ids(tokenizer, f"name{i} = {i}\n" * 20)) for i in range(40)]
     texts, asked = Texts(documents=documents), []
 
@@ -100,12 +102,12 @@ def test_the_seed_reaches_the_questions_and_other_lengths_do_not(counted, tokeni
         asked.append([t.input_ids for t in trials])
         return [False] * len(trials)
 
-    monkeypatch.setattr("skipwise.evaluation.evaluator.answers_right", spy)
-    monkeypatch.setattr("skipwise.evaluation.evaluator.shares_found", spy)
+    monkeypatch.setattr("skipwise.evaluation.evaluator.exact_match", spy)
+    monkeypatch.setattr("skipwise.evaluation.evaluator.recall", spy)
     for task in ("passkey", "needle", "niah_single_words"):
         asked.clear()
         for seed, lengths in ((0, [512]), (1, [512]), (0, [512, 1024])):
-            evaluate_model(subject, texts, lengths, settings(task, seed=seed), progress=False)
+            evaluate_model(eval_model, texts, lengths, settings(task, seed=seed), progress=False)
         first, other, again, _longer = asked
         assert first != other and first == again, task
 
@@ -226,16 +228,16 @@ def test_a_runs_base_is_before_and_another_baseline_reads_the_text_its_own_way(
 
 
 def test_rows_tell_their_text_whatever_the_tokenizer(counted, tokenizer):
-    subject, _ = counted
+    eval_model, _ = counted
     digests = {}
     for word in ("one", "two"):
         texts = texts_of(tokenizer, word)
-        rows = evaluate_model(subject, texts, [256], settings("perplexity"), progress=False)
-        rows += evaluate_model(subject, texts, [256], settings("needle"), progress=False)
+        rows = evaluate_model(eval_model, texts, [256], settings("perplexity"), progress=False)
+        rows += evaluate_model(eval_model, texts, [256], settings("needle"), progress=False)
         (digests[word],) = {row["text"] for row in rows}
         characters = AutoTokenizer.from_pretrained(MODEL)
         other = [np.array([i for c in f"{word} = 1\n" for i in token_ids(characters, c)] * 400)]
         assert Texts(documents=other).digest(characters) == digests[word]
     assert digests["one"] != digests["two"]
-    rows = evaluate_model(subject, Texts(), [256], settings("passkey"), progress=False)
+    rows = evaluate_model(eval_model, Texts(), [256], settings("passkey"), progress=False)
     assert not any("text" in row for row in rows)

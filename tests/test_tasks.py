@@ -9,9 +9,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skipwise.config.recipe import EvalSettings
-from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.evaluation.tasks import passkey, ruler
-from skipwise.evaluation.tasks.prompts import fill, made_up_words, sprinkle, token_ids, words_of
+from skipwise.evaluation.tasks.prompts import (
+    fit_to_length,
+    haystack_words,
+    insert_needles,
+    random_words,
+    token_ids,
+)
 from skipwise.pipeline.quickstart import MODEL
 
 ALL = ("passkey", "needle", "ruler")
@@ -30,7 +36,7 @@ def documents(tokenizer):
 
 @pytest.fixture(scope="module")
 def words(tokenizer, documents):
-    return words_of(tokenizer, documents, 20000)
+    return haystack_words(tokenizer, documents, 20000)
 
 
 def samples(task, tokenizer, length, words, count=6, seed=0):
@@ -229,9 +235,9 @@ def test_an_oracle_scores_everything_and_mute_or_nearly_right_models_nothing(
                     model.next[whole[:-1].tobytes()] = 5
     if kind == "mute":
         model.next.clear()
-    subject = Subject(label="it", load=lambda: model, tokenizer=tokenizer)
+    eval_model = EvalModel(label="it", load=lambda: model, tokenizer=tokenizer)
     rows = evaluate_model(
-        subject, Texts(documents=documents), [1500, 2048], settings, progress=False
+        eval_model, Texts(documents=documents), [1500, 2048], settings, progress=False
     )
     if kind == "nearly":
         rows = [row for row in rows if row["metric"] == "exact_match"]
@@ -243,7 +249,7 @@ def test_an_oracle_scores_everything_and_mute_or_nearly_right_models_nothing(
 
 
 def _trials(task, tokenizer, length, documents, settings):
-    words = words_of(tokenizer, documents, 2 * length)
+    words = haystack_words(tokenizer, documents, 2 * length)
     common = {"num_trials": 6, "num_depths": 3}
     if task == "passkey":
         return passkey.passkey_trials(tokenizer, length, **common)
@@ -257,33 +263,33 @@ def test_filling_finds_the_largest_number_of_units(length):
     def size(n):
         return 5 + 3 * n + n // 7
 
-    best = fill(size, length)
+    best = fit_to_length(size, length)
     if best is None:
         assert size(1) > length
     else:
         assert size(best) <= length < size(best + 1)
-    assert best == fill(size, length, guess=900)
+    assert best == fit_to_length(size, length, guess=900)
 
 
 def test_filling_ends_when_the_units_run_out():
-    assert fill(lambda n: 5 + min(n, 30), 1000) >= 30
+    assert fit_to_length(lambda n: 5 + min(n, 30), 1000) >= 30
 
 
 def test_needles_are_sprinkled_at_their_depths_each_on_a_line():
     units = [f"w{i} " for i in range(10)]
-    text = sprinkle(units, [(1.0, "END"), (0.0, "START"), (0.5, "MIDDLE")])
+    text = insert_needles(units, [(1.0, "END"), (0.0, "START"), (0.5, "MIDDLE")])
     assert text == "START\nw0 w1 w2 w3 w4 \nMIDDLE\nw5 w6 w7 w8 w9 \nEND\n"
     assert "".join(units) == re.sub(r"\n?(END|START|MIDDLE)\n", "", text)
 
 
 def test_made_up_words_are_distinct_and_fixed_by_the_seed():
-    one, two = (made_up_words(np.random.default_rng(3), 2000) for _ in range(2))
+    one, two = (random_words(np.random.default_rng(3), 2000) for _ in range(2))
     assert one == two and len(set(one)) == 2000
     assert all(re.fullmatch(r"([b-z][aeiou]){3}", word) for word in one)
 
 
 def test_a_short_text_comes_again_and_no_text_gives_no_words(tokenizer):
     document = np.array(token_ids(tokenizer, "one two three"))
-    words = words_of(tokenizer, [document], 100)
+    words = haystack_words(tokenizer, [document], 100)
     assert words[:4] == ["one ", "two ", "three\n", "one "] and len(words) > 30
-    assert words_of(tokenizer, [], 100) == []
+    assert haystack_words(tokenizer, [], 100) == []

@@ -20,9 +20,9 @@ from skipwise.evaluation.run import documents_for_search, evaluation_documents
 from skipwise.export.hf import export_model
 from skipwise.models.attention import temperature as folding
 from skipwise.models.attention.temperature import QueryWeights, check_foldable, fold_temperature
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline import choose_temperature
-from skipwise.pipeline.choose_temperature import Tried, climb, search_temperature
+from skipwise.pipeline.choose_temperature import Candidate, hill_climb, search_temperature
 from skipwise.pipeline.extend import extend
 from skipwise.pipeline.quickstart import MODEL, corpus
 from skipwise.pipeline.search_text import longer_length
@@ -213,38 +213,38 @@ def test_the_recipe_takes_auto_or_a_number_above_0():
 
 
 def curve(far, near=lambda t: 5.0):
-    """What `climb` asks, from two functions, and how often it asked."""
+    """What `hill_climb` asks, from two functions, and how often it asked."""
     asked = []
 
     def measure(t):
         asked.append(t)
-        return Tried(temperature=t, near=near(t), far=far(t))
+        return Candidate(temperature=t, near=near(t), far=far(t))
 
     return measure, asked
 
 
 def test_climb_stops_behind_the_lowest():
     measure, asked = curve(lambda t: 6 + 10 * (t - 1.15) ** 2)
-    value, tried = climb(measure)
+    value, tried = hill_climb(measure)
     assert value == 1.15 and asked == [1.0, 1.05, 1.1, 1.15, 1.2]
     assert [one.temperature for one in tried] == asked
-    assert climb(curve(lambda t: 6 - t)[0])[0] == 1.4  # the end of the grid
+    assert hill_climb(curve(lambda t: 6 - t)[0])[0] == 1.4  # the end of the grid
 
 
 def test_climb_keeps_the_short_length():
     far = lambda t: 6 - t  # noqa: E731
-    cheap = climb(curve(far, lambda t: 5 * (1 + 0.0999 * (t - 1)))[0])[0]  # 0.999 % at 1.1
-    dear = climb(curve(far, lambda t: 5 * (1 + 0.1001 * (t - 1)))[0])[0]  # 1.001 % at 1.1
+    cheap = hill_climb(curve(far, lambda t: 5 * (1 + 0.0999 * (t - 1)))[0])[0]  # 0.999 % at 1.1
+    dear = hill_climb(curve(far, lambda t: 5 * (1 + 0.1001 * (t - 1)))[0])[0]  # 1.001 % at 1.1
     assert (cheap, dear) == (1.1, 1.05)
-    assert climb(curve(far, lambda t: 5 * (1 + t - 1))[0])[0] == 1.0
-    assert climb(curve(far, lambda t: 5 * (1 - (t - 1)))[0])[0] == 1.4  # a gain is no cost
+    assert hill_climb(curve(far, lambda t: 5 * (1 + t - 1))[0])[0] == 1.0
+    assert hill_climb(curve(far, lambda t: 5 * (1 - (t - 1)))[0])[0] == 1.4  # a gain is no cost
 
 
 def test_climb_stays_at_1_where_little_is_gained():
-    assert climb(curve(lambda t: 6 * (1 - 0.0019 * min(t - 1, 0.05) / 0.05))[0])[0] == 1.0
-    assert climb(curve(lambda t: 6 * (1 - 0.0021 * min(t - 1, 0.05) / 0.05))[0])[0] == 1.05
-    assert climb(curve(lambda t: 6 * t)[0])[0] == 1.0
-    assert climb(curve(lambda t: math.inf)[0])[0] == 1.0
+    assert hill_climb(curve(lambda t: 6 * (1 - 0.0019 * min(t - 1, 0.05) / 0.05))[0])[0] == 1.0
+    assert hill_climb(curve(lambda t: 6 * (1 - 0.0021 * min(t - 1, 0.05) / 0.05))[0])[0] == 1.05
+    assert hill_climb(curve(lambda t: 6 * t)[0])[0] == 1.0
+    assert hill_climb(curve(lambda t: math.inf)[0])[0] == 1.0
 
 
 def test_the_length_is_halved_until_there_is_enough_text():
@@ -304,19 +304,19 @@ def queries_over(folder, base):
 def test_without_room_nothing_is_searched_and_a_broken_checkpoint_is_no_such_thing(
     tiny, text_folder, tmp_path, monkeypatch
 ):
-    plan = plan_model(make_recipe(tiny, text_folder, "temperature=auto", "method=none"))
+    prepared = prepare_model(make_recipe(tiny, text_folder, "temperature=auto", "method=none"))
     run = RunFolder(tmp_path)
 
     def fails(error):
-        def load(plan, checkpoint):
+        def load(prepared, checkpoint):
             raise error
 
-        monkeypatch.setattr(choose_temperature, "measurable_model", load)
-        return choose_temperature.chosen_temperature(plan, run, None)
+        monkeypatch.setattr(choose_temperature, "load_for_scoring", load)
+        return choose_temperature.chosen_temperature(prepared, run, None)
 
     for _ in range(2):  # what was not searched is searched again
         assert fails(torch.OutOfMemoryError("CUDA out of memory")) == 1.0
-        assert "no memory to measure" in run.facts()["temperature"]["detail"]
+        assert "no memory to measure" in run.metadata()["temperature"]["detail"]
     with pytest.raises(SkipwiseError, match="is broken"):
         fails(SkipwiseError("the checkpoint is broken"))
 
@@ -330,7 +330,7 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
     def spy(model, documents, L, c, **more):
         seen.append([len(d) for d in documents])
         _, tried = real(model, documents, L, c, **more)
-        return 1.05, [*tried[:1], Tried(temperature=1.05, near=900.0, far=800.0)]
+        return 1.05, [*tried[:1], Candidate(temperature=1.05, near=900.0, far=800.0)]
 
     def killed(*arguments):
         exports.append(arguments[-1])
@@ -347,7 +347,7 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
     assert main(["export", str(run.path)]) == 0  # again, by its own verb
     assert len(seen) == 1 and exports == [1.05] * 3
     assert all(length >= 256 for length in seen[0])
-    facts = run.facts()["temperature"]
+    facts = run.metadata()["temperature"]
     assert facts["value"] == 1.05 and facts["context_lengths"] == [64, 256]
     assert [row["temperature"] for row in facts["searched"]] == [1.0, 1.05]
     assert facts["searched"][1]["perplexity"] == [900.0, 800.0]
@@ -355,21 +355,21 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
     assert f"temperature 1.05: {facts['detail']}" in capsys.readouterr().err
     factors, rest = queries_over(run.model, run.checkpoints / "checkpoint-2")
     assert torch.allclose(factors, torch.tensor(1.05), atol=1e-6) and rest
-    reload = next(check for check in run.facts()["checks"] if check["name"] == "reload")
+    reload = next(check for check in run.metadata()["checks"] if check["name"] == "reload")
     assert reload["passed"]
     assert "attention temperature 1.05" in (run.model / "README.md").read_text()
     page = (run.report / "index.html").read_text()
     assert "1.05 times every attention logit" in page and "800 at 256 tokens" in page
 
     def again(digest):
-        run.update(data={**run.facts()["data"], "digest": digest})
+        run.update(data={**run.metadata()["data"], "digest": digest})
         where = run.checkpoints / "checkpoint-2"
-        return choose_temperature.chosen_temperature(plan_model(recipe), run, where)
+        return choose_temperature.chosen_temperature(prepare_model(recipe), run, where)
 
-    was = run.facts()["data"]["digest"]
+    was = run.metadata()["data"]["digest"]
     run.update(temperature=None)
     assert again("of another text") == 1.0 and len(seen) == 1
-    assert "the text has changed" in run.facts()["temperature"]["detail"]
+    assert "the text has changed" in run.metadata()["temperature"]["detail"]
     assert any(row["model"] == "after" for row in run.results())
     assert again(was) == 1.05 and len(seen) == 2
     assert {row["model"] for row in run.results()} == {"before"}  # the rest was of another model
@@ -383,18 +383,20 @@ def test_a_number_is_taken_as_it_is(tiny, text_folder, tmp_path):
     assert torch.allclose(factors, torch.tensor(1.2), atol=1e-6) and rest
     card = (run.model / "README.md").read_text()
     assert "Rescaled without training.\n\n- attention temperature 1.2" in card
-    assert run.facts()["temperature"]["value"] == 1.2
+    assert run.metadata()["temperature"]["value"] == 1.2
 
 
 def test_1_changes_nothing(tiny, tmp_path):
-    plan = plan_model(make_recipe(tiny, "-", "method=none", "data.sources=[]", "temperature=1.0"))
+    prepared = prepare_model(
+        make_recipe(tiny, "-", "method=none", "data.sources=[]", "temperature=1.0")
+    )
     run = RunFolder(tmp_path)
     run.recipe_file.write_text("{}")
-    value = choose_temperature.chosen_temperature(plan, run, None)
-    (check,) = export_model(plan, run, None, value)
+    value = choose_temperature.chosen_temperature(prepared, run, None)
+    (check,) = export_model(prepared, run, None, value)
     factors, rest = queries_over(run.model, tiny)
     assert check.passed and torch.equal(factors, torch.ones_like(factors)) and rest
-    assert "temperature" not in run.facts()
+    assert "temperature" not in run.metadata()
 
 
 @pytest.mark.slow
@@ -408,7 +410,7 @@ def test_without_training_the_search_has_text_of_its_own(tiny, text_folder, tmp_
     plain = make_recipe(tiny, text_folder, "method=none", "temperature=1.0")
     assert len(evaluation_documents(plain, tokenizer, None)) == 12
     run = extend(recipe, tmp_path / "run")
-    found = run.facts()["temperature"]
+    found = run.metadata()["temperature"]
     assert found["num_documents"] == 6 and found["searched"][0]["temperature"] == 1.0
     assert queries_over(run.model, tiny)[0].mean().item() == pytest.approx(found["value"])
 
@@ -428,27 +430,27 @@ def test_of_one_document_a_half_is_searched_on(tiny, tmp_path):
 
 
 def test_auto_says_why_there_was_no_search(tiny, text_folder, tmp_path):
-    def chosen(plan, name):
+    def chosen(prepared, name):
         run = RunFolder(tmp_path / name)
         run.path.mkdir()
-        assert choose_temperature.chosen_temperature(plan, run, None) == 1.0
-        return run.facts()["temperature"]["detail"]
+        assert choose_temperature.chosen_temperature(prepared, run, None) == 1.0
+        return run.metadata()["temperature"]["detail"]
 
     recipe = make_recipe(tiny, "-", "method=none", "temperature=auto", "data.sources=[]")
-    assert "too little text to search on" in chosen(plan_model(recipe), "none")
+    assert "too little text to search on" in chosen(prepare_model(recipe), "none")
     base = tmp_path / "nanochat"
     make_model("nanochat").save_pretrained(base)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(base)
     recipe = make_recipe(base, text_folder, "method=none", "temperature=auto")
-    assert REFUSED["nanochat"] in chosen(plan_model(recipe), "nanochat-run")
+    assert REFUSED["nanochat"] in chosen(prepare_model(recipe), "nanochat-run")
     with pytest.raises(SkipwiseError, match="nanochat model cannot carry it"):
-        plan_model(make_recipe(base, text_folder, "temperature=1.1"))
+        prepare_model(make_recipe(base, text_folder, "temperature=1.1"))
 
 
 def test_an_untrained_run_is_not_searched(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "temperature=auto")
     with pytest.raises(SkipwiseError, match="has not been trained to its end"):
-        choose_temperature.chosen_temperature(plan_model(recipe), RunFolder(tmp_path), None)
+        choose_temperature.chosen_temperature(prepare_model(recipe), RunFolder(tmp_path), None)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from skipwise.data import tokenize
 from skipwise.data.readers import parse_sources
-from skipwise.data.shards import read_chunks
+from skipwise.data.shards import read_shards
 from skipwise.data.token_cache import TokenWriter
 from skipwise.data.tokenize import encode, tokenize_source
 from skipwise.errors import SkipwiseError
@@ -59,7 +59,7 @@ def tokenizer():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr("skipwise.data.shards._CHUNK", 5000)
+    monkeypatch.setattr("skipwise.data.shards._SHARD", 5000)
     monkeypatch.setattr("skipwise.data.tokenize._SAVE_SECONDS", 0.0)
 
 
@@ -185,7 +185,7 @@ def test_processes_chunks_and_files_read_in_them_change_no_byte(
     source = source_of(mixed)
     one = tokenize_source(source, tokenizer, cache=tmp_path / "a")
     tokenize_source(source, tokenizer, cache=tmp_path / "b", num_proc=2)
-    monkeypatch.setattr("skipwise.data.shards._CHUNK", 1 << 22)
+    monkeypatch.setattr("skipwise.data.shards._SHARD", 1 << 22)
     tokenize_source(source, tokenizer, cache=tmp_path / "c")
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") == files_of(tmp_path / "c")
     texts = [text_of(i + 3) for i in range(30)]
@@ -202,7 +202,7 @@ def test_wherever_it_is_interrupted_the_resumed_cache_is_the_uninterrupted_one(
     source = source_of(mixed)
     tokenize_source(source, tokenizer, cache=tmp_path / "whole")
     whole = files_of(tmp_path / "whole")
-    total = len(list(read_chunks(source)))
+    total = len(list(read_shards(source)))
     assert total > 30
     for after in range(total):
         cache = tmp_path / f"cut{after}"

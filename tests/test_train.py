@@ -18,13 +18,13 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.models.load import compute_dtype
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.checks import check_run
 from skipwise.pipeline.stages import prepare_run, train_run
 from skipwise.training import trainer as training_module
 from skipwise.training.arguments import training_arguments
 from skipwise.training.callbacks import read_metrics
-from skipwise.training.checkpoints import finished_checkpoint, newest_checkpoint
+from skipwise.training.checkpoints import finished_checkpoint, last_checkpoint
 
 STEPS = 12
 
@@ -48,10 +48,10 @@ def make_recipe(tiny, text_folder, *overrides):
 
 
 def run_training(recipe, folder):
-    plan = plan_model(recipe)
+    prepared = prepare_model(recipe)
     run = open_run(folder, recipe, "test")
-    data = prepare_run(plan, run)
-    train_run(plan, data, run)
+    data = prepare_run(prepared, run)
+    train_run(prepared, data, run)
     return run
 
 
@@ -91,17 +91,17 @@ def test_the_loss_falls_and_every_step_is_written_down(straight):
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert metrics[-1]["num_tokens"] == STEPS * 4 * 64
-    facts = straight.facts()["training"]
+    facts = straight.metadata()["training"]
     assert facts["num_tokens"] == STEPS * 4 * 64 and facts["mode"] == "full"
 
 
 def test_examples_are_read_in_the_order_of_their_numbers(tiny, text_folder, tmp_path, monkeypatch):
-    from skipwise.data.dataset import PositionDataset
+    from skipwise.data.dataset import PoSEDataset
 
     seen = []
-    plain = PositionDataset.__getitem__
+    plain = PoSEDataset.__getitem__
     monkeypatch.setattr(
-        PositionDataset, "__getitem__", lambda self, k: (seen.append(k), plain(self, k))[1]
+        PoSEDataset, "__getitem__", lambda self, k: (seen.append(k), plain(self, k))[1]
     )
     recipe = make_recipe(tiny, text_folder, "training.num_steps=3")
     run_training(recipe, tmp_path / "run")
@@ -117,19 +117,19 @@ def test_what_training_took_is_written_down_before_its_last_checkpoint_counts(
     tiny, text_folder, tmp_path, monkeypatch
 ):
     # A run that is killed after the mark is done, and is not trained again.
-    plain = training_module.mark_whole
+    plain = training_module.mark_complete
 
     def killed(folder, step, engine):
         plain(folder, step, engine)
         if step == STEPS:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_module, "mark_whole", killed)
+    monkeypatch.setattr(training_module, "mark_complete", killed)
     with pytest.raises(KeyboardInterrupt):
         run_training(make_recipe(tiny, text_folder), tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     assert finished_checkpoint(run, STEPS)
-    facts, last = run.facts()["training"], read_metrics(run)[-1]
+    facts, last = run.metadata()["training"], read_metrics(run)[-1]
     assert facts["num_steps"] == STEPS and facts["num_tokens"] == last["num_tokens"]
     assert facts["seconds"] == last["seconds"] > 0
 
@@ -150,10 +150,10 @@ def test_text_that_changed_since_a_checkpoint_is_refused(tiny, text_folder, tmp_
     assert RunFolder(tmp_path / "run").eval_documents.read_bytes() == held_out
     file.write_bytes(kept)  # read anew, for it is newer, and the same
     run = run_training(recipe, tmp_path / "run")
-    data = run.facts()["data"]
+    data = run.metadata()["data"]
     file.write_bytes(kept.replace(b"return", b"retura", 1))
     run_training(recipe, tmp_path / "run")  # nothing is left to train
-    assert run.facts()["data"] == data and run.eval_documents.read_bytes() == held_out
+    assert run.metadata()["data"] == data and run.eval_documents.read_bytes() == held_out
 
 
 @pytest.mark.slow
@@ -181,17 +181,17 @@ def test_a_run_killed_in_the_middle_ends_with_bit_identical_weights(
 
 def test_a_folder_that_another_process_trains_into_is_left_alone(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "training.num_steps=1")
-    plan, run = plan_model(recipe), open_run(tmp_path / "run", recipe, "test")
-    data = prepare_run(plan, run)
+    prepared, run = prepare_model(recipe), open_run(tmp_path / "run", recipe, "test")
+    data = prepare_run(prepared, run)
     half = run.checkpoints / "checkpoint-3"  # as the other writes it
     half.mkdir(parents=True)
     with run.training_lock():
-        check_run(plan, data, run)  # of the same command, typed again
+        check_run(prepared, data, run)  # of the same command, typed again
         with pytest.raises(SkipwiseError, match="another process is training into"):
-            train_run(plan, data, run)
-    assert half.exists() and newest_checkpoint(run) is None
-    train_run(plan, data, run)
-    assert not half.exists() and newest_checkpoint(run).name == "checkpoint-1"
+            train_run(prepared, data, run)
+    assert half.exists() and last_checkpoint(run) is None
+    train_run(prepared, data, run)
+    assert not half.exists() and last_checkpoint(run).name == "checkpoint-1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -203,7 +203,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
         patch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, number))
         with pytest.raises(RunStopped, match="stopped at step 5 of 12"):
             run_training(recipe, tmp_path / "run")
-    assert newest_checkpoint(RunFolder(tmp_path / "run")).name == "checkpoint-5"
+    assert last_checkpoint(RunFolder(tmp_path / "run")).name == "checkpoint-5"
     assert equal(weights(run_training(recipe, tmp_path / "run")), weights(straight))
 
 
@@ -235,38 +235,38 @@ def test_a_full_disk_names_the_place_to_go_on_from(tiny, text_folder, tmp_path, 
 
     recipe = make_recipe(tiny, text_folder)
     with monkeypatch.context() as patch:
-        plain = training_module.PositionTrainer._save_checkpoint
+        plain = training_module.PoSETrainer._save_checkpoint
 
         def save(self, *args, **kwargs):
             return (full if self.state.global_step > 4 else plain)(self, *args, **kwargs)
 
-        patch.setattr(training_module.PositionTrainer, "_save_checkpoint", save)
+        patch.setattr(training_module.PoSETrainer, "_save_checkpoint", save)
         with pytest.raises(SkipwiseError, match=r"full.*\n.*checkpoint-4"):
             run_training(recipe, tmp_path / "run")
     run_training(recipe, tmp_path / "run")
 
 
 def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_path, monkeypatch):
-    from skipwise.data.collator import PositionCollator
+    from skipwise.data.collator import ExampleCollator
 
-    plain = PositionCollator.__call__
+    plain = ExampleCollator.__call__
 
     def without_mask(self, items):
         batch = plain(self, items)
         del batch["attention_mask"]
         return batch
 
-    monkeypatch.setattr(PositionCollator, "__call__", without_mask)
+    monkeypatch.setattr(ExampleCollator, "__call__", without_mask)
     recipe = make_recipe(tiny, text_folder, "positions.weights=none")
-    plan = plan_model(recipe)
+    prepared = prepare_model(recipe)
     run = open_run(tmp_path / "run", recipe, "test")
-    data = prepare_run(plan, run)
+    data = prepare_run(prepared, run)
     with pytest.raises(SkipwiseError, match="chunk 2 gets no gradient from chunk 1"):
-        check_run(plan, data, run)
+        check_run(prepared, data, run)
     with pytest.raises(SkipwiseError, match="chunk 2 gets no gradient from chunk 1"):
-        train_run(plan, data, run)
+        train_run(prepared, data, run)
     assert not read_metrics(run)
-    failed = [c for c in run.facts()["checks"] if not c["passed"]]
+    failed = [c for c in run.metadata()["checks"] if not c["passed"]]
     assert [c["name"] for c in failed] == ["chunks see each other"]
 
 
@@ -274,11 +274,11 @@ def test_the_train_verb_writes_a_failed_check_down(
     tiny, text_folder, tmp_path, monkeypatch, capsys
 ):
     from skipwise.config.parse import dump_recipe
-    from skipwise.data.collator import PositionCollator
+    from skipwise.data.collator import ExampleCollator
 
-    plain = PositionCollator.__call__
+    plain = ExampleCollator.__call__
     monkeypatch.setattr(
-        PositionCollator,
+        ExampleCollator,
         "__call__",
         lambda self, items: {k: v for k, v in plain(self, items).items() if k != "attention_mask"},
     )
@@ -288,7 +288,7 @@ def test_the_train_verb_writes_a_failed_check_down(
     out = tmp_path / "run"
     assert main(["train", str(tmp_path / "r.yaml"), "--out", str(out)]) == 2
     assert "FAIL chunks see each other" in capsys.readouterr().err
-    failed = [c["name"] for c in RunFolder(out).facts()["checks"] if not c["passed"]]
+    failed = [c["name"] for c in RunFolder(out).metadata()["checks"] if not c["passed"]]
     assert failed == ["chunks see each other"]
     assert not read_metrics(RunFolder(out))
 
@@ -319,10 +319,10 @@ def test_masks_of_importance_weights_are_made_a_pass_at_a_time(tiny, text_folder
     from skipwise.training.setup import set_up
 
     recipe = make_recipe(tiny, text_folder, "positions.weights=importance")
-    plan = plan_model(recipe)
+    prepared = prepare_model(recipe)
     run = open_run(tmp_path / "run", recipe, "test")
-    data = prepare_run(plan, run)
-    training = set_up(plan, data, run)
+    data = prepare_run(prepared, run)
+    training = set_up(prepared, data, run)
     assert all(check.passed for check in training.checks)
     fetched = next(iter(training.trainer.get_train_dataloader()))  # a whole step's are held
     assert all(tensor.dim() <= 2 for tensor in fetched.values())
@@ -342,7 +342,7 @@ def test_lora_trains_and_goes_on_after_a_stop_to_the_same_adapter(
 ):
     recipe = make_recipe(tiny, text_folder, "lora.rank=4")
     whole = run_training(recipe, tmp_path / "whole")
-    assert whole.facts()["training"]["mode"] == "lora"
+    assert whole.metadata()["training"]["mode"] == "lora"
     metrics = read_metrics(whole)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     with monkeypatch.context() as patch:
@@ -383,7 +383,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_anything_is_touched
     recipe = make_recipe(tiny, text_folder)
     with monkeypatch.context() as patch:
         saved = []
-        plain = checkpoints.check_room
+        plain = checkpoints.check_disk_space
 
         def filling(run, num_bytes):
             saved.append(num_bytes)
@@ -393,7 +393,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_anything_is_touched
             )
             plain(run, num_bytes)
 
-        patch.setattr(training_module, "check_room", filling)
+        patch.setattr(training_module, "check_disk_space", filling)
         with pytest.raises(SkipwiseError, match=r"GiB left.*\n.*goes on at checkpoint-4"):
             run_training(recipe, tmp_path / "run")
     run = RunFolder(tmp_path / "run")

@@ -7,9 +7,9 @@ from oracle import MUTE, Oracle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.evaluation import prefill, scoring
-from skipwise.evaluation.scoring import Trial, answers_right, greedy, shares_found
+from skipwise.evaluation.scoring import Trial, exact_match, greedy, recall
 from skipwise.evaluation.tasks import passkey
-from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.evaluation.tasks.prompts import haystack_words
 from skipwise.pipeline.quickstart import MODEL
 
 HYBRID = {
@@ -47,7 +47,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def words(tokenizer):
     text = "for name in names:\n    total = total + count(name)\nreturn total\n"
-    return words_of(tokenizer, [np.array(tokenizer(text)["input_ids"])], 4000)
+    return haystack_words(tokenizer, [np.array(tokenizer(text)["input_ids"])], 4000)
 
 
 def questions(tokenizer, words, length):
@@ -72,7 +72,7 @@ def generated(model, trial, count):
 def test_exact_answers_are_those_of_greedy_generation(model, tokenizer, words, kind, batch_tokens):
     for length in (256, 300):
         asked = questions(tokenizer, words, length)[kind]
-        right = answers_right(model, asked, batch_tokens)
+        right = exact_match(model, asked, batch_tokens)
         for trial, ours in zip(asked, right, strict=True):
             said = generated(model, trial, trial.num_answer)
             assert (said == trial.input_ids[-trial.num_answer :]) == ours
@@ -116,12 +116,12 @@ def test_a_haystack_goes_through_the_model_once(tokenizer, words):
         tokenizer, length, num_trials=20, num_depths=10, words=words, per_haystack=10
     )
     oracle.tell_trials(tokenizer, asked)
-    assert all(answers_right(oracle, asked, 16384))
+    assert all(exact_match(oracle, asked, 16384))
     assert oracle.num_tokens < 2 * length + 20 * 80  # two haystacks, and a question each
     oracle.num_tokens = 0
     asked = passkey.passkey_trials(tokenizer, length, num_trials=20, num_depths=10)
     oracle.tell_trials(tokenizer, asked)
-    assert all(answers_right(oracle, asked, 16384))
+    assert all(exact_match(oracle, asked, 16384))
     whole = sum(trial.reach for trial in asked)
     assert oracle.num_tokens < 0.6 * whole + length  # what follows the needle is read anew
 
@@ -130,7 +130,7 @@ def test_only_the_answers_positions_get_logits(model, tokenizer):
     seen = []
     handle = model.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
     asked = passkey.passkey_trials(tokenizer, 256, num_trials=4, num_depths=2)
-    answers_right(model, asked, 16384)
+    exact_match(model, asked, 16384)
     handle.remove()
     assert max(seen) <= 8  # the answer's tokens and padding, not the prompt
 
@@ -148,7 +148,7 @@ def test_batches_are_filled_and_never_over_the_limit(tokenizer, words, monkeypat
     asked = passkey.needle_trials(
         tokenizer, 512, num_trials=10, num_depths=10, words=words, per_haystack=10
     )
-    answers_right(Oracle(), asked, 2048)
+    exact_match(Oracle(), asked, 2048)
     assert sizes == [4, 4, 2]
 
 
@@ -161,14 +161,14 @@ def test_shares_count_each_answer_once_whatever_its_case(tokenizer):
     spoken = ["alpha, BETA", "it is beta beta", "alp hab eta", "beta and alpha"]
     for trial, text in zip(asked, spoken, strict=True):
         oracle.tell_trials(tokenizer, [trial], lambda _, text=text: text)
-    assert shares_found(oracle, tokenizer, asked, 1000) == [1.0, 0.5, 0.0, 1.0]
+    assert recall(oracle, tokenizer, asked, 1000) == [1.0, 0.5, 0.0, 1.0]
 
 
 def test_a_row_stops_when_all_was_said(tokenizer):
     oracle = Oracle()
     trial = Trial(input_ids=[10, 11, 12], answers=("7",), max_new_tokens=1000)
     oracle.tell_trials(tokenizer, [trial])
-    assert shares_found(oracle, tokenizer, [trial], 5000) == [1.0]
+    assert recall(oracle, tokenizer, [trial], 5000) == [1.0]
     assert oracle.num_tokens < 10
 
 
@@ -176,11 +176,11 @@ def test_a_mute_model_is_read_to_the_end_and_finds_nothing(tokenizer):
     oracle = Oracle()
     trial = Trial(input_ids=[10, 11, 12], answers=("7",), max_new_tokens=9)
     assert greedy(oracle, tokenizer, [trial], 1000) == [[MUTE] * 9]
-    assert shares_found(oracle, tokenizer, [trial], 1000) == [0.0]
+    assert recall(oracle, tokenizer, [trial], 1000) == [0.0]
 
 
 def test_pieces_change_no_answer(model, tokenizer, words, monkeypatch):
     asked = questions(tokenizer, words, 256)["passkey"]
-    whole = answers_right(model, asked, 16384)
+    whole = exact_match(model, asked, 16384)
     monkeypatch.setattr(prefill, "PREFILL", 50)
-    assert answers_right(model, asked, 2000) == whole
+    assert exact_match(model, asked, 2000) == whole

@@ -89,7 +89,7 @@ def test_trl_trains_on_the_answers_and_masks_the_prompts(tiny, tmp_path):
         {"prompt": f"value_{i} = {i}\n" * 30, "completion": f"the answer is {i}"} for i in range(8)
     ]
     collator = Watching(POSE)
-    callback = PreflightCallback(collator, facts=facts, report=lambda check: None)
+    callback = PreflightCallback(collator, info=facts, report=lambda check: None)
     make_sft(model, tokenizer, chats, tmp_path, collator, callback).train()
     records, batch = seen[-1]
     for record, labels in zip(records, batch["labels"], strict=True):

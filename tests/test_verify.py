@@ -33,7 +33,7 @@ from skipwise.config.parse import parse_recipe
 from skipwise.errors import SkipwiseError
 from skipwise.export.runtimes import as_json, format_verdict, verify_folder
 from skipwise.models.compatibility import make_portable
-from skipwise.models.hf_config import facts_of
+from skipwise.models.hf_config import model_info_of
 from skipwise.models.scaled_config import scaled_config, scaling_for
 from skipwise.preflight.model import rotary_modules
 
@@ -127,7 +127,7 @@ def exported(folder, family, method, tokenizer=TOKENIZER, **values):
     """A config of this family extended to T, as the export writes it."""
     base = {k: v for k, v in BASE.items() if k not in ("model_type", "architectures")}
     config = AutoConfig.for_model(family, **{**base, "max_position_embeddings": L, **values})
-    facts = facts_of(config)
+    facts = model_info_of(config)
     recipe = parse_recipe({"model": "-", "target_length": T, "rope": {"type": method}})
     scaled_config(config, facts, scaling_for(recipe, facts), T).save_pretrained(folder)
     write(folder, None, tokenizer)
@@ -151,15 +151,15 @@ def test_our_own_export_is_well_in_every_runtime(method, tmp_path):
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "olmo2", "gemma3_text"])
 def test_our_own_yarn_is_well_in_other_families(family, tmp_path):
     layers = {"layer_types": ["full_attention"]} if family == "gemma3_text" else {}
-    assert verify_folder(exported(tmp_path, family, "yarn", **layers), L).faults == ()
+    assert verify_folder(exported(tmp_path, family, "yarn", **layers), L).issues == ()
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma", "phi", "stablelm"])
 def test_a_family_whose_rope_llama_cpp_does_not_convert_is_faulted_for_that_alone(family, tmp_path):
     heads = {"head_dim": 64} if family == "gemma" else {}
-    (fault,) = verify_folder(exported(tmp_path, family, "yarn", **heads), L).faults
-    assert fault.runtimes == ("llama.cpp",) and f"writes no RoPE for {family}" in fault.what
-    assert fault.mend.endswith("--rope-scaling yarn --rope-scale 8 --yarn-orig-ctx 4096")
+    (issue,) = verify_folder(exported(tmp_path, family, "yarn", **heads), L).issues
+    assert issue.runtimes == ("llama.cpp",) and f"writes no RoPE for {family}" in issue.what
+    assert issue.mend.endswith("--rope-scaling yarn --rope-scale 8 --yarn-orig-ctx 4096")
 
 
 def test_a_class_that_lists_two_thetas_is_read_with_both(tmp_path):
@@ -169,17 +169,17 @@ def test_a_class_that_lists_two_thetas_is_read_with_both(tmp_path):
     del config["rope_scaling"]
     config["rope_local_base_freq"] = 5000.0
     (folder / "config.json").write_text(json.dumps(config))
-    (fault,) = verify_folder(folder).faults
-    assert fault.name == "older spelling missing"
+    (issue,) = verify_folder(folder).issues
+    assert issue.name == "older spelling missing"
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found_with_whom_it_hits_and_what_mends_it(name, tmp_path):
     changes, fault_name, runtimes, words = FAULTS[name]
     verdict = verify(tmp_path, changes)
-    found = [fault for fault in verdict.faults if fault.name == fault_name]
-    assert list(runtimes) in [list(fault.runtimes) for fault in found]
-    told = " ".join(f"{fault.what} | {fault.mend}" for fault in found)
+    found = [issue for issue in verdict.issues if issue.name == fault_name]
+    assert list(runtimes) in [list(issue.runtimes) for issue in found]
+    told = " ".join(f"{issue.what} | {issue.mend}" for issue in found)
     told = told.replace("takes rope_parameters", "rope_parameters")
     for word in words:
         assert word in told
@@ -205,8 +205,8 @@ def test_a_planted_fault_is_found_with_whom_it_hits_and_what_mends_it(name, tmp_
     ],
 )
 def test_a_fault_of_the_files_around_is_found_and_is_the_only_one(files, name, mend, tmp_path):
-    (fault,) = verify(tmp_path, both(YARN), **files).faults
-    assert fault.name == name and mend in fault.mend
+    (issue,) = verify(tmp_path, both(YARN), **files).issues
+    assert issue.name == name and mend in issue.mend
 
 
 def test_the_healthy_neighbours_of_faults_are_well(tmp_path):
@@ -225,7 +225,7 @@ def test_the_healthy_neighbours_of_faults_are_well(tmp_path):
             (THETA, {}),
         ]
     ):
-        assert verify(tmp_path / str(k), changes, **files).faults == ()
+        assert verify(tmp_path / str(k), changes, **files).issues == ()
 
 
 def test_no_case_is_read_differently_by_two_runtimes_without_a_fault(tmp_path):
@@ -237,7 +237,7 @@ def test_no_case_is_read_differently_by_two_runtimes_without_a_fault(tmp_path):
         if name.startswith("phi3 longrope"):  # vLLM serves L unless asked for more: a note
             assert served == {L, T} and any("--max-model-len 32768" in n for n in verdict.notes)
             served = {T}
-        assert verdict.faults or (same and served == {verdict.window}), name
+        assert verdict.issues or (same and served == {verdict.window}), name
 
 
 def test_the_window_is_what_the_config_reaches_where_it_says_so(tmp_path):
@@ -267,17 +267,17 @@ def test_the_window_is_what_the_config_reaches_where_it_says_so(tmp_path):
     ],
 )
 def test_pasting_the_mend_mends(changes, tmp_path):
-    (fault,) = verify(tmp_path, changes).faults
-    added = json.loads("{" + fault.mend.removeprefix("add to config.json ") + "}")
+    (issue,) = verify(tmp_path, changes).issues
+    added = json.loads("{" + issue.mend.removeprefix("add to config.json ") + "}")
     assert verify(tmp_path, {**changes, **added}).well
 
 
 def test_the_original_length_settles_what_a_config_cannot_tell(tmp_path):
     assert verify(tmp_path, both(LINEAR, **AT_L), original_length=L).well
-    (fault,) = verify(tmp_path, both(LINEAR), original_length=L).faults
-    assert "serve 262,144" in fault.what and fault.mend.endswith("to 4096")
-    (fault, *_) = verify(tmp_path, both(YARN), original_length=L // 2).faults
-    assert "counts from 4,096 tokens, and the model was trained at 2,048" in fault.what
+    (issue,) = verify(tmp_path, both(LINEAR), original_length=L).issues
+    assert "serve 262,144" in issue.what and issue.mend.endswith("to 4096")
+    (issue, *_) = verify(tmp_path, both(YARN), original_length=L // 2).issues
+    assert "counts from 4,096 tokens, and the model was trained at 2,048" in issue.what
 
 
 def test_a_length_that_is_left_out_is_the_class_s(tmp_path):
@@ -289,8 +289,8 @@ def test_a_length_that_is_left_out_is_the_class_s(tmp_path):
 def test_a_linear_window_beyond_the_tokenizer_is_found_unless_it_may_be_meant(tmp_path):
     for k, (tokens, name) in enumerate([(2 * L, "tokenizer length"), (L, "length")]):
         tokenizer = {**TOKENIZER, "model_max_length": tokens}
-        (fault,) = verify(tmp_path / str(k), both(LINEAR, **AT_L), tokenizer=tokenizer).faults
-        assert fault.name == name
+        (issue,) = verify(tmp_path / str(k), both(LINEAR, **AT_L), tokenizer=tokenizer).issues
+        assert issue.name == name
 
 
 def test_a_newer_family_and_missing_weights_are_notes_not_faults(tmp_path):
@@ -319,14 +319,14 @@ def test_an_adapter_is_read_with_the_rope_of_its_base(tmp_path):
     plain = write(tmp_path / "plain", {**BASE, **THETA, **AT_L})
     scaled = write(tmp_path / "scaled", {**BASE, **both(YARN)})
     own = {**BASE, **both(YARN)}
-    (fault, *_) = verify_folder(adapter_of(plain, tmp_path / "a")).faults
-    assert fault.name == "adapter" and "it is no scaling, theta 500,000" in fault.what
+    (issue, *_) = verify_folder(adapter_of(plain, tmp_path / "a")).issues
+    assert issue.name == "adapter" and "it is no scaling, theta 500,000" in issue.what
     verdict = verify_folder(adapter_of(plain, tmp_path / "b", own))
-    assert verdict.faults[-1].name == "adapter" and verdict.readings[0].rope_type == "default"
-    assert "there it is no scaling" in verdict.faults[-1].what
+    assert verdict.issues[-1].name == "adapter" and verdict.readings[0].rope_type == "default"
+    assert "there it is no scaling" in verdict.issues[-1].what
     verdict = verify_folder(adapter_of("hub/name", tmp_path / "c", own))
-    assert [fault.name for fault in verdict.faults] == ["adapter"]
-    assert "that of the base is not here" in verdict.faults[0].what
+    assert [issue.name for issue in verdict.issues] == ["adapter"]
+    assert "that of the base is not here" in verdict.issues[0].what
     assert verify_folder(adapter_of(scaled, tmp_path / "d")).well
 
 

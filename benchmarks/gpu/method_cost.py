@@ -45,11 +45,11 @@ from common import write_result
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import LoRASettings, Recipe
 from skipwise.config.samplers import make_sampler
-from skipwise.data.collator import PositionCollator
+from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import build_corpus
-from skipwise.data.dataset import PositionDataset
+from skipwise.data.dataset import PoSEDataset
 from skipwise.data.token_cache import TokenStore
-from skipwise.models.hf_config import facts_of
+from skipwise.models.hf_config import model_info_of
 from skipwise.models.lora import add_lora, num_parameters
 from skipwise.models.scaled_config import scaled_config, scaling_for
 from skipwise.planning.flops import step_flops
@@ -248,8 +248,8 @@ def make_examples(sampler: Any, vocab_size: int) -> Iterator[dict[str, torch.Ten
     tokens = np.random.default_rng(0).integers(3, vocab_size, 2 * T, np.uint16)
     store = TokenStore(tokens=tokens, offsets=np.array([0, len(tokens)]))
     corpus = build_corpus([store], [None], min_length=1, target_length=T)
-    dataset = PositionDataset(corpus, sampler, seed=0, num_examples=1 << 20)
-    collate = PositionCollator()
+    dataset = PoSEDataset(corpus, sampler, seed=0, num_examples=1 << 20)
+    collate = ExampleCollator()
     return (collate([dataset[k]]) for k in range(len(dataset)))
 
 
@@ -272,7 +272,7 @@ def step(model: Any, optimizer: Any, examples: Any, number: int, meter: Meter) -
 
 def make_model(mode: str, config: Any, recipe: Recipe, device: torch.device) -> Any:
     """Random weights made on the device, set up as train.py does."""
-    facts = facts_of(config, None)
+    facts = model_info_of(config, None)
     scaling = scaling_for(recipe, facts)
     scaled = scaled_config(config, facts, scaling, recipe.target_length)
     frozen = mode == "lora" and device.type == "cuda"  # a CPU computes in float32

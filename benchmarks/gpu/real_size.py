@@ -42,11 +42,11 @@ from skipwise.config.lengths import parse_length
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.data.token_cache import TokenStore
-from skipwise.evaluation.scoring import answers_right
+from skipwise.evaluation.scoring import exact_match
 from skipwise.evaluation.tasks.passkey import passkey_trials, rows_by_depth
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.models.attention.temperature import QueryWeights
-from skipwise.models.hf_config import facts_of
+from skipwise.models.hf_config import model_info_of
 from skipwise.models.scaled_config import scaled_config, scaling_for
 from skipwise.pipeline.choose_temperature import search_temperature
 
@@ -204,7 +204,7 @@ def prepare(state: State, size: Size) -> tuple[Text, dict[int, list[Any]], Promp
         file.write_bytes(pickle.dumps(dict(zip(reversed(size.lengths), found, strict=True))))
     if "text" not in state.figures:
         seconds = round(time.monotonic() - begun, 1)
-        state.figures["text"] = {**text.facts, "long_held_out": long, "seconds": seconds}
+        state.figures["text"] = {**text.info, "long_held_out": long, "seconds": seconds}
         state.save()
         print(f"text: {state.figures['text']}", flush=True)
     trials = pickle.loads(file.read_bytes())
@@ -323,7 +323,7 @@ def measure(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     base = config
     if recipe is not None:
-        facts = facts_of(config)
+        facts = model_info_of(config)
         scaling = scaling_for(recipe, facts)
         config = scaled_config(config, facts, scaling, recipe.target_length)
     weights = torch.load(state.folder / "base.pt", map_location=device, weights_only=True)
@@ -382,7 +382,7 @@ def evaluate(model: Any, text: Text, trials: dict[int, list[Any]], size: Size) -
     for length, asked in sorted(trials.items()):
         if not asked:
             continue
-        right = answers_right(model, asked, size.batch_tokens)
+        right = exact_match(model, asked, size.batch_tokens)
         found["passkey"][str(length)] = round(float(np.mean(right)), 3)
         by_depth = rows_by_depth("passkey", length, asked, right)
         found["passkey_by_depth"][str(length)] = [round(row["value"], 2) for row in by_depth]

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from skipwise.config.recipe import Recipe
 from skipwise.config.samplers import make_sampler
-from skipwise.data.collator import PositionCollator
+from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import build_corpus
-from skipwise.data.dataset import PositionDataset
+from skipwise.data.dataset import PoSEDataset
 from skipwise.data.token_cache import TokenStore
 from skipwise.models.attention.masks import with_chunk_weights
 
@@ -148,10 +148,10 @@ def extend(
     )
     batch_size = settings.global_batch_size
     rows = max(1, min(PASS_TOKENS // L, batch_size))
-    dataset = PositionDataset(
+    dataset = PoSEDataset(
         corpus, sampler, seed=recipe.seed, num_examples=settings.num_steps * batch_size
     )
-    collate = PositionCollator(recipe.positions.weights, later=True)
+    collate = ExampleCollator(recipe.positions.weights, later=True)
     optimizer = _optimizer(model, settings.learning_rate, settings.weight_decay)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     begun = started = time.monotonic()

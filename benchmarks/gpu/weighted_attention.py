@@ -118,19 +118,19 @@ def layers(out, names, shape, rng, device="cuda"):
             return
         row = {**key, "name": name}
         try:
-            attend = CANDIDATES[name]
+            flex_attention_forward = CANDIDATES[name]
             torch.cuda.synchronize()
             before, began = torch.cuda.memory_allocated(), time.monotonic()
-            found = run(attend, qkv, chunks, grad)
+            found = run(flex_attention_forward, qkv, chunks, grad)
             torch.cuda.synchronize()
             row["first_seconds"] = round(time.monotonic() - began, 2)
             off = errors(found, plain if name.startswith("unweighted") else expected)
             row["errors"] = {k: float(f"{v:.2g}") for k, v in off.items()}
             del found
-            run(attend, qkv, chunks, grad)
+            run(flex_attention_forward, qkv, chunks, grad)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            took = milliseconds(lambda a=attend: run(a, qkv, chunks, grad))
+            took = milliseconds(lambda a=flex_attention_forward: run(a, qkv, chunks, grad))
             row["extra_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
             base = base or took
             row["milliseconds"], row["ratio"] = round(took, 3), round(took / base, 3)

@@ -14,8 +14,8 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from skipwise.models.attention.flex import attend
-from skipwise.models.attention.masks import with_carrier, with_chunk_weights
+from skipwise.models.attention.flex import flex_attention_forward
+from skipwise.models.attention.masks import pack_key_weights, with_chunk_weights
 
 aten = torch.ops.aten
 
@@ -110,11 +110,11 @@ def unweighted(q, k, v, chunks, scale):
 
 
 def forced(backend):
-    def attend(q, k, v, chunks, scale):
+    def flex_attention_forward(q, k, v, chunks, scale):
         with sdpa_kernel(backend):
             return unweighted(q, k, v, chunks, scale)
 
-    return attend
+    return flex_attention_forward
 
 
 def additive(q, k, v, chunks, scale):
@@ -128,8 +128,8 @@ def additive(q, k, v, chunks, scale):
 
 def flex(q, k, v, chunks, scale):
     chunks = layout_of(chunks)
-    carrier = chunks.once("carrier", lambda: with_carrier(chunks.batch())["attention_mask"])
-    return attend(None, q, k, v, carrier, scaling=scale)[0]
+    carrier = chunks.once("carrier", lambda: pack_key_weights(chunks.batch())["attention_mask"])
+    return flex_attention_forward(None, q, k, v, carrier, scaling=scale)[0]
 
 
 def flex_by_key(q, k, v, key_weights, block_mask, scale):

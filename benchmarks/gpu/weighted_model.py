@@ -24,7 +24,7 @@ from weighted_kernels import (
 )
 from weighted_pieces import device_pieces, host_pieces, pieces
 
-from skipwise.models.attention.masks import FLEX, with_carrier, with_chunk_weights
+from skipwise.models.attention.masks import FLEX, pack_key_weights, with_chunk_weights
 from skipwise.pose.samplers import Example, PoSE
 
 CANDIDATES = {  # (q, k, v, chunks, scale): (B, H, L, D), (B, K, L, D) twice, to (B, L, H, D)
@@ -63,8 +63,8 @@ def fresh(heads, length, batch, device, dtype=torch.bfloat16):
     return [t.requires_grad_() for t in qkv], grad.transpose(1, 2)
 
 
-def run(attend, qkv, chunks, grad):
-    out = attend(*qkv, chunks, qkv[0].shape[-1] ** -0.5)
+def run(flex_attention_forward, qkv, chunks, grad):
+    out = flex_attention_forward(*qkv, chunks, qkv[0].shape[-1] ** -0.5)
     return [out, *torch.autograd.grad(out, qkv, grad)]
 
 
@@ -127,7 +127,7 @@ class Step:
             batch = with_chunk_weights({**batch, **chunks.batch()}, self.dtype)
         elif name == "flex":  # as skipwise trains
             implementation = FLEX
-            batch = with_carrier({**batch, **chunks.batch()})
+            batch = pack_key_weights({**batch, **chunks.batch()})
         else:
             implementation = register(name)
             batch["attention_mask"] = carrier_of(chunks, host=name.endswith("host"))

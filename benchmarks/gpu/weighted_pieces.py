@@ -281,7 +281,7 @@ class Merged(torch.autograd.Function):
 
 
 def pieces(kernel, make):
-    def attend(q, k, v, chunks, scale):
+    def flex_attention_forward(q, k, v, chunks, scale):
         chunks = layout_of(chunks)
         parts = chunks.once(make.__name__, lambda: make(chunks))
         tokens = [t.transpose(1, 2).reshape(-1, t.shape[1], t.shape[3]) for t in (q, k, v)]
@@ -289,4 +289,4 @@ def pieces(kernel, make):
         out = Merged.apply(*tokens, parts, kernel, scale)
         return out.view(q.shape[0], q.shape[2], *out.shape[1:])
 
-    return attend
+    return flex_attention_forward

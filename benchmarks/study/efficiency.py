@@ -75,7 +75,7 @@ def one(method: str, target: int, steps: int) -> dict[str, float]:
     from train import DTYPE, load_base
 
     from skipwise.config.machine import process_memory
-    from skipwise.data.collator import PositionCollator
+    from skipwise.data.collator import ExampleCollator
     from skipwise.models.attention.masks import with_chunk_weights
     from skipwise.models.load import best_device
     from skipwise.pose.samplers import FullLength, PoSE
@@ -87,7 +87,7 @@ def one(method: str, target: int, steps: int) -> dict[str, float]:
         if method == "full"
         else PoSE(train_length=L, target_length=target, content="aligned")
     )
-    collator = PositionCollator("importance" if "weighted" in method else "none", later=True)
+    collator = ExampleCollator("importance" if "weighted" in method else "none", later=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     rng = np.random.default_rng(0)
     before = process_memory("VmRSS")

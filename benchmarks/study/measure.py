@@ -15,7 +15,7 @@ from settings import L, Setting
 from text import Text, read_questions, tokenizer_of_base
 
 from skipwise.config.recipe import ModelSettings
-from skipwise.evaluation.scoring import answers_right, shares_found
+from skipwise.evaluation.scoring import exact_match, recall
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.load import best_device, compute_dtype
@@ -76,9 +76,9 @@ def shares(
                 continue
             asked = asked[:: max(1, len(asked) // trials)]
             if asked[0].num_answer:
-                right = [float(r) for r in answers_right(model, asked, _batch_tokens())]
+                right = [float(r) for r in exact_match(model, asked, _batch_tokens())]
             else:
-                right = shares_found(model, tokenizer_of_base(), asked, _batch_tokens())
+                right = recall(model, tokenizer_of_base(), asked, _batch_tokens())
             found[task][str(length)] = sum(right) / len(right)
     return found
 

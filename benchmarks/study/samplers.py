@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.data.dataset import PositionDataset
+from skipwise.data.dataset import PoSEDataset
 from skipwise.pose.samplers import Example, PoSE
 
 
-class VariantDataset(PositionDataset):
+class VariantDataset(PoSEDataset):
     """The library's data set with another way to draw from a document."""
 
     def __init__(self, variant: str, *args: Any, **kwargs: Any) -> None:

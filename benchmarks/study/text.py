@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from skipwise.data.token_cache import TokenStore
 from skipwise.evaluation.scoring import Trial
 from skipwise.evaluation.tasks import passkey, ruler
-from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.evaluation.tasks.prompts import haystack_words
 from skipwise.pipeline.quickstart import MODEL, corpus
 
 L = 256  # the base model's context
@@ -66,7 +66,7 @@ def prepare(folder: Path, lengths: list[int]) -> None:
         held_out = read_text(folder).held_out
         arrays = {}
         for length in lengths:
-            words = words_of(tokenizer, held_out, 2 * length)
+            words = haystack_words(tokenizer, held_out, 2 * length)
             for task, trials in _questions(tokenizer, length, words):
                 store = _store([trial.input_ids for trial in trials])
                 facts = [

@@ -23,13 +23,13 @@ from torch.nn.functional import cross_entropy, kl_div
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import LoRASettings, ModelSettings
 from skipwise.config.samplers import make_sampler
-from skipwise.data.collator import PositionCollator
+from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import build_corpus
-from skipwise.data.dataset import PositionDataset
+from skipwise.data.dataset import PoSEDataset
 from skipwise.data.token_cache import TokenStore
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.load import best_device, compute_dtype, load_model
-from skipwise.models.prepared import plan_model
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.pose.samplers import Example, FullLength, Sampler
 
@@ -79,9 +79,9 @@ def load_base(setting: Setting, target: int | None = None) -> Any:
     if setting.beta_fast:
         rope["options"] = {"beta_fast": setting.beta_fast}
     tree = {"model": str(MODEL), "target_length": target, "rope": rope}
-    plan = plan_model(parse_recipe(tree))
-    config = copy.deepcopy(plan.config if setting.rope_off else plan.scaled)
-    model = load_model(str(MODEL), config, plan.load, dtype=torch.float32)
+    prepared = prepare_model(parse_recipe(tree))
+    config = copy.deepcopy(prepared.config if setting.rope_off else prepared.scaled)
+    model = load_model(str(MODEL), config, prepared.load, dtype=torch.float32)
     return model.to(best_device())
 
 
@@ -188,9 +188,9 @@ def _stepper(
     if setting.variant and not full:
         dataset = VariantDataset(setting.variant, corpus, sampler, **numbers)
     else:
-        dataset = PositionDataset(corpus, sampler, **numbers)
+        dataset = PoSEDataset(corpus, sampler, **numbers)
     weighted = setting.strength > 0 and setting.method in ("pose", "cream") and not full
-    collator = PositionCollator("importance" if weighted else "none", later=True)
+    collator = ExampleCollator("importance" if weighted else "none", later=True)
     device = best_device()
     parameters = [p for p in model.parameters() if p.requires_grad]
     teacher = load_base(dataclasses.replace(setting, rope_off=True)) if setting.distil else None

@@ -11,7 +11,7 @@ from skipwise.pose.samplers import CREAM, Example, FullLength, PoSE, RandPos
 
 if TYPE_CHECKING:
     from skipwise.integrations.collator import PoSECollator
-    from skipwise.integrations.preflight_callback import PreflightCallback, finish_folder
+    from skipwise.integrations.preflight_callback import PreflightCallback, finalize_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,13 +24,13 @@ __all__ = [
     "RandPos",
     "SkipwiseError",
     "coverage",
-    "finish_folder",
+    "finalize_checkpoint",
 ]
 
 _LAZY = {  # these load torch
     "PoSECollator": "integrations.collator",
     "PreflightCallback": "integrations.preflight_callback",
-    "finish_folder": "integrations.preflight_callback",
+    "finalize_checkpoint": "integrations.preflight_callback",
 }
 
 

@@ -170,16 +170,16 @@ def positions_verb(given: argparse.Namespace) -> int:
     overrides = [o if o.startswith("method=") else f"positions.{o}" for o in given.overrides]
     recipe = parse_recipe({"model": "-", "target_length": T}, overrides)
     sampler = make_sampler(recipe, L)
-    facts = describe_positions(sampler, given.seed)
+    metadata = describe_positions(sampler, given.seed)
     if given.json:
-        print(json.dumps(facts))
+        print(json.dumps(metadata))
     else:
-        print(draw_text(facts, sampler.train_length, T))
+        print(draw_text(metadata, sampler.train_length, T))
     if given.draw:
         from skipwise.report import plot_positions
 
-        pairs = list(zip(facts["distances"], facts["coverage"], strict=True))
-        figure = plot_positions(facts["examples"], pairs, sampler.train_length, T)
+        pairs = list(zip(metadata["distances"], metadata["coverage"], strict=True))
+        figure = plot_positions(metadata["examples"], pairs, sampler.train_length, T)
         try:
             figure.savefig(given.draw, dpi=150, bbox_inches="tight")
         except (OSError, ValueError) as error:
@@ -221,10 +221,10 @@ def eval_verb(given: argparse.Namespace) -> int:
     if given.limit is not None and given.limit < 1:
         raise SkipwiseError("--limit: 1 document or more; leave it out for all")
     _quiet()
-    from skipwise.evaluation.run import evaluate_anything
+    from skipwise.evaluation.run import evaluate
     from skipwise.report import format_table, write_report
 
-    rows, run = evaluate_anything(
+    rows, run = evaluate(
         given.thing,
         lengths=lengths,
         tasks=tasks,
@@ -253,7 +253,7 @@ def report_verb(given: argparse.Namespace) -> int:
     if given.out:
         raise SkipwiseError("--out is for several runs: a run's page is in its report folder")
     run = RunFolder(given.things[0])
-    if run.facts().get("kind") != "evaluation":
+    if run.metadata().get("kind") != "evaluation":
         run.recipe()
     page = write_report(run.path)
     print(format_table(run.results()))

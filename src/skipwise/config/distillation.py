@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe
-from skipwise.config.stages import is_finish
+from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
 
 WEIGHT = 3.0  # w of auto; measured at 3.4 M parameters and f = 8 (docs/method.md)
@@ -63,7 +63,7 @@ def in_one_process(recipe: Recipe) -> Recipe:
 
 def _obstacle(recipe: Recipe, router_loss: bool, engine: str, lacks: str) -> tuple[str, str]:
     """(what stands in the way, what else to type); two empty texts: nothing."""
-    if recipe.method not in ("pose", "cream") and not is_finish(recipe):
+    if recipe.method not in ("pose", "cream") and not is_full_length_stage(recipe):
         return f"method: {recipe.method} has no first chunk to be taught", ", or method=pose"
     if recipe.lora is not None and recipe.lora.quantization != "none" and shards(engine):
         return (

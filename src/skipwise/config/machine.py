@@ -41,11 +41,11 @@ def machine() -> dict[str, Any]:
         if sys.platform == "darwin":
             asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
             cpu = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or cpu
-    facts: dict[str, Any] = {"cpu": cpu, "num_cpus": os.cpu_count(), "system": platform.system()}
+    metadata: dict[str, Any] = {"cpu": cpu, "num_cpus": os.cpu_count(), "system": platform.system()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        facts["memory_gib"] = round(pages / 2**30, 1)
-    return facts
+        metadata["memory_gib"] = round(pages / 2**30, 1)
+    return metadata
 
 
 def process_memory(key: str) -> int:

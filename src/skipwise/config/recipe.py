@@ -55,7 +55,7 @@ class LoRASettings:
 class PositionSettings:
     """The sampler of `method: pose`, and `weights`, which holds for cream as well.
 
-    What auto becomes, and why, stands at `settled`.
+    What auto becomes, and why, stands at `resolve_auto`.
     """
 
     num_chunks: int = 2
@@ -108,7 +108,7 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishSettings:
+class FullLengthSettings:
     """The last share of the training tokens at full length, plain positions (phases.py)."""
 
     share: float = 0.0  # of training.num_steps x global_batch_size x L tokens; 0: none
@@ -153,7 +153,7 @@ class Recipe:
     positions: PositionSettings = PositionSettings()
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
-    finish: FinishSettings = FinishSettings()
+    finish: FullLengthSettings = FullLengthSettings()
     eval: EvalSettings = EvalSettings()
     trainer: dict[str, Any] = field(default_factory=dict)  # further TrainingArguments
 

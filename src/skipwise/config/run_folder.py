@@ -95,13 +95,13 @@ class RunFolder:
             raise SkipwiseError(f"{self.path} is not a run folder: it has no recipe.yaml")
         return load_recipe(self.recipe_file)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return _read_json(self.path / "run.json", {})
 
-    def update(self, **facts: Any) -> None:
+    def update(self, **metadata: Any) -> None:
         """Put facts into run.json, beside those already there."""
         if is_main_process():
-            write_json(self.path / "run.json", {**self.facts(), **facts})
+            write_json(self.path / "run.json", {**self.metadata(), **metadata})
 
     def results(self) -> list[dict[str, Any]]:
         file = self.path / "results.json"

@@ -9,7 +9,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos, Sampler
 
 
-def settled(recipe: Recipe) -> Recipe:
+def resolve_auto(recipe: Recipe) -> Recipe:
     """The recipe with the auto of `positions` decided, by its method.
 
     PoSE: text that stands where its positions say, and importance weights. docs/study.md has the
@@ -29,11 +29,11 @@ def settled(recipe: Recipe) -> Recipe:
 
 def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
     """The position sampler that `method` names; `none` trains nothing and has none."""
-    recipe = settled(recipe)
+    recipe = resolve_auto(recipe)
     L, T = recipe.train_length or original_length, recipe.target_length
     settings = recipe.positions
     if recipe.method != "pose":
-        plain = settled(dataclasses.replace(recipe, positions=PositionSettings())).positions
+        plain = resolve_auto(dataclasses.replace(recipe, positions=PositionSettings())).positions
         kept = {"weights": settings.weights}
         if recipe.method == "cream":
             kept["content"] = settings.content

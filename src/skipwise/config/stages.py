@@ -13,17 +13,17 @@ import dataclasses
 import math
 
 from skipwise.config.lengths import format_length
-from skipwise.config.recipe import FinishSettings, PositionSettings, Recipe
-from skipwise.config.samplers import settled
+from skipwise.config.recipe import FullLengthSettings, PositionSettings, Recipe
+from skipwise.config.samplers import resolve_auto
 from skipwise.errors import SkipwiseError
 
 
-def is_finish(recipe: Recipe) -> bool:
-    """Whether this is the recipe of a finish, which `finish_part` has made."""
+def is_full_length_stage(recipe: Recipe) -> bool:
+    """Whether this is the recipe of a finish, which `full_length_stage` has made."""
     return recipe.method == "full" and recipe.finish.share > 0
 
 
-def first_part(recipe: Recipe) -> Recipe:
+def first_stage(recipe: Recipe) -> Recipe:
     """The recipe of what comes before the finish; without a finish the recipe itself.
 
     Raises:
@@ -40,12 +40,12 @@ def first_part(recipe: Recipe) -> Recipe:
         )
     return dataclasses.replace(
         recipe,
-        finish=FinishSettings(),
+        finish=FullLengthSettings(),
         training=dataclasses.replace(recipe.training, num_steps=steps),
     )
 
 
-def finish_part(
+def full_length_stage(
     recipe: Recipe,
     original_length: int,
     num_processes: int = 1,
@@ -106,7 +106,7 @@ def finish_part(
         ),
         trainer={k: v for k, v in recipe.trainer.items() if k != "lr_scheduler_kwargs"},
     )
-    return settled(part)
+    return resolve_auto(part)
 
 
 def _steps_taken(recipe: Recipe) -> int:
@@ -125,7 +125,7 @@ def _check(recipe: Recipe) -> None:
             f"finish.share: {share:g} does not take effect: method: {recipe.method} {reason}\n"
             "leave one of them out"
         )
-    if not share and recipe.finish != FinishSettings():
+    if not share and recipe.finish != FullLengthSettings():
         raise SkipwiseError(
             "finish.learning_rate does not take effect with finish.share: 0\n"
             "type finish.share=0.1, or finish={}"

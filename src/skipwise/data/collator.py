@@ -14,7 +14,7 @@ from skipwise.models.attention.masks import with_layer_masks
 from skipwise.pose.samplers import Example, additive_mask
 
 
-class PositionCollator:
+class ExampleCollator:
     """Examples to a batch that always holds an attention mask.
 
     Without a mask transformers takes a skip in `position_ids` for the boundary of a packed
@@ -25,7 +25,7 @@ class PositionCollator:
     for each kind of layer. `skipwise train` adds these on the device instead, and with `later` the
     weights too: a Trainer fetches the batches of a whole step at once, and 64 masks of 8,192 x
     8,192 take 16 GiB. Then the batch holds `chunk_ids` and `key_weights`, (B, L), for
-    `models.masks.with_carrier` or `with_chunk_weights`.
+    `models.masks.pack_key_weights` or `with_chunk_weights`.
 
     With a `base_length`, the tokens that the base reads, the batch holds `first_lengths` (B,): how
     many of an example's first tokens read like any text, for `loss.Distillation`.

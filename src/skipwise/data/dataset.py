@@ -23,7 +23,7 @@ from skipwise.pose.samplers import Example, Sampler
 _CYCLE = 1000  # examples over which the sources' weights are met exactly
 
 
-class PositionDataset(torch.utils.data.Dataset):
+class PoSEDataset(torch.utils.data.Dataset):
     """Training examples; item k depends on the seed and k alone.
 
     An epoch shows a document of L_x tokens max(1, L_x // T) times, for an example can read from T

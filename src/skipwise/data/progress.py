@@ -61,7 +61,7 @@ class TokenBar:
         )
 
 
-def warn_of_room(now: Progress, size: int | None, itemsize: int, free: int) -> bool:
+def warn_of_disk_space(now: Progress, size: int | None, itemsize: int, free: int) -> bool:
     """Whether the tokens to come will not fit the disk, going by those so far; warns if so.
 
     Args:

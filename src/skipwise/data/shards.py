@@ -36,12 +36,12 @@ from skipwise.data.readers import (
     read_text,
 )
 
-_CHUNK = 1 << 22  # bytes; some hundred to some thousand documents, a second of work
+_SHARD = 1 << 22  # bytes; some hundred to some thousand documents, a second of work
 _RECORD = 64  # bytes that a record weighs besides its text: millions of empty ones are many
 
 
 @dataclass(frozen=True, kw_only=True)
-class Position:
+class Cursor:
     """A place between two documents of a source."""
 
     file: int = 0  # which of the source's files
@@ -79,12 +79,12 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk:
+class Shard:
     """Consecutive documents of a source."""
 
     items: list[Span | Outcome]
     text_field: str
-    end: Position  # where the next chunk begins
+    end: Cursor  # where the next chunk begins
     size: int  # bytes it takes up in memory once it is read, about
     done: int  # bytes of the source's files up to its end, for the progress
 
@@ -96,20 +96,20 @@ class Chunk:
                 yield item
 
 
-def read_chunks(source: Source, start: Position | None = None) -> Iterator[Chunk]:
+def read_shards(source: Source, start: Cursor | None = None) -> Iterator[Shard]:
     """The chunks of a source from a position on, where an earlier chunk ended.
 
     Raises:
         SkipwiseError: nothing there, a file too large to be held, no such data set of the hub.
     """
-    start = start or Position()
-    return (_file_chunks if source.is_local else _hub_chunks)(source, start)
+    start = start or Cursor()
+    return (_file_shards if source.is_local else _hub_shards)(source, start)
 
 
 def read_documents(source: Source, bad: BadRecords) -> Iterator[str]:
     """The text of every document: a text file is one, JSON lines and Parquet one a record."""
-    for chunk in read_chunks(source):
-        for outcome in chunk.read():
+    for shard in read_shards(source):
+        for outcome in shard.read():
             if isinstance(outcome, BadRecord):
                 bad.add(outcome)
             elif outcome.strip():
@@ -128,15 +128,15 @@ class _Items:
         """Whether the chunk is full."""
         self.items.append(item)
         self.size += size + _RECORD
-        return self.size >= _CHUNK
+        return self.size >= _SHARD
 
-    def take(self, end: Position, done: int) -> Chunk:
+    def take(self, end: Cursor, done: int) -> Shard:
         items, size = self.items, self.size
         self.items, self.size = [], 0
-        return Chunk(items=items, text_field=self.text_field, end=end, size=size, done=done)
+        return Shard(items=items, text_field=self.text_field, end=end, size=size, done=done)
 
 
-def _file_chunks(source: Source, start: Position) -> Iterator[Chunk]:
+def _file_shards(source: Source, start: Cursor) -> Iterator[Shard]:
     files = list_files(source)
     sizes = [path.stat().st_size for path in files]
     check_sizes(files, sizes)
@@ -145,12 +145,12 @@ def _file_chunks(source: Source, start: Position) -> Iterator[Chunk]:
     for i in range(start.file, len(files)):
         at = start.at if i == start.file else 0
         for item, size, stop, done in _file_items(files[i], sizes[i], at, source.text_field):
-            end = Position(file=i + 1) if math.isinf(stop) else Position(file=i, at=int(stop))
+            end = Cursor(file=i + 1) if math.isinf(stop) else Cursor(file=i, at=int(stop))
             if gathered.add(item, size):
                 yield gathered.take(end, before + done)
         before += sizes[i]
     if gathered.items:
-        yield gathered.take(Position(file=len(files)), before)
+        yield gathered.take(Cursor(file=len(files)), before)
 
 
 def _file_items(
@@ -169,8 +169,8 @@ def _file_items(
         elif kind == "lines" and not zipped:
             with path.open("rb"):  # one that cannot be opened is one bad record, not one a span
                 pass
-            for begin in range(at, size, _CHUNK):
-                stop = min(begin + _CHUNK, size)
+            for begin in range(at, size, _SHARD):
+                stop = min(begin + _SHARD, size)
                 span = Span(path=path, is_text=False, start=begin, stop=stop)
                 yield span, stop - begin, stop if stop < size else math.inf, stop
         else:
@@ -181,7 +181,7 @@ def _file_items(
         yield _broken(path, error), 0, math.inf, size
 
 
-def _hub_chunks(source: Source, start: Position) -> Iterator[Chunk]:
+def _hub_shards(source: Source, start: Cursor) -> Iterator[Shard]:
     gathered = _Items(source.text_field)
     number = start.at
     with hub_errors(source):
@@ -190,12 +190,12 @@ def _hub_chunks(source: Source, start: Position) -> Iterator[Chunk]:
             outcome = read_record(f"{source.path}[{number}]", record, source.text_field)
             number += 1
             if gathered.add(outcome, _size(outcome)):
-                yield gathered.take(Position(at=number, state=_state_of(records)), 0)
+                yield gathered.take(Cursor(at=number, state=_state_of(records)), 0)
         if gathered.items:
-            yield gathered.take(Position(at=number), 0)
+            yield gathered.take(Cursor(at=number), 0)
 
 
-def _go_on(records: Any, start: Position) -> Iterator[Any]:
+def _go_on(records: Any, start: Cursor) -> Iterator[Any]:
     """Records from a position: `datasets` skips whole files and row groups where it can."""
     if start.state is not None and hasattr(records, "load_state_dict"):
         records.load_state_dict(start.state)

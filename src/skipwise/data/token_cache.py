@@ -29,7 +29,7 @@ import numpy as np
 
 from skipwise.config.machine import is_main_process
 from skipwise.config.run_folder import write_json
-from skipwise.data.shards import Position
+from skipwise.data.shards import Cursor
 
 try:
     import fcntl
@@ -108,7 +108,7 @@ def open_store(folder: Path) -> TokenStore:
     )
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     return (folder / "meta.json").exists()
 
 
@@ -116,7 +116,7 @@ def is_whole(folder: Path) -> bool:
 class Progress:
     """How far an unfinished store holds."""
 
-    position: Position = field(default_factory=Position)
+    position: Cursor = field(default_factory=Cursor)
     is_complete: bool = False
     num_tokens: int = 0
     num_documents: int = 0
@@ -181,7 +181,7 @@ class TokenWriter:
         """The state to go on from; the beginning where files do not hold what it tells."""
         try:
             tree = json.loads((self.part / "progress.json").read_text(encoding="utf-8"))
-            progress = Progress(**{**tree, "position": Position(**tree["position"])})
+            progress = Progress(**{**tree, "position": Cursor(**tree["position"])})
             sizes = [(self.part / f"{n}.bin").stat().st_size for n in ("tokens", "lengths")]
         except (OSError, ValueError, TypeError, KeyError):
             return Progress()
@@ -206,7 +206,7 @@ def part_of(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(part, ignore_errors=True)
             return
         yield folder.with_name(f"{folder.name}.part")
-        if is_whole(folder):  # whoever comes now sees that and needs no lock
+        if is_complete(folder):  # whoever comes now sees that and needs no lock
             lock.unlink(missing_ok=True)
 
 

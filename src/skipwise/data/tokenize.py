@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.data.progress import TokenBar, warn_of_room
+from skipwise.data.progress import TokenBar, warn_of_disk_space
 from skipwise.data.readers import BadRecord, BadRecords, Source, describe, list_files
-from skipwise.data.shards import Chunk, read_chunks
+from skipwise.data.shards import Shard, read_shards
 from skipwise.data.token_cache import (
     Progress,
     TokenStore,
     TokenWriter,
-    is_whole,
+    is_complete,
     open_store,
     part_of,
     remove_abandoned,
@@ -79,11 +79,11 @@ def tokenize_source(
     key = [_FORMAT, _PIECE, on_bad_record, described, tokenizer_fingerprint(tokenizer)]
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / fingerprint
-    if is_whole(folder):
+    if is_complete(folder):
         return open_store(folder)
     try:
         with part_of(folder) as part:
-            if not is_whole(folder):  # else another process was faster
+            if not is_complete(folder):  # else another process was faster
                 remove_abandoned(folder.parent)
                 with TokenWriter(part, _dtype(tokenizer)) as writer:
                     _tokenize(source, tokenizer, writer, on_bad_record, num_proc, progress)
@@ -153,18 +153,18 @@ def _tokenize(
     bar = TokenBar(source, size, now, shown)
     saved = time.monotonic()
     is_warned = False
-    chunks = iter(()) if now.is_complete else read_chunks(source, now.position)
-    work = _encode_all(chunks, tokenizer, num_proc)
+    shards = iter(()) if now.is_complete else read_shards(source, now.position)
+    work = _encode_all(shards, tokenizer, num_proc)
     try:
-        for chunk, encoded in work:
-            now = _append(writer, now, chunk, encoded, bad, source.max_tokens)
+        for shard, encoded in work:
+            now = _append(writer, now, shard, encoded, bad, source.max_tokens)
             bar.update(now)
             if now.is_complete:
                 break
             if time.monotonic() - saved > _SAVE_SECONDS:
                 writer.save(now)
                 free = shutil.disk_usage(writer.part).free
-                is_warned = is_warned or warn_of_room(now, size, writer.dtype.itemsize, free)
+                is_warned = is_warned or warn_of_disk_space(now, size, writer.dtype.itemsize, free)
                 saved = time.monotonic()
         now = dataclasses.replace(now, is_complete=True)
     finally:
@@ -180,7 +180,7 @@ def _tokenize(
 def _append(
     writer: TokenWriter,
     now: Progress,
-    chunk: Chunk,
+    shard: Shard,
     encoded: _Encoded,
     bad: BadRecords,
     max_tokens: int | None,
@@ -198,40 +198,40 @@ def _append(
     writer.append(tokens, lengths)
     return dataclasses.replace(
         now,
-        position=chunk.end,
+        position=shard.end,
         is_complete=is_complete,
         num_tokens=now.num_tokens + len(tokens),
         num_documents=now.num_documents + len(lengths),
         num_bad_records=bad.count,
         bad_records=list(bad.first),
-        num_bytes=chunk.done,
+        num_bytes=shard.done,
     )
 
 
 def _encode_all(
-    chunks: Iterator[Chunk], tokenizer: Any, num_proc: int
-) -> Generator[tuple[Chunk, _Encoded], None, None]:
+    shards: Iterator[Shard], tokenizer: Any, num_proc: int
+) -> Generator[tuple[Shard, _Encoded], None, None]:
     """Chunks and their tokens in order."""
     if num_proc <= 1:
-        for chunk in chunks:
-            yield chunk, _encode_chunk(tokenizer, chunk)
+        for shard in shards:
+            yield shard, _encode_shard(tokenizer, shard)
         return
     context = multiprocessing.get_context("spawn")  # fork after torch's threads can hang
     pool = ProcessPoolExecutor(
         num_proc, mp_context=context, initializer=_start_worker, initargs=(tokenizer,)
     )
-    waiting: deque[tuple[Chunk, Future[_Encoded]]] = deque()
+    waiting: deque[tuple[Shard, Future[_Encoded]]] = deque()
     size = 0
     try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_work, chunk)))
-            size += chunk.size
+        for shard in shards:
+            waiting.append((shard, pool.submit(_work, shard)))
+            size += shard.size
             while len(waiting) > 2 * num_proc or (size > _WAITING and waiting):
                 first, future = waiting.popleft()
                 size -= first.size
                 yield first, future.result()
-        for chunk, future in waiting:
-            yield chunk, future.result()
+        for shard, future in waiting:
+            yield shard, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -251,12 +251,12 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(chunk: Chunk) -> _Encoded:
-    return _encode_chunk(globals()["_worker_tokenizer"], chunk)
+def _work(shard: Shard) -> _Encoded:
+    return _encode_shard(globals()["_worker_tokenizer"], shard)
 
 
-def _encode_chunk(tokenizer: Any, chunk: Chunk) -> _Encoded:
-    outcomes = list(chunk.read())
+def _encode_shard(tokenizer: Any, shard: Shard) -> _Encoded:
+    outcomes = list(shard.read())
     texts = [text for text in outcomes if isinstance(text, str) and text.strip()]
     bad = [record for record in outcomes if isinstance(record, BadRecord)]
     dtype = _dtype(tokenizer)

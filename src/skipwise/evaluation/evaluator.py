@@ -23,10 +23,10 @@ from skipwise.evaluation.fingerprint import harness_identity
 from skipwise.evaluation.harness import benchmarks
 from skipwise.evaluation.intervals import mean_interval
 from skipwise.evaluation.progress import Progress
-from skipwise.evaluation.scoring import Tick, answers_right, shares_found
+from skipwise.evaluation.scoring import Tick, exact_match, recall
 from skipwise.evaluation.tasks import passkey, ruler
 from skipwise.evaluation.tasks.perplexity import fitting_lengths, perplexity
-from skipwise.evaluation.tasks.prompts import words_of
+from skipwise.evaluation.tasks.prompts import haystack_words
 
 Rows = list[dict[str, Any]]
 _VERSION = 1  # of the tasks: raise it when what they ask or how they count changes
@@ -34,7 +34,7 @@ OWN_TASKS = ("perplexity", "passkey", "needle", "ruler", *ruler.TASKS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvalModel:
     """A model to be measured."""
 
     label: str  # what the rows' `model` says: before, after, or a name
@@ -77,7 +77,7 @@ class _Unit:
 
 
 def evaluate_model(
-    subject: Subject,
+    eval_model: EvalModel,
     texts: Texts,
     context_lengths: Sequence[int],
     settings: EvalSettings,
@@ -98,26 +98,26 @@ def evaluate_model(
     check_settings(settings)
     rows = list(done or [])
     lengths = sorted(set(context_lengths))
-    units = list(_units(subject, texts, lengths, settings))
-    have = {row.get("key") for row in rows if row["model"] == subject.label}
+    units = list(_units(eval_model, texts, lengths, settings))
+    have = {row.get("key") for row in rows if row["model"] == eval_model.label}
     missing = [unit for unit in units if unit.key not in have]
     _check_benchmarks([u.name for u in missing if u.kind == "benchmark"], settings)
-    model = _Loaded(subject.load)
-    digest = texts.digest(subject.tokenizer)
+    model = _Loaded(eval_model.load)
+    digest = texts.digest(eval_model.tokenizer)
     left_out = _without_text(texts, settings.tasks, lengths)
     total = sum(unit.tokens for unit in missing)
-    with Progress(f"evaluate {subject.label}", total, progress) as bar:
+    with Progress(f"evaluate {eval_model.label}", total, progress) as bar:
         for unit in missing:
             bar.begin(unit.name, unit.tokens)
             found = unit.measure(model, bar.tick)
             bar.finish()
-            rows = [row for row in rows if not _replaced(row, found, subject.label)]
+            rows = [row for row in rows if not _replaced(row, found, eval_model.label)]
             if unit.kind == "text":  # other windows have other targets
                 tasks = {row["task"] for row in found}
-                mine = subject.label
+                mine = eval_model.label
                 rows = [r for r in rows if r["model"] != mine or r["task"] not in tasks]
             marks = {"key": unit.key} | ({"text": digest} if unit.of_text else {})
-            rows += [{"model": subject.label, **row, **marks} for row in found]
+            rows += [{"model": eval_model.label, **row, **marks} for row in found]
             if not found:
                 left_out.append(f"{unit.name} (it does not fit)")
             elif save is not None:
@@ -125,7 +125,7 @@ def evaluate_model(
     if left_out and progress:
         print(f"left out: {', '.join(left_out)}", file=sys.stderr, flush=True)
     keys = {unit.key for unit in units}
-    return [row for row in rows if row["model"] == subject.label and row.get("key") in keys]
+    return [row for row in rows if row["model"] == eval_model.label and row.get("key") in keys]
 
 
 def check_settings(settings: EvalSettings) -> None:
@@ -154,15 +154,15 @@ class _Loaded:
 
 
 def _units(
-    subject: Subject, texts: Texts, lengths: list[int], settings: EvalSettings
+    eval_model: EvalModel, texts: Texts, lengths: list[int], settings: EvalSettings
 ) -> Iterator[_Unit]:
     tasks = _expanded(settings.tasks)
-    tokenizer = subject.tokenizer
+    tokenizer = eval_model.tokenizer
     text = texts.identity()
     words: dict[int, list[str]] = {}
 
     def key(*facts: Any) -> str:
-        whole = json.dumps([_VERSION, subject.identity, settings.seed, *facts], default=str)
+        whole = json.dumps([_VERSION, eval_model.identity, settings.seed, *facts], default=str)
         return hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest()[:12]
 
     for task in tasks:
@@ -183,7 +183,7 @@ def _units(
         elif task in OWN_TASKS:
             for length in lengths:
                 if length not in words:  # of each length its own: the set depends on nothing else
-                    words[length] = words_of(tokenizer, texts.documents, 2 * length)
+                    words[length] = haystack_words(tokenizer, texts.documents, 2 * length)
                 unit = _unit(task, length, tokenizer, words[length], settings, key, text)
                 if unit is not None:
                     yield unit
@@ -273,7 +273,7 @@ def _retrieval(
             )
         if not trials:
             return []
-        right = answers_right(model(), trials, settings.batch_tokens, tick)
+        right = exact_match(model(), trials, settings.batch_tokens, tick)
         return passkey.rows_by_depth(task, length, trials, right)
 
     return measure
@@ -291,7 +291,7 @@ def _ruler(task: str, length: int, tokenizer: Any, words: list[str], settings: E
         )
         if not samples:
             return []
-        shares = shares_found(model(), tokenizer, samples, settings.batch_tokens, tick)
+        shares = recall(model(), tokenizer, samples, settings.batch_tokens, tick)
         value, low, high = mean_interval(shares)
         return [
             {

@@ -31,7 +31,7 @@ _LEAST_PIECE = 64
 _LEAST_MASK = 12 << 20  # bytes
 
 
-class _Room(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A layer's keys and values, written into room that was made for all of them."""
 
     def __init__(self, room: int) -> None:
@@ -56,9 +56,9 @@ class _Room(DynamicLayer):
         """Go back to the first tokens; what comes next is written over the rest."""
         self.keys, self.values = self.key_room[:, :, :tokens], self.value_room[:, :, :tokens]
 
-    def fork(self, rows: int) -> _Room:
+    def batch_repeat(self, rows: int) -> PreallocatedLayer:
         """The same tokens in each of some rows."""
-        made = _Room(self.room)
+        made = PreallocatedLayer(self.room)
         if self.is_initialized and self.keys is not None and self.values is not None:
             keys, values = (
                 t.expand(rows, -1, -1, -1) if len(t) == 1 else t for t in (self.keys, self.values)
@@ -83,20 +83,22 @@ class _Room(DynamicLayer):
 def new_cache(model: Any, room: int) -> Any:
     """An empty cache with room for some tokens; layers with a window or a state keep their own."""
     cache: Any = DynamicCache(config=model.config)
-    cache.layers = [_Room(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        PreallocatedLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     cache.num_tokens = 0  # counted here: layers that hold a state do not know
     return cache
 
 
 def holds_all(cache: Any) -> bool:
     """Whether every layer holds every key: then padding can be masked, and tokens taken back."""
-    return all(isinstance(layer, _Room) for layer in cache.layers)
+    return all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
 
 
-def fork(cache: Any, rows: int) -> Any:
+def batch_repeat(cache: Any, rows: int) -> Any:
     """A cache to go on with in each of some rows; with one row it is the same cache.
 
-    After one row, `rewind` gives the cache back as it was. Layers with a window or a state are
+    After one row, `crop` gives the cache back as it was. Layers with a window or a state are
     copied: they cannot be taken back.
     """
     if rows == 1 and holds_all(cache):
@@ -104,8 +106,8 @@ def fork(cache: Any, rows: int) -> Any:
     made = copy.copy(cache)
     made.layers = []
     for layer in cache.layers:
-        if isinstance(layer, _Room):
-            made.layers.append(layer.fork(rows))
+        if isinstance(layer, PreallocatedLayer):
+            made.layers.append(layer.batch_repeat(rows))
         else:
             made.layers.append(copy.deepcopy(layer))
             if rows > 1:
@@ -113,11 +115,11 @@ def fork(cache: Any, rows: int) -> Any:
     return made
 
 
-def rewind(cache: Any, tokens: int) -> None:
+def crop(cache: Any, tokens: int) -> None:
     """Take back what followed the first tokens, where the layers can."""
     cache.num_tokens = tokens
     for layer in cache.layers:
-        if isinstance(layer, _Room) and layer.is_initialized:
+        if isinstance(layer, PreallocatedLayer) and layer.is_initialized:
             layer.keep(tokens)
 
 
@@ -125,7 +127,7 @@ def prefill(model: Any, input_ids: torch.Tensor, past: Any) -> None:
     """Put tokens (B, S) into the cache."""
     start, total = 0, past.num_tokens + input_ids.shape[1]
     while start < input_ids.shape[1]:
-        piece = input_ids[:, start : start + piece_size(model, total, len(input_ids))]
+        piece = input_ids[:, start : start + prefill_chunk_size(model, total, len(input_ids))]
         _forward(model, piece, past, torch.tensor([piece.shape[1] - 1]))
         start += piece.shape[1]
 
@@ -158,7 +160,7 @@ def logits_in_slices(
             model, input_ids if past is not None else input_ids[:, :end], past, positions
         )
         return
-    piece = piece_size(model, before + end, rows)
+    piece = prefill_chunk_size(model, before + end, rows)
     if before == 0 and end <= PREFILL and not _is_eager(model.config):
         piece = end  # with nothing before it no mask is made: it is causal and nothing else
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -198,7 +200,7 @@ def next_logits(
     return out.logits[:, -1]
 
 
-def piece_size(model: Any, total: int, rows: int = 1) -> int:
+def prefill_chunk_size(model: Any, total: int, rows: int = 1) -> int:
     """Tokens that go through the model at once, in front of a cache of up to `total` tokens.
 
     A piece needs a mask of its length x total (with eager attention, scores of every head): it is
@@ -303,7 +305,7 @@ def _by_pieces(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     base = new_cache(model, 64)
     for piece in (ids[:1, :20], ids[:1, 20:32]):
         _forward(model, piece, base, torch.tensor([piece.shape[1] - 1]))
-    have = _forward(model, ids[:, 32:], fork(base, 2), torch.arange(26))
+    have = _forward(model, ids[:, 32:], batch_repeat(base, 2), torch.arange(26))
     return have, _plain(model, ids, 32)
 
 

@@ -23,8 +23,8 @@ from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprin
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.evaluator import (
     OWN_TASKS,
+    EvalModel,
     Rows,
-    Subject,
     Texts,
     check_settings,
     evaluate_model,
@@ -35,8 +35,8 @@ from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokeni
 from skipwise.models.model_info import check_reach
 
 
-def evaluate_anything(
-    thing: str,
+def evaluate(
+    model_or_run: str,
     *,
     lengths: list[int],
     tasks: list[str],
@@ -59,20 +59,24 @@ def evaluate_anything(
     Raises:
         SkipwiseError: a run without a model, a model without lengths, a task that is not known.
     """
-    run = RunFolder(thing)
+    run = RunFolder(model_or_run)
     is_run = run.recipe_file.exists()
     if is_run:
         recipe = run.recipe()
         if not run.model.is_dir():
-            trained = recipe.method == "none" or run.facts().get("training")
+            trained = recipe.method == "none" or run.metadata().get("training")
             verb = "export" if trained else "extend"
             raise SkipwiseError(f"{run.path} has no model yet: type skipwise {verb} {run.path}")
         if out is not None:
             raise SkipwiseError(f"--out: the results of a run go into it, {run.path}")
         tree = dataclasses.asdict(recipe)
     else:
-        name = Path(thing).expanduser().resolve().name if Path(thing).exists() else thing
-        tree = {"model": thing, "target_length": 1}
+        name = (
+            Path(model_or_run).expanduser().resolve().name
+            if Path(model_or_run).exists()
+            else model_or_run
+        )
+        tree = {"model": model_or_run, "target_length": 1}
         for key in (override.partition("=")[0] for override in overrides):
             if key.split(".")[0] not in ("eval", "load") and key != "data.text_field":
                 raise SkipwiseError(
@@ -92,7 +96,7 @@ def evaluate_anything(
     for label, model in labels.items():  # mistakes show before a folder is made
         ours = is_run and model in (str(run.model), str(run.converted))
         settings = recipe.load.of_own_folder() if ours else recipe.load
-        subjects.append(subject(label, model, settings, lengths))
+        subjects.append(make_eval_model(label, model, settings, lengths))
     if not is_run:
         _open(run, labels, baseline, command)
     rows: Rows = []
@@ -118,9 +122,9 @@ def evaluate_anything(
     return rows, run
 
 
-def subject(
+def make_eval_model(
     label: str, model: str, settings: ModelSettings, lengths: list[int], tokenizer: Any = None
-) -> Subject:
+) -> EvalModel:
     """A folder or hub name to be measured with its own config, and tokenizer if none is given.
 
     Raises:
@@ -130,7 +134,7 @@ def subject(
     check_reach(config.to_dict(), max(lengths, default=0))
     dtype = compute_dtype(settings)
     tokenizer = tokenizer or load_tokenizer(model, settings)
-    return Subject(
+    return EvalModel(
         label=label,
         load=lambda: load_for_evaluation(model, config, settings, dtype=dtype),
         tokenizer=tokenizer,
@@ -210,7 +214,7 @@ def _share_out(
 def _own_lengths(recipe: Recipe, run: RunFolder | None) -> list[int]:
     if run is None:
         return list(recipe.eval.context_lengths)
-    original = run.facts().get("original_length", recipe.target_length)
+    original = run.metadata().get("original_length", recipe.target_length)
     return list(context_lengths(recipe, original))
 
 
@@ -245,7 +249,7 @@ def _place(model: str) -> str:
 
 def _open(run: RunFolder, labels: dict[str, str], baseline: str | None, command: str) -> None:
     """Make the evaluation folder, or go on with it."""
-    facts = run.facts()
+    facts = run.metadata()
     if not facts and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise SkipwiseError(f"{run.path} exists and holds something else: type another --out")
     if facts and facts.get("kind") != "evaluation":

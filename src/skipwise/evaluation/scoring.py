@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from skipwise.evaluation.prefill import (
-    fork,
+    batch_repeat,
+    crop,
     logits_at,
     logits_in_slices,
     new_cache,
     next_logits,
     prefill,
     reading,
-    rewind,
 )
 
 _WORTH = 64  # tokens; a shorter prefix is not worth a cache
@@ -55,7 +55,7 @@ class Trial:
 
 
 @torch.inference_mode()
-def answers_right(
+def exact_match(
     model: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
 ) -> list[bool]:
     """Whether greedy decoding would give exactly each trial's answer.
@@ -83,7 +83,7 @@ def answers_right(
 
 
 @torch.inference_mode()
-def shares_found(
+def recall(
     model: Any,
     tokenizer: Any,
     trials: Sequence[Trial],
@@ -180,8 +180,8 @@ def _batches_of_one(
         more = torch.tensor([rows[-1][have:prefix]], device=model.device)
         if more.shape[1]:
             prefill(model, more, base)
-        yield indices, rests, fork(base, len(indices))
-        rewind(base, prefix)
+        yield indices, rests, batch_repeat(base, len(indices))
+        crop(base, prefix)
 
 
 def _shared(rows: list[list[int]], last: list[int], most: list[int]) -> list[int]:

@@ -27,7 +27,7 @@ from skipwise.errors import Check, SkipwiseError
 from skipwise.models.attention.temperature import fold_temperature
 from skipwise.models.compatibility import make_portable, save_tokenizer
 from skipwise.models.load import best_device, compute_dtype, load_model
-from skipwise.models.prepared import ModelPlan
+from skipwise.models.prepared import PreparedModel
 
 _TOLERANCE = 1e-4
 _SHARD = "5GB"
@@ -75,7 +75,7 @@ length. Take the merged model to have it.
 
 
 def export_model(
-    plan: ModelPlan, run: RunFolder, checkpoint: Path | None, temperature: float = 1.0
+    prepared: PreparedModel, run: RunFolder, checkpoint: Path | None, temperature: float = 1.0
 ) -> list[Check]:
     """Write `model/` from a trained checkpoint and check it in a fresh process.
 
@@ -87,16 +87,16 @@ def export_model(
         SkipwiseError: training has not reached its end, the weights cannot carry the temperature,
             or the disk is full.
     """
-    recipe = plan.recipe
+    recipe = prepared.recipe
     if recipe.method != "none":
         require_trained(run, checkpoint)
-    model = trained_model(plan, checkpoint)
+    model = trained_model(prepared, checkpoint)
     if temperature != 1:
         fold_temperature(model, temperature)
-    dtype = getattr(plan.config, "dtype", None) or torch.float32
+    dtype = getattr(prepared.config, "dtype", None) or torch.float32
     for parameter in model.parameters():  # parameters only: a cast of inv_freq ruins positions
         parameter.data = parameter.data.to(dtype).float()
-    probe = _probe(plan.facts.vocab_size, recipe.target_length)
+    probe = _probe(prepared.info.vocab_size, recipe.target_length)
     want = _logits(model, probe)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -107,7 +107,7 @@ def export_model(
     try:
         part.mkdir(parents=True)
         model.save_pretrained(part, max_shard_size=_SHARD)
-        save_tokenizer(plan.tokenizer, plan.source, part)
+        save_tokenizer(prepared.tokenizer, prepared.source, part)
         make_portable(part, recipe.target_length)
         write_text(part / "skipwise_recipe.yaml", dump_recipe(without_places(recipe)))
         shutil.rmtree(run.model, ignore_errors=True)
@@ -117,7 +117,7 @@ def export_model(
     return [_check_reload(run.model, probe, want)]
 
 
-def export_adapter(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> list[Check]:
+def export_adapter(prepared: PreparedModel, run: RunFolder, checkpoint: Path | None) -> list[Check]:
     """Write `adapter/`: LoRA alone, with the base's scaled config, and check it.
 
     An adapter does not carry the change of RoPE: on the plain base it computes something else,
@@ -126,7 +126,7 @@ def export_adapter(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
     Raises:
         SkipwiseError: the run trained no adapter, or not to its end.
     """
-    if plan.recipe.lora is None:
+    if prepared.recipe.lora is None:
         raise SkipwiseError(f"{run.path} trained all weights: it has no adapter\ntype --to hf")
     checkpoint = require_trained(run, checkpoint)
     part = run.path / "adapter.part"
@@ -135,19 +135,19 @@ def export_adapter(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
         part.mkdir(parents=True)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(checkpoint / name, part / name)
-        base = plan.recipe.model if plan.conversion is None else plan.source
+        base = prepared.recipe.model if prepared.conversion is None else prepared.source
         settings = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
         write_json(part / "adapter_config.json", {**settings, "base_model_name_or_path": base})
-        plan.scaled.save_pretrained(part)
-        save_tokenizer(plan.tokenizer, plan.source, part)
-        make_portable(part, plan.recipe.target_length)
+        prepared.scaled.save_pretrained(part)
+        save_tokenizer(prepared.tokenizer, prepared.source, part)
+        make_portable(part, prepared.recipe.target_length)
         write_text(part / "README.md", _ADAPTER.format(base=base) + _without_temperature(run))
         shutil.rmtree(run.adapter, ignore_errors=True)
         os.replace(part, run.adapter)
     except OSError as error:
         raise SkipwiseError(f"{run.adapter} could not be written: {error.strerror}") from error
-    probe = _probe(plan.facts.vocab_size, plan.recipe.target_length)
-    want = _logits(trained_model(plan, checkpoint), probe)
+    probe = _probe(prepared.info.vocab_size, prepared.recipe.target_length)
+    want = _logits(trained_model(prepared, checkpoint), probe)
     return [_check_reload(run.adapter, probe, want, "reload of the adapter", _RELOAD_ADAPTER)]
 
 
@@ -165,17 +165,17 @@ def require_trained(run: RunFolder, checkpoint: Path | None) -> Path:
 
 
 def trained_model(
-    plan: ModelPlan,
+    prepared: PreparedModel,
     checkpoint: Path | None,
     dtype: torch.dtype = torch.float32,
     device_map: str | None = None,
 ) -> Any:
     """The model with a checkpoint's weights, LoRA merged; None: untrained but rescaled."""
-    recipe = plan.recipe
-    source, settings = plan.source, plan.load
+    recipe = prepared.recipe
+    source, settings = prepared.source, prepared.load
     if checkpoint is not None and recipe.lora is None:
         source, settings = str(checkpoint), recipe.load.of_own_folder()
-    model = load_model(source, plan.scaled, settings, dtype=dtype, device_map=device_map)
+    model = load_model(source, prepared.scaled, settings, dtype=dtype, device_map=device_map)
     if checkpoint is not None and recipe.lora is not None:
         from peft import PeftModel
 
@@ -183,11 +183,11 @@ def trained_model(
     return model.eval()
 
 
-def measurable_model(plan: ModelPlan, checkpoint: Path | None) -> Any:
+def load_for_scoring(prepared: PreparedModel, checkpoint: Path | None) -> Any:
     """`trained_model` on the best device, or spread as `load.device_map` says."""
-    settings = plan.recipe.load
+    settings = prepared.recipe.load
     dtype = compute_dtype(settings)
-    model = trained_model(plan, checkpoint, dtype, settings.device_map)
+    model = trained_model(prepared, checkpoint, dtype, settings.device_map)
     return model if settings.device_map is not None else model.to(best_device())
 
 
@@ -212,7 +212,7 @@ def without_places(recipe: Recipe) -> Recipe:
 
 def _without_temperature(run: RunFolder) -> str:
     """What an adapter lacks of the merged model, for its README."""
-    value = run.facts().get("temperature", {}).get("value", run.recipe().temperature)
+    value = run.metadata().get("temperature", {}).get("value", run.recipe().temperature)
     value = "searched at its export" if value == "auto" else value
     return "" if value == 1 else _TEMPERATURE.format(value=value)
 

@@ -44,9 +44,9 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
         raise SkipwiseError(f"{repo_id!r} is no name on the Hub: {_line(error)}") from error
     if repo_id.count("/") != 1:
         raise SkipwiseError(f"{repo_id!r} is no name on the Hub: type USER/NAME")
-    if not run.facts().get("exported") or not run.model.is_dir():
+    if not run.metadata().get("exported") or not run.model.is_dir():
         raise SkipwiseError(f"{run.path} is not exported\ntype skipwise export {run.path}")
-    failed = [c["name"] for c in run.facts().get("checks", []) if not c["passed"]]
+    failed = [c["name"] for c in run.metadata().get("checks", []) if not c["passed"]]
     if failed:
         raise SkipwiseError(
             f"{run.path}: the check {failed[0]!r} has failed, and what is not right is not "

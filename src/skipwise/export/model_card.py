@@ -54,7 +54,7 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     Args:
         place: where a reader will find the model, for the commands that load it.
     """
-    recipe, facts = run.recipe(), run.facts()
+    recipe, facts = run.recipe(), run.metadata()
     base = Path(recipe.model).expanduser()
     carried = base_metadata(recipe.model)
     if base.is_dir():
@@ -83,7 +83,7 @@ def base_metadata(model: str) -> dict[str, Any]:
 
 def metadata(run: RunFolder, carried: dict[str, Any]) -> str:
     """The YAML at the top of the card."""
-    recipe, facts, rows = run.recipe(), run.facts(), run.results()
+    recipe, facts, rows = run.recipe(), run.metadata(), run.results()
     is_folder = Path(recipe.model).expanduser().exists()
     T = recipe.target_length
     results = []

@@ -21,8 +21,8 @@ from skipwise.config.parse import parse_recipe
 from skipwise.config.samplers import make_sampler
 from skipwise.errors import SkipwiseError
 from skipwise.integrations.collator import PoSECollator
-from skipwise.integrations.preflight_callback import PreflightCallback, finish_folder
-from skipwise.models.prepared import ModelPlan, plan_model
+from skipwise.integrations.preflight_callback import PreflightCallback, finalize_checkpoint
+from skipwise.models.prepared import PreparedModel, prepare_model
 
 _KEYS = (
     "target_length",
@@ -51,7 +51,7 @@ class SkipwisePlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan: ModelPlan | None = None
+        self.prepared: PreparedModel | None = None
         self.collator: PoSECollator | None = None
 
     def get_input_args(self) -> str:
@@ -86,13 +86,13 @@ class SkipwisePlugin(BasePlugin):
         positions = {"weights": "none", **(section.get("positions") or {})}  # its attention: any
         tree = {**seed, **section, "positions": positions}
         tree |= {"model": cfg["base_model"], "load": load}
-        plan = plan_model(parse_recipe(tree))
-        if plan.conversion is not None:
+        prepared = prepare_model(parse_recipe(tree))
+        if prepared.conversion is not None:
             raise SkipwiseError(
                 f"{cfg['base_model']} has to be converted before it can be rescaled\n"
                 "type skipwise extend for it; Axolotl loads it as it is"
             )
-        before, after = plan.config.to_dict(), plan.scaled.to_dict()
+        before, after = prepared.config.to_dict(), prepared.scaled.to_dict()
         changes = {k: v for k, v in after.items() if before.get(k) != v}
         name = "overrides_of_model_config" if cfg.get("overrides_of_model_config") else None
         given = dict(cfg.get(name or "model_config") or {})
@@ -102,21 +102,21 @@ class SkipwisePlugin(BasePlugin):
                     f"model_config.{key} is set by the skipwise section\nleave it out"
                 )
         cfg[name or "model_config"] = {**given, **changes}
-        sampler = make_sampler(plan.recipe, plan.facts.original_length)
+        sampler = make_sampler(prepared.recipe, prepared.info.original_length)
         if cfg.get("sequence_len") is None:
-            cfg["sequence_len"] = plan.recipe.target_length
+            cfg["sequence_len"] = prepared.recipe.target_length
         if cfg["sequence_len"] < sampler.train_length:
             raise SkipwiseError(
                 f"sequence_len {cfg['sequence_len']:,} cuts the records below train_length "
                 f"{sampler.train_length:,}\nleave it out: it becomes the target length"
             )
-        self.plan = plan
+        self.prepared = prepared
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        assert self.plan is not None
-        recipe = self.plan.recipe
+        assert self.prepared is not None
+        recipe = self.prepared.recipe
         self.collator = PoSECollator(
-            make_sampler(recipe, self.plan.facts.original_length),
+            make_sampler(recipe, self.prepared.info.original_length),
             seed=recipe.seed,
             weights=recipe.positions.weights,  # pyright: ignore[reportArgumentType]
             config=model.config,
@@ -127,21 +127,21 @@ class SkipwisePlugin(BasePlugin):
         return None if is_eval else (lambda *args, **kwargs: self.collator, {})
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        assert self.plan is not None and self.collator is not None
-        return [PreflightCallback(self.collator, facts=self.plan.facts)]
+        assert self.prepared is not None and self.collator is not None
+        return [PreflightCallback(self.collator, info=self.prepared.info)]
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Finish the folder; Axolotl calls this once before it saves the weights, once after."""
-        assert self.plan is not None
-        folder, target = Path(cfg["output_dir"]), self.plan.recipe.target_length
+        assert self.prepared is not None
+        folder, target = Path(cfg["output_dir"]), self.prepared.recipe.target_length
         if int(cfg.get("local_rank") or 0) != 0 or not any(folder.glob("*.safetensors")):
             return
         if hasattr(model, "peft_config"):
             print(
                 f"{folder} holds an adapter, which does not carry the rescaled positions: merge it "
                 "(axolotl merge-lora with merge_method: legacy), then "
-                f"skipwise.finish_folder('{folder / 'merged'}', {target})",
+                f"skipwise.finalize_checkpoint('{folder / 'merged'}', {target})",
                 flush=True,
             )
         else:
-            finish_folder(folder, target)
+            finalize_checkpoint(folder, target)

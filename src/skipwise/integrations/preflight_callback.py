@@ -23,7 +23,7 @@ from skipwise.errors import Check, SkipwiseError, require
 from skipwise.integrations.collator import PoSECollator
 from skipwise.models.compatibility import make_portable
 from skipwise.models.hf_config import complete
-from skipwise.models.model_info import ModelFacts, read_facts
+from skipwise.models.model_info import ModelInfo, read_model_info
 from skipwise.pose.rope import Linear, Scaling, YaRN
 from skipwise.pose.samplers import IGNORE_INDEX, FullLength
 from skipwise.preflight.batch import check_batch, check_labels, check_tokenizer
@@ -52,7 +52,7 @@ class PreflightCallback(TrainerCallback):
         collator: PoSECollator | None = None,
         *,
         target_length: int | None = None,
-        facts: ModelFacts | None = None,
+        info: ModelInfo | None = None,
         report: Callable[[Check], None] = lambda check: print(check, flush=True),
     ) -> None:
         if collator is not None and not isinstance(collator, PoSECollator):
@@ -64,7 +64,7 @@ class PreflightCallback(TrainerCallback):
             if collator is None:
                 raise SkipwiseError("give the run's PoSECollator, or target_length=")
             target_length = collator.sampler.target_length
-        self.collator, self.target_length, self.facts = collator, target_length, facts
+        self.collator, self.target_length, self.info = collator, target_length, info
         self.report = report
         self.checks: list[Check] = []
         self._epoch = 0
@@ -72,7 +72,7 @@ class PreflightCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start_epoch(int(state.epoch or 0))
         model = kwargs["model"]
-        self.checks = _check_scaled(model, self.target_length, self.facts)
+        self.checks = _check_scaled(model, self.target_length, self.info)
         records, rows = _collated(kwargs["train_dataloader"])
         self.checks += _check_rows(rows, self.collator)
         if all(check.passed for check in self.checks):
@@ -106,7 +106,7 @@ class PreflightCallback(TrainerCallback):
             self.collator.set_epoch(epoch)
 
 
-def finish_folder(folder: str | Path, target_length: int) -> Path:
+def finalize_checkpoint(folder: str | Path, target_length: int) -> Path:
     """Make a folder that a trainer has saved readable by every stock runtime.
 
     Both spellings of RoPE in its config (transformers 4 reads a transformers 5 checkpoint as
@@ -135,11 +135,11 @@ def finish_folder(folder: str | Path, target_length: int) -> Path:
     return folder
 
 
-def _check_scaled(model: Any, target_length: int, base: ModelFacts | None) -> list[Check]:
+def _check_scaled(model: Any, target_length: int, base: ModelInfo | None) -> list[Check]:
     """The model's config reaches the target, and the model computes what its config says."""
     config = model.config.get_text_config()
-    facts, window = _window_of(config.to_dict(), target_length)
-    dim, scaling = facts.rotary_dim, facts.scaling
+    info, window = _window_of(config.to_dict(), target_length)
+    dim, scaling = info.rotary_dim, info.scaling
     reaches = window >= target_length
     detail = (
         f"a window of {window:,} tokens, {scaling.name}"
@@ -149,7 +149,7 @@ def _check_scaled(model: Any, target_length: int, base: ModelFacts | None) -> li
     )
     if reaches and base is not None:
         before = base.scaling.inv_freq(base.rope_theta, base.rotary_dim)
-        have = scaling.inv_freq(facts.rope_theta, dim)
+        have = scaling.inv_freq(info.rope_theta, dim)
         if have.shape == before.shape and np.allclose(have, before, rtol=1e-6, atol=0):
             reaches = False
             detail = (
@@ -157,19 +157,19 @@ def _check_scaled(model: Any, target_length: int, base: ModelFacts | None) -> li
                 f"{base.original_length:,}: load the model by skipwise.prepare.load_scaled"
             )
     rescaled = Check(name="rescaled", passed=reaches, detail=detail)
-    return [rescaled, *check_model(model, config, facts, scaling, target_length)]
+    return [rescaled, *check_model(model, config, info, scaling, target_length)]
 
 
-def _window_of(config: dict[str, Any], target_length: int) -> tuple[ModelFacts, int]:
+def _window_of(config: dict[str, Any], target_length: int) -> tuple[ModelInfo, int]:
     """(facts of a config that may be scaled, the window that it states)."""
     # Weights that were quantised on loading are trained through an adapter.
-    facts = read_facts({**config, "quantization_config": None}, target_length)
-    scaling: Scaling = facts.scaling
+    info = read_model_info({**config, "quantization_config": None}, target_length)
+    scaling: Scaling = info.scaling
     stated = config.get("max_position_embeddings") or target_length
     if isinstance(scaling, YaRN):
-        return facts, round(scaling.factor * scaling.original_length)
+        return info, round(scaling.factor * scaling.original_length)
     # Linear's max_position_embeddings is the window before scaling; Skipwise writes it so.
-    return facts, round(stated * scaling.factor) if isinstance(scaling, Linear) else stated
+    return info, round(stated * scaling.factor) if isinstance(scaling, Linear) else stated
 
 
 def _collated(dataloader: Any) -> tuple[list[Any], list[dict[str, Any]]]:

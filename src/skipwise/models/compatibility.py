@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.config.run_folder import write_json
-from skipwise.pose.rope_config import both_spellings
+from skipwise.pose.rope_config import with_legacy_rope_keys
 
 
 def make_portable(folder: Path, target_length: int | None = None) -> None:
@@ -26,7 +26,7 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
         target_length: T, for the tokenizer; None: as it is.
     """
     file = folder / "config.json"
-    config = both_spellings(json.loads(file.read_text(encoding="utf-8")))
+    config = with_legacy_rope_keys(json.loads(file.read_text(encoding="utf-8")))
     config.pop("model_max_length", None)
     config["use_cache"] = True
     write_json(file, config)

@@ -14,7 +14,7 @@ from typing import Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelFacts, read_facts
+from skipwise.models.model_info import ModelInfo, read_model_info
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # a whole config.json has these
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
@@ -94,11 +94,11 @@ def config_of(
         raise SkipwiseError(f"{model} could not be read\n{first_line(error)}") from error
 
 
-def facts_of(config: Any, original_length: int | None = None) -> ModelFacts:
-    """The facts of transformers' config; see `read_facts`."""
+def model_info_of(config: Any, original_length: int | None = None) -> ModelInfo:
+    """The facts of transformers' config; see `read_model_info`."""
     known = defaults().get(config.model_type, {})
     refused = known.get("refused_rope_types", [])
-    return read_facts({**config.to_dict(), "refused_rope_types": refused}, original_length)
+    return read_model_info({**config.to_dict(), "refused_rope_types": refused}, original_length)
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:

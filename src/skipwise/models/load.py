@@ -81,7 +81,7 @@ def load_model(
     return loaded
 
 
-def keeps_buffers(config: Any, settings: ModelSettings) -> bool:
+def has_persistent_buffers(config: Any, settings: ModelSettings) -> bool:
     """Whether there are buffers among the weights, as routers of experts have; on no device."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -161,7 +161,7 @@ def attention_for(
     """The attention implementation to train on; None: transformers' own choice, sdpa, else eager.
 
     Sliding layers beside full ones need one that takes a mask for each kind. Importance weights
-    need flex_attention, or one that takes an additive mask: `why_mask` says which.
+    need flex_attention, or one that takes an additive mask: `mask_reason` says which.
 
     Args:
         config: of the model; None: without flex_attention.
@@ -183,7 +183,7 @@ def attention_for(
             "them slower than sdpa\nleave it out"
         )
     if weights != "none" and asked in ("auto", "flex_attention"):
-        reason = why_mask(settings, config)
+        reason = mask_reason(settings, config)
         if not reason:
             return FLEX
         if asked == "flex_attention":
@@ -191,9 +191,9 @@ def attention_for(
     return None if asked == "auto" else asked
 
 
-def why_mask(settings: ModelSettings, config: Any) -> str:
+def mask_reason(settings: ModelSettings, config: Any) -> str:
     """Why importance weights take a mask of pairs and not flex_attention; "": they do not."""
-    from skipwise.models.attention.flex import machine_lacks, model_lacks
+    from skipwise.models.attention.flex import unsupported_by_machine, unsupported_by_model
 
     if settings.attn_implementation not in ("auto", "flex_attention"):
         return "load.attn_implementation says so"
@@ -203,7 +203,7 @@ def why_mask(settings: ModelSettings, config: Any) -> str:
         getattr(config, "auto_map", None) or {}
     ):
         return "the model brings code of its own"
-    return machine_lacks() or model_lacks(config)
+    return unsupported_by_machine() or unsupported_by_model(config)
 
 
 def check_kernel(settings: ModelSettings, weights: str, config: Any) -> list[Check]:
@@ -215,6 +215,6 @@ def check_kernel(settings: ModelSettings, weights: str, config: Any) -> list[Che
     if weights == "none":
         return []
     used = config._attn_implementation
-    reason = f"by a mask of pairs through {used}: {why_mask(settings, config)}"
+    reason = f"by a mask of pairs through {used}: {mask_reason(settings, config)}"
     detail = "by flex_attention, without a mask of pairs" if used == FLEX else reason
     return [Check(name="importance weights", passed=True, detail=detail)]

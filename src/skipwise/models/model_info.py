@@ -37,7 +37,7 @@ _ALIASES = {  # what older config classes call it
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts:
+class ModelInfo:
     """What extension needs to know of a model."""
 
     family: str  # model_type
@@ -61,7 +61,7 @@ class ModelFacts:
         return self.rope_parameters.get("rope_type", "default")
 
 
-def read_facts(config: Mapping[str, Any], original_length: int | None = None) -> ModelFacts:
+def read_model_info(config: Mapping[str, Any], original_length: int | None = None) -> ModelInfo:
     """Facts of a config: of transformers' `to_dict()`, or of `configs.complete`.
 
     Args:
@@ -99,7 +99,7 @@ def read_facts(config: Mapping[str, Any], original_length: int | None = None) ->
     window = config.get("sliding_window")
     if config.get("use_sliding_window", True) is False or (layers and _SLIDING not in layers):
         window = None
-    return ModelFacts(
+    return ModelInfo(
         family=family,
         original_length=length,
         rope_theta=float(parameters.get("rope_theta", 10000.0)),

@@ -16,30 +16,30 @@ import torch
 from skipwise.config.distillation import distillation_weight
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import ModelSettings, Recipe
-from skipwise.config.samplers import make_sampler, settled
-from skipwise.config.stages import finish_part, first_part
+from skipwise.config.samplers import make_sampler, resolve_auto
+from skipwise.config.stages import first_stage, full_length_stage
 from skipwise.errors import SkipwiseError
 from skipwise.models.attention.temperature import check_foldable
 from skipwise.models.convert import conversion_for, convert_model, load_sentencepiece
 from skipwise.models.convert_families import Conversion
-from skipwise.models.hf_config import config_of, facts_of, is_local, read_config
+from skipwise.models.hf_config import config_of, is_local, model_info_of, read_config
 from skipwise.models.load import attention_for, check_weights, load_model, load_tokenizer
-from skipwise.models.model_info import ModelFacts
+from skipwise.models.model_info import ModelInfo
 from skipwise.models.scaled_config import scaled_config, scaling_for
 from skipwise.pose.rope import Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelPlan:
+class PreparedModel:
     """What a recipe makes of a model, before any weight is loaded."""
 
     recipe: Recipe
     source: str  # where the weights are: the recipe's model, or what it was converted to
-    conversion: Conversion | None  # that `ready_weights` has to do, or has done
+    conversion: Conversion | None  # that `convert_weights` has to do, or has done
     raw: dict[str, Any]  # config.json of the recipe's model
     config: Any  # as it is
     scaled: Any  # as it will be
-    facts: ModelFacts
+    info: ModelInfo
     scaling: Scaling
     tokenizer: Any
 
@@ -50,7 +50,7 @@ class ModelPlan:
         return settings if self.source == self.recipe.model else settings.of_own_folder()
 
 
-def plan_model(recipe: Recipe) -> ModelPlan:
+def prepare_model(recipe: Recipe) -> PreparedModel:
     """Read the config, choose the scaling, and build the config to come.
 
     What can be wrong with the recipe itself is found here, before anything is written.
@@ -63,56 +63,58 @@ def plan_model(recipe: Recipe) -> ModelPlan:
     if is_local(recipe.model):
         check_weights(Path(recipe.model).expanduser(), recipe.load)
     config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
-    facts = facts_of(config, recipe.original_length)
-    recipe = settled(recipe)
-    scaling = scaling_for(recipe, facts)
-    first_part(recipe)
-    finish_part(recipe, facts.original_length)
+    info = model_info_of(config, recipe.original_length)
+    recipe = resolve_auto(recipe)
+    scaling = scaling_for(recipe, info)
+    first_stage(recipe)
+    full_length_stage(recipe, info.original_length)
     if recipe.method != "none":
-        make_sampler(recipe, facts.original_length)
-        attention_for(recipe.load, recipe.positions.weights, facts.hybrid, config)
+        make_sampler(recipe, info.original_length)
+        attention_for(recipe.load, recipe.positions.weights, info.hybrid, config)
         if recipe.training.num_steps < 1:
             raise SkipwiseError(
                 "training.num_steps is 0: type method=none to rescale without training"
             )
-    scaled = scaled_config(config, facts, scaling, recipe.target_length)
+    scaled = scaled_config(config, info, scaling, recipe.target_length)
     distillation_weight(recipe, router_loss=bool(getattr(config, "output_router_logits", False)))
     if recipe.temperature not in ("auto", 1.0):
         check_foldable(scaled)
     in_code = conversion is not None and conversion.sentencepiece
-    return ModelPlan(
+    return PreparedModel(
         recipe=recipe,
         source=recipe.model,
         conversion=conversion,
         raw=raw,
         config=config,
         scaled=scaled,
-        facts=facts,
+        info=info,
         scaling=scaling,
         tokenizer=(load_sentencepiece if in_code else load_tokenizer)(recipe.model, recipe.load),
     )
 
 
-def ready_weights(plan: ModelPlan, folder: Path) -> ModelPlan:
+def convert_weights(prepared: PreparedModel, folder: Path) -> PreparedModel:
     """The plan with weights that transformers loads: converted into the folder where they must be.
 
     Raises:
         SkipwiseError: the weights cannot be converted.
     """
-    if plan.conversion is None:
-        return plan
+    if prepared.conversion is None:
+        return prepared
     if not folder.is_dir():
-        convert_model(plan.recipe.model, plan.raw, plan.recipe.load, folder, plan.tokenizer)
-    tied = read_config(str(folder), plan.recipe.load)["tie_word_embeddings"]
-    for config in (plan.config, plan.scaled):
+        convert_model(
+            prepared.recipe.model, prepared.raw, prepared.recipe.load, folder, prepared.tokenizer
+        )
+    tied = read_config(str(folder), prepared.recipe.load)["tie_word_embeddings"]
+    for config in (prepared.config, prepared.scaled):
         config.tie_word_embeddings = tied
-    facts = dataclasses.replace(plan.facts, tied_embeddings=tied)
-    return dataclasses.replace(plan, source=str(folder), facts=facts)
+    info = dataclasses.replace(prepared.info, tied_embeddings=tied)
+    return dataclasses.replace(prepared, source=str(folder), info=info)
 
 
 def load_scaled(
     model: str, target_length: int, *, rope_type: str = "auto", dtype: Any = None
-) -> tuple[Any, Any, ModelFacts]:
+) -> tuple[Any, Any, ModelInfo]:
     """A model with its window rescaled to a target, for a training loop of one's own.
 
     Args:
@@ -125,9 +127,11 @@ def load_scaled(
         SkipwiseError: the model cannot be extended so.
     """
     tree = {"model": model, "target_length": target_length, "rope": {"type": rope_type}}
-    plan = plan_model(parse_recipe(tree))
+    prepared = prepare_model(parse_recipe(tree))
     with tempfile.TemporaryDirectory() as folder:
-        plan = ready_weights(plan, Path(folder) / "converted")
-        settings = plan.load
-        loaded = load_model(plan.source, plan.scaled, settings, dtype=dtype or torch.float32)
-    return loaded, plan.tokenizer, plan.facts
+        prepared = convert_weights(prepared, Path(folder) / "converted")
+        settings = prepared.load
+        loaded = load_model(
+            prepared.source, prepared.scaled, settings, dtype=dtype or torch.float32
+        )
+    return loaded, prepared.tokenizer, prepared.info

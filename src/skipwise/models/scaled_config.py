@@ -12,39 +12,39 @@ from typing import Any
 
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelFacts
+from skipwise.models.model_info import ModelInfo
 from skipwise.pose.rope import Linear, Llama3, Scaling, Unscaled, YaRN, make_scaling
 
 
-def scaling_for(recipe: Recipe, facts: ModelFacts) -> Scaling:
+def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
     """The RoPE scaling that the recipe asks for on this model.
 
     Raises:
         SkipwiseError: the target is not longer, the family does not take the type, the model's own
             scaling cannot be carried on, the scaling cannot be trained with.
     """
-    L, T = facts.original_length, recipe.target_length
+    L, T = info.original_length, recipe.target_length
     if T <= L:
         raise SkipwiseError(
             f"the target of {T:,} tokens is not longer than the model's {L:,}: type a longer --to"
         )
-    if not isinstance(facts.scaling, Unscaled):
-        return _carried_on(recipe, facts)
+    if not isinstance(info.scaling, Unscaled):
+        return _carried_on(recipe, info)
     name = recipe.rope.type
     if name == "auto":
-        name = next(n for n in ("yarn", "longrope", "ntk") if n not in facts.refused_types)
-    if name in facts.refused_types:
-        taken = [n for n in ("yarn", "linear", "longrope", "ntk") if n not in facts.refused_types]
+        name = next(n for n in ("yarn", "longrope", "ntk") if n not in info.refused_types)
+    if name in info.refused_types:
+        taken = [n for n in ("yarn", "linear", "longrope", "ntk") if n not in info.refused_types]
         raise SkipwiseError(
-            f"rope.type: {name} is not taken by the config of {facts.family}\n"
+            f"rope.type: {name} is not taken by the config of {info.family}\n"
             f"leave it out, or type rope.type={' or '.join(taken)}"
         )
     scaling = make_scaling(
         name,
         factor=recipe.rope.factor or T / L,
         original_length=L,
-        theta=facts.rope_theta,
-        dim=facts.rotary_dim,
+        theta=info.rope_theta,
+        dim=info.rotary_dim,
         **recipe.rope.options,
     )
     if recipe.method != "none" and not scaling.trainable:
@@ -55,38 +55,38 @@ def scaling_for(recipe: Recipe, facts: ModelFacts) -> Scaling:
     return scaling
 
 
-def config_changes(facts: ModelFacts, scaling: Scaling, target_length: int) -> dict[str, Any]:
+def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dict[str, Any]:
     """The config keys that change, `rope_parameters` being those of the full-attention layers.
 
     A window that every layer has (Mistral-7B-v0.1) would hide what lies further back: it goes. The
     windows of layers beside full ones stay, for those layers are local by design.
     """
-    if isinstance(facts.scaling, Unscaled):
-        before = facts.original_length
+    if isinstance(info.scaling, Unscaled):
+        before = info.original_length
     else:  # the length that the carried scaling counts from
         before = getattr(scaling, "original_length", None) or round(
-            facts.original_length / facts.scaling.factor
+            info.original_length / info.scaling.factor
         )
     settings = scaling.to_config(
-        theta=facts.rope_theta,
-        dim=facts.rotary_dim,
+        theta=info.rope_theta,
+        dim=info.rotary_dim,
         original_length=before,
         target_length=target_length,
     )
-    if "partial_rotary_factor" in facts.rope_parameters:
-        share = facts.rope_parameters["partial_rotary_factor"]
+    if "partial_rotary_factor" in info.rope_parameters:
+        share = info.rope_parameters["partial_rotary_factor"]
         settings["rope_parameters"]["partial_rotary_factor"] = share
-    if facts.sliding_window is not None and not facts.hybrid:
+    if info.sliding_window is not None and not info.hybrid:
         # some classes that list their layers want a number also where no layer is sliding
-        settings["sliding_window"] = target_length if facts.lists_layers else None
+        settings["sliding_window"] = target_length if info.lists_layers else None
     return settings
 
 
-def scaled_config(config: Any, facts: ModelFacts, scaling: Scaling, target_length: int) -> Any:
+def scaled_config(config: Any, info: ModelInfo, scaling: Scaling, target_length: int) -> Any:
     """A copy of transformers' config with the changes in it."""
-    settings = config_changes(facts, scaling, target_length)
+    settings = config_changes(info, scaling, target_length)
     scaled = copy.deepcopy(config)
-    if facts.nested:
+    if info.nested:
         full = settings.pop("rope_parameters")
         scaled.rope_parameters = {**config.rope_parameters, "full_attention": full}
     for key, value in settings.items():
@@ -97,17 +97,17 @@ def scaled_config(config: Any, facts: ModelFacts, scaling: Scaling, target_lengt
         if getattr(scaled, "layer_types", None):
             scaled.layer_types = ["full_attention"] * len(scaled.layer_types)
     if getattr(scaled, "head_dim", 0) is None:  # the scaled rotary modules do not work it out
-        scaled.head_dim = facts.head_dim
+        scaled.head_dim = info.head_dim
     return scaled
 
 
-def _carried_on(recipe: Recipe, facts: ModelFacts) -> Scaling:
+def _carried_on(recipe: Recipe, info: ModelInfo) -> Scaling:
     """The model's own scaling, reaching T instead of L."""
-    present, rope = facts.scaling, recipe.rope
-    further = recipe.target_length / facts.original_length
-    what = f"this {facts.family} model is scaled with {present.name} by {present.factor:g}"
+    present, rope = info.scaling, recipe.rope
+    further = recipe.target_length / info.original_length
+    what = f"this {info.family} model is scaled with {present.name} by {present.factor:g}"
     if not isinstance(present, Linear | YaRN | Llama3):
-        before = getattr(present, "original_length", facts.original_length)
+        before = getattr(present, "original_length", info.original_length)
         raise SkipwiseError(
             f"{what}, with factors searched for its own length: none are known for a longer one\n"
             f"extend the model it was made from; or, if that scaling was never trained, type "

@@ -21,21 +21,21 @@ from skipwise.errors import Check, require
 from skipwise.evaluation.run import evaluation_documents
 from skipwise.models.load import compute_dtype, load_model
 from skipwise.models.lora import num_parameters
-from skipwise.models.prepared import ModelPlan, plan_model, ready_weights
+from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
 from skipwise.training.full_length_stage import (
     check_long_text,
     check_step,
-    first_plan,
+    first_stage_model,
     is_checked,
-    plan_finish,
+    make_full_length_stage,
 )
 from skipwise.training.inputs import (
     TrainingData,
     check_data,
+    dummy_data,
     load_training_data,
-    stand_in_data,
 )
 from skipwise.training.setup import set_up
 
@@ -46,78 +46,80 @@ def check(recipe: Recipe) -> list[Check]:
     In this process, whatever the recipe's engine: that is for `skipwise train --dry-run`.
     """
     recipe = in_one_process(recipe)
-    plan = plan_model(recipe)
+    prepared = prepare_model(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         write_text(run.recipe_file, dump_recipe(recipe))
-        plan = ready_weights(plan, run.converted)
+        prepared = convert_weights(prepared, run.converted)
         if recipe.method == "none":
             data = None
         elif recipe.data.sources:
-            data = load_training_data(plan, run)
+            data = load_training_data(prepared, run)
         else:
-            data = stand_in_data(plan)
-        checks, _ = _preflight(plan, data, run)
+            data = dummy_data(prepared)
+        checks, _ = _preflight(prepared, data, run)
     return checks
 
 
-def check_run(plan: ModelPlan, data: TrainingData | None, run: RunFolder) -> None:
+def check_run(prepared: PreparedModel, data: TrainingData | None, run: RunFolder) -> None:
     """The preflight of a run; its lines go to stderr and to run.json.
 
     Raises:
         SkipwiseError: a check failed.
     """
-    checks, num_parameters = _preflight(plan, data, run)
+    checks, num_parameters = _preflight(prepared, data, run)
     record_checks(run, checks)
     if num_parameters:
-        run.update(model={**run.facts().get("model", {}), "num_parameters": num_parameters})
+        run.update(model={**run.metadata().get("model", {}), "num_parameters": num_parameters})
     require(checks)
 
 
 def check_texts(
-    plan: ModelPlan, data: TrainingData, run: RunFolder, num_processes: int = 0
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, num_processes: int = 0
 ) -> None:
     """The part of the preflight that needs no model.
 
     Raises:
         SkipwiseError: a check failed.
     """
-    checks = _text_checks(plan, data, run, num_processes)
+    checks = _text_checks(prepared, data, run, num_processes)
     record_checks(run, checks)
     require(checks)
 
 
 def _text_checks(
-    plan: ModelPlan, data: TrainingData, run: RunFolder, num_processes: int = 0
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, num_processes: int = 0
 ) -> list[Check]:
-    checks = check_data(plan, data, evaluation_documents(plan.recipe, plan.tokenizer, run))
-    finish = plan_finish(plan, data, run, num_processes)
+    checks = check_data(
+        prepared, data, evaluation_documents(prepared.recipe, prepared.tokenizer, run)
+    )
+    finish = make_full_length_stage(prepared, data, run, num_processes)
     return checks if finish is None else [*checks, check_long_text(finish)]
 
 
 def _preflight(
-    plan: ModelPlan, data: TrainingData | None, run: RunFolder
+    prepared: PreparedModel, data: TrainingData | None, run: RunFolder
 ) -> tuple[list[Check], int | None]:
     """All checks, and the number of parameters; what fails without weights stops before them."""
-    recipe, T = plan.recipe, plan.recipe.target_length
+    recipe, T = prepared.recipe, prepared.recipe.target_length
     if data is None:
-        checks = check_config(plan.facts, plan.scaling, T)
+        checks = check_config(prepared.info, prepared.scaling, T)
         model: Any = load_model(
-            plan.source, plan.scaled, plan.load, dtype=compute_dtype(recipe.load)
+            prepared.source, prepared.scaled, prepared.load, dtype=compute_dtype(recipe.load)
         )
-        checks += check_model(model, plan.scaled, plan.facts, plan.scaling, T)
+        checks += check_model(model, prepared.scaled, prepared.info, prepared.scaling, T)
     elif recipe.data.sources:
-        checks = _text_checks(plan, data, run)
+        checks = _text_checks(prepared, data, run)
     else:
-        checks = check_config(plan.facts, plan.scaling, T)
+        checks = check_config(prepared.info, prepared.scaling, T)
     if not all(check.passed for check in checks):
         return checks, None
     if data is not None:
-        training = set_up(first_plan(plan), data, run)
+        training = set_up(first_stage_model(prepared), data, run)
         checks += training.checks
         count = training.num_parameters
         del training
-        finish = plan_finish(plan, data, run)
+        finish = make_full_length_stage(prepared, data, run)
         if finish is not None and all(c.passed for c in checks) and not is_checked(finish, run):
             free_memory()
             checks.append(check_step(finish, run))
@@ -132,7 +134,7 @@ def record_checks(run: RunFolder, checks: list[Check]) -> None:
     for one in checks if is_main_process() else []:
         print(f"  {one}", file=sys.stderr, flush=True)
     names = {one.name for one in checks}
-    old = [c for c in run.facts().get("checks", []) if c["name"] not in names]
+    old = [c for c in run.metadata().get("checks", []) if c["name"] not in names]
     new = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]
     run.update(checks=old + new)
 

@@ -19,12 +19,12 @@ import torch
 from skipwise.config.recipe import EvalSettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation.evaluator import Subject, Texts, evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.evaluation.run import evaluation_documents
 from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
-from skipwise.evaluation.tasks.prompts import words_of
-from skipwise.export.hf import measurable_model
-from skipwise.models.prepared import ModelPlan
+from skipwise.evaluation.tasks.prompts import haystack_words
+from skipwise.export.hf import load_for_scoring
+from skipwise.models.prepared import PreparedModel
 from skipwise.training.checkpoints import trained_checkpoint
 
 _TRIALS = 20  # a length
@@ -53,7 +53,7 @@ def check_selection(
     longest = context_lengths(recipe, original_length)[-1]
     one = {"num_trials": 1, "num_depths": 1}
     if by == "needles":
-        words = words_of(tokenizer, documents, 2 * longest)
+        words = haystack_words(tokenizer, documents, 2 * longest)
         fits = needle_trials(tokenizer, longest, **one, words=words)
     else:
         fits = by != "passkey" or passkey_trials(tokenizer, longest, **one)
@@ -63,20 +63,20 @@ def check_selection(
         )
 
 
-def chosen_checkpoint(plan: ModelPlan, run: RunFolder) -> Path | None:
+def chosen_checkpoint(prepared: PreparedModel, run: RunFolder) -> Path | None:
     """The folder of the weights to export; None where training has not reached its end.
 
     Measures the candidates that were not measured yet, and removes those not chosen.
     """
-    recipe = plan.recipe
+    recipe = prepared.recipe
     finished = trained_checkpoint(run, recipe)
     if finished is None or recipe.eval.select == "last":
         return finished
     scores: dict[int, float] = {
-        c["step"]: c["score"] for c in run.facts().get("selection", {}).get("candidates", [])
+        c["step"]: c["score"] for c in run.metadata().get("selection", {}).get("candidates", [])
     }
     higher = recipe.eval.select != "perplexity"
-    found = run.facts().get("selection", {}).get("chosen")
+    found = run.metadata().get("selection", {}).get("chosen")
     whole = (f for f in run.candidates.glob("step-*") if f.suffix != ".part")  # a kill leaves those
     folders = {int(f.name.split("-")[1]): f for f in whole}
     if found is not None and found in folders:
@@ -88,7 +88,7 @@ def chosen_checkpoint(plan: ModelPlan, run: RunFolder) -> Path | None:
         )
     for step in sorted(folders):
         if step not in scores:
-            scores[step] = _score(plan, run, folders[step])
+            scores[step] = _score(prepared, run, folders[step])
             print(f"  checkpoint {step}: {scores[step]:.4g}", file=sys.stderr, flush=True)
             _record(run, recipe, scores, higher, None)
     best = max(folders, key=lambda step: (scores[step] if higher else -scores[step], step))
@@ -114,10 +114,10 @@ def _record(
     )
 
 
-def _score(plan: ModelPlan, run: RunFolder, folder: Path) -> float:
+def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
     """Mean over the two longest lengths of a small fixed set; of perplexity, at the target."""
-    recipe = plan.recipe
-    lengths = list(context_lengths(recipe, plan.facts.original_length))[-2:]
+    recipe = prepared.recipe
+    lengths = list(context_lengths(recipe, prepared.info.original_length))[-2:]
     settings = dataclasses.replace(
         EvalSettings(),
         tasks=(_TASKS[recipe.eval.select],),
@@ -129,11 +129,11 @@ def _score(plan: ModelPlan, run: RunFolder, folder: Path) -> float:
     )
 
     def load() -> Any:
-        return measurable_model(plan, folder)
+        return load_for_scoring(prepared, folder)
 
-    documents = evaluation_documents(recipe, plan.tokenizer, run)
-    subject = Subject(label=folder.name, load=load, tokenizer=plan.tokenizer)
-    rows = evaluate_model(subject, Texts(documents=documents), lengths, settings, progress=False)
+    documents = evaluation_documents(recipe, prepared.tokenizer, run)
+    eval_model = EvalModel(label=folder.name, load=load, tokenizer=prepared.tokenizer)
+    rows = evaluate_model(eval_model, Texts(documents=documents), lengths, settings, progress=False)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -24,15 +24,15 @@ import torch
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation.scoring import answers_right
+from skipwise.evaluation.scoring import exact_match
 from skipwise.evaluation.tasks.passkey import passkey_trials
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.load import compute_dtype, load_for_evaluation
-from skipwise.models.prepared import ModelPlan, plan_model
+from skipwise.models.prepared import PreparedModel, prepare_model
 from skipwise.pipeline.search_text import longer_length, search_text
 from skipwise.pose.rope import Unscaled
-from skipwise.training.checkpoints import newest_checkpoint
+from skipwise.training.checkpoints import last_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
 
 SCALINGS = ("yarn", "llama3", "ntk", "linear")  # the first, unless another is clearly better
@@ -45,53 +45,53 @@ _TOO_HIGH = 700.0  # nats
 
 def with_choice(recipe: Recipe, run: RunFolder) -> Recipe:
     """The recipe with the scaling that was chosen in this run, if one was."""
-    chosen = run.facts().get("rope_choice", {}).get("type")
+    chosen = run.metadata().get("rope_choice", {}).get("type")
     if recipe.rope.type != "auto" or chosen is None:
         return recipe
     return dataclasses.replace(recipe, rope=dataclasses.replace(recipe.rope, type=chosen))
 
 
-def choose_scaling(plan: ModelPlan, run: RunFolder) -> ModelPlan:
+def choose_scaling(prepared: PreparedModel, run: RunFolder) -> PreparedModel:
     """The plan with a scaling for `rope.type: auto`, measured once; else the plan as it is.
 
     A model that is scaled already keeps its scaling. Where `skipwise train` alone has trained, it
     was with the first that the family takes, and so it is where the text is too short to tell.
     """
-    recipe = plan.recipe
-    if recipe.rope.type != "auto" or not isinstance(plan.facts.scaling, Unscaled):
-        return plan
-    if "rope_choice" not in run.facts():
-        trained = newest_checkpoint(run) is not None
-        run.update(rope_choice=_as_trained(plan) if trained else _measure(plan))
-        print(f"  rope: {run.facts()['rope_choice']['detail']}", file=sys.stderr, flush=True)
-    chosen = plan_model(with_choice(recipe, run))
+    recipe = prepared.recipe
+    if recipe.rope.type != "auto" or not isinstance(prepared.info.scaling, Unscaled):
+        return prepared
+    if "rope_choice" not in run.metadata():
+        trained = last_checkpoint(run) is not None
+        run.update(rope_choice=_as_trained(prepared) if trained else _measure(prepared))
+        print(f"  rope: {run.metadata()['rope_choice']['detail']}", file=sys.stderr, flush=True)
+    chosen = prepare_model(with_choice(recipe, run))
     return dataclasses.replace(
-        plan, recipe=chosen.recipe, scaled=_tied(chosen, plan), scaling=chosen.scaling
+        prepared, recipe=chosen.recipe, scaled=_tied(chosen, prepared), scaling=chosen.scaling
     )
 
 
-def _as_trained(plan: ModelPlan) -> dict[str, Any]:
-    name = plan.scaling.name
+def _as_trained(prepared: PreparedModel) -> dict[str, Any]:
+    name = prepared.scaling.name
     return {"type": name, "detail": f"{name}, with which it was trained unmeasured"}
 
 
-def _tied(chosen: ModelPlan, plan: ModelPlan) -> Any:
+def _tied(chosen: PreparedModel, prepared: PreparedModel) -> Any:
     """The chosen config, with what was learned when the weights were made ready."""
-    chosen.scaled.tie_word_embeddings = plan.scaled.tie_word_embeddings
+    chosen.scaled.tie_word_embeddings = prepared.scaled.tie_word_embeddings
     return chosen.scaled
 
 
-def _measure(plan: ModelPlan) -> dict[str, Any]:
+def _measure(prepared: PreparedModel) -> dict[str, Any]:
     """What run.json says: the type, what was measured of each, a line of it."""
-    L, T = plan.facts.original_length, plan.recipe.target_length
-    fallback = plan.scaling.name
-    names = [name for name in SCALINGS if name not in plan.facts.refused_types]
+    L, T = prepared.info.original_length, prepared.recipe.target_length
+    fallback = prepared.scaling.name
+    names = [name for name in SCALINGS if name not in prepared.info.refused_types]
     if len(names) < 2:
         return {"type": fallback, "detail": f"{fallback}, the only one that the family takes"}
-    spare = plan.recipe.temperature == "auto" or bool(plan.recipe.data.eval_sources)
-    if plan.recipe.method == "none" and not spare:  # all the text is what is measured with
+    spare = prepared.recipe.temperature == "auto" or bool(prepared.recipe.data.eval_sources)
+    if prepared.recipe.method == "none" and not spare:  # all the text is what is measured with
         return {"type": fallback, "detail": f"{fallback}, not measured: no text to spare"}
-    lengths, read, _ = search_text(plan)
+    lengths, read, _ = search_text(prepared)
     c, chosen = longer_length(lengths, L, T)
     if not c:
         longest = max(lengths, default=0)
@@ -102,7 +102,7 @@ def _measure(plan: ModelPlan) -> dict[str, Any]:
     rows, left_out = [], {}
     for name in names:
         try:
-            rows.append(_of_one(plan, name, documents, contexts))
+            rows.append(_of_one(prepared, name, documents, contexts))
         except Exception as error:  # the model does not take it, or there is no room to measure
             if not isinstance(error, SkipwiseError) and not is_out_of_memory(error):
                 raise
@@ -127,19 +127,19 @@ def _measure(plan: ModelPlan) -> dict[str, Any]:
 
 
 def _of_one(
-    plan: ModelPlan, name: str, documents: Sequence[np.ndarray], contexts: list[int]
+    prepared: PreparedModel, name: str, documents: Sequence[np.ndarray], contexts: list[int]
 ) -> dict[str, Any]:
     """One scaling at the temperature that suits it.
 
     Raises:
         SkipwiseError: the model does not take it.
     """
-    recipe = plan.recipe
+    recipe = prepared.recipe
     rope = dataclasses.replace(recipe.rope, type=name)
-    scaled = _tied(plan_model(dataclasses.replace(recipe, rope=rope)), plan)
+    scaled = _tied(prepare_model(dataclasses.replace(recipe, rope=rope)), prepared)
     batch_tokens = recipe.eval.batch_tokens
     dtype = compute_dtype(recipe.load)
-    model = load_for_evaluation(plan.source, scaled, plan.load, dtype=dtype)
+    model = load_for_evaluation(prepared.source, scaled, prepared.load, dtype=dtype)
     try:
         weights = _queries(recipe, model)
         tried = []
@@ -156,9 +156,9 @@ def _of_one(
         if weights is not None:
             weights.set(best["temperature"])
         trials = passkey_trials(
-            plan.tokenizer, contexts[-1], num_trials=_TRIALS, num_depths=_TRIALS, seed=1
+            prepared.tokenizer, contexts[-1], num_trials=_TRIALS, num_depths=_TRIALS, seed=1
         )
-        right = answers_right(model, trials, batch_tokens)
+        right = exact_match(model, trials, batch_tokens)
         return {**best, "passkeys": sum(right), "num_passkeys": len(right)}
     finally:
         del model

@@ -25,9 +25,9 @@ from skipwise.config.machine import is_main_process
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.tasks.perplexity import perplexity
-from skipwise.export.hf import measurable_model, require_trained
+from skipwise.export.hf import load_for_scoring, require_trained
 from skipwise.models.attention.temperature import QueryWeights
-from skipwise.models.prepared import ModelPlan
+from skipwise.models.prepared import PreparedModel
 from skipwise.pipeline.search_text import longer_length, num_windows, search_text
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import text_changed
@@ -39,7 +39,7 @@ _NOT_NOW = "not searched: "  # for a reason that may pass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class Candidate:
     """Perplexities at one temperature."""
 
     temperature: float
@@ -47,7 +47,7 @@ class Tried:
     far: float  # with c tokens
 
 
-def chosen_temperature(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> float:
+def chosen_temperature(prepared: PreparedModel, run: RunFolder, checkpoint: Path | None) -> float:
     """The temperature to export with: the recipe's number, or the result of a search, made once.
 
     A search that could not be made is tried again at the next export. Where that changes the
@@ -56,16 +56,16 @@ def chosen_temperature(plan: ModelPlan, run: RunFolder, checkpoint: Path | None)
     Raises:
         SkipwiseError: training has not reached its end.
     """
-    asked = plan.recipe.temperature
+    asked = prepared.recipe.temperature
     if asked != "auto":
         if asked != 1:
             run.update(temperature={"value": asked, "detail": "as the recipe says"})
         return asked
-    found = run.facts().get("temperature")
+    found = run.metadata().get("temperature")
     if found is None or found["detail"].startswith(_NOT_NOW):
-        if plan.recipe.method != "none":
+        if prepared.recipe.method != "none":
             require_trained(run, checkpoint)
-        before, found = found, _search_of_run(plan, run, checkpoint)
+        before, found = found, _search_of_run(prepared, run, checkpoint)
         if before is not None and before["value"] != found["value"] and is_main_process():
             with run.lock():
                 run.write_results([row for row in run.results() if row["model"] != "after"])
@@ -81,7 +81,7 @@ def search_temperature(
     longer_length: int,
     *,
     batch_tokens: int = 16384,
-) -> tuple[float, list[Tried]]:
+) -> tuple[float, list[Candidate]]:
     """The temperature with the lowest perplexity at the longer length, and what was tried.
 
     The model is as it was afterwards.
@@ -95,7 +95,7 @@ def search_temperature(
     weights = QueryWeights(model)
     weights.check(GRID[-1])
 
-    def measure(t: float) -> Tried:
+    def measure(t: float) -> Candidate:
         weights.set(t)
         rows = perplexity(
             model,
@@ -105,15 +105,15 @@ def search_temperature(
             batch_tokens=batch_tokens,
         )
         near, far = (math.inf if row["value"] is None else row["value"] for row in rows)
-        return Tried(temperature=t, near=near, far=far)
+        return Candidate(temperature=t, near=near, far=far)
 
     try:
-        return climb(measure)
+        return hill_climb(measure)
     finally:
         weights.set(1.0)
 
 
-def climb(measure: Callable[[float], Tried]) -> tuple[float, list[Tried]]:
+def hill_climb(measure: Callable[[float], Candidate]) -> tuple[float, list[Candidate]]:
     """Up the grid while the perplexity at c falls and that at L has not risen too far."""
     plain = best = measure(GRID[0])
     tried = [plain]
@@ -126,10 +126,12 @@ def climb(measure: Callable[[float], Tried]) -> tuple[float, list[Tried]]:
     return best.temperature if worth else 1.0, tried
 
 
-def _search_of_run(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> dict[str, Any]:
+def _search_of_run(
+    prepared: PreparedModel, run: RunFolder, checkpoint: Path | None
+) -> dict[str, Any]:
     """What run.json says of the search, or why there was none: then it is 1."""
-    recipe, L = plan.recipe, plan.facts.original_length
-    lengths, read, digest = search_text(plan)
+    recipe, L = prepared.recipe, prepared.info.original_length
+    lengths, read, digest = search_text(prepared)
     if text_changed(run, digest):  # it may be what the evaluation reads
         return {"value": 1.0, "detail": f"{_NOT_NOW}the text has changed since training"}
     c, chosen = longer_length(lengths, L, recipe.target_length)
@@ -140,7 +142,7 @@ def _search_of_run(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
     documents = [np.asarray(read(int(i)), np.int64) for i in chosen]
     model = None
     try:
-        model = measurable_model(plan, checkpoint)
+        model = load_for_scoring(prepared, checkpoint)
         try:
             value, tried = search_temperature(
                 model, documents, L, c, batch_tokens=recipe.eval.batch_tokens
@@ -159,7 +161,7 @@ def _search_of_run(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
             torch.cuda.empty_cache()
     return {
         "value": value,
-        "detail": _say(value, tried, L, c, len(documents)),
+        "detail": _describe(value, tried, L, c, len(documents)),
         "context_lengths": [L, c],
         "num_documents": len(documents),
         "num_windows": num_windows(L),
@@ -173,7 +175,7 @@ def _search_of_run(plan: ModelPlan, run: RunFolder, checkpoint: Path | None) -> 
     }
 
 
-def _say(value: float, tried: list[Tried], L: int, c: int, num_documents: int) -> str:
+def _describe(value: float, tried: list[Candidate], L: int, c: int, num_documents: int) -> str:
     """The perplexities at 1 and at what was chosen; where nothing was, at what came nearest."""
     rows = {one.temperature: one for one in tried}
     plain, shown = tried[0], rows[value] if value != 1 else tried[1]

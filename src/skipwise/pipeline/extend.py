@@ -14,8 +14,8 @@ from pathlib import Path
 
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, open_run
-from skipwise.config.stages import finish_part
-from skipwise.models.prepared import plan_model, ready_weights
+from skipwise.config.stages import full_length_stage
+from skipwise.models.prepared import convert_weights, prepare_model
 from skipwise.pipeline.checks import check_run, check_texts
 from skipwise.pipeline.choose_scaling import choose_scaling
 from skipwise.pipeline.stages import (
@@ -55,35 +55,35 @@ def extend(
         SkipwiseError: see the stages; what was done before stays and is not done again.
         RunStopped: the user stopped it.
     """
-    plan = plan_model(recipe)  # before anything is written: most mistakes show here
+    prepared = prepare_model(recipe)  # before anything is written: most mistakes show here
     trained = trained_checkpoint(RunFolder(out), recipe) is not None
     num_processes = 0 if trained else num_processes  # what is left is for one
     accumulation(recipe.training, num_processes or 1)
     if not trained:
-        finish_part(plan.recipe, plan.facts.original_length, num_processes or 1)
+        full_length_stage(prepared.recipe, prepared.info.original_length, num_processes or 1)
     find_sources(recipe)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
-        plan = choose_scaling(ready_weights(plan, run.converted), run)
-        data = prepare_run(plan, run, num_processes)
+        prepared = choose_scaling(convert_weights(prepared, run.converted), run)
+        data = prepare_run(prepared, run, num_processes)
         if trained:
             print("  ok   training is done: nothing left to try", file=sys.stderr, flush=True)
         elif num_processes and data is not None:
-            check_texts(plan, data, run, num_processes)
+            check_texts(prepared, data, run, num_processes)
             launch_training(run, num_processes, only_check=True)
         else:
-            check_run(plan, data, run)
+            check_run(prepared, data, run)
     with _stage(run, "evaluate before"):
-        evaluate_run(plan, run, "before")
+        evaluate_run(prepared, run, "before")
     with _stage(run, "train"):
         if num_processes and data is not None:
             launch_training(run, num_processes)
         else:
-            train_run(plan, data, run)
+            train_run(prepared, data, run)
     with _stage(run, "export"):
-        export_run(plan, run)
+        export_run(prepared, run)
     with _stage(run, "evaluate after"):
-        evaluate_run(plan, run, "after")
+        evaluate_run(prepared, run, "after")
     with _stage(run, "report"):
         run.update(status="finished")
         report_run(run)
@@ -97,6 +97,6 @@ def _stage(run: RunFolder, name: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     seconds = time.monotonic() - started
-    stages = run.facts().get("stages", {})
+    stages = run.metadata().get("stages", {})
     if seconds >= 1 or name not in stages:
         run.update(stages={**stages, name: round(seconds, 1)})

@@ -20,7 +20,7 @@ from typing import Any
 from skipwise.config.distillation import in_one_process
 from skipwise.config.machine import process_memory
 from skipwise.config.parse import dump_recipe, load_recipe
-from skipwise.config.recipe import FinishSettings, Recipe
+from skipwise.config.recipe import FullLengthSettings, Recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import is_config_alone
@@ -58,7 +58,7 @@ def _shortened(recipe: Recipe) -> Recipe:
     passes = min(2, max(1, training.global_batch_size // max(1, training.batch_size)))
     return dataclasses.replace(
         recipe,
-        finish=FinishSettings(),
+        finish=FullLengthSettings(),
         training=dataclasses.replace(
             training,
             num_steps=_STEPS,
@@ -90,10 +90,10 @@ def _steps(folder: Path) -> None:
     import torch
 
     import skipwise.pipeline.extend
-    from skipwise.models.prepared import plan_model, ready_weights
+    from skipwise.models.prepared import convert_weights, prepare_model
     from skipwise.training.callbacks import read_metrics
     from skipwise.training.distributed.engines import on_cpu
-    from skipwise.training.inputs import load_training_data, stand_in_data
+    from skipwise.training.inputs import dummy_data, load_training_data
     from skipwise.training.setup import set_up, train
 
     assert skipwise.pipeline.extend  # what a run of its own loads besides
@@ -102,13 +102,13 @@ def _steps(folder: Path) -> None:
     run = RunFolder(folder / "run")
     run.path.mkdir()
     write_text(run.recipe_file, dump_recipe(recipe))
-    plan = ready_weights(plan_model(recipe), run.converted)
+    prepared = convert_weights(prepare_model(recipe), run.converted)
     if recipe.data.sources:
-        data = load_training_data(plan, run, progress=False)
+        data = load_training_data(prepared, run, progress=False)
     else:
-        data = stand_in_data(plan)
+        data = dummy_data(prepared)
         data.dataset.num_examples = _STEPS * recipe.training.global_batch_size
-    training = set_up(plan, data, run)
+    training = set_up(prepared, data, run)
     train(training, run, recipe)
     seconds = [line["seconds"] for line in read_metrics(run)]
     step = (seconds[-1] - seconds[0]) / (len(seconds) - 1)

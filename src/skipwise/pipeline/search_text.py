@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from skipwise.evaluation.run import documents_for_search
-from skipwise.models.prepared import ModelPlan
+from skipwise.models.prepared import PreparedModel
 from skipwise.training.inputs import load_training_data
 
 _TARGETS = 2048  # tokens that a perplexity is of, at least
@@ -43,12 +43,12 @@ def longer_length(
     return 0, np.array([], int)
 
 
-def search_text(plan: ModelPlan) -> tuple[np.ndarray, Callable[[int], np.ndarray], str]:
+def search_text(prepared: PreparedModel) -> tuple[np.ndarray, Callable[[int], np.ndarray], str]:
     """Lengths of the documents to search on, what reads one, and the digest of training data."""
-    if plan.recipe.method == "none":
-        documents = documents_for_search(plan.recipe, plan.tokenizer)
+    if prepared.recipe.method == "none":
+        documents = documents_for_search(prepared.recipe, prepared.tokenizer)
         return np.array([len(d) for d in documents], int), lambda i: documents[i], ""
-    data = load_training_data(plan, None, progress=False)
+    data = load_training_data(prepared, None, progress=False)
     corpus = data.corpus
     ends = np.cumsum([len(group) for group in corpus.lengths])
 

@@ -9,14 +9,14 @@ import torch
 
 from skipwise.config.recipe import Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, open_run
-from skipwise.config.stages import finish_part
+from skipwise.config.stages import full_length_stage
 from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation.evaluator import Texts, evaluate_model
-from skipwise.evaluation.run import evaluation_documents, subject
+from skipwise.evaluation.run import make_eval_model, evaluation_documents
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model
 from skipwise.export.model_card import write_card
-from skipwise.models.prepared import ModelPlan, plan_model, ready_weights
+from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.pipeline.checks import check_texts, free_memory, record_checks
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
 from skipwise.pipeline.choose_scaling import choose_scaling, with_choice
@@ -28,16 +28,16 @@ from skipwise.training.checkpoints import finished_checkpoint, trained_checkpoin
 from skipwise.training.distributed.launcher import launch
 from skipwise.training.full_length_stage import (
     check_step,
-    finish_facts,
-    first_plan,
+    first_stage_model,
+    full_length_metadata,
     is_checked,
-    plan_finish,
+    make_full_length_stage,
     release,
-    train_finish,
+    train_full_length,
 )
 from skipwise.training.inputs import (
     TrainingData,
-    data_facts,
+    data_metadata,
     find_sources,
     load_training_data,
     text_changed,
@@ -45,48 +45,53 @@ from skipwise.training.inputs import (
 from skipwise.training.setup import set_up, train
 
 
-def prepare_run(plan: ModelPlan, run: RunFolder, num_processes: int = 0) -> TrainingData | None:
+def prepare_run(
+    prepared: PreparedModel, run: RunFolder, num_processes: int = 0
+) -> TrainingData | None:
     """Tokens and examples, written down in run.json; None where nothing is trained.
 
     Args:
         num_processes: that will train; 0: as many as run now.
     """
-    recipe = plan.recipe
-    model: dict[str, Any] = {"name": Path(recipe.model).name, "family": plan.facts.family}
-    if plan.conversion is not None:
-        model["converted"] = f"{plan.conversion.source} to {plan.conversion.target}"
-    facts: dict[str, Any] = {
-        "model": {**run.facts().get("model", {}), **model},
-        "original_length": plan.facts.original_length,
-        "train_length": plan.facts.original_length,
+    recipe = prepared.recipe
+    model: dict[str, Any] = {"name": Path(recipe.model).name, "family": prepared.info.family}
+    if prepared.conversion is not None:
+        model["converted"] = f"{prepared.conversion.source} to {prepared.conversion.target}"
+    metadata: dict[str, Any] = {
+        "model": {**run.metadata().get("model", {}), **model},
+        "original_length": prepared.info.original_length,
+        "train_length": prepared.info.original_length,
         "target_length": recipe.target_length,
-        "rope": plan.scaled.rope_parameters,
-        "scaling": plan.scaling.name,
-        "reproduce": [run.facts().get("command", ""), f"skipwise report {run.path}"],
+        "rope": prepared.scaled.rope_parameters,
+        "scaling": prepared.scaling.name,
+        "reproduce": [run.metadata().get("command", ""), f"skipwise report {run.path}"],
     }
     data = None
     if recipe.method != "none":
-        data = load_training_data(plan, run)
-        documents = evaluation_documents(recipe, plan.tokenizer, run)
-        check_selection(recipe, documents, plan.tokenizer, plan.facts.original_length)
-        facts["train_length"] = data.sampler.train_length
-        facts["positions"] = describe_positions(data.sampler, recipe.seed)
+        data = load_training_data(prepared, run)
+        documents = evaluation_documents(recipe, prepared.tokenizer, run)
+        check_selection(recipe, documents, prepared.tokenizer, prepared.info.original_length)
+        metadata["train_length"] = data.sampler.train_length
+        metadata["positions"] = describe_positions(data.sampler, recipe.seed)
         if not text_changed(run, data.digest):  # else it is trained, and stays as it was
-            facts["data"] = data_facts(plan, data, len(documents))
-            if (finish := plan_finish(plan, data, run, num_processes)) is not None:
-                facts["finish"] = {**run.facts().get("finish", {}), **finish_facts(finish)}
+            metadata["data"] = data_metadata(prepared, data, len(documents))
+            if (finish := make_full_length_stage(prepared, data, run, num_processes)) is not None:
+                metadata["finish"] = {
+                    **run.metadata().get("finish", {}),
+                    **full_length_metadata(finish),
+                }
     if torch.cuda.is_available():
         gpu = {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
-        facts["machine"] = {**run.facts().get("machine", {}), **gpu}
-    run.update(**facts)
+        metadata["machine"] = {**run.metadata().get("machine", {}), **gpu}
+    run.update(**metadata)
     return data
 
 
 def open_training(recipe: Recipe, out: str | Path, command: str, num_processes: int) -> RunFolder:
     """The run folder of a training that other processes will do; mistakes show here, once."""
     accumulation(recipe.training, num_processes)
-    plan = plan_model(recipe)
-    finish_part(plan.recipe, plan.facts.original_length, num_processes)
+    prepared = prepare_model(recipe)
+    full_length_stage(prepared.recipe, prepared.info.original_length, num_processes)
     find_sources(recipe)
     return open_run(out, recipe, command)
 
@@ -105,33 +110,33 @@ def launch_training(run: RunFolder, num_processes: int, only_check: bool = False
 
 def prepare_training(
     recipe: Recipe, out: str | Path, command: str
-) -> tuple[ModelPlan, TrainingData, RunFolder]:
+) -> tuple[PreparedModel, TrainingData, RunFolder]:
     """What the train verb needs, in each of its processes."""
-    plan_model(recipe)  # mistakes show before anything is written
+    prepare_model(recipe)  # mistakes show before anything is written
     find_sources(recipe)
     if recipe.method == "none":
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
     run = open_run(out, recipe, command)
-    plan = ready_weights(plan_model(with_choice(recipe, run)), run.converted)
-    data = prepare_run(plan, run)
+    prepared = convert_weights(prepare_model(with_choice(recipe, run)), run.converted)
+    data = prepare_run(prepared, run)
     assert data is not None
-    check_texts(plan, data, run)
-    return plan, data, run
+    check_texts(prepared, data, run)
+    return prepared, data, run
 
 
-def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
+def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
     """Measure the base model (`before`) or the exported one (`after`) into results.json."""
-    recipe = plan.recipe
+    recipe = prepared.recipe
     model, settings = (
-        (plan.source, plan.load)
+        (prepared.source, prepared.load)
         if label == "before"
         else (str(run.model), recipe.load.of_own_folder())
     )
-    lengths = list(context_lengths(recipe, plan.facts.original_length))
+    lengths = list(context_lengths(recipe, prepared.info.original_length))
     with run.lock():
         evaluate_model(
-            subject(label, model, settings, lengths, plan.tokenizer),
-            Texts(documents=evaluation_documents(recipe, plan.tokenizer, run)),
+            make_eval_model(label, model, settings, lengths, prepared.tokenizer),
+            Texts(documents=evaluation_documents(recipe, prepared.tokenizer, run)),
             lengths,
             recipe.eval,
             done=run.results(),
@@ -141,7 +146,7 @@ def evaluate_run(plan: ModelPlan, run: RunFolder, label: str) -> None:
 
 
 def train_run(
-    plan: ModelPlan,
+    prepared: PreparedModel,
     data: TrainingData | None,
     run: RunFolder,
     *,
@@ -158,20 +163,20 @@ def train_run(
         SkipwiseError: another process trains into the folder; and as `train.train`.
         RunStopped: the user stopped it.
     """
-    if data is None or trained_checkpoint(run, plan.recipe):
+    if data is None or trained_checkpoint(run, prepared.recipe):
         return
     with run.training_lock():
-        _train_parts(plan, data, run, record, only_check)
+        _train_parts(prepared, data, run, record, only_check)
 
 
 def _train_parts(
-    plan: ModelPlan, data: TrainingData, run: RunFolder, record: bool, only_check: bool
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, record: bool, only_check: bool
 ) -> None:
-    finish = plan_finish(plan, data, run)
+    finish = make_full_length_stage(prepared, data, run)
     if finish is not None and (only_check or not is_checked(finish, run)):
         record_checks(run, [check_step(finish, run)])
         free_memory()
-    first = first_plan(plan)
+    first = first_stage_model(prepared)
     begun = finish is not None and finish.begun
     if not begun and not finished_checkpoint(run, first.recipe.training.num_steps):
         training = set_up(first, data, run)
@@ -179,7 +184,7 @@ def _train_parts(
 
         def write_down(checks: list[Check]) -> None:
             record_checks(run, checks)
-            run.update(model={**run.facts().get("model", {}), "num_parameters": count})
+            run.update(model={**run.metadata().get("model", {}), "num_parameters": count})
 
         arguments: dict[str, Any] = {"record": write_down} if record else {}
         train(training, run, first.recipe, only_check=only_check, **arguments)
@@ -188,20 +193,20 @@ def _train_parts(
         del training
         free_memory()
     if finish is not None and not only_check:
-        train_finish(finish, run)
+        train_full_length(finish, run)
         free_memory()
 
 
-def export_run(plan: ModelPlan, run: RunFolder) -> None:
+def export_run(prepared: PreparedModel, run: RunFolder) -> None:
     """Write and check `model/`, if that is not done.
 
     Raises:
         SkipwiseError: the folder does not give the same logits in plain transformers.
     """
-    if run.facts().get("exported") and run.model.is_dir():
+    if run.metadata().get("exported") and run.model.is_dir():
         return
-    checkpoint = chosen_checkpoint(plan, run)
-    checks = export_model(plan, run, checkpoint, chosen_temperature(plan, run, checkpoint))
+    checkpoint = chosen_checkpoint(prepared, run)
+    checks = export_model(prepared, run, checkpoint, chosen_temperature(prepared, run, checkpoint))
     record_checks(run, checks)
     require(checks)
     run.update(exported=True)
@@ -224,14 +229,14 @@ def export_again(
     recipe, written = run.recipe(), []
     model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
     if model_too or "adapter" in kinds:
-        plan = choose_scaling(ready_weights(plan_model(recipe), run.converted), run)
+        prepared = choose_scaling(convert_weights(prepare_model(recipe), run.converted), run)
         if model_too:
             run.update(exported=False)
-            export_run(plan, run)
+            export_run(prepared, run)
             report_run(run)
             written.append(run.model)
         if "adapter" in kinds:
-            checks = export_adapter(plan, run, chosen_checkpoint(plan, run))
+            checks = export_adapter(prepared, run, chosen_checkpoint(prepared, run))
             record_checks(run, checks)
             require(checks)
             written.append(run.adapter)

@@ -20,7 +20,7 @@ _NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
 @dataclass(frozen=True)
-class Held:
+class Allocation:
     """Memory of one kind, in blocks of one size."""
 
     kind: str
@@ -44,22 +44,22 @@ def _tensors(job: Job) -> Iterator[tuple[int, Matrix | None, int]]:
         yield layer.count * layer.norms, None, layer.vectors // max(1, layer.norms)
 
 
-def weights(job: Job) -> list[Held]:
+def weights(job: Job) -> list[Allocation]:
     """All weights on a device before sharding, in their training precision."""
     a, size = job.architecture, base_bytes(job)
     nf4 = job.lora is not None and job.lora.quantization == "nf4"
     found = [
-        Held("weights", number * each * width, each * width)
+        Allocation("weights", number * each * width, each * width)
         for number, matrix, each in _tensors(job)
         for width in [_NF4 if nf4 and matrix is not None and matrix.linear else size]
     ]
-    found += [Held("weights", n * size, n * size) for n in (a.embedding, a.head, a.final)]
+    found += [Allocation("weights", n * size, n * size) for n in (a.embedding, a.head, a.final)]
     if job.lora is not None:  # beside the frozen ones
-        found += [Held("weights", n * 4, n * 4) for n in _lora_blocks(job)]
+        found += [Allocation("weights", n * 4, n * 4) for n in _lora_blocks(job)]
     return found
 
 
-def teacher(job: Job) -> list[Held]:
+def teacher(job: Job) -> list[Allocation]:
     """The base once more, frozen, where it teaches; under LoRA it is there already, if whole.
 
     Its layers are sharded where the engine shards (models/teacher.py).
@@ -71,10 +71,12 @@ def teacher(job: Job) -> list[Held]:
     if job.engine == "zero3-offload":
         share = 0.0
     found = [
-        Held("teacher", share * number * each * size, each * size)
+        Allocation("teacher", share * number * each * size, each * size)
         for number, _, each in _tensors(job)
     ]
-    return found + [Held("teacher", n * size, n * size) for n in (a.embedding, a.head, a.final)]
+    return found + [
+        Allocation("teacher", n * size, n * size) for n in (a.embedding, a.head, a.final)
+    ]
 
 
 def _lora_blocks(job: Job) -> list[int]:
@@ -97,12 +99,12 @@ def trained(job: Job) -> list[tuple[int, int]]:
     return [(n, min(n, largest) if n == job.lora_parameters else n) for n in blocks if n]
 
 
-def gradients(job: Job) -> list[Held]:
+def gradients(job: Job) -> list[Allocation]:
     size = 2 if job.engine.startswith("zero3") and job.bf16 else 4
-    return [Held("gradients", n * size, block * size) for n, block in trained(job)]
+    return [Allocation("gradients", n * size, block * size) for n, block in trained(job)]
 
 
-def states(job: Job) -> list[Held]:
+def states(job: Job) -> list[Allocation]:
     """The optimizer's states; under DeepSpeed's bf16 the float32 weights as well."""
     a = job.architecture
     master = 4 if job.engine.startswith("zero3") and job.bf16 else 0
@@ -111,14 +113,16 @@ def states(job: Job) -> list[Held]:
         sums = 4 * (sums + a.vectors + 2 * (a.vocab_size + a.hidden_size))
         sums = min(sums, 8 * job.trainable_parameters)
         numbers = job.trainable_parameters
-        return [Held("optimizer", float(sums + master * numbers), sums / max(1, a.num_layers))]
+        return [
+            Allocation("optimizer", float(sums + master * numbers), sums / max(1, a.num_layers))
+        ]
     each = job.state_bytes
     found = []
     for n, block in trained(job):
         # bitsandbytes keeps an embedding's states in 32 bits, as transformers asks it to
         embedding = "8bit" in job.optimizer and n == a.embedding and job.trains_embeddings
         width = (8.0 if "adam" in job.optimizer else 4.0) if embedding else each
-        found.append(Held("optimizer", n * (width + master), block * 4))
+        found.append(Allocation("optimizer", n * (width + master), block * 4))
     return found
 
 
@@ -132,17 +136,17 @@ def optimizer_temporaries(job: Job) -> float:
     return 0.0
 
 
-def head_copy(job: Job) -> list[Held]:
+def head_copy(job: Job) -> list[Allocation]:
     """The head's bf16 copy, where the head trains (tied to an embedding that does, or in full)."""
     a = job.architecture
     trains = job.lora is None or (a.tied and job.lora.train_embeddings)
     if not job.bf16 or job.engine != "ddp" or not trains:
         return []
     n = a.vocab_size * a.hidden_size
-    return [Held("bf16 copies", n * 2, n * 2)]
+    return [Allocation("bf16 copies", n * 2, n * 2)]
 
 
-def layer_copies(job: Job, layer: Layer) -> list[Held]:
+def layer_copies(job: Job, layer: Layer) -> list[Allocation]:
     """The bf16 copies of one layer's matrices."""
     if not job.bf16 or job.engine != "ddp":
         return []
@@ -151,7 +155,7 @@ def layer_copies(job: Job, layer: Layer) -> list[Held]:
     else:
         n = sum(m.rows_in + m.rows_out for m in layer.matrices if job.adapted(m)) * job.lora.rank
         found = [(n, n / max(1, len(layer.matrices)))]
-    return [Held("bf16 copies", n * 2, block * 2) for n, block in found]
+    return [Allocation("bf16 copies", n * 2, block * 2) for n, block in found]
 
 
 def stream_bytes(job: Job) -> int:
@@ -163,7 +167,7 @@ def stream_bytes(job: Job) -> int:
     return 4 if job.trains_embeddings else 2
 
 
-def layer_activations(job: Job, layer: Layer, tokens: int, batch_size: int) -> list[Held]:
+def layer_activations(job: Job, layer: Layer, tokens: int, batch_size: int) -> list[Allocation]:
     """What one layer keeps for its backward pass, its own weights aside.
 
     Args:
@@ -201,28 +205,28 @@ def layer_activations(job: Job, layer: Layer, tokens: int, batch_size: int) -> l
     widths += [c * F] * ((4 if a.gated else 2) + 3 * a.composed_gelu)
     if a.num_experts and layer.matrices[-1].name != "down":  # rows sorted by expert, and back
         widths += [c * a.experts_per_token * d] * 2
-    found = [Held("activations", tokens * w, tokens * w) for w in widths]
+    found = [Allocation("activations", tokens * w, tokens * w) for w in widths]
     pairs = batch_size * job.length**2
     if job.attention == "eager":  # softmax in float32, and its cast
-        found.append(Held("activations", 4 * H * pairs, 4 * H * pairs))
+        found.append(Allocation("activations", 4 * H * pairs, 4 * H * pairs))
         if job.bf16:
-            found.append(Held("activations", 2 * H * pairs, 2 * H * pairs))
+            found.append(Allocation("activations", 2 * H * pairs, 2 * H * pairs))
     return found
 
 
-def layer_gradients(job: Job, layer: Layer, tokens: int) -> list[Held]:
+def layer_gradients(job: Job, layer: Layer, tokens: int) -> list[Allocation]:
     """What the backward pass of one layer holds for a moment beside what was saved."""
     a, c = job.architecture, 2 if job.bf16 else 4
     wide = tokens * c * layer.mlp_width
     largest = max(m.copies * m.weight for m in layer.matrices) if job.lora is None else 0
     return [
-        Held("activations", 2 * wide, wide),
-        Held("activations", 2 * tokens * 4 * a.hidden_size, tokens * 4 * a.hidden_size),
-        Held("gradients", c * largest, c * largest),
+        Allocation("activations", 2 * wide, wide),
+        Allocation("activations", 2 * tokens * 4 * a.hidden_size, tokens * 4 * a.hidden_size),
+        Allocation("gradients", c * largest, c * largest),
     ]
 
 
-def lora_temporaries(job: Job, layer: Layer, tokens: int) -> list[Held]:
+def lora_temporaries(job: Job, layer: Layer, tokens: int) -> list[Allocation]:
     """What LoRA makes beside an adapted matrix's output: what B gives and that scaled, both ways.
 
     None of it is kept. A GPU's allocator takes the same room for the next matrix; malloc does not,
@@ -232,23 +236,23 @@ def lora_temporaries(job: Job, layer: Layer, tokens: int) -> list[Held]:
         return []
     width = 2 if job.bf16 else 4
     blocks = [(m.copies, width * tokens * m.rows_out) for m in layer.matrices if job.adapted(m)]
-    return [Held("activations", 4.0 * copies * block, block) for copies, block in blocks]
+    return [Allocation("activations", 4.0 * copies * block, block) for copies, block in blocks]
 
 
-def checkpoints(job: Job, tokens: int) -> list[Held]:
+def checkpoints(job: Job, tokens: int) -> list[Allocation]:
     """The inputs of the layers, all that checkpointing keeps of them."""
     block = tokens * stream_bytes(job) * job.architecture.hidden_size
-    return [Held("activations", block * job.architecture.num_layers, block)]
+    return [Allocation("activations", block * job.architecture.num_layers, block)]
 
 
-def head_activations(job: Job, tokens: int) -> list[Held]:
+def head_activations(job: Job, tokens: int) -> list[Allocation]:
     """The last norm and the head's input."""
     d, c = job.architecture.hidden_size, 2 if job.bf16 else 4
     blocks = [4 * d * tokens, stream_bytes(job) * d * tokens, c * d * tokens]
-    return [Held("activations", block, block) for block in blocks]
+    return [Allocation("activations", block, block) for block in blocks]
 
 
-def logits(job: Job, *, backward: bool) -> list[Held]:
+def logits(job: Job, *, backward: bool) -> list[Allocation]:
     """Logits and what the loss makes of them, of the tokens whose logits stand at once.
 
     Forward: as computed, in float32, and their log-softmax. Backward: log-softmax, the gradient of
@@ -260,18 +264,18 @@ def logits(job: Job, *, backward: bool) -> list[Held]:
         sizes += [4, 4] if backward else [4, 4, 4]
     if job.architecture.softcap:  # divided, capped, multiplied
         sizes += [2 if job.bf16 else 4] * (1 if backward else 3)
-    return [Held("logits and loss", n * size, n * size) for size in sizes]
+    return [Allocation("logits and loss", n * size, n * size) for size in sizes]
 
 
-def batch(job: Job, on_cpu: bool) -> list[Held]:
+def batch(job: Job, on_cpu: bool) -> list[Allocation]:
     """Token ids and masks: the Trainer fetches the batches of a whole step before it starts."""
     pairs = job.batch_size * job.length**2
     number = job.accumulation + on_cpu  # the loader is one batch ahead, in the host's memory
-    found = [Held("batch", 4 * 8 * job.tokens * number, 8 * job.tokens)]
+    found = [Allocation("batch", 4 * 8 * job.tokens * number, 8 * job.tokens)]
     if job.importance:  # of the pass at work, and while it is made a boolean one
         size = (2 if job.bf16 else 4) * pairs
-        found.append(Held("mask", size, size))
+        found.append(Allocation("mask", size, size))
     a = job.architecture
     if a.sliding_layers:  # a boolean mask for each kind of layer
-        found.append(Held("mask", 2 * pairs, pairs))
+        found.append(Allocation("mask", 2 * pairs, pairs))
     return found

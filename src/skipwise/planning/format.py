@@ -35,7 +35,7 @@ def _headline(plan: Plan) -> str:
     if job.lora is not None:
         mode = "LoRA" if job.lora.quantization == "none" else "QLoRA"
     return (
-        f"{plan.facts.family}: {plan.facts.original_length:,} to {recipe.target_length:,} tokens, "
+        f"{plan.info.family}: {plan.info.original_length:,} to {recipe.target_length:,} tokens, "
         f"{recipe.method}, {mode}, {job.engine} on {_count(job.num_gpus, 'GPU')}"
     )
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from skipwise.config.distillation import distillation_weight
 from skipwise.config.recipe import LoRASettings, Recipe
-from skipwise.config.samplers import make_sampler, settled
-from skipwise.config.stages import finish_part, first_part
+from skipwise.config.samplers import make_sampler, resolve_auto
+from skipwise.config.stages import first_stage, full_length_stage
 from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import complete, is_local, read_config
-from skipwise.models.model_info import ModelFacts, read_facts
+from skipwise.models.model_info import ModelInfo, read_model_info
 from skipwise.models.scaled_config import scaling_for
 from skipwise.planning.architecture import Architecture, Matrix, read_architecture
 from skipwise.planning.gpus import Gpu
@@ -123,7 +123,7 @@ class Job:
         )
 
 
-def read_model(recipe: Recipe) -> tuple[ModelFacts, Architecture]:
+def read_model(recipe: Recipe) -> tuple[ModelInfo, Architecture]:
     """The facts and counts of the recipe's model, from its config alone.
 
     Raises:
@@ -132,20 +132,20 @@ def read_model(recipe: Recipe) -> tuple[ModelFacts, Architecture]:
     raw = read_config(recipe.model, recipe.load)
     conversion = conversion_for(raw, recipe.load.text_only)
     config = complete(conversion.config(raw) if conversion else raw)
-    facts = read_facts(config, recipe.original_length)
-    scaling_for(recipe, facts)
+    info = read_model_info(config, recipe.original_length)
+    scaling_for(recipe, info)
     architecture = read_architecture(config)
     if is_local(recipe.model):
         stored = _stored_bytes(Path(recipe.model).expanduser())
         architecture = dataclasses.replace(
             architecture, stored_bytes=stored or architecture.stored_bytes
         )
-    return facts, architecture
+    return info, architecture
 
 
 def make_jobs(
     recipe: Recipe,
-    facts: ModelFacts,
+    info: ModelInfo,
     architecture: Architecture,
     *,
     num_gpus: int = 1,
@@ -156,10 +156,10 @@ def make_jobs(
     Raises:
         SkipwiseError: as `make_job`; a share of the finish that is no step.
     """
-    last = finish_part(recipe, facts.original_length, num_gpus)
+    last = full_length_stage(recipe, info.original_length, num_gpus)
     first, finish = (
-        part and make_job(part, facts, architecture, num_gpus=num_gpus, gpu=gpu)
-        for part in (first_part(recipe), last)
+        part and make_job(part, info, architecture, num_gpus=num_gpus, gpu=gpu)
+        for part in (first_stage(recipe), last)
     )
     assert first is not None
     return first, finish
@@ -167,7 +167,7 @@ def make_jobs(
 
 def make_job(
     recipe: Recipe,
-    facts: ModelFacts,
+    info: ModelInfo,
     architecture: Architecture,
     *,
     num_gpus: int = 1,
@@ -182,9 +182,9 @@ def make_job(
     Raises:
         SkipwiseError: `method: none`, which trains nothing; a batch that the GPUs cannot share.
     """
-    recipe = settled(recipe)
+    recipe = resolve_auto(recipe)
     settings = recipe.training
-    sampler = make_sampler(recipe, facts.original_length)
+    sampler = make_sampler(recipe, info.original_length)
     length = sampler.train_length
     held = settings.batch_size * num_gpus
     if not held or not settings.global_batch_size or settings.global_batch_size % held:
@@ -192,12 +192,12 @@ def make_job(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
             f"training.batch_size {settings.batch_size} x {num_gpus} GPUs"
         )
-    logits = settings.batch_size * length * facts.vocab_size * 4
+    logits = settings.batch_size * length * info.vocab_size * 4
     asked = recipe.load.attn_implementation
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
     taught = 0.0
     if distillation_weight(recipe)[0]:
-        taught = _taught_share(sampler, settings.batch_size, facts.original_length)
+        taught = _taught_share(sampler, settings.batch_size, info.original_length)
     return Job(
         architecture=architecture,
         batch_size=settings.batch_size,

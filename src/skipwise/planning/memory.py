@@ -17,7 +17,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from skipwise.planning import allocations
-from skipwise.planning.allocations import Held
+from skipwise.planning.allocations import Allocation
 from skipwise.planning.gpus import Gpu
 from skipwise.planning.job import Job
 
@@ -93,7 +93,7 @@ def host_bytes(job: Job) -> float:
     return numbers * width + job.trainable_parameters * (4.0 + 4.0 + 8.0)
 
 
-def _phases(job: Job, on_cpu: bool) -> dict[str, list[Held]]:
+def _phases(job: Job, on_cpu: bool) -> dict[str, list[Allocation]]:
     """What each phase holds on one device, before sharding."""
     a = job.architecture
     tokens, rows = job.tokens, job.batch_size
@@ -124,11 +124,11 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Held]]:
             *always, *(before or head_gradient), *kept, *inner, *moment
         ],
         "end of backward": [*always, *gradients, *one, *copies, *moment, *tied_gradient],
-        "update": [*always, *gradients, Held("optimizer", temporaries, temporaries)],
+        "update": [*always, *gradients, Allocation("optimizer", temporaries, temporaries)],
     }  # fmt: skip
 
 
-def _load(job: Job, weights: list[Held], on_cpu: bool) -> list[Held]:
+def _load(job: Job, weights: list[Allocation], on_cpu: bool) -> list[Allocation]:
     """Weights and, on a CPU, the file they are cast from, which is mapped into memory.
 
     Weights that are not cast stay in the mapped file: there is one copy of them.
@@ -137,10 +137,10 @@ def _load(job: Job, weights: list[Held], on_cpu: bool) -> list[Held]:
     if not on_cpu or allocations.base_bytes(job) == a.stored_bytes:
         return weights
     size = float(a.num_parameters * a.stored_bytes)
-    return [*weights, Held("weights file", size, size)]
+    return [*weights, Allocation("weights file", size, size)]
 
 
-def _preflight(job: Job, weights: list[Held]) -> list[Held]:
+def _preflight(job: Job, weights: list[Allocation]) -> list[Allocation]:
     """models.checks.check_batch: the loss of one example, its gradient to the embeddings."""
     one = dataclasses.replace(job, batch_size=1)
     return [
@@ -153,12 +153,12 @@ def _preflight(job: Job, weights: list[Held]) -> list[Held]:
     ]
 
 
-def _kept(job: Job) -> list[Held]:
+def _kept(job: Job) -> list[Allocation]:
     """What all layers keep between the passes."""
     if job.checkpointing:
         return allocations.checkpoints(job, job.tokens)
     return [
-        Held(x.kind, x.total * layer.count, x.block)
+        Allocation(x.kind, x.total * layer.count, x.block)
         for layer in job.architecture.layers
         for x in [
             *allocations.layer_activations(job, layer, job.tokens, job.batch_size),
@@ -167,24 +167,24 @@ def _kept(job: Job) -> list[Held]:
     ]
 
 
-def _engine_buffers(job: Job) -> list[Held]:
+def _engine_buffers(job: Job) -> list[Allocation]:
     """What the engine holds beside its share: buckets of DDP, weights gathered for a layer."""
     a = job.architecture
     if job.engine == "ddp":
         size = 4.0 * job.trainable_parameters if job.num_gpus > 1 else 0.0
-        return [Held("engine", size, size)]  # gradients once more, in buckets to be reduced
+        return [Allocation("engine", size, size)]  # gradients once more, in buckets to be reduced
     if job.engine == "fsdp2":
         largest = max(layer.size for layer in a.layers)
         outer = a.embedding + a.head
         width = 2 if job.bf16 else 4
         size = width * (2.0 * largest + outer) + 4.0 * largest  # this layer, the next, a gradient
-        return [Held("engine", size, size)]
+        return [Allocation("engine", size, size)]
     largest = max(layer.size for layer in a.layers) + a.embedding + a.head
     size = 2.0 * min(a.num_parameters, max(_LIVE_PARAMETERS, largest))
-    return [Held("engine", size, size)]
+    return [Allocation("engine", size, size)]
 
 
-def _placed(job: Job, items: list[Held]) -> list[Held]:
+def _placed(job: Job, items: list[Allocation]) -> list[Allocation]:
     """The items with what is sharded divided, and what is moved to the CPU taken out."""
     if job.engine == "ddp":
         return items
@@ -199,7 +199,7 @@ def _placed(job: Job, items: list[Held]) -> list[Held]:
     ]
 
 
-def _by_kind(items: list[Held]) -> dict[str, float]:
+def _by_kind(items: list[Allocation]) -> dict[str, float]:
     found: dict[str, float] = {}
     for item in items:
         if item.total:
@@ -207,7 +207,7 @@ def _by_kind(items: list[Held]) -> dict[str, float]:
     return found
 
 
-def _on_cpu(job: Job, found: dict[str, list[Held]], runtime: float) -> Memory:
+def _on_cpu(job: Job, found: dict[str, list[Allocation]], runtime: float) -> Memory:
     """The largest resident memory, with a heap that keeps what it once had."""
     blocks = [
         i.block for items in found.values() for i in items if i.total and i.kind not in _LOADED
@@ -232,5 +232,5 @@ def _on_cpu(job: Job, found: dict[str, list[Held]], runtime: float) -> Memory:
     return Memory(phase=phase, parts=parts, total=peak, phases=phases, host=0.0)
 
 
-def _with_holes(items: list[Held]) -> float:
+def _with_holes(items: list[Allocation]) -> float:
     return sum(i.total * (1 if i.kind in _LASTING else 1 + _HOLES) for i in items)

@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from skipwise.config.recipe import FinishSettings, PositionSettings, Recipe, context_lengths
-from skipwise.config.samplers import settled
+from skipwise.config.recipe import FullLengthSettings, PositionSettings, Recipe, context_lengths
+from skipwise.config.samplers import resolve_auto
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelFacts
+from skipwise.models.model_info import ModelInfo
 from skipwise.planning import flops
 from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import GPUS, UTILISATION, Gpu
@@ -47,7 +47,7 @@ class Side:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     recipe: Recipe
-    facts: ModelFacts
+    info: ModelInfo
     architecture: Architecture
     job: Job
     memory: Memory
@@ -83,13 +83,13 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
         raise SkipwiseError("--gpus: 1 or more")
     if recipe.training.num_steps < 1:
         raise SkipwiseError("training.num_steps is 0: there is nothing to plan")
-    facts, architecture = read_model(recipe)
-    recipe = settled(recipe)
-    job, last = make_jobs(recipe, facts, architecture, num_gpus=num_gpus, gpu=gpu)
+    info, architecture = read_model(recipe)
+    recipe = resolve_auto(recipe)
+    job, last = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=gpu)
     memory = predict_memory(job)
     rows = []
     for one in (gpu,) if gpu else GPUS:
-        parts = make_jobs(recipe, facts, architecture, num_gpus=num_gpus, gpu=one)
+        parts = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=one)
         its = [part for part in parts if part]
         found = max((predict_memory(part) for part in its), key=lambda m: m.total)
         rows.append(
@@ -98,26 +98,26 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
                 memory=found,
                 fits=fits(found, one),
                 hours=sum(flops.hours(part, one) for part in its),
-                change=first_change(recipe, facts, architecture, one, num_gpus),
+                change=first_change(recipe, info, architecture, one, num_gpus),
             )
         )
     return Plan(
         recipe=recipe,
-        facts=facts,
+        info=info,
         architecture=architecture,
         job=job,
         memory=memory,
-        sides=_sides(recipe, facts, job, memory, num_gpus, gpu),
+        sides=_sides(recipe, info, job, memory, num_gpus, gpu),
         finish=None if last is None else _side("its finish", last),
         gpus=tuple(rows),
-        lengths=context_lengths(recipe, facts.original_length),
+        lengths=context_lengths(recipe, info.original_length),
         notes=_notes(recipe, architecture, job),
     )
 
 
 def _sides(
     recipe: Recipe,
-    facts: ModelFacts,
+    info: ModelInfo,
     job: Job,
     memory: Memory,
     num_gpus: int,
@@ -131,10 +131,10 @@ def _sides(
         method="full",
         train_length=None,
         positions=PositionSettings(),
-        finish=FinishSettings(),
+        finish=FullLengthSettings(),
         training=dataclasses.replace(recipe.training, distillation=0.0),
     )
-    long = make_job(full, facts, job.architecture, num_gpus=num_gpus, gpu=gpu)
+    long = make_job(full, info, job.architecture, num_gpus=num_gpus, gpu=gpu)
     same = _side("full, same examples", long)
     fewer = job.length / long.length
     return (
@@ -181,7 +181,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "family": a.family,
         "counts_are_exact": a.exact,
-        "original_length": plan.facts.original_length,
+        "original_length": plan.info.original_length,
         "train_length": job.length,
         "target_length": plan.recipe.target_length,
         "method": plan.recipe.method,

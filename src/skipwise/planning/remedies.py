@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from skipwise.config.distillation import distillation_weight, shards
 from skipwise.config.lengths import format_length
-from skipwise.config.recipe import SHARDED_ENGINES, FinishSettings, LoRASettings, Recipe
+from skipwise.config.recipe import SHARDED_ENGINES, FullLengthSettings, LoRASettings, Recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelFacts
+from skipwise.models.model_info import ModelInfo
 from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import Gpu
 from skipwise.planning.job import make_jobs
@@ -42,7 +42,7 @@ def next_change(recipe: Recipe, num_processes: int = 1) -> str | None:
 
 def first_change(
     recipe: Recipe,
-    facts: ModelFacts,
+    info: ModelInfo,
     architecture: Architecture,
     gpu: Gpu,
     num_gpus: int = 1,
@@ -56,7 +56,7 @@ def first_change(
 
     def size(recipe: Recipe, num_gpus: int) -> float | None:
         try:
-            jobs = make_jobs(recipe, facts, architecture, num_gpus=num_gpus, gpu=gpu)
+            jobs = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=gpu)
         except SkipwiseError:  # GPUs that cannot share the batch
             return None
         return max(predict_memory(job).gib for job in jobs if job)
@@ -64,13 +64,13 @@ def first_change(
     now = size(recipe, num_gpus)
     if now is not None and now <= gpu.memory_gib:
         return ""
-    rungs = (*_RUNGS, *[_shorter(facts.original_length)] * 4)
+    rungs = (*_RUNGS, *[_shorter(info.original_length)] * 4)
     for rung in rungs:  # one alone
         step = rung(recipe, num_gpus)
         found = size(step[1], step[2]) if step else None
         if step and found is not None and found <= gpu.memory_gib:
             return step[0]
-    taken: list[_Rung] = []  # several: climb, and leave out what the last ones made needless
+    taken: list[_Rung] = []  # several: hill_climb, and leave out what the last ones made needless
     at: tuple[Recipe, int] = recipe, num_gpus
     for rung in rungs:
         step = rung(*at)
@@ -206,7 +206,7 @@ def _unfinished(recipe: Recipe, num_gpus: int) -> _Step | None:
     """Without the full-length finish: of a lower share the memory is the same."""
     if not recipe.finish.share:
         return None
-    return "finish={}", dataclasses.replace(recipe, finish=FinishSettings()), num_gpus
+    return "finish={}", dataclasses.replace(recipe, finish=FullLengthSettings()), num_gpus
 
 
 def _unweighted(recipe: Recipe, num_gpus: int) -> _Step | None:

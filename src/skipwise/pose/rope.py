@@ -129,17 +129,21 @@ class YaRN:
 
     def inv_freq(self, theta: float, dim: int) -> np.ndarray:
         plain = _frequencies(theta, dim)
-        low, high = (self._pair(turns, theta, dim) for turns in (self.beta_fast, self.beta_slow))
+        low, high = (
+            self._dimension(rotations, theta, dim) for rotations in (self.beta_fast, self.beta_slow)
+        )
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         high += 0.001 if high == low else 0.0
-        slowed = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
-        return plain * (1.0 - slowed) + plain / self.factor * slowed
+        interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
+        return plain * (1.0 - interpolated) + plain / self.factor * interpolated
 
-    def _pair(self, turns: float, theta: float, dim: int) -> float:
+    def _dimension(self, rotations: float, theta: float, dim: int) -> float:
         """The pair, as a real number, that turns so many times over L positions."""
-        return dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            dim * math.log(self.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        )
 
     def to_config(
         self, *, theta: float, dim: int, original_length: int, target_length: int
@@ -204,9 +208,9 @@ class Llama3:
 
     def inv_freq(self, theta: float, dim: int) -> np.ndarray:
         plain = _frequencies(theta, dim)
-        turns = self.original_length * plain / (2 * math.pi)  # over L
+        rotations = self.original_length * plain / (2 * math.pi)  # over L
         low, high = self.low_freq_factor, self.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
         return plain * kept + plain / self.factor * (1.0 - kept)
 
     def to_config(

@@ -49,7 +49,7 @@ def from_rope_parameters(
     return make_scaling(name, factor=factor, original_length=length, **options)
 
 
-def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
+def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with RoPE spelled for transformers 5 and for everything older.
 
     transformers 5 reads and writes `rope_parameters`; transformers 4, vLLM and llama.cpp's

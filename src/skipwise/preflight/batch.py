@@ -90,7 +90,7 @@ def check_batch(
         autocast: gives the context manager to run a forward pass in.
         inner: the model inside, where `model` is the wrapper that an engine put around it.
     """
-    assert "chunk_ids" not in batch, "a model ignores them: masks.with_carrier comes first"
+    assert "chunk_ids" not in batch, "a model ignores them: masks.pack_key_weights comes first"
     inner = model if inner is None else inner
     skips = (batch["position_ids"].diff(dim=1) != 1).float()  # (B, L-1)
     if not bool(skips.any()):

@@ -7,18 +7,18 @@ from skipwise.config.samplers import make_sampler
 from skipwise.errors import Check
 from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import complete, read_config
-from skipwise.models.model_info import ModelFacts, read_facts
+from skipwise.models.model_info import ModelInfo, read_model_info
 from skipwise.models.scaled_config import config_changes, scaling_for
 from skipwise.pose.rope import Scaling, Unscaled
 
 
-def check_config(facts: ModelFacts, scaling: Scaling, target_length: int) -> list[Check]:
+def check_config(info: ModelInfo, scaling: Scaling, target_length: int) -> list[Check]:
     """What the config decides of any run: the lengths, and what kind of layers there are."""
-    L = facts.original_length
-    reach = L * scaling.factor / facts.scaling.factor
+    L = info.original_length
+    reach = L * scaling.factor / info.scaling.factor
     fits = target_length > L and abs(reach - target_length) < 1
     carried = (
-        "" if isinstance(facts.scaling, Unscaled) else f", carried on from {facts.scaling.factor:g}"
+        "" if isinstance(info.scaling, Unscaled) else f", carried on from {info.scaling.factor:g}"
     )
     lengths = Check(
         name="lengths",
@@ -28,7 +28,7 @@ def check_config(facts: ModelFacts, scaling: Scaling, target_length: int) -> lis
         else f"rope.factor {scaling.factor:g} x {L:,} is {reach:,.0f} tokens, not the target's "
         f"{target_length:,}: leave rope.factor out",
     )
-    if not facts.recurrent:
+    if not info.recurrent:
         return [lengths]
     state = Check(
         name="recurrent layers",
@@ -47,31 +47,31 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
     """
     raw = read_config(recipe.model, recipe.load)
     conversion = conversion_for(raw, recipe.load.text_only)
-    facts = read_facts(
+    info = read_model_info(
         complete(conversion.config(raw) if conversion else raw), recipe.original_length
     )
-    scaling = scaling_for(recipe, facts)
-    changes = config_changes(facts, scaling, recipe.target_length)
-    inv_freq = scaling.inv_freq(facts.rope_theta, facts.rotary_dim)
+    scaling = scaling_for(recipe, info)
+    changes = config_changes(info, scaling, recipe.target_length)
+    inv_freq = scaling.inv_freq(info.rope_theta, info.rotary_dim)
     checks = [
         Check(
             name="model",
             passed=True,
             detail=(f"{conversion.source}, to be converted exactly to " if conversion else "")
-            + f"{facts.family}, rope_theta {facts.rope_theta:,.0f}, "
-            f"{facts.rotary_dim // 2} pairs of {facts.head_dim} dimensions",
+            + f"{info.family}, rope_theta {info.rope_theta:,.0f}, "
+            f"{info.rotary_dim // 2} pairs of {info.head_dim} dimensions",
         ),
-        *check_config(facts, scaling, recipe.target_length),
+        *check_config(info, scaling, recipe.target_length),
         Check(
             name="rope",
             passed=True,
             detail=f"slowest pair 1/{1 / inv_freq[-1]:.4g}, attention factor "
             f"{scaling.attention_factor:.4f}",
         ),
-        Check(name="attention window", passed=True, detail=_window(facts)),
+        Check(name="attention window", passed=True, detail=_window(info)),
     ]
     if recipe.method != "none":
-        sampler = make_sampler(recipe, facts.original_length)
+        sampler = make_sampler(recipe, info.original_length)
         checks.append(
             Check(
                 name="training",
@@ -95,9 +95,9 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
     return checks
 
 
-def _window(facts: ModelFacts) -> str:
-    if facts.sliding_window is None:
+def _window(info: ModelInfo) -> str:
+    if info.sliding_window is None:
         return "every layer sees the whole context"
-    if facts.hybrid:
-        return f"sliding layers keep their {facts.sliding_window:,} tokens, the full ones see all"
-    return f"sliding_window {facts.sliding_window:,} in every layer: it will be taken out"
+    if info.hybrid:
+        return f"sliding layers keep their {info.sliding_window:,} tokens, the full ones see all"
+    return f"sliding_window {info.sliding_window:,} in every layer: it will be taken out"

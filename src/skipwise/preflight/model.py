@@ -12,26 +12,26 @@ import numpy as np
 import torch
 
 from skipwise.errors import Check
-from skipwise.models.model_info import ModelFacts
+from skipwise.models.model_info import ModelInfo
 from skipwise.pose.rope import Dynamic, Scaling
 
 
 def check_model(
-    model: Any, config: Any, facts: ModelFacts, scaling: Scaling, target_length: int
+    model: Any, config: Any, info: ModelInfo, scaling: Scaling, target_length: int
 ) -> list[Check]:
     """What the loaded model really computes: frequencies, window, exact positions."""
     return [
-        check_rope(model, facts, scaling),
-        _check_window(config, facts, target_length),
-        _check_exact(model, facts, scaling, target_length),
+        check_rope(model, info, scaling),
+        _check_window(config, info, target_length),
+        _check_exact(model, info, scaling, target_length),
     ]
 
 
-def check_rope(model: Any, facts: ModelFacts, scaling: Scaling) -> Check:
+def check_rope(model: Any, info: ModelInfo, scaling: Scaling) -> Check:
     """Every rotary module's frequencies and attention factor against `rope.py`."""
-    want = scaling.inv_freq(facts.rope_theta, facts.rotary_dim)
+    want = scaling.inv_freq(info.rope_theta, info.rotary_dim)
     if isinstance(scaling, Dynamic):  # grows with what it has seen: nothing yet
-        want = scaling.inv_freq(facts.rope_theta, facts.rotary_dim, facts.original_length)
+        want = scaling.inv_freq(info.rope_theta, info.rotary_dim, info.original_length)
     name = "rope"
     modules = rotary_modules(model)
     if not modules:
@@ -87,9 +87,9 @@ def rotary_modules(model: Any) -> list[tuple[Any, str]]:
     return found
 
 
-def _check_window(config: Any, facts: ModelFacts, target_length: int) -> Check:
+def _check_window(config: Any, info: ModelInfo, target_length: int) -> Check:
     window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False or facts.hybrid:
+    if getattr(config, "use_sliding_window", True) is False or info.hybrid:
         window = None
     layers = getattr(config, "layer_types", None)
     if layers and "sliding_attention" not in layers:
@@ -101,12 +101,12 @@ def _check_window(config: Any, facts: ModelFacts, target_length: int) -> Check:
         detail=f"sliding_window {window:,} hides everything further back: set it to null"
         if blocks
         else "sliding layers are local by design; the full ones see all"
-        if facts.hybrid
+        if info.hybrid
         else "every layer sees the whole context",
     )
 
 
-def _check_exact(model: Any, facts: ModelFacts, scaling: Scaling, target_length: int) -> Check:
+def _check_exact(model: Any, info: ModelInfo, scaling: Scaling, target_length: int) -> Check:
     """cos at the last positions against float64: a cast of inv_freq or positions shows here."""
     (module, prefix), *_ = rotary_modules(model) or [(None, "")]
     if module is None:
@@ -118,8 +118,8 @@ def _check_exact(model: Any, facts: ModelFacts, scaling: Scaling, target_length:
     with torch.no_grad():
         turned = module(probe, positions, **arguments)
     cos = turned.real if isinstance(turned, torch.Tensor) else turned[0]  # DeepSeek V2: complex
-    pairs = facts.rotary_dim // 2
-    angles = np.outer(positions[0].cpu().numpy(), scaling.inv_freq(facts.rope_theta, pairs * 2))
+    pairs = info.rotary_dim // 2
+    angles = np.outer(positions[0].cpu().numpy(), scaling.inv_freq(info.rope_theta, pairs * 2))
     want = np.cos(angles) * scaling.attention_factor
     have = cos[0, :, :pairs].double().cpu().numpy()
     if not np.allclose(have, want, atol=1e-1) and cos.shape[-1] >= 2 * pairs:

@@ -83,10 +83,10 @@ def line_difference(a: Row | None, b: Row | None) -> Difference | None:
     return _difference(a, b) if a and b else None
 
 
-def say_benchmarks(rows: Rows) -> list[str]:
+def describe_benchmarks(rows: Rows) -> list[str]:
     """A sentence for each model against the first: what changed beyond error, the mean change."""
     models, lines, _ = benchmark_layout(rows)
-    return [_say(rows, lines, models[0], other) for other in models[1:]]
+    return [_describe(rows, lines, models[0], other) for other in models[1:]]
 
 
 def fallen(rows: Rows, base: str, other: str) -> list[str]:
@@ -117,7 +117,7 @@ def shots_label(line: Line) -> str:
     return "not recorded" if line[2] < 0 else str(line[2])
 
 
-def _say(rows: Rows, lines: list[Line], base: str, other: str) -> str:
+def _describe(rows: Rows, lines: list[Line], base: str, other: str) -> str:
     found = differences(rows, base, other)
     start = f"Short contexts, {other} against {base}: "
     if not found:

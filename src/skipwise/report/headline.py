@@ -20,7 +20,7 @@ from typing import Any
 from skipwise.report.benchmarks import fallen
 from skipwise.report.format import listed, number, percent
 from skipwise.report.rows import Rows, by_context, find, is_benchmark, models_of, of, pooled
-from skipwise.report.ruler import say_tasks, summarise_ruler
+from skipwise.report.ruler import describe_tasks, summarise_ruler
 
 PASSKEY_ENOUGH, PASSKEY_HALF, DEPTH_ENOUGH = 0.9, 0.5, 0.5
 PERPLEXITY_RISE, PERPLEXITY_BROKEN = 1.05, 1.5
@@ -89,7 +89,7 @@ def _measured(rows: Rows, model: str, brief: bool) -> list[str]:
     """Effective length, passkeys and needles at the longest length, perplexity by length."""
     said = [
         f"effective length {summary.effective}"
-        + ("" if brief else f" (RULER, {say_tasks([summary])})")
+        + ("" if brief else f" (RULER, {describe_tasks([summary])})")
         for summary in summarise_ruler(rows)
         if summary.averages
     ]
@@ -176,7 +176,7 @@ def _harder(rows: Rows, T: int) -> list[str]:
     known = {s.model: s for s in summarise_ruler(rows) if s.averages}
     if "after" in known:
         before_too = f", {known['before'].effective} before" if "before" in known else ""
-        tasks = say_tasks([known["after"]])
+        tasks = describe_tasks([known["after"]])
         said.append(f"effective length {known['after'].effective}{before_too} (RULER, {tasks})")
     return said
 

@@ -99,7 +99,7 @@ def find(rows: Rows, model: str, task: str, length: int) -> Row | None:
     return None
 
 
-def say_mixed_texts(rows: Rows) -> str:
+def describe_mixed_texts(rows: Rows) -> str:
     """Which tasks were measured on different texts, so that their columns do not compare."""
     texts: dict[str, set[str]] = {}
     for row in rows:

@@ -109,7 +109,7 @@ def average_rows(summaries: list[RulerSummary]) -> Rows:
     ]
 
 
-def say_tasks(summaries: list[RulerSummary]) -> str:
+def describe_tasks(summaries: list[RulerSummary]) -> str:
     """`mean of 9 tasks`, or how many for which model; why there is none."""
     averaged = [s for s in summaries if s.averages]
     names = {s.tasks for s in averaged}

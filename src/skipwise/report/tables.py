@@ -6,10 +6,10 @@ from typing import Any
 
 from skipwise.report.benchmarks import (
     benchmark_layout,
+    describe_benchmarks,
     format_benchmark,
     line_difference,
     metric_label,
-    say_benchmarks,
     shots_label,
 )
 from skipwise.report.format import METRICS, format_value
@@ -17,16 +17,16 @@ from skipwise.report.rows import (
     RULER_AVERAGE,
     Rows,
     by_context,
+    describe_mixed_texts,
     line_order,
     models_of,
     pooled,
-    say_mixed_texts,
 )
 from skipwise.report.ruler import (
     EFFECTIVE_LENGTH,
     EFFECTIVE_THRESHOLD,
     average_rows,
-    say_tasks,
+    describe_tasks,
     summarise_ruler,
 )
 
@@ -48,7 +48,7 @@ def format_table(rows: Rows) -> str:
     Intervals stand in brackets, standard errors behind ±. Under the lines the averages over the
     RULER tasks and the effective length, under the benchmarks what changed beyond error.
     """
-    parts = [_contexts(rows), say_mixed_texts(rows), _benchmarks(rows)]
+    parts = [_contexts(rows), describe_mixed_texts(rows), _benchmarks(rows)]
     return "\n\n".join(part for part in parts if part) or "nothing was measured"
 
 
@@ -75,7 +75,7 @@ def _contexts(rows: Rows) -> str:
             ]
         )
     out = markdown(table, left=2)
-    return f"{out}\n\nruler average: {say_tasks(summaries)}" if summaries else out
+    return f"{out}\n\nruler average: {describe_tasks(summaries)}" if summaries else out
 
 
 def _benchmarks(rows: Rows) -> str:
@@ -96,7 +96,7 @@ def _benchmarks(rows: Rows) -> str:
             )
         table.append(entries)
     note = "percent ± standard error, and of a difference sqrt(se1² + se2²)"
-    return "\n\n".join([markdown(table, left=2), note, *say_benchmarks(rows)])
+    return "\n\n".join([markdown(table, left=2), note, *describe_benchmarks(rows)])
 
 
 def markdown(table: list[list[str]], left: int) -> str:

@@ -26,19 +26,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from skipwise.config.machine import process_memory, world_size
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
-from skipwise.config.stages import is_finish
+from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
 from skipwise.models.compatibility import make_portable
 from skipwise.training.checkpoints import (
     keep_candidate,
-    mark_whole,
-    place_of,
+    mark_complete,
+    resume_point,
 )
 from skipwise.training.chunked_loss import Distillation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Before:
+class StageOffset:
     """What a run has trained before this part of it: its metrics go on from there."""
 
     num_steps: int = 0
@@ -56,11 +56,11 @@ class RunCallback(TrainerCallback):
         train_length: int,
         engine: str,
         config: Any,
-        before: Before | None = None,
+        before: StageOffset | None = None,
     ) -> None:
         self.run, self.recipe, self.train_length = run, recipe, train_length
-        self.before = before or Before()
-        self.phase = "finish" if is_finish(recipe) else "train"
+        self.before = before or StageOffset()
+        self.phase = "finish" if is_full_length_stage(recipe) else "train"
         self.distillation: Distillation | None = None
         self.engine, self.config = engine, config  # config: of the model inside any wrapper
         self.preflight: Callable[[], None] = lambda: None  # once the model is wrapped
@@ -101,7 +101,7 @@ class RunCallback(TrainerCallback):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise SkipwiseError(
                 f"the {what} is not finite at step {state.global_step}; the newest checkpoint is "
-                f"{place_of(self.run)}\n"
+                f"{resume_point(self.run)}\n"
                 f"try {'finish' if self.phase == 'finish' else 'training'}.learning_rate="
                 f"{args.learning_rate / 4:g}, "
                 "more training.warmup_steps, or load.dtype=float32, with another --out"
@@ -154,7 +154,7 @@ class RunCallback(TrainerCallback):
                 keep_candidate(folder, self.run.candidates / f"step-{step}")
             if state.global_step >= args.max_steps:
                 self.write_down()  # a kill after the mark would leave the run without it
-            mark_whole(folder, state.global_step, self.engine)
+            mark_complete(folder, state.global_step, self.engine)
         if world_size() > 1:
             torch.distributed.barrier()  # none ends, and has the others killed, before that
 

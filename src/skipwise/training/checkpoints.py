@@ -22,19 +22,19 @@ from skipwise.errors import SkipwiseError
 _WHOLE = "complete"
 
 
-def mark_whole(folder: Path, step: int, engine: str) -> None:
+def mark_complete(folder: Path, step: int, engine: str) -> None:
     """Say that every file of the checkpoint is written, and by what."""
-    facts = {"step": step, "engine": engine, "num_processes": world_size()}
-    write_text(folder / _WHOLE, json.dumps(facts) + "\n")
+    metadata = {"step": step, "engine": engine, "num_processes": world_size()}
+    write_text(folder / _WHOLE, json.dumps(metadata) + "\n")
 
 
-def newest_checkpoint(run: RunFolder) -> Path | None:
+def last_checkpoint(run: RunFolder) -> Path | None:
     """The newest checkpoint that was written to its end."""
     whole = [folder.parent for folder in run.checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
     return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
 
 
-def remove_broken(run: RunFolder) -> None:
+def remove_incomplete(run: RunFolder) -> None:
     """Remove what a kill has left; not while another process trains, which may be writing it."""
     for folder in run.checkpoints.glob("checkpoint-*") if is_main_process() else []:
         if not (folder / _WHOLE).exists():
@@ -62,10 +62,10 @@ def num_processes_of(checkpoint: Path, engine: str) -> int:
     Raises:
         SkipwiseError: another engine wrote it, whose optimizer this one cannot read.
     """
-    facts = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
-    if not isinstance(facts, dict):  # of an older version: one process
-        facts = {"engine": "one process", "num_processes": 1}
-    by = facts["engine"]
+    metadata = json.loads((checkpoint / _WHOLE).read_text(encoding="utf-8"))
+    if not isinstance(metadata, dict):  # of an older version: one process
+        metadata = {"engine": "one process", "num_processes": 1}
+    by = metadata["engine"]
     plain = ("one process", "ddp")  # whose optimizer states are the same file
     if by != engine and not (by in plain and engine in plain):
         mend = f"type --engine {'ddp' if by in plain else by}"
@@ -75,7 +75,7 @@ def num_processes_of(checkpoint: Path, engine: str) -> int:
             f"{checkpoint} was written by engine {by}, and {engine} cannot read its optimizer\n"
             f"{mend} to go on, or another --out to begin anew"
         )
-    return facts["num_processes"]
+    return metadata["num_processes"]
 
 
 def keep_candidate(checkpoint: Path, folder: Path) -> None:
@@ -94,7 +94,7 @@ def keep_candidate(checkpoint: Path, folder: Path) -> None:
     os.replace(part, folder)
 
 
-def check_room(run: RunFolder, num_bytes: int) -> None:
+def check_disk_space(run: RunFolder, num_bytes: int) -> None:
     """Refuse to begin a checkpoint that the disk has no room for.
 
     Raises:
@@ -105,7 +105,7 @@ def check_room(run: RunFolder, num_bytes: int) -> None:
         raise SkipwiseError(
             f"the disk of {run.path} has {free / 2**30:.1f} GiB left, and a checkpoint takes "
             f"{num_bytes / 2**30:.1f}\nmake room and type the command again: it goes on at "
-            f"{place_of(run)}"
+            f"{resume_point(run)}"
         )
 
 
@@ -125,9 +125,9 @@ def checkpoint_bytes(model: Any, optimizer: Any, checkpoint: Path | None) -> int
     return weights + states
 
 
-def place_of(run: RunFolder) -> str:
+def resume_point(run: RunFolder) -> str:
     """Where a run would go on, for a message."""
-    newest = newest_checkpoint(run)
+    newest = last_checkpoint(run)
     return newest.name if newest else "none: it starts anew"
 
 

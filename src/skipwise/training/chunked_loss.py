@@ -44,7 +44,7 @@ class Distillation:
 
     teacher: Any  # the base (models/teacher.py), in evaluation mode, no part of the model
     weight: float  # w, of the divergence at a taught token beside the loss at a label
-    _apart: list[torch.Tensor] = field(default_factory=list)  # sums over taught tokens
+    _kl: list[torch.Tensor] = field(default_factory=list)  # sums over taught tokens
     _counts: list[torch.Tensor] = field(default_factory=list)
 
     @torch.no_grad()
@@ -64,14 +64,14 @@ class Distillation:
         head = self.teacher.get_output_embeddings()
         return torch.no_grad()(_head_of(self.teacher, self.teacher.forward, output, head))
 
-    def note(self, apart: torch.Tensor, count: torch.Tensor) -> None:
-        self._apart.append(apart)
+    def add(self, apart: torch.Tensor, count: torch.Tensor) -> None:
+        self._kl.append(apart)
         self._counts.append(count)
 
     def take_divergence(self) -> tuple[float, float]:
         """(sum of KL(teacher || model), taught tokens) of the passes since it was last taken."""
-        apart, count = (float(sum(found)) for found in (self._apart, self._counts))
-        self._apart.clear()
+        apart, count = (float(sum(found)) for found in (self._kl, self._counts))
+        self._kl.clear()
         self._counts.clear()
         return apart, count
 
@@ -83,7 +83,7 @@ def is_chunked(loss: str, batch_size: int, train_length: int, vocab_size: int) -
     )
 
 
-def why_whole(model: Any) -> str:
+def full_loss_reason(model: Any) -> str:
     """Why a model's loss cannot be computed in slices; "": it can."""
     if getattr(model.config, "output_router_logits", False):
         return "leaves out the router's loss (output_router_logits) of this model"
@@ -106,7 +106,7 @@ def chunk_loss(model: Any, distillation: Distillation | None = None) -> None:
         SkipwiseError: the model adds another loss to its own (experts with a router loss), or
             keeps its backbone where it cannot be found.
     """
-    if why := why_whole(model):
+    if why := full_loss_reason(model):
         raise SkipwiseError(f"training.loss: chunked {why}\ntype training.loss=whole")
     plain, name = model.forward, model.base_model_prefix
 
@@ -120,7 +120,7 @@ def chunk_loss(model: Any, distillation: Distillation | None = None) -> None:
         lesson = None
         if distillation is not None and first_lengths is not None:
             base = distillation.read(kwargs["input_ids"], first_lengths)
-            lesson = _Lesson(distillation, base, first_lengths)
+            lesson = _TeacherTargets(distillation, base, first_lengths)
         output = self._modules[name](*args, **kwargs)
         head = self.get_output_embeddings()
         bare, own = head.forward, "forward" in vars(head)
@@ -158,7 +158,7 @@ class _StandIn(torch.nn.Module):
             return getattr(object.__getattribute__(self, "module"), name)
 
 
-class _Lesson:
+class _TeacherTargets:
     """What the teacher says of a batch, a slice of tokens at a time."""
 
     def __init__(self, distillation: Distillation, output: Any, first_lengths: torch.Tensor):
@@ -188,7 +188,7 @@ def _in_slices(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    lesson: _Lesson | None,
+    lesson: _TeacherTargets | None,
 ) -> torch.Tensor:
     """The sum of the loss over all labels, the head on C tokens at a time.
 
@@ -217,7 +217,7 @@ def _in_slices(
     ]
     if lesson is not None:
         apart = torch.stack([apart for _, apart in parts if apart is not None]).sum()
-        lesson.distillation.note(apart, lesson.first_lengths.sum())
+        lesson.distillation.add(apart, lesson.first_lengths.sum())
     return torch.stack([total for total, _ in parts]).sum()
 
 

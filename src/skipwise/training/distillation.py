@@ -11,17 +11,17 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from skipwise.config.distillation import distillation_weight, shards
-from skipwise.data.collator import PositionCollator
+from skipwise.data.collator import ExampleCollator
 from skipwise.errors import Check
-from skipwise.models.prepared import ModelPlan
+from skipwise.models.prepared import PreparedModel
 from skipwise.preflight.model import check_rope
-from skipwise.training.chunked_loss import Distillation, why_whole
+from skipwise.training.chunked_loss import Distillation, full_loss_reason
 from skipwise.training.inputs import TrainingData
 from skipwise.training.teacher import (
     base_config,
     load_sharded_teacher,
     load_teacher,
-    teacher_beside,
+    teacher_sharing_weights,
 )
 
 _CHECK = "distillation"
@@ -29,7 +29,7 @@ _PROBED = 256  # tokens of the check: logits of all would be large
 
 
 def make_distillation(
-    plan: ModelPlan, data: TrainingData, model: Any, dtype: torch.dtype, engine: str
+    prepared: PreparedModel, data: TrainingData, model: Any, dtype: torch.dtype, engine: str
 ) -> tuple[Distillation | None, TrainingData, list[Check]]:
     """What the recipe asks for, with data that says what is taught; or why auto asks for nothing.
 
@@ -40,20 +40,22 @@ def make_distillation(
     Raises:
         SkipwiseError: the recipe asks for what cannot be done; the teacher cannot be made.
     """
-    recipe = plan.recipe
-    weight, why = distillation_weight(recipe, engine=engine, lacks=why_whole(model))
+    recipe = prepared.recipe
+    weight, why = distillation_weight(recipe, engine=engine, lacks=full_loss_reason(model))
     if not weight:
         return None, data, [Check(name=_CHECK, passed=True, detail=f"none: {why}")] if why else []
-    config = base_config(plan.config, plan.facts)
+    config = base_config(prepared.config, prepared.info)
     if shards(engine):
         offload = engine == "zero3-offload"
-        teacher = load_sharded_teacher(plan.source, config, plan.load, dtype, model, offload)
+        teacher = load_sharded_teacher(
+            prepared.source, config, prepared.load, dtype, model, offload
+        )
     elif recipe.lora is None:
-        teacher = load_teacher(plan.source, config, plan.load, dtype, model)
+        teacher = load_teacher(prepared.source, config, prepared.load, dtype, model)
     else:
-        teacher = teacher_beside(model, config)
-    collator = PositionCollator(
-        recipe.positions.weights, later=True, base_length=plan.facts.original_length
+        teacher = teacher_sharing_weights(model, config)
+    collator = ExampleCollator(
+        recipe.positions.weights, later=True, base_length=prepared.info.original_length
     )
     data = dataclasses.replace(data, collator=collator)
     return Distillation(teacher=teacher, weight=weight), data, []
@@ -62,7 +64,7 @@ def make_distillation(
 @torch.no_grad()
 def check_distillation(
     distillation: Distillation,
-    plan: ModelPlan,
+    prepared: PreparedModel,
     input_ids: torch.Tensor,
     first_lengths: torch.Tensor,
     engine: str,
@@ -70,7 +72,7 @@ def check_distillation(
 ) -> Check:
     """The teacher has the base's RoPE, and in a lesson it says what it says when called plainly."""
     teacher = distillation.teacher
-    rope = check_rope(teacher, plan.facts, plan.facts.scaling)
+    rope = check_rope(teacher, prepared.info, prepared.info.scaling)
     if not rope.passed:
         detail = f"the teacher has not the base's RoPE: {rope.detail}"
         return Check(name=_CHECK, passed=False, detail=detail)
@@ -90,7 +92,7 @@ def check_distillation(
         exact = output[0].dtype == torch.float32
         close = close and float(between) <= (1e-4 if exact else 1e-2) * float(plain.abs().max())
         apart = max(apart, float(between))
-    weights = "a frozen copy" if plan.recipe.lora is None else "those under LoRA"
+    weights = "a frozen copy" if prepared.recipe.lora is None else "those under LoRA"
     if shards(engine):
         held = list(teacher.parameters())
         count = sum(isinstance(p, DTensor) for p in held)

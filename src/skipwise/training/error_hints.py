@@ -15,10 +15,10 @@ import torch
 from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
-from skipwise.config.stages import is_finish
+from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
 from skipwise.planning import next_change
-from skipwise.training.checkpoints import place_of
+from skipwise.training.checkpoints import resume_point
 
 _KNOWN = (  # (words of the error, what it means, what to type)
     (
@@ -99,7 +99,7 @@ def explained(error: BaseException, recipe: Recipe, run: RunFolder) -> SkipwiseE
 def _disk_full(run: RunFolder) -> SkipwiseError:
     return SkipwiseError(
         f"the disk of {run.path} is full: the checkpoint could not be written\n"
-        f"make room and type the command again: it goes on at {place_of(run)}"
+        f"make room and type the command again: it goes on at {resume_point(run)}"
     )
 
 
@@ -118,7 +118,7 @@ def out_of_memory(recipe: Recipe) -> SkipwiseError:
     return SkipwiseError(
         f"{'the GPU' if torch.cuda.is_available() else 'this machine'} is out of memory at "
         f"{recipe.training.batch_size} x {recipe.train_length or 'L'} tokens a process"
-        f"{', in the full-length finish' if is_finish(recipe) else ''}\n{mend}; "
+        f"{', in the full-length finish' if is_full_length_stage(recipe) else ''}\n{mend}; "
         "skipwise plan RECIPE tells what fits"
     )
 

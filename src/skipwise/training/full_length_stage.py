@@ -26,14 +26,14 @@ from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.parse import dump_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
-from skipwise.config.stages import finish_part, first_part
-from skipwise.data.collator import PositionCollator
-from skipwise.data.dataset import PositionDataset
+from skipwise.config.stages import first_stage, full_length_stage
+from skipwise.data.collator import ExampleCollator
+from skipwise.data.dataset import PoSEDataset
 from skipwise.errors import Check, RunStopped, SkipwiseError
-from skipwise.models.prepared import ModelPlan
+from skipwise.models.prepared import PreparedModel
 from skipwise.pose.samplers import FullLength
-from skipwise.training.callbacks import Before, peak_memory_gib
-from skipwise.training.checkpoints import finished_checkpoint, newest_checkpoint
+from skipwise.training.callbacks import StageOffset, peak_memory_gib
+from skipwise.training.checkpoints import finished_checkpoint, last_checkpoint
 from skipwise.training.distributed.engines import engine_of
 from skipwise.training.inputs import TrainingData
 from skipwise.training.setup import Training, set_up, train
@@ -45,27 +45,27 @@ _SEED = 1 << 40  # added to the recipe's: other documents in another order than 
 class Finish:
     """The last part of a run's training: what `set_up` needs, and what came before it."""
 
-    plan: ModelPlan  # its recipe is the finish's own
+    prepared: PreparedModel  # its recipe is the finish's own
     data: TrainingData
     run: RunFolder  # its own folder
-    before: Before
+    before: StageOffset
 
     @property
     def recipe(self) -> Recipe:
-        return self.plan.recipe
+        return self.prepared.recipe
 
     @property
     def begun(self) -> bool:
-        return newest_checkpoint(self.run) is not None
+        return last_checkpoint(self.run) is not None
 
 
-def first_plan(plan: ModelPlan) -> ModelPlan:
+def first_stage_model(prepared: PreparedModel) -> PreparedModel:
     """The plan of what is trained before the finish."""
-    return dataclasses.replace(plan, recipe=first_part(plan.recipe))
+    return dataclasses.replace(prepared, recipe=first_stage(prepared.recipe))
 
 
-def plan_finish(
-    plan: ModelPlan, data: TrainingData, run: RunFolder, num_processes: int = 0
+def make_full_length_stage(
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, num_processes: int = 0
 ) -> Finish | None:
     """The finish that the recipe asks for; None: none.
 
@@ -76,14 +76,14 @@ def plan_finish(
         SkipwiseError: no document has T tokens; a share that is no step; processes that cannot
             share the batch of a finish that was begun.
     """
-    folder, L = run.finish, plan.facts.original_length
+    folder, L = run.finish, prepared.info.original_length
     batch = None
-    if folder.recipe_file.exists() and newest_checkpoint(folder):
+    if folder.recipe_file.exists() and last_checkpoint(folder):
         batch = folder.recipe().training.global_batch_size
-    recipe = finish_part(plan.recipe, L, num_processes or world_size(), batch)
+    recipe = full_length_stage(prepared.recipe, L, num_processes or world_size(), batch)
     if recipe is None:
         return None
-    first = first_part(plan.recipe).training
+    first = first_stage(prepared.recipe).training
     T = recipe.target_length
     corpus = data.corpus.longer(T)
     if corpus is None:
@@ -97,7 +97,7 @@ def plan_finish(
         )
     sampler = FullLength(target_length=T)
     settings = recipe.training
-    dataset = PositionDataset(
+    dataset = PoSEDataset(
         corpus,
         sampler,
         seed=recipe.seed + _SEED,
@@ -105,21 +105,21 @@ def plan_finish(
     )
     num_tokens = first.num_steps * first.global_batch_size * data.sampler.train_length
     return Finish(
-        plan=dataclasses.replace(plan, recipe=recipe),
+        prepared=dataclasses.replace(prepared, recipe=recipe),
         data=dataclasses.replace(
             data,
             corpus=corpus,
             sampler=sampler,
             dataset=dataset,
-            collator=PositionCollator(later=True),
+            collator=ExampleCollator(later=True),
         ),
         run=folder,
-        before=Before(num_steps=first.num_steps, num_tokens=num_tokens),
+        before=StageOffset(num_steps=first.num_steps, num_tokens=num_tokens),
     )
 
 
 def check_long_text(finish: Finish) -> Check:
-    """How much text of T tokens there is, and how often it is read; `plan_finish` refuses none."""
+    """How much text of T tokens there is, and how often the stage reads it."""
     T, wanted = finish.recipe.target_length, len(finish.data.dataset)
     lengths = np.concatenate(finish.data.corpus.lengths)
     different = int((lengths // T).sum())
@@ -147,7 +147,7 @@ def check_step(finish: Finish, run: RunFolder) -> Check:
         trainer={**finish.recipe.trainer, "report_to": "none"},
     )
     with _scratch(finish.run.path / "trial") as scratch:
-        training = set_up(dataclasses.replace(finish.plan, recipe=recipe), finish.data, scratch)
+        training = set_up(dataclasses.replace(finish.prepared, recipe=recipe), finish.data, scratch)
         training.trainer.add_callback(_Unsaved())
         try:
             train(training, scratch, recipe)
@@ -155,7 +155,7 @@ def check_step(finish: Finish, run: RunFolder) -> Check:
             raise RunStopped("stopped before the first step\ntype it again") from None
         release(training)
     length, said = finish.recipe.target_length, "2 passes" if passes == 2 else "a pass"
-    run.update(finish={**run.facts().get("finish", {}), "checked_on": place(finish.recipe)})
+    run.update(finish={**run.metadata().get("finish", {}), "checked_on": place(finish.recipe)})
     return Check(
         name="finish, step",
         passed=True,
@@ -166,10 +166,10 @@ def check_step(finish: Finish, run: RunFolder) -> Check:
 
 def is_checked(finish: Finish, run: RunFolder) -> bool:
     """Whether a step was tried on a machine like this one."""
-    return run.facts().get("finish", {}).get("checked_on") == place(finish.recipe)
+    return run.metadata().get("finish", {}).get("checked_on") == place(finish.recipe)
 
 
-def train_finish(finish: Finish, run: RunFolder) -> None:
+def train_full_length(finish: Finish, run: RunFolder) -> None:
     """Train it to its end, and write into the run's run.json what it took.
 
     Raises:
@@ -182,17 +182,19 @@ def train_finish(finish: Finish, run: RunFolder) -> None:
     assert checkpoint is not None or finish.begun, "what comes before the finish is not trained"
 
     def write_down(taken: dict[str, Any]) -> None:  # its seconds are those of the whole curve
-        before = run.facts().get("training", {}).get("seconds") or 0.0
+        before = run.metadata().get("training", {}).get("seconds") or 0.0
         taken = {**taken, "seconds": round(taken["seconds"] - before, 3)}
-        run.update(finish={**run.facts().get("finish", {}), **finish_facts(finish), **taken})
+        run.update(
+            finish={**run.metadata().get("finish", {}), **full_length_metadata(finish), **taken}
+        )
 
     before = dataclasses.replace(finish.before, checkpoint=checkpoint)
-    training = set_up(finish.plan, finish.data, finish.run, before)
+    training = set_up(finish.prepared, finish.data, finish.run, before)
     train(training, finish.run, finish.recipe, write_down=write_down)
     release(training)
 
 
-def finish_facts(finish: Finish) -> dict[str, Any]:
+def full_length_metadata(finish: Finish) -> dict[str, Any]:
     """What run.json says of it before it is trained."""
     settings, T = finish.recipe.training, finish.recipe.target_length
     examples = settings.num_steps * settings.global_batch_size

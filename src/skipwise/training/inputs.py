@@ -13,19 +13,19 @@ from skipwise.config.machine import is_main_process
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.samplers import make_sampler
-from skipwise.config.stages import first_part
-from skipwise.data.collator import PositionCollator
+from skipwise.config.stages import first_stage
+from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import Corpus, build_corpus
-from skipwise.data.dataset import PositionDataset
+from skipwise.data.dataset import PoSEDataset
 from skipwise.data.readers import Source, parse_sources
 from skipwise.data.token_cache import TokenStore
 from skipwise.data.tokenize import tokenize_source
 from skipwise.errors import Check, SkipwiseError
-from skipwise.models.prepared import ModelPlan
+from skipwise.models.prepared import PreparedModel
 from skipwise.pose.samplers import Sampler
 from skipwise.preflight.batch import check_documents, check_labels
 from skipwise.preflight.config import check_config
-from skipwise.training.checkpoints import newest_checkpoint, trained_checkpoint
+from skipwise.training.checkpoints import last_checkpoint, trained_checkpoint
 
 _NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe names none
 
@@ -34,8 +34,8 @@ _NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe names none
 class TrainingData:
     corpus: Corpus
     sampler: Sampler
-    dataset: PositionDataset
-    collator: PositionCollator
+    dataset: PoSEDataset
+    collator: ExampleCollator
     num_bad_records: int
     bad_records: list[str]
     digest: str  # of the sources' tokens
@@ -44,7 +44,7 @@ class TrainingData:
         """The first examples of the run."""
         return [self.dataset[k] for k in range(min(size, len(self.dataset)))]
 
-    def telling_batch(self) -> dict[str, Any]:
+    def probe_batch(self) -> dict[str, Any]:
         """One example of the run as a batch: of the first, the one cut nearest its middle."""
 
         def distance(item: dict[str, Any]) -> float:
@@ -69,21 +69,21 @@ def find_sources(recipe: Recipe) -> list[Source]:
 
 
 def load_training_data(
-    plan: ModelPlan, run: RunFolder | None, progress: bool = True
+    prepared: PreparedModel, run: RunFolder | None, progress: bool = True
 ) -> TrainingData:
     """Tokenize the sources and make the data set; documents held out are written to the run folder.
 
     Raises:
         SkipwiseError: no sources, nothing readable, no document long enough.
     """
-    recipe = plan.recipe
+    recipe = prepared.recipe
     settings = recipe.data
-    sampler = make_sampler(recipe, plan.facts.original_length)
+    sampler = make_sampler(recipe, prepared.info.original_length)
     sources = find_sources(recipe)
     stores = [
         tokenize_source(
             source,
-            plan.tokenizer,
+            prepared.tokenizer,
             on_bad_record=settings.on_bad_record,
             num_proc=settings.num_proc,
             progress=progress,
@@ -103,52 +103,54 @@ def load_training_data(
         min_length=sampler.train_length,
         target_length=recipe.target_length,
         short_documents=settings.short_documents,
-        separator=plan.tokenizer.eos_token_id,
+        separator=prepared.tokenizer.eos_token_id,
         num_held_out=0 if settings.eval_sources else _NUM_HELD_OUT,
     )
     if run is not None and not settings.eval_sources and is_main_process() and not changed:
-        _write_held_out(run, corpus, plan.tokenizer)
-    training = first_part(recipe).training
+        _write_held_out(run, corpus, prepared.tokenizer)
+    training = first_stage(recipe).training
     return TrainingData(
         corpus=corpus,
         sampler=sampler,
-        dataset=PositionDataset(
+        dataset=PoSEDataset(
             corpus,
             sampler,
             seed=recipe.seed,
             num_examples=training.num_steps * training.global_batch_size,
         ),
-        collator=PositionCollator(recipe.positions.weights, later=True),
+        collator=ExampleCollator(recipe.positions.weights, later=True),
         num_bad_records=sum(store.num_bad_records for store in stores),
         bad_records=[line for store in stores for line in store.bad_records][:5],
         digest=digest,
     )
 
 
-def stand_in_data(plan: ModelPlan) -> TrainingData:
+def dummy_data(prepared: PreparedModel) -> TrainingData:
     """Examples from random token ids, to check a model where no text is given."""
-    recipe = plan.recipe
-    sampler = make_sampler(recipe, plan.facts.original_length)
+    recipe = prepared.recipe
+    sampler = make_sampler(recipe, prepared.info.original_length)
     rng = np.random.default_rng(recipe.seed)
-    size = min(plan.facts.vocab_size, len(plan.tokenizer))
+    size = min(prepared.info.vocab_size, len(prepared.tokenizer))
     tokens = rng.integers(0, size, recipe.target_length).astype(np.uint32)
     store = TokenStore(tokens=tokens, offsets=np.array([0, len(tokens)]))
     corpus = build_corpus([store], [None], min_length=1, target_length=recipe.target_length)
     return TrainingData(
         corpus=corpus,
         sampler=sampler,
-        dataset=PositionDataset(corpus, sampler, seed=recipe.seed, num_examples=16),
-        collator=PositionCollator(recipe.positions.weights, later=True),
+        dataset=PoSEDataset(corpus, sampler, seed=recipe.seed, num_examples=16),
+        collator=ExampleCollator(recipe.positions.weights, later=True),
         num_bad_records=0,
         bad_records=[],
         digest=store.digest(),
     )
 
 
-def check_data(plan: ModelPlan, data: TrainingData, held_out: list[np.ndarray]) -> list[Check]:
+def check_data(
+    prepared: PreparedModel, data: TrainingData, held_out: list[np.ndarray]
+) -> list[Check]:
     """The checks that need no model: lengths, documents, labels, evaluation kept apart."""
     items = data.items(16)
-    corpus, T = data.corpus, plan.recipe.target_length
+    corpus, T = data.corpus, prepared.recipe.target_length
     left_out = []
     if corpus.num_short:
         done = "dropped" if corpus.short_documents == "drop" else "packed"
@@ -156,7 +158,7 @@ def check_data(plan: ModelPlan, data: TrainingData, held_out: list[np.ndarray]) 
     if data.num_bad_records:
         left_out.append(f"{data.num_bad_records:,} records not readable ({data.bad_records[0]})")
     return [
-        *check_config(plan.facts, plan.scaling, T),
+        *check_config(prepared.info, prepared.scaling, T),
         check_documents(
             corpus.longest,
             corpus.num_documents,
@@ -169,9 +171,9 @@ def check_data(plan: ModelPlan, data: TrainingData, held_out: list[np.ndarray]) 
     ]
 
 
-def data_facts(plan: ModelPlan, data: TrainingData, num_eval: int) -> dict[str, Any]:
+def data_metadata(prepared: PreparedModel, data: TrainingData, num_eval: int) -> dict[str, Any]:
     """What run.json says of the data."""
-    sources = plan.recipe.data.sources
+    sources = prepared.recipe.data.sources
     return {
         "sources": [s["path"] if isinstance(s, dict) else str(s) for s in sources],
         "num_documents": data.corpus.num_documents,
@@ -187,8 +189,8 @@ def data_facts(plan: ModelPlan, data: TrainingData, num_eval: int) -> dict[str, 
 
 def text_changed(run: RunFolder, digest: str) -> bool:
     """Whether a run that has checkpoints was trained on other text so far."""
-    begun = newest_checkpoint(run) or newest_checkpoint(run.finish)
-    return begun is not None and run.facts().get("data", {}).get("digest", digest) != digest
+    begun = last_checkpoint(run) or last_checkpoint(run.finish)
+    return begun is not None and run.metadata().get("data", {}).get("digest", digest) != digest
 
 
 def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: int) -> Check:

@@ -26,17 +26,17 @@ from skipwise.errors import Check, RunStopped, SkipwiseError, require
 from skipwise.models.load import (
     attention_for,
     check_kernel,
-    keeps_buffers,
+    has_persistent_buffers,
     load_model,
 )
 from skipwise.models.lora import add_lora, load_adapter, num_parameters, quantization_for
-from skipwise.models.prepared import ModelPlan
+from skipwise.models.prepared import PreparedModel
 from skipwise.preflight.batch import check_batch, check_tokenizer
 from skipwise.preflight.model import check_model
 from skipwise.training.arguments import training_arguments, training_dtype
 from skipwise.training.callbacks import (
-    Before,
     RunCallback,
+    StageOffset,
     StopCallback,
     examples_per_step,
     peak_memory_gib,
@@ -44,26 +44,26 @@ from skipwise.training.callbacks import (
     stop_on_signals,
     tensorboard_in,
 )
-from skipwise.training.checkpoints import newest_checkpoint, num_processes_of, remove_broken
+from skipwise.training.checkpoints import last_checkpoint, num_processes_of, remove_incomplete
 from skipwise.training.chunked_loss import chunk_loss, is_chunked
 from skipwise.training.distillation import check_distillation, make_distillation
 from skipwise.training.distributed.engines import (
-    bring_up,
     check_engine,
+    convert_to_universal_checkpoint,
+    cpu_ram_efficient_loading,
     engine_of,
+    init_cpu_backend,
     is_kind,
+    keep_rope_in_float32,
     loading,
-    loads_once,
-    mend_precision,
     on_cpu,
-    part_step_counts,
-    rope_keeper,
-    spread_anew,
+    set_fsdp2_mixed_precision,
+    unshare_step_counters,
 )
 from skipwise.training.error_hints import explained
 from skipwise.training.inputs import TrainingData
 from skipwise.training.teacher import place_teacher
-from skipwise.training.trainer import PositionTrainer
+from skipwise.training.trainer import PoSETrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Training:
     training begins: `checks` grows then.
     """
 
-    trainer: PositionTrainer
+    trainer: PoSETrainer
     callback: RunCallback
     check_wrapped: Callable[[], None] | None  # the rest of the preflight, where it is needed
     checks: list[Check]
@@ -88,7 +88,7 @@ class _Checked(Exception):
 
 
 def set_up(
-    plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before | None = None
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, before: StageOffset | None = None
 ) -> Training:
     """Load the model into a Trainer and run the preflight on it.
 
@@ -99,42 +99,46 @@ def set_up(
         SkipwiseError: settings that do not fit each other, weights that cannot be loaded.
     """
     try:
-        return _set_up(plan, data, run, before or Before())
+        return _set_up(prepared, data, run, before or StageOffset())
     except Exception as error:
-        known = explained(error, plan.recipe, run)
+        known = explained(error, prepared.recipe, run)
         if known is None:
             raise
         raise known from error
 
 
-def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before) -> Training:
-    recipe = plan.recipe
+def _set_up(
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, before: StageOffset
+) -> Training:
+    recipe = prepared.recipe
     set_seed(recipe.seed)
     engine = engine_of(recipe)
     dtype = training_dtype(recipe, engine)
-    bring_up(engine, on_cpu())
+    init_cpu_backend(engine, on_cpu())
     deepspeed = is_kind(engine, "deepspeed")
-    resume_from = newest_checkpoint(run)
+    resume_from = last_checkpoint(run)
     respread = False
     if resume_from is not None:
         respread = num_processes_of(resume_from, engine) != world_size() and deepspeed
         if respread:
-            spread_anew(resume_from)
-    once = loads_once(engine, recipe.lora, plan.facts.tied_embeddings)
-    once = once and not keeps_buffers(plan.scaled, plan.load)  # accelerate 1.15: AttributeError
+            convert_to_universal_checkpoint(resume_from)
+    once = cpu_ram_efficient_loading(engine, recipe.lora, prepared.info.tied_embeddings)
+    once = once and not has_persistent_buffers(
+        prepared.scaled, prepared.load
+    )  # accelerate 1.15: AttributeError
     arguments = training_arguments(
         recipe, run, dtype, engine, engine_options={"respread": respread, "load_once": once}
     )
     quantization = quantization_for(recipe.lora, dtype, engine)
     weights = recipe.positions.weights
-    attention = attention_for(recipe.load, weights, plan.facts.hybrid, plan.scaled)
-    source, load = plan.source, plan.load
+    attention = attention_for(recipe.load, weights, prepared.info.hybrid, prepared.scaled)
+    source, load = prepared.source, prepared.load
     if before.checkpoint is not None and recipe.lora is None:
         source, load = str(before.checkpoint), recipe.load.of_own_folder()
     with loading(once):
         model = load_model(
             source,
-            plan.scaled,
+            prepared.scaled,
             load,
             # What trains is kept in float32 and computed in bf16; a frozen base is bf16 itself,
             # and DeepSpeed keeps a float32 copy of its own.
@@ -144,17 +148,17 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before)
         )
     config, count = model.config, num_parameters(model)
     config.use_cache = False
-    for name in plan.conversion.frozen if plan.conversion else ():
+    for name in prepared.conversion.frozen if prepared.conversion else ():
         model.get_parameter(name).requires_grad_(False)
     settings, train_length = recipe.training, data.sampler.train_length
 
     def of_model() -> list[Check]:
-        return check_model(model, config, plan.facts, plan.scaling, recipe.target_length)
+        return check_model(model, config, prepared.info, prepared.scaling, recipe.target_length)
 
     checks = of_model() + check_kernel(recipe.load, weights, config)
-    distillation, data, said = make_distillation(plan, data, model, dtype, engine)
+    distillation, data, said = make_distillation(prepared, data, model, dtype, engine)
     checks += said
-    if distillation is not None or cuts_loss(recipe, train_length, plan.facts.vocab_size):
+    if distillation is not None or cuts_loss(recipe, train_length, prepared.info.vocab_size):
         chunk_loss(model, distillation)
     whole = model
     if recipe.lora is not None:
@@ -167,12 +171,12 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before)
         enable_checkpointing(whole)
     callback = RunCallback(run, recipe, train_length, engine, config, before)
     with tensorboard_in(run.path / "tensorboard"):
-        trainer = PositionTrainer(
+        trainer = PoSETrainer(
             model=whole,
             args=arguments,
             train_dataset=data.dataset,
             data_collator=data.collator,
-            processing_class=plan.tokenizer,
+            processing_class=prepared.tokenizer,
             callbacks=[callback, StopCallback()],
         )
     trainer.base_config, trainer.run_folder = config, run
@@ -181,13 +185,13 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before)
         place_teacher(distillation.teacher, arguments.device)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    mend_precision(trainer, dtype)
+    set_fsdp2_mixed_precision(trainer, dtype)
     # Autocast would keep a bf16 copy of every weight through a forward pass, and use each once.
     accelerator: Any = trainer.accelerator
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-    batch = data.telling_batch()
-    checks.append(check_tokenizer(plan.tokenizer, plan.facts.vocab_size, batch))
-    restore_rope = rope_keeper(model)
+    batch = data.probe_batch()
+    checks.append(check_tokenizer(prepared.tokenizer, prepared.info.vocab_size, batch))
+    restore_rope = keep_rope_in_float32(model)
 
     def of_batch(wrapped: Any) -> list[Check]:
         autocast = nullcontext if deepspeed else trainer.accelerator.autocast
@@ -197,14 +201,14 @@ def _set_up(plan: ModelPlan, data: TrainingData, run: RunFolder, before: Before)
         if distillation is not None:
             ids = inputs["input_ids"]
             found.append(
-                check_distillation(distillation, plan, ids, first_lengths, engine, autocast)
+                check_distillation(distillation, prepared, ids, first_lengths, engine, autocast)
             )
         return found
 
     def of_wrapped() -> None:
         restore_rope()
         if respread:
-            part_step_counts(trainer)
+            unshare_step_counters(trainer)
         again = [check_engine(engine, trainer), *of_model()]
         if engine != "ddp":
             again += of_batch(trainer.model_wrapped)
@@ -256,11 +260,11 @@ def train(
             raise _Checked
 
     def taken() -> None:
-        facts = training_facts(training, run, recipe)
-        run.update(training=facts) if write_down is None else write_down(facts)
+        metadata = training_metadata(training, run, recipe)
+        run.update(training=metadata) if write_down is None else write_down(metadata)
 
     training.callback.preflight, training.callback.write_down = preflight, taken
-    remove_broken(run)
+    remove_incomplete(run)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with stop_on_signals(trainer) as stop:
@@ -288,7 +292,7 @@ def train(
         raise RunStopped(f"stopped after the last step, saved in {run.checkpoints}")
 
 
-def training_facts(training: Training, run: RunFolder, recipe: Recipe) -> dict[str, Any]:
+def training_metadata(training: Training, run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     """What run.json says of a training that has come to its end."""
     trainer, lora = training.trainer, recipe.lora
     tokens_per_step = examples_per_step(trainer.args) * training.train_length

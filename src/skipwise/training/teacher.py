@@ -24,22 +24,22 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.attention.masks import FLEX
 from skipwise.models.load import best_device, load_model
-from skipwise.models.model_info import ModelFacts
+from skipwise.models.model_info import ModelInfo
 from skipwise.models.scaled_config import scaled_config
 from skipwise.pose.rope import Unscaled
 
 
-def base_config(config: Any, facts: ModelFacts) -> Any:
+def base_config(config: Any, info: ModelInfo) -> Any:
     """The config with the RoPE that the weights were trained with.
 
     That is the config as it is, but where `original_length` says that its scaling never was.
     """
     rope = config.rope_parameters
-    rope = rope["full_attention"] if facts.nested else rope
+    rope = rope["full_attention"] if info.nested else rope
     kind = rope.get("rope_type", "default")
-    if not isinstance(facts.scaling, Unscaled) or kind in ("default", "dynamic"):
+    if not isinstance(info.scaling, Unscaled) or kind in ("default", "dynamic"):
         return copy.deepcopy(config)
-    return scaled_config(config, facts, facts.scaling, facts.original_length)
+    return scaled_config(config, info, info.scaling, info.original_length)
 
 
 def load_teacher(
@@ -105,10 +105,10 @@ def _hand_out(module: Any, device: torch.device) -> None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     found = {name: p for name, p in parameters.items() if not isinstance(p, DTensor)}
     found |= dict(module.named_buffers(remove_duplicate=False))
-    facts = [[(name, x.shape, x.dtype, id(x)) for name, x in found.items()]]
-    broadcast_object_list(facts, device=device)
+    info = [[(name, x.shape, x.dtype, id(x)) for name, x in found.items()]]
+    broadcast_object_list(info, device=device)
     whole: dict[int, torch.Tensor] = {}  # by the first process's tensor: some are tied
-    for name, shape, dtype, of in facts[0]:
+    for name, shape, dtype, of in info[0]:
         if of not in whole:
             value = torch.empty(shape, dtype=dtype, device=device)
             if is_main_process():
@@ -134,7 +134,7 @@ def _outside_zero() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = held
 
 
-def teacher_beside(model: Any, config: Any) -> Any:
+def teacher_sharing_weights(model: Any, config: Any) -> Any:
     """A model of another config around the weights of a loaded one, before LoRA goes into that.
 
     Args:

@@ -16,15 +16,20 @@ from transformers import Trainer
 
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.models.attention.masks import FLEX, with_carrier, with_chunk_weights, with_layer_masks
+from skipwise.models.attention.masks import (
+    FLEX,
+    pack_key_weights,
+    with_chunk_weights,
+    with_layer_masks,
+)
 from skipwise.training.checkpoints import (
-    check_room,
+    check_disk_space,
     checkpoint_bytes,
-    newest_checkpoint,
+    last_checkpoint,
 )
 
 
-class PositionTrainer(Trainer):
+class PoSETrainer(Trainer):
     """The Trainer, reading the data set in the order of the example numbers."""
 
     base_config: Any = None  # of the model inside any wrapper
@@ -37,7 +42,7 @@ class PositionTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         if self.base_config._attn_implementation == FLEX:
-            inputs = with_carrier(inputs)  # first, for DeepSpeed's casts the weights
+            inputs = pack_key_weights(inputs)  # first, for DeepSpeed's casts the weights
         inputs = with_chunk_weights(super()._prepare_inputs(inputs), dtype)
         return with_layer_masks(self.base_config, inputs)
 
@@ -54,6 +59,6 @@ class PositionTrainer(Trainer):
             raise SkipwiseError(
                 f"{self.run_folder.path} was removed while it trained: nothing can be saved there"
             )
-        last = newest_checkpoint(self.run_folder)
-        check_room(self.run_folder, checkpoint_bytes(self.model, self.optimizer, last))
+        last = last_checkpoint(self.run_folder)
+        check_disk_space(self.run_folder, checkpoint_bytes(self.model, self.optimizer, last))
         super()._save_checkpoint(model, trial)

@@ -22,9 +22,9 @@ from skipwise.evaluation.scoring import Trial
 from skipwise.evaluation.tasks.prompts import (
     answered,
     count_tokens,
-    fill,
-    made_up_words,
-    sprinkle,
+    fit_to_length,
+    insert_needles,
+    random_words,
     token_ids,
 )
 
@@ -69,7 +69,7 @@ def prompt_in_text(
     ]
     of = f" of {asked}" if asked else ""
     query = f"What is the pass key{of}? The pass key{of} is"
-    return "\n".join([INTRO, sprinkle(words, lines).rstrip(), query])
+    return "\n".join([INTRO, insert_needles(words, lines).rstrip(), query])
 
 
 def passkey_trials(
@@ -128,7 +128,7 @@ def needle_trials(
             if per_haystack > 1:
                 haystack += 1
                 start = int(rng.integers(len(words)))
-            names = made_up_words(rng, len(here), 2) if per_haystack > 1 else [""] * len(here)
+            names = random_words(rng, len(here), 2) if per_haystack > 1 else [""] * len(here)
             keys = [str(key) for key in rng.choice(90_000, len(here), replace=False) + 10_000]
             needles = list(zip(here, names, keys, strict=True))
 
@@ -204,7 +204,7 @@ def _filled(
     def size(units: int) -> int:
         return count_tokens(tokenizer, f"{text(units)[0]} {keys[0]}")
 
-    units = fill(size, length, guess)
+    units = fit_to_length(size, length, guess)
     while units:
         texts = text(units)
         asked = [token_ids(tokenizer, prompt) for prompt in texts]

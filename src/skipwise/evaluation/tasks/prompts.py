@@ -12,7 +12,7 @@ import numpy as np
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
-def fill(size: Callable[[int], int], length: int, guess: int = 16) -> int | None:
+def fit_to_length(size: Callable[[int], int], length: int, guess: int = 16) -> int | None:
     """The largest number of units whose prompt has at most `length` tokens; None: not even one.
 
     Args:
@@ -72,7 +72,7 @@ def _num_ending(tokenizer: Any) -> int:
     return 0
 
 
-def words_of(tokenizer: Any, documents: Sequence[np.ndarray], num_tokens: int) -> list[str]:
+def haystack_words(tokenizer: Any, documents: Sequence[np.ndarray], num_tokens: int) -> list[str]:
     """Words of the documents' text with the whitespace after them, about so many tokens' worth.
 
     Text that is too short comes again from its start.
@@ -91,7 +91,7 @@ def words_of(tokenizer: Any, documents: Sequence[np.ndarray], num_tokens: int) -
     return words
 
 
-def sprinkle(units: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
+def insert_needles(units: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
     """The units in a row, with needles on lines of their own at depths of 0 .. 1."""
     parts, start = [], 0
     for depth, needle in sorted(needles):
@@ -102,7 +102,7 @@ def sprinkle(units: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
     return "".join([*parts, *units[start:]])
 
 
-def made_up_words(rng: np.random.Generator, count: int, syllables: int = 3) -> list[str]:
+def random_words(rng: np.random.Generator, count: int, syllables: int = 3) -> list[str]:
     """Distinct words of no language, that no model can guess: `dorevi`, `kuvana`."""
     words: dict[str, None] = {}
     while len(words) < count:
@@ -111,10 +111,10 @@ def made_up_words(rng: np.random.Generator, count: int, syllables: int = 3) -> l
     return list(words)[:count]
 
 
-def made_up_numbers(rng: np.random.Generator, count: int, digits: int = 7) -> list[str]:
+def random_numbers(rng: np.random.Generator, count: int, digits: int = 7) -> list[str]:
     numbers = rng.choice(9 * 10 ** (digits - 1), count, replace=False) + 10 ** (digits - 1)
     return [str(n) for n in numbers]
 
 
-def made_up_uuids(rng: np.random.Generator, count: int) -> list[str]:
+def random_uuids(rng: np.random.Generator, count: int) -> list[str]:
     return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(count)]

@@ -25,11 +25,11 @@ from skipwise.evaluation.scoring import Trial
 from skipwise.evaluation.tasks.passkey import FILLER
 from skipwise.evaluation.tasks.prompts import (
     count_tokens,
-    fill,
-    made_up_numbers,
-    made_up_uuids,
-    made_up_words,
-    sprinkle,
+    fit_to_length,
+    insert_needles,
+    random_numbers,
+    random_uuids,
+    random_words,
     token_ids,
 )
 
@@ -76,7 +76,7 @@ def make_samples(
         def size(units: int, text: Callable[[int], str] = question.text, room: int = room) -> int:
             return count_tokens(tokenizer, text(units)) + room
 
-        num_units = fill(size, length, num_units)
+        num_units = fit_to_length(size, length, num_units)
         if num_units is None:
             return []
         samples.append(
@@ -112,7 +112,7 @@ def _needles(
     """Needles that give each name its values; some names are asked for."""
 
     def make(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
-        names = made_up_words(rng, num_needles)
+        names = random_words(rng, num_needles)
         values = kind(rng, num_needles * num_values)
         depths = rng.random(num_needles * num_values)
         needles = [
@@ -129,7 +129,7 @@ def _needles(
         def text(units: int) -> str:
             return (
                 f"Special {noun}s are hidden in this text. Remember them: they are asked for at "
-                f"the end.\n{sprinkle(haystack.units(units), needles)}\n{what} "
+                f"the end.\n{insert_needles(haystack.units(units), needles)}\n{what} "
                 f"The special {nouns} for {listed} {are}"
             )
 
@@ -140,9 +140,9 @@ def _needles(
 
 def _tracing(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
     """A value handed from variable to variable, over hops in the order of the text."""
-    names = [name.upper() for name in made_up_words(rng, 2 * (_NUM_HOPS + 1), 2)]
+    names = [name.upper() for name in random_words(rng, 2 * (_NUM_HOPS + 1), 2)]
     example, names = names[: _NUM_HOPS + 1], names[_NUM_HOPS + 1 :]
-    other, value = made_up_numbers(rng, 2, 5)
+    other, value = random_numbers(rng, 2, 5)
 
     def chain(names: list[str], value: str) -> list[str]:
         first = f"VAR {names[0]} = {value}"
@@ -162,7 +162,7 @@ def _tracing(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Que
         return (
             f"Follow the variables through the text.\n{shown}\n{question(other)} "
             f"{' '.join(example)}.\n\nFollow the variables through the text.\n"
-            f"{sprinkle(haystack.units(units), needles)}\n{question(value)}"
+            f"{insert_needles(haystack.units(units), needles)}\n{question(value)}"
         )
 
     return _Question(text=text, answers=tuple(names), spoken=" " + " ".join(names))
@@ -171,8 +171,8 @@ def _tracing(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Que
 def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
     """A list in which ten words come ten times as often as the others."""
     times = 3 if length >= 4096 else 1
-    common = made_up_words(rng, _NUM_COMMON, 2)
-    rare = [w for w in made_up_words(rng, max(64, length // 2), 3) if w not in common]
+    common = random_words(rng, _NUM_COMMON, 2)
+    rare = [w for w in random_words(rng, max(64, length // 2), 3) if w not in common]
     places = rng.random(10 * times * _NUM_COMMON + times * len(rare))
     what = f"The {_NUM_COMMON} most common words in the list are"
 
@@ -180,7 +180,7 @@ def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) ->
         mixed = [words[i] for i in places[: len(words)].argsort()]  # one more moves no other
         return " ".join(f"{i + 1}. {word}" for i, word in enumerate(mixed))
 
-    example = made_up_words(rng, _NUM_COMMON // 2, 2)
+    example = random_words(rng, _NUM_COMMON // 2, 2)
     short = numbered(example * 3 + rare[-4:])
 
     def text(units: int) -> str:
@@ -197,7 +197,7 @@ def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) ->
 
 def _frequent_words(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
     """Words whose counts fall with the square of their rank; the first three are asked for."""
-    words = made_up_words(rng, max(32, length // 8), 2)
+    words = random_words(rng, max(32, length // 8), 2)
     shares = 1 / np.arange(1, len(words) + 1) ** 2.0  # zeta of 2, as RULER's alpha
     order = int(rng.integers(1 << 30))
 
@@ -217,17 +217,17 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-_WORDS = _needles(made_up_words, "word")
-_NUMBERS = _needles(made_up_numbers, "number")
-_UUIDS = _needles(made_up_uuids, "uuid")
+_WORDS = _needles(random_words, "word")
+_NUMBERS = _needles(random_numbers, "number")
+_UUIDS = _needles(random_uuids, "uuid")
 TASKS: dict[str, Callable[[np.random.Generator, _Haystack, int], _Question]] = {
     "niah_single_words": _WORDS,
     "niah_single_numbers": _NUMBERS,
     "niah_single_uuids": _UUIDS,
-    "niah_multikey": _needles(made_up_numbers, "number", num_needles=_NUM_KEYS),
-    "niah_multivalue": _needles(made_up_numbers, "number", num_values=_NUM_KEYS),
+    "niah_multikey": _needles(random_numbers, "number", num_needles=_NUM_KEYS),
+    "niah_multivalue": _needles(random_numbers, "number", num_values=_NUM_KEYS),
     "niah_multiquery": _needles(
-        made_up_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS
+        random_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS
     ),
     "vt": _tracing,
     "cwe": _common_words,

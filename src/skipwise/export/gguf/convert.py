@@ -22,7 +22,7 @@ from skipwise.data.tokenize import cache_folder
 from skipwise.errors import SkipwiseError
 from skipwise.export.gguf.file import gguf_package
 from skipwise.export.gguf.keys import check_gguf, mend
-from skipwise.export.gguf.requirements import Asked, read_asked, refuse
+from skipwise.export.gguf.requirements import Requirements, read_requirements, refuse
 from skipwise.export.gguf.tokenizer import pre_tokenizer, text_ends
 from skipwise.pose.rope import Linear
 
@@ -90,14 +90,14 @@ def to_gguf(
     if outtype not in OUTTYPES:
         raise SkipwiseError(f"{outtype!r} is no type of GGUF file: choose {', '.join(OUTTYPES)}")
     gguf_package()  # before minutes of work
-    asked = read_asked(folder)
-    refuse(asked)
+    requirements = read_requirements(folder)
+    refuse(requirements)
     part = out.with_name(out.name + ".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             staged = Path(scratch) / "model"
-            _stage(folder, staged, asked)
+            _stage(folder, staged, requirements)
             _convert(converter, staged, part, outtype, name or _name(folder))
         mend(part, folder)
         failed = [check for check in check_gguf(part, folder) if not check.passed]
@@ -112,7 +112,7 @@ def to_gguf(
     return out
 
 
-def _stage(folder: Path, staged: Path, asked: Asked) -> None:
+def _stage(folder: Path, staged: Path, requirements: Requirements) -> None:
     """The folder as the converter should see it: no code, T, and whether texts begin with BOS.
 
     The converter loads the tokenizer with trust_remote_code, and leaves llama.cpp to its defaults
@@ -128,8 +128,8 @@ def _stage(folder: Path, staged: Path, asked: Asked) -> None:
                 shutil.copyfile(path, staged / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("auto_map", None)
-    if isinstance(asked.scaling, Linear):
-        config["max_position_embeddings"] = asked.target_length
+    if isinstance(requirements.scaling, Linear):
+        config["max_position_embeddings"] = requirements.target_length
     write_json(staged / "config.json", config)
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -31,7 +31,7 @@ import numpy as np
 
 from skipwise.errors import Check
 from skipwise.export.gguf.file import read_file, rewrite, set_numbers
-from skipwise.export.gguf.requirements import Asked, read_asked
+from skipwise.export.gguf.requirements import Requirements, read_requirements
 from skipwise.export.gguf.tokenizer import text_ends
 from skipwise.pose.rope import Linear, LongRoPE, Unscaled, YaRN
 
@@ -46,13 +46,13 @@ def check_gguf(file: Path, folder: Path) -> list[Check]:
     Raises:
         SkipwiseError: not a GGUF file; a folder whose config Skipwise cannot read.
     """
-    asked = read_asked(folder)
+    requirements = read_requirements(folder)
     keys, tables = read_file(file)
     length = keys.get(f"{keys['general.architecture']}.context_length", 0)
-    T = asked.target_length
+    T = requirements.target_length
     checks = [
-        _check_frequencies(asked, keys, tables),
-        _check_attention(asked, keys, tables),
+        _check_frequencies(requirements, keys, tables),
+        _check_attention(requirements, keys, tables),
         Check(
             name="gguf context length",
             passed=length == T,
@@ -75,15 +75,17 @@ def check_gguf(file: Path, folder: Path) -> list[Check]:
     return checks
 
 
-def _check_frequencies(asked: Asked, keys: dict[str, Any], tables: dict[str, np.ndarray]) -> Check:
-    name, scaling, architecture = "gguf rope", asked.scaling, keys["general.architecture"]
+def _check_frequencies(
+    requirements: Requirements, keys: dict[str, Any], tables: dict[str, np.ndarray]
+) -> Check:
+    name, scaling, architecture = "gguf rope", requirements.scaling, keys["general.architecture"]
     if architecture in _OWN_WAY and not isinstance(scaling, Unscaled):
         detail = (
             f"llama.cpp scales {architecture} in a way of its own, which Skipwise does not compute:"
             " compare its answers at full length with transformers'"
         )
         return Check(name=name, passed=False, detail=detail)
-    have, want = llama_cpp_rope(keys, tables)[0], asked.inv_freq()
+    have, want = llama_cpp_rope(keys, tables)[0], requirements.inv_freq()
     if len(have) != len(want):
         detail = f"{len(have)} pairs, and the config says {len(want)}"
         return Check(name=name, passed=False, detail=detail)
@@ -103,8 +105,10 @@ def _check_frequencies(asked: Asked, keys: dict[str, Any], tables: dict[str, np.
     return Check(name=name, passed=False, detail=detail)
 
 
-def _check_attention(asked: Asked, keys: dict[str, Any], tables: dict[str, np.ndarray]) -> Check:
-    have, want = llama_cpp_rope(keys, tables)[1], asked.scaling.attention_factor
+def _check_attention(
+    requirements: Requirements, keys: dict[str, Any], tables: dict[str, np.ndarray]
+) -> Check:
+    have, want = llama_cpp_rope(keys, tables)[1], requirements.scaling.attention_factor
     same = abs(have - want) <= 1e-5 * want
     detail = f"{have:.4f}" + ("" if same else f", and the config says {want:.4f}")
     return Check(name="gguf attention factor", passed=same, detail=detail)
@@ -146,14 +150,14 @@ def mend(file: Path, folder: Path) -> list[str]:
     Returns:
         the keys and tensors that were changed.
     """
-    asked = read_asked(folder)
+    requirements = read_requirements(folder)
     keys, tables = read_file(file)
     architecture = keys["general.architecture"]
     if architecture in _OWN_WAY:
         return []
-    wanted = _rope_keys(asked, architecture)
+    wanted = _rope_keys(requirements, architecture)
     changed = {key: value for key, value in wanted.items() if not _same(keys.get(key), value)}
-    table = _table(asked)
+    table = _table(requirements)
     if table is None or (_TABLE in tables and np.allclose(tables[_TABLE], table, rtol=1e-5)):
         tensors = {}
     else:
@@ -170,33 +174,35 @@ def mend(file: Path, folder: Path) -> list[str]:
     return [*changed, *tensors]
 
 
-def _rope_keys(asked: Asked, architecture: str) -> dict[str, str | int | float | None]:
+def _rope_keys(
+    requirements: Requirements, architecture: str
+) -> dict[str, str | int | float | None]:
     """The keys as they should be; None: not there."""
-    scaling = asked.scaling
+    scaling = requirements.scaling
     rope: dict[str, str | int | float | None]
-    if isinstance(scaling, LongRoPE) and not asked.by_table:  # phi3's own keys stay
+    if isinstance(scaling, LongRoPE) and not requirements.by_table:  # phi3's own keys stay
         rope = {}
     else:
         rope = {"type": None, "factor": None, "original_context_length": None}
     if isinstance(scaling, Linear):
         rope |= {"type": "linear", "factor": scaling.factor}
-    elif isinstance(scaling, YaRN) and not asked.by_table:
+    elif isinstance(scaling, YaRN) and not requirements.by_table:
         rope |= {"type": "yarn", "factor": scaling.factor}
         rope["original_context_length"] = scaling.original_length
-    factor = asked.attn_factor
+    factor = requirements.attn_factor
     rope["attn_factor"] = None if abs(factor - 1) < 1e-6 else factor
     wanted = {f"{architecture}.rope.scaling.{key}": value for key, value in rope.items()}
-    wanted[f"{architecture}.rope.freq_base"] = asked.facts.rope_theta
-    wanted[f"{architecture}.context_length"] = asked.target_length
+    wanted[f"{architecture}.rope.freq_base"] = requirements.info.rope_theta
+    wanted[f"{architecture}.context_length"] = requirements.target_length
     return wanted
 
 
-def _table(asked: Asked) -> np.ndarray | None:
+def _table(requirements: Requirements) -> np.ndarray | None:
     """By what each pair's frequency is divided (d/2,), where only that says it."""
-    if not asked.by_table:
+    if not requirements.by_table:
         return None
-    plain = Unscaled().inv_freq(asked.facts.rope_theta, asked.facts.rotary_dim)
-    return (plain / asked.inv_freq()).astype(np.float32)
+    plain = Unscaled().inv_freq(requirements.info.rope_theta, requirements.info.rotary_dim)
+    return (plain / requirements.inv_freq()).astype(np.float32)
 
 
 def _same(have: Any, want: Any) -> bool:

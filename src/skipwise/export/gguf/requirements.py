@@ -12,23 +12,23 @@ from skipwise.config.parse import load_recipe
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import complete, read_config
-from skipwise.models.model_info import ModelFacts, read_facts
+from skipwise.models.model_info import ModelInfo, read_model_info
 from skipwise.pose.rope import LongRoPE, Scaling, YaRN
 
 _TABLE_CLASSES = {"LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"}  # become llama
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Requirements:
     """What the folder's config.json asks for."""
 
-    facts: ModelFacts
+    info: ModelInfo
     architecture: str  # the class's name
     target_length: int  # T
 
     @property
     def scaling(self) -> Scaling:
-        return self.facts.scaling
+        return self.info.scaling
 
     @property
     def by_table(self) -> bool:
@@ -49,10 +49,10 @@ class Asked:
         return self.scaling.attention_factor / own
 
     def inv_freq(self) -> np.ndarray:
-        return self.scaling.inv_freq(self.facts.rope_theta, self.facts.rotary_dim)
+        return self.scaling.inv_freq(self.info.rope_theta, self.info.rotary_dim)
 
 
-def read_asked(folder: Path) -> Asked:
+def read_requirements(folder: Path) -> Requirements:
     """RoPE and length of a model folder.
 
     Raises:
@@ -64,10 +64,10 @@ def read_asked(folder: Path) -> Asked:
     parameters = parameters.get("full_attention") or parameters
     linear = parameters.get("rope_type") == "linear"
     stated = config.get("max_position_embeddings") or 0
-    facts = read_facts(
+    info = read_model_info(
         config, (stated if linear else 0) or None
-    )  # L, which read_facts would ask for
-    if facts.rope_type == "dynamic":
+    )  # L, which read_model_info would ask for
+    if info.rope_type == "dynamic":
         raise SkipwiseError(
             "llama.cpp has no dynamic scaling, whose frequencies grow with the text\n"
             "type rope.type=yarn method=none for one that needs no training either"
@@ -76,33 +76,33 @@ def read_asked(folder: Path) -> Asked:
     if recipe.is_file():
         target = load_recipe(recipe).target_length
     else:
-        target = round(stated * facts.scaling.factor) if linear else facts.original_length
-    return Asked(
-        facts=facts, architecture=(raw.get("architectures") or [""])[0], target_length=target
+        target = round(stated * info.scaling.factor) if linear else info.original_length
+    return Requirements(
+        info=info, architecture=(raw.get("architectures") or [""])[0], target_length=target
     )
 
 
-def refuse(asked: Asked) -> None:
+def refuse(requirements: Requirements) -> None:
     """What llama.cpp cannot compute, before minutes of conversion.
 
     Raises:
         SkipwiseError: why, and what can be converted.
     """
-    scaling, architecture = asked.scaling, asked.architecture
+    scaling, architecture = requirements.scaling, requirements.architecture
     portable = "type rope.type=yarn without options, linear or ntk, which every runtime computes"
     if not scaling.trainable:
         raise SkipwiseError(
             f"llama.cpp would take {scaling.name}'s short_factor or long_factor by the size of its "
             f"buffer, and transformers takes them by the length of the text\n{portable}"
         )
-    if (asked.by_table and architecture not in _TABLE_CLASSES) or (
+    if (requirements.by_table and architecture not in _TABLE_CLASSES) or (
         isinstance(scaling, LongRoPE) and architecture not in {*_TABLE_CLASSES, "Phi3ForCausalLM"}
     ):
         special = " with these options" if isinstance(scaling, YaRN) else ""
         raise SkipwiseError(
             f"llama.cpp cannot compute {scaling.name}{special} for {architecture}\n{portable}"
         )
-    if asked.facts.nested and abs(asked.attn_factor - 1) > 1e-6:
+    if requirements.info.nested and abs(requirements.attn_factor - 1) > 1e-6:
         raise SkipwiseError(
             f"llama.cpp would multiply the sliding layers of {architecture} by the attention "
             f"factor {scaling.attention_factor:g} too\nleave attention_factor out"

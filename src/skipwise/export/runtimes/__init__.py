@@ -6,8 +6,8 @@ A config.json is enough; neither torch nor transformers is imported.
 3. `faults.py` and `file_faults.py` compare (on a `case.py`), 4. `table.py` prints.
 """
 
-from skipwise.export.runtimes.folder_report import Fault
+from skipwise.export.runtimes.folder_report import Issue
 from skipwise.export.runtimes.readers import Reading
 from skipwise.export.runtimes.table import Verdict, as_json, format_verdict, verify_folder
 
-__all__ = ["Fault", "Reading", "Verdict", "as_json", "format_verdict", "verify_folder"]
+__all__ = ["Issue", "Reading", "Verdict", "as_json", "format_verdict", "verify_folder"]

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from skipwise.export.runtimes.file_issues import find_file_faults
+from skipwise.export.runtimes.file_issues import find_file_issues
 from skipwise.export.runtimes.folder import ModelFolder
-from skipwise.export.runtimes.folder_report import ALL, Case, Fault, describe, names_length
+from skipwise.export.runtimes.folder_report import ALL, FolderReport, Issue, describe, names_length
 from skipwise.export.runtimes.readers import (
     LLAMA_CPP,
     LLAMA_CPP_WITHOUT_ROPE,
@@ -26,31 +26,31 @@ from skipwise.export.runtimes.readers import (
     top_length,
 )
 from skipwise.models.hf_config import complete
-from skipwise.pose.rope_config import both_spellings
+from skipwise.pose.rope_config import with_legacy_rope_keys
 
 _TO_GGUF = "convert it with skipwise export --to gguf, which writes what is missing"
 _NAMES_L = ("yarn", "llama3", "longrope")  # types that count from original_max_position_embeddings
 
 
-def find_faults(case: Case) -> tuple[Fault, ...]:
+def find_issues(report: FolderReport) -> tuple[Issue, ...]:
     checks = (_type, _spellings, _original, _lengths, _attention, _portable, _window)
-    found = [fault for check in checks for fault in check(case)]
-    found += list(_unreadable(case, found))
-    found += list(_unexplained(case, found))
-    return (*found, *find_file_faults(case))
+    found = [issue for check in checks for issue in check(report)]
+    found += list(_unreadable(report, found))
+    found += list(_unexplained(report, found))
+    return (*found, *find_file_issues(report))
 
 
-def _type(case: Case) -> Iterator[Fault]:
+def _type(report: FolderReport) -> Iterator[Issue]:
     """Types that no transformers has, and two names that differ."""
-    given, name = given_parameters(case.folder), case.rope_type
+    given, name = given_parameters(report.folder), report.rope_type
     if name == "ntk":
         mend = 'set rope_type to "default" and rope_theta to theta x factor^(d/(d-2))'
-        factor, plain = case.parameters.get("factor"), case.readings[VLLM]
+        factor, plain = report.parameters.get("factor"), report.readings[VLLM]
         if factor and plain.inv_freq is not None:
             dim = 2 * len(plain.inv_freq)
             theta = plain.rope_theta * factor ** (dim / (dim - 2))
             mend = f'set rope_type to "default" and rope_theta to {theta!r}, and drop factor'
-        yield Fault(
+        yield Issue(
             name="rope_type",
             runtimes=ALL,
             what="rope_type ntk is known to vLLM alone, by a formula of its own; transformers and "
@@ -58,7 +58,7 @@ def _type(case: Case) -> Iterator[Fault]:
             mend=mend,
         )
     if name == "su":
-        yield Fault(
+        yield Issue(
             name="rope_type",
             runtimes=(T5, T4, SGLANG),
             what="rope_type su is an older name of longrope, and only vLLM and Phi-3 know it",
@@ -66,7 +66,7 @@ def _type(case: Case) -> Iterator[Fault]:
         )
     both = given.get("type"), given.get("rope_type")
     if None not in both and both[0] != both[1] and both != ("su", "longrope"):
-        yield Fault(
+        yield Issue(
             name="rope_type",
             runtimes=(T4, VLLM),
             what=f"type is {both[0]} and rope_type {both[1]} in one dictionary: transformers 5 "
@@ -75,29 +75,29 @@ def _type(case: Case) -> Iterator[Fault]:
         )
 
 
-def _spellings(case: Case) -> Iterator[Fault]:
+def _spellings(report: FolderReport) -> Iterator[Issue]:
     """The older spelling missing beside the newer one, or saying something else."""
-    raw, four, reference = case.folder.raw, case.readings[T4], case.reference
+    raw, four, reference = report.folder.raw, report.readings[T4], report.reference
     older = raw.get("rope_scaling") or {}
     newer = raw.get("rope_parameters") or {}
     newer = newer.get("full_attention") or newer
-    theta_key = "rotary_emb_base" if case.folder.family.startswith("gpt_neox") else "rope_theta"
+    theta_key = "rotary_emb_base" if report.folder.family.startswith("gpt_neox") else "rope_theta"
     top, inside = raw.get(theta_key), newer.get("rope_theta")
     if older and newer:
-        keys = _differing(case.folder.family, older, newer)
+        keys = _differing(report.folder.family, older, newer)
         if keys:
-            yield Fault(
+            yield Issue(
                 name="two spellings",
                 runtimes=ALL,
-                what=f"rope_scaling says {_say(older, keys)}, rope_parameters says "
-                f"{_say(newer, keys)}: transformers, vLLM and SGLang take rope_scaling, "
+                what=f"rope_scaling says {_describe(older, keys)}, rope_parameters says "
+                f"{_describe(newer, keys)}: transformers, vLLM and SGLang take rope_scaling, "
                 "llama.cpp's converter takes rope_parameters",
                 mend="delete the wrong one; with both or neither of them right, write the scaling "
                 "that the weights were trained with under both names",
             )
             return
     if top is not None and inside is not None and top != inside:
-        yield Fault(
+        yield Issue(
             name="two spellings",
             runtimes=(T4,),
             what=f"{theta_key} is {top:,.0f} at the top level, which transformers 4 takes, and "
@@ -107,7 +107,7 @@ def _spellings(case: Case) -> Iterator[Fault]:
         )
     dropped = older and top is None and older.get("rope_theta") is None and inside is not None
     if dropped and inside != reference.rope_theta:
-        yield Fault(
+        yield Issue(
             name="two spellings",
             runtimes=ALL,
             what=f"rope_scaling is there without {theta_key} beside it, so that all but llama.cpp "
@@ -122,11 +122,11 @@ def _spellings(case: Case) -> Iterator[Fault]:
     if not missing:
         return
     verb = "is" if len(missing) == 1 else "are"
-    spelled = both_spellings({**raw, "rope_parameters": _whole(case)})
+    spelled = with_legacy_rope_keys({**raw, "rope_parameters": _whole(report)})
     keys = [*missing, "rope_local_base_freq"]
     added = {key: spelled[key] for key in keys if key in spelled and spelled[key] != raw.get(key)}
     added = {k: v for k, v in added.items() if v is not None}
-    yield Fault(
+    yield Issue(
         name="older spelling missing",
         runtimes=(T4,),
         what=f"transformers 5 reads {describe(reference)}; transformers 4 reads {describe(four)}: "
@@ -137,40 +137,40 @@ def _spellings(case: Case) -> Iterator[Fault]:
     )
 
 
-def _whole(case: Case) -> dict[str, Any]:
+def _whole(report: FolderReport) -> dict[str, Any]:
     """rope_parameters as they stand, with the type and thetas that transformers 5 adds."""
-    given = case.folder.raw["rope_parameters"]
-    added = {key: case.parameters[key] for key in ("rope_type", "rope_theta")}
+    given = report.folder.raw["rope_parameters"]
+    added = {key: report.parameters[key] for key in ("rope_type", "rope_theta")}
     if "full_attention" not in given:
         return {**{k: v for k, v in given.items() if k != "type"}, **added}
     sliding = {"rope_type": "default", **(given.get("sliding_attention") or {})}
-    sliding["rope_theta"] = case.reference.sliding_theta
+    sliding["rope_theta"] = report.reference.sliding_theta
     return {"full_attention": {**given["full_attention"], **added}, "sliding_attention": sliding}
 
 
-def _original(case: Case) -> Iterator[Fault]:
+def _original(report: FolderReport) -> Iterator[Issue]:
     """original_max_position_embeddings missing, in the wrong place, or another than it was."""
-    folder, name = case.folder, case.rope_type
+    folder, name = report.folder, report.rope_type
     given = given_parameters(folder)
     if name not in _NAMES_L or not given:
         return
     inside, top = given.get("original_max_position_embeddings"), top_length(folder)
-    factor = case.parameters.get("factor") or 1.0
+    factor = report.parameters.get("factor") or 1.0
     if name == "longrope":
         if not folder.raw.get("original_max_position_embeddings") and top is None:
-            yield Fault(
+            yield Issue(
                 name="original length",
                 runtimes=(T4,),
                 what="longrope has no original_max_position_embeddings at the top level, the only "
                 f"place where transformers 4 looks: it counts from {folder.length:,}",
                 mend=f'add "original_max_position_embeddings": '
-                f"{inside or case.original_length or 'L'} beside max_position_embeddings",
+                f"{inside or report.original_length or 'L'} beside max_position_embeddings",
             )
     elif not inside:
-        guess = case.original_length or top or round(folder.length / factor)
+        guess = report.original_length or top or round(folder.length / factor)
         four = "fails" if name == "llama3" else f"{folder.length:,}"
         cpp = "8,192" if name == "llama3" else "fails"
-        yield Fault(
+        yield Issue(
             name="original length",
             runtimes=(T4, LLAMA_CPP) if top else ALL,
             what=f"{name} has no original_max_position_embeddings inside: transformers 5, vLLM and "
@@ -180,7 +180,7 @@ def _original(case: Case) -> Iterator[Fault]:
             "rope_scaling, if that is what the weights were trained at",
         )
     if inside and top and inside != top and "original_max_position_embeddings" in folder.raw:
-        yield Fault(
+        yield Issue(
             name="original length",
             runtimes=(T4, LLAMA_CPP),
             what=f"original_max_position_embeddings is {top:,} at the top level, where transformers"
@@ -188,38 +188,41 @@ def _original(case: Case) -> Iterator[Fault]:
             "transformers 4 for any type but longrope",
             mend="make them equal",
         )
-    read = case.reference.original_length
-    if case.original_length and read and read != case.original_length and inside:
-        yield Fault(
+    read = report.reference.original_length
+    if report.original_length and read and read != report.original_length and inside:
+        yield Issue(
             name="original length",
             runtimes=ALL,
             what=f"the config counts from {read:,} tokens, and the model was trained at "
-            f"{case.original_length:,}",
-            mend=f"set original_max_position_embeddings to {case.original_length}",
+            f"{report.original_length:,}",
+            mend=f"set original_max_position_embeddings to {report.original_length}",
         )
 
 
-def _lengths(case: Case) -> Iterator[Fault]:
+def _lengths(report: FolderReport) -> Iterator[Issue]:
     """What serves more or less than the window."""
-    folder, name, length = case.folder, case.rope_type, case.folder.length
-    factor = case.parameters.get("factor") or 1.0
-    named = names_length(folder) and case.parameters.get("factor")
-    if name == "yarn" and named and length != case.window:
-        beyond = f", and vLLM has no angles beyond {case.window:,}" if length > case.window else ""
-        yield Fault(
+    folder, name, length = report.folder, report.rope_type, report.folder.length
+    factor = report.parameters.get("factor") or 1.0
+    named = names_length(folder) and report.parameters.get("factor")
+    if name == "yarn" and named and length != report.window:
+        beyond = (
+            f", and vLLM has no angles beyond {report.window:,}" if length > report.window else ""
+        )
+        yield Issue(
             name="length",
             runtimes=(VLLM, SGLANG, LLAMA_CPP),
-            what=f"yarn reaches {factor:g} x {case.window / factor:,.0f} = {case.window:,} tokens "
+            what=f"yarn reaches {factor:g} x {report.window / factor:,.0f} = {report.window:,} "
+            "tokens "
             f"and max_position_embeddings is {length:,}: vLLM and SGLang serve that many{beyond}; "
             "transformers 4.51 to 4.55 take another factor from it",
-            mend=f"set max_position_embeddings to {case.window}",
+            mend=f"set max_position_embeddings to {report.window}",
         )
     if name in ("linear", "dynamic"):
-        yield from _multiplied(case, factor)
+        yield from _multiplied(report, factor)
     for runtime in (VLLM, SGLANG):
-        reading, key = case.readings[runtime], _other_length(folder, runtime)
+        reading, key = report.readings[runtime], _other_length(folder, runtime)
         if key and not reading.error and folder.raw[key] != length:
-            yield Fault(
+            yield Issue(
                 name="other length",
                 runtimes=(runtime,),
                 what=f"{runtime} takes {key} {folder.raw[key]:,}, not max_position_embeddings "
@@ -228,12 +231,12 @@ def _lengths(case: Case) -> Iterator[Fault]:
             )
 
 
-def _multiplied(case: Case, factor: float) -> Iterator[Fault]:
-    length, name = case.folder.length, case.rope_type
-    tokens = case.folder.tokenizer_length
-    L = case.original_length
+def _multiplied(report: FolderReport, factor: float) -> Iterator[Issue]:
+    length, name = report.folder.length, report.rope_type
+    tokens = report.folder.tokenizer_length
+    L = report.original_length
     if L and length != L:
-        yield Fault(
+        yield Issue(
             name="length",
             runtimes=(VLLM, SGLANG),
             what=f"{name} wants the length before scaling, and max_position_embeddings is "
@@ -242,7 +245,7 @@ def _multiplied(case: Case, factor: float) -> Iterator[Fault]:
             mend=f"set max_position_embeddings to {L}",
         )
     elif not L and factor > 1 and tokens == length:
-        yield Fault(
+        yield Issue(
             name="length",
             runtimes=(VLLM, SGLANG),
             what=f"max_position_embeddings and the tokenizer's model_max_length are both "
@@ -254,10 +257,10 @@ def _multiplied(case: Case, factor: float) -> Iterator[Fault]:
         )
 
 
-def _attention(case: Case) -> Iterator[Fault]:
+def _attention(report: FolderReport) -> Iterator[Issue]:
     """Options of yarn that some runtimes do not read."""
-    p, reference = case.parameters, case.reference
-    if case.rope_type != "yarn" or reference.error:
+    p, reference = report.parameters, report.reference
+    if report.rope_type != "yarn" or reference.error:
         return
     default = 0.1 * math.log(max(reference.factor, 1.0)) + 1.0
     A = reference.attention_factor
@@ -267,7 +270,7 @@ def _attention(case: Case) -> Iterator[Fault]:
         name = "attention_factor" if explicit else "mscale and mscale_all_dim"
         readers = "transformers and vLLM 0.33" if explicit else "transformers, vLLM and SGLang"
         others = "SGLang, llama.cpp" if explicit else "llama.cpp"
-        yield Fault(
+        yield Issue(
             name="attention factor",
             runtimes=(SGLANG, LLAMA_CPP) if explicit else (LLAMA_CPP,),
             what=f"{name} makes it {A:.4f} for {readers}; {others} and vLLM up to 0.15 "
@@ -277,16 +280,16 @@ def _attention(case: Case) -> Iterator[Fault]:
             + (f", and SGLang attn_factor = {A / default:.6f}" if explicit else ""),
         )
     if p.get("attn_factor") not in (None, 1, 1.0):
-        yield Fault(
+        yield Issue(
             name="attention factor",
             runtimes=(SGLANG,),
             what=f"attn_factor {p['attn_factor']:g} is read by SGLang and vLLM up to 0.15 alone",
             mend="take it out",
         )
     ramp = [key for key in ("truncate", "beta_fast", "beta_slow") if p.get(key) is not None]
-    cpp = case.readings[LLAMA_CPP]
+    cpp = report.readings[LLAMA_CPP]
     if ramp and cpp.rope_type == "yarn" and not cpp.same_pairs(reference):
-        yield Fault(
+        yield Issue(
             name="ramp",
             runtimes=(LLAMA_CPP,),
             what=f"{', '.join(f'{key} {p[key]}' for key in ramp)}: llama.cpp has yarn's ramp "
@@ -295,11 +298,11 @@ def _attention(case: Case) -> Iterator[Fault]:
         )
 
 
-def _portable(case: Case) -> Iterator[Fault]:
+def _portable(report: FolderReport) -> Iterator[Issue]:
     """Types that mean something else in each runtime."""
-    name, folder, cpp = case.rope_type, case.folder, case.readings[LLAMA_CPP]
+    name, folder, cpp = report.rope_type, report.folder, report.readings[LLAMA_CPP]
     if name == "dynamic":
-        yield Fault(
+        yield Issue(
             name="not portable",
             runtimes=(VLLM, SGLANG, LLAMA_CPP),
             what="dynamic follows the longest position seen in transformers, stays unscaled in "
@@ -308,30 +311,30 @@ def _portable(case: Case) -> Iterator[Fault]:
         )
     dropped = not cpp.error and cpp.rope_type == "default"
     if folder.family in LLAMA_CPP_WITHOUT_ROPE:
-        if not cpp.turns_like(case.reference):
-            yield Fault(
+        if not cpp.turns_like(report.reference):
+            yield Issue(
                 name="not portable",
                 runtimes=(LLAMA_CPP,),
                 what=f"llama.cpp's converter writes no RoPE for {folder.family}: it is theta "
-                f"10,000 there, without scaling, and here {describe(case.reference)}",
-                mend=f"{_TO_GGUF}, or start llama.cpp with {_flags(case.reference)}",
+                f"10,000 there, without scaling, and here {describe(report.reference)}",
+                mend=f"{_TO_GGUF}, or start llama.cpp with {_flags(report.reference)}",
             )
     elif name in ("longrope", "llama3") and dropped:
-        yield Fault(
+        yield Issue(
             name="not portable",
             runtimes=(LLAMA_CPP,),
             what=f"llama.cpp's converter drops {name} for {folder.family} without a word",
             mend=f"{_TO_GGUF} where it can, or extend with rope.type=yarn",
         )
     if name == "longrope":
-        pair = case.readings[VLLM], case.readings[SGLANG]
-        for r in (r for r in pair if not r.error and not r.turns_like(case.reference)):
-            yield Fault(
+        pair = report.readings[VLLM], report.readings[SGLANG]
+        for r in (r for r in pair if not r.error and not r.turns_like(report.reference)):
+            yield Issue(
                 name="not portable",
                 runtimes=(r.runtime,),
                 what=f"{r.runtime} takes longrope's attention factor from the lengths, "
                 f"{r.attention_factor:.4f}, and transformers has "
-                f"{case.reference.attention_factor:.4f}",
+                f"{report.reference.attention_factor:.4f}",
                 mend="leave attention_factor out and set factor to max_position_embeddings / "
                 "original_max_position_embeddings",
             )
@@ -347,9 +350,9 @@ def _flags(reading: Reading) -> str:
     return flags
 
 
-def _window(case: Case) -> Iterator[Fault]:
+def _window(report: FolderReport) -> Iterator[Issue]:
     """A sliding window in every layer, shorter than the context."""
-    folder = case.folder
+    folder = report.folder
     window = folder.value("sliding_window")
     known = "sliding_window" in folder.known or not folder.known
     if not window or not known or folder.value("use_sliding_window", True) is False:
@@ -358,35 +361,35 @@ def _window(case: Case) -> Iterator[Fault]:
     layers = set(complete(raw).get("layer_types") or [])
     if layers and ("sliding_attention" not in layers or "full_attention" in layers):
         return
-    if window < case.window:
+    if window < report.window:
         where = "" if "sliding_window" in folder.raw else " (the class's default)"
-        yield Fault(
+        yield Issue(
             name="sliding window",
             runtimes=(T5, T4, VLLM, SGLANG),
             what=f"sliding_window is {window:,}{where} in every layer, and the window "
-            f"{case.window:,}: nothing further back is seen",
+            f"{report.window:,}: nothing further back is seen",
             mend='set "sliding_window": null, if the weights were trained without it',
         )
 
 
-def _unreadable(case: Case, found: list[Fault]) -> Iterator[Fault]:
+def _unreadable(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
     """Runtimes that fail, where no check above has said why."""
-    told = {runtime for fault in found for runtime in fault.runtimes}
+    told = {runtime for issue in found for runtime in issue.runtimes}
     reasons: dict[str, list[str]] = {}
-    for reading in case.readings.values():
+    for reading in report.readings.values():
         if reading.error and reading.runtime not in told and not is_new_family(reading):
             reasons.setdefault(reading.error, []).append(reading.runtime)
     for reason, runtimes in reasons.items():
         if reason.startswith("the factor of linear"):
-            mend = f"write {case.parameters['factor']}.0"
+            mend = f"write {report.parameters['factor']}.0"
         elif "head_dim" in reason:
-            mend = f'add "head_dim": {case.folder.head_dim}'
+            mend = f'add "head_dim": {report.folder.head_dim}'
         elif "has no " in reason:
             mend = "add it, as the model's base or its authors have it"
         else:
             mend = "export the model again, or write the scaling that it was trained with"
         verb = "" if reason.startswith(NOT_COMPUTED) else " cannot load it"
-        yield Fault(
+        yield Issue(
             name="does not load",
             runtimes=tuple(runtimes),
             what=f"{', '.join(runtimes)}{verb}: {reason}",
@@ -399,15 +402,15 @@ def is_new_family(reading: Reading) -> bool:
     return "is not in transformers 4" in (reading.error or "")
 
 
-def _unexplained(case: Case, found: list[Fault]) -> Iterator[Fault]:
+def _unexplained(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
     """Any other difference between runtimes: none goes unsaid."""
-    told = {runtime for fault in found for runtime in fault.runtimes}
-    reference = case.reference
-    for runtime, reading in case.readings.items():
+    told = {runtime for issue in found for runtime in issue.runtimes}
+    reference = report.reference
+    for runtime, reading in report.readings.items():
         if runtime in told or reading.error or reference.inv_freq is None:
             continue
         if not reading.turns_like(reference):
-            yield Fault(
+            yield Issue(
                 name="other frequencies",
                 runtimes=(runtime,),
                 what=f"{runtime} reads {describe(reading)}, transformers 5 {describe(reference)}",
@@ -415,14 +418,14 @@ def _unexplained(case: Case, found: list[Fault]) -> Iterator[Fault]:
             )
         elif (
             runtime in (VLLM, SGLANG)
-            and reading.max_length != case.window
-            and case.rope_type != "longrope"  # vLLM stays at L unless asked: a note
+            and reading.max_length != report.window
+            and report.rope_type != "longrope"  # vLLM stays at L unless asked: a note
         ):
-            yield Fault(
+            yield Issue(
                 name="length",
                 runtimes=(runtime,),
                 what=f"{runtime} serves {reading.max_length:,} tokens, the window is "
-                f"{case.window:,}",
+                f"{report.window:,}",
                 mend="set max_position_embeddings as the type wants it",
             )
 
@@ -438,7 +441,7 @@ def _differing(family: str, older: dict[str, Any], newer: dict[str, Any]) -> lis
     return (["rope_type"] if names[0] != names[1] else []) + differing
 
 
-def _say(p: dict[str, Any], keys: list[str]) -> str:
+def _describe(p: dict[str, Any], keys: list[str]) -> str:
     """The type and the values of some keys."""
     name = p.get("rope_type", p.get("type", "default"))
     rest = [k for k in keys if k != "rope_type"]

@@ -22,7 +22,7 @@ ALL = (T5, T4, VLLM, SGLANG, LLAMA_CPP)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
+class Issue:
     """Something to mend."""
 
     name: str
@@ -32,7 +32,7 @@ class Fault:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class FolderReport:
     """What the checks look at."""
 
     folder: ModelFolder
@@ -50,9 +50,9 @@ class Case:
         return self.parameters["rope_type"]
 
 
-def make_case(
+def make_folder_report(
     folder: ModelFolder, readings: tuple[Reading, ...], original_length: int | None
-) -> Case:
+) -> FolderReport:
     p, _ = parameters_5(folder)
     factor = p.get("factor") or 1.0
     window = folder.length
@@ -60,7 +60,7 @@ def make_case(
         window = round((original_length or folder.length) * factor)
     elif p["rope_type"] == "yarn" and p.get("factor") and (original_length or names_length(folder)):
         window = round((original_length or p["original_max_position_embeddings"]) * factor)
-    return Case(
+    return FolderReport(
         folder=folder,
         readings={reading.runtime: reading for reading in readings},
         parameters=p,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skipwise.export.runtimes.config_issues import find_faults, is_new_family
+from skipwise.export.runtimes.config_issues import find_issues, is_new_family
 from skipwise.export.runtimes.folder import ModelFolder, read_folder
-from skipwise.export.runtimes.folder_report import Case, Fault, make_case
+from skipwise.export.runtimes.folder_report import FolderReport, Issue, make_folder_report
 from skipwise.export.runtimes.readers import LLAMA_CPP, VLLM, Reading, read_all
 
 _HEADS = ("runtime", "loads as", "theta", "factor", "original", "attention", "max length")
@@ -24,12 +24,12 @@ class Verdict:
     family: str
     window: int  # tokens that the config reaches, by its own account
     readings: tuple[Reading, ...]
-    faults: tuple[Fault, ...]
+    issues: tuple[Issue, ...]
     notes: tuple[str, ...]
 
     @property
     def well(self) -> bool:
-        return not self.faults
+        return not self.issues
 
 
 def verify_folder(folder: Path, original_length: int | None = None) -> Verdict:
@@ -45,14 +45,14 @@ def verify_folder(folder: Path, original_length: int | None = None) -> Verdict:
     """
     found = read_folder(folder)
     readings = read_all(found)
-    case = make_case(found, readings, original_length)
+    report = make_folder_report(found, readings, original_length)
     return Verdict(
         folder=str(folder),
         family=found.family,
-        window=case.window,
+        window=report.window,
         readings=readings,
-        faults=find_faults(case),
-        notes=tuple(_notes(case, found)),
+        issues=find_issues(report),
+        notes=tuple(_notes(report, found)),
     )
 
 
@@ -65,9 +65,9 @@ def format_verdict(verdict: Verdict) -> str:
         cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]) if len(row) > 2 else row[1]]
         cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=False)]
         lines.append("  ".join(cells).rstrip())
-    for fault in verdict.faults:
-        lines += ["", *_wrapped(f"FAIL {fault.name}: {fault.what}", "     ")]
-        lines += _wrapped(f"     mend: {fault.mend}", "     ")
+    for issue in verdict.issues:
+        lines += ["", *_wrapped(f"FAIL {issue.name}: {issue.what}", "     ")]
+        lines += _wrapped(f"     mend: {issue.mend}", "     ")
     for note in verdict.notes:
         lines += ["", *_wrapped(f"note {note}", "     ")]
     if verdict.well:
@@ -105,18 +105,18 @@ def _row(reading: Reading) -> tuple[str, ...]:
     )
 
 
-def _notes(case: Case, folder: ModelFolder) -> list[str]:
-    out, readings = [], case.readings
-    if case.rope_type in ("linear", "dynamic") and not readings[LLAMA_CPP].error:
+def _notes(report: FolderReport, folder: ModelFolder) -> list[str]:
+    out, readings = [], report.readings
+    if report.rope_type in ("linear", "dynamic") and not readings[LLAMA_CPP].error:
         out.append(
             f"llama.cpp's own converter writes {folder.length:,} for the length of a "
-            f"{case.rope_type} model, and llama-server serves no more: skipwise export --to gguf "
-            f"writes {case.window:,}"
+            f"{report.rope_type} model, and llama-server serves no more: skipwise export --to gguf "
+            f"writes {report.window:,}"
         )
-    if case.rope_type == "longrope":
+    if report.rope_type == "longrope":
         if readings[VLLM].max_length != folder.length:
             out.append(f"vLLM serves longrope at L: give it --max-model-len {folder.length}")
-        p = case.parameters
+        p = report.parameters
         if p.get("short_factor") != p.get("long_factor"):
             out.append("transformers changes the frequencies where a batch goes beyond L")
     out += [f"{r.error}: use transformers 5" for r in readings.values() if is_new_family(r)]

@@ -1,9 +1,9 @@
 """Importance weights without a mask of pairs: flex_attention, on a GPU.
 
 An additive (B, 1, L, L) mask leaves sdpa's fast kernels and costs a third of a training step
-(docs/method.md). Here two numbers a token travel in the mask's place (`masks.with_carrier`), and
-the kernel adds a key's weight where the query stands in another chunk. All else that reaches this
-attention, a mask of ones or a sliding layer's, goes to transformers' sdpa as it came.
+(docs/method.md). Here two numbers a token take the place of the mask (`masks.pack_key_weights`),
+and the kernel adds a key's weight where the query is in another chunk. Everything else that reaches
+this attention, a mask of ones or a sliding layer's, goes to transformers' sdpa unchanged.
 
 Importing this module makes it known to transformers, by the name of `masks.FLEX`.
 
@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from skipwise.errors import SkipwiseError
-from skipwise.models.attention.masks import FLEX, is_carrier, read_carrier
+from skipwise.models.attention.masks import FLEX, is_packed, unpack_key_weights
 
 _WIDTHS = (16, 32, 64, 128, 256)  # of a head: others are padded, or refused, by torch's version
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -32,7 +32,7 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 _BEYOND = ("softcap", "s_aux", "position_bias", "head_mask")  # what changes logits besides
 
 
-def attend(
+def flex_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -52,18 +52,19 @@ def attend(
         (B, L, H, D), and no weights.
 
     Raises:
-        SkipwiseError: dropout, capped logits or sinks, which `model_lacks` rules out by the config.
+        SkipwiseError: dropout, capped logits or sinks; `unsupported_by_model` finds these in the
+            config.
     """
     beyond = [name for name in _BEYOND if kwargs.get(name) is not None]
     if beyond:  # sdpa would ignore some of them
         raise SkipwiseError(_no_flex(f"this model's attention has {beyond[0]}"))
-    if not is_carrier(attention_mask):
+    if not is_packed(attention_mask):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout > 0:
         raise SkipwiseError(_no_flex(f"attention dropout is {dropout:g}"))
-    chunk_ids, key_weights = read_carrier(attention_mask)
+    chunk_ids, key_weights = unpack_key_weights(attention_mask)
     length = chunk_ids.shape[1]
     assert query.shape[2] == key.shape[2] == length, "a cache beside the carrier"
     query, key, value = _as_sdpa_casts(query, key, value)
@@ -74,7 +75,7 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def machine_lacks() -> str:
+def unsupported_by_machine() -> str:
     """Why flex_attention does not train here; "": it does."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "flex_attention trains on NVIDIA GPUs alone"
@@ -87,7 +88,7 @@ def machine_lacks() -> str:
     return ""
 
 
-def model_lacks(config: Any) -> str:
+def unsupported_by_model(config: Any) -> str:
     """Why a model cannot have this attention, by its config; "": it can."""
     family = config.model_type
     if getattr(config, "attn_logit_softcapping", None):
@@ -179,5 +180,5 @@ def _no_flex(reason: str) -> str:
     )
 
 
-AttentionInterface.register(FLEX, attend)
+AttentionInterface.register(FLEX, flex_attention_forward)
 AttentionMaskInterface.register(FLEX, sdpa_mask)

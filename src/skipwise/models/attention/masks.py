@@ -80,7 +80,7 @@ def with_chunk_weights(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, A
     return {**batch, "attention_mask": mask[:, None]}
 
 
-def with_carrier(batch: dict[str, Any]) -> dict[str, Any]:
+def pack_key_weights(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with `chunk_ids` and `key_weights` in the mask's place, for `models.attention`.
 
     (B, 1, 2, L) int32. transformers hands a mask of four dimensions to every layer as it is; and
@@ -95,12 +95,12 @@ def with_carrier(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "attention_mask": carrier[:, None]}
 
 
-def is_carrier(mask: Any) -> TypeGuard[torch.Tensor]:
-    """Whether a mask is `with_carrier`'s; those of pairs are boolean or additive."""
+def is_packed(mask: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a mask is `pack_key_weights`'s; those of pairs are boolean or additive."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.dtype == torch.int32
 
 
-def read_carrier(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_key_weights(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`chunk_ids` (B, L) int32 and `key_weights` (B, L) float32."""
     chunks, weights = mask[:, 0].unbind(1)
     return chunks.contiguous(), weights.contiguous().view(torch.float32)

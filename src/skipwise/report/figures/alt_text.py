@@ -7,10 +7,10 @@ from typing import Any
 
 from skipwise.report.format import number, percent
 from skipwise.report.rows import Rows, models_of, of, pooled
-from skipwise.report.ruler import EFFECTIVE_THRESHOLD, RulerSummary, say_tasks
+from skipwise.report.ruler import EFFECTIVE_THRESHOLD, RulerSummary, describe_tasks
 
 
-def say_perplexity(rows: Rows) -> str:
+def describe_perplexity(rows: Rows) -> str:
     """Every value, by model and length."""
     said = []
     for model in models_of(of(rows, "perplexity")):
@@ -24,7 +24,7 @@ def say_perplexity(rows: Rows) -> str:
     return f"Perplexity by tokens of context. {'; '.join(said)}."
 
 
-def say_grid(rows: Rows, task: str) -> str:
+def describe_grid(rows: Rows, task: str) -> str:
     """The share over all depths by model and length, and the weakest depth of each."""
     trials = [r for r in of(rows, task) if r["value"] is not None]
     said = []
@@ -44,7 +44,7 @@ def say_grid(rows: Rows, task: str) -> str:
     return f"{task.capitalize()} retrieval over all depths. {'; '.join(said)}."
 
 
-def say_ruler(summaries: Sequence[RulerSummary]) -> str:
+def describe_ruler(summaries: Sequence[RulerSummary]) -> str:
     """Every average, by model and length, and the effective lengths."""
     said = []
     for summary in summaries:
@@ -52,12 +52,12 @@ def say_ruler(summaries: Sequence[RulerSummary]) -> str:
         if values:
             said.append(f"{summary.model}: {values}; effective length {summary.effective}")
     return (
-        f"RULER score by tokens of context, {say_tasks(list(summaries))}; the threshold is "
+        f"RULER score by tokens of context, {describe_tasks(list(summaries))}; the threshold is "
         f"{100 * EFFECTIVE_THRESHOLD:.1f} %. {'. '.join(said)}."
     )
 
 
-def say_selection(points: Sequence[tuple[int, float]], chosen: int | None, share: bool) -> str:
+def describe_selection(points: Sequence[tuple[int, float]], chosen: int | None, share: bool) -> str:
     """Every checkpoint's score, and which was chosen."""
     scores = ", ".join(
         f"{f'{percent(score)} %' if share else number(score)} at step {step:,}"
@@ -67,7 +67,7 @@ def say_selection(points: Sequence[tuple[int, float]], chosen: int | None, share
     return f"Score of each checkpoint. {scores}."
 
 
-def say_loss(metrics: list[dict[str, Any]]) -> str:
+def describe_loss(metrics: list[dict[str, Any]]) -> str:
     losses = [m["loss"] for m in metrics if m.get("loss") is not None]
     if not losses:
         return "Training loss."
@@ -75,16 +75,16 @@ def say_loss(metrics: list[dict[str, Any]]) -> str:
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     return (
         f"Training loss over {len(losses):,} logged steps: {first:.3f} on average over the first "
-        f"tenth, {last:.3f} over the last.{_say_finish(metrics)}"
+        f"tenth, {last:.3f} over the last.{_describe_finish(metrics)}"
     )
 
 
-def _say_finish(metrics: list[dict[str, Any]]) -> str:
+def _describe_finish(metrics: list[dict[str, Any]]) -> str:
     first = next((m["step"] for m in metrics if m.get("phase") == "finish"), None)
     return "" if first is None else f" The examples from step {first:,} on have full length."
 
 
-def say_positions(
+def describe_positions(
     examples: Sequence[dict[str, Any]], coverage: Sequence[tuple[int, float]], L: int, T: int
 ) -> str:
     """How far the examples reach and how often near, middle and far distances are shown."""

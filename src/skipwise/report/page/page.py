@@ -32,7 +32,7 @@ from skipwise.report.page.training import (
     loss_section,
     positions_section,
     selection_section,
-    training_facts,
+    training_metadata,
 )
 from skipwise.report.rows import Rows, find
 from skipwise.report.ruler import summarise_ruler
@@ -166,7 +166,7 @@ def _run_facts(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
         models = " and ".join(s.model for s in known)
         lengths = " → ".join(s.effective_short for s in known)
         facts.append((lengths, f"effective length (RULER), {models}"))
-    return facts + training_facts(run)
+    return facts + training_metadata(run)
 
 
 def _reproduce(run: dict[str, Any], recipe: Path | None) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from skipwise.report.benchmarks import (
     Difference,
     benchmark_layout,
+    describe_benchmarks,
     format_benchmark,
     line_difference,
     metric_label,
-    say_benchmarks,
     shots_label,
 )
 from skipwise.report.figures import alt_text, curves, heatmaps
@@ -21,17 +21,17 @@ from skipwise.report.page.html import MISSING, code_name, figure, note, prose, s
 from skipwise.report.rows import (
     RULER_AVERAGE,
     Rows,
+    describe_mixed_texts,
     is_ruler,
     models_of,
     of,
     pooled,
-    say_mixed_texts,
 )
 from skipwise.report.ruler import (
     EFFECTIVE_LENGTH,
     EFFECTIVE_THRESHOLD,
+    describe_tasks,
     ruler_tasks,
-    say_tasks,
     summarise_ruler,
 )
 from skipwise.report.tables import layout
@@ -88,7 +88,7 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
     about = [text for task, text in _ABOUT.items() if of(rows, task)]
     if any(cell["low"] is not None for cell in cells.values()):
         about.append("In brackets 95 % intervals.")
-    about += [mixed] if (mixed := say_mixed_texts(rows)) else []
+    about += [mixed] if (mixed := describe_mixed_texts(rows)) else []
     return section(
         title,
         '<div class="scroll"><table><thead><tr><th scope="col">Task</th>'
@@ -106,7 +106,7 @@ def perplexity_section(
         png_folder,
         "perplexity",
         lambda width: curves.plot_perplexity(rows, original_length, width),
-        lambda: alt_text.say_perplexity(rows),
+        lambda: alt_text.describe_perplexity(rows),
         "The same target tokens, seen with more and more context: a lower value further right "
         "means that the model uses it. Bands are 95 % intervals over documents, which differ "
         f"far more from each other than the lengths do.{_beyond(rows)}",
@@ -131,7 +131,7 @@ def grid_section(rows: Rows, task: str, png_folder: Path | None, optional: bool 
         png_folder,
         task,
         lambda width: heatmaps.plot_grid(rows, task, width),
-        lambda: alt_text.say_grid(rows, task),
+        lambda: alt_text.describe_grid(rows, task),
         caption,
     )
     return section(title, drawn or MISSING) if drawn or not optional else ""
@@ -144,8 +144,8 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> str:
         png_folder,
         "ruler",
         lambda width: curves.plot_ruler(rows, width),
-        lambda: alt_text.say_ruler(summaries),
-        f"Score by context length, {say_tasks(summaries)}. Dashed: "
+        lambda: alt_text.describe_ruler(summaries),
+        f"Score by context length, {describe_tasks(summaries)}. Dashed: "
         f"{100 * EFFECTIVE_THRESHOLD:.1f} %, the average of Llama-2-7B at 4k tokens over RULER's "
         "13 tasks (Hsieh et al. 2024). The effective length is the largest measured that is not "
         "below it, nor any shorter one.",
@@ -154,7 +154,7 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> str:
         return ""
     num = sum(bool(s.averages) for s in summaries)
     if not drawn:
-        drawn = _too_many(num) if num > MOST_CURVES else note(f"{say_tasks(summaries)}.")
+        drawn = _too_many(num) if num > MOST_CURVES else note(f"{describe_tasks(summaries)}.")
     lines = "".join(
         f'<tr><th scope="row">{escape(s.model)}</th><td class="n">{escape(s.effective)}</td></tr>'
         for s in summaries
@@ -186,7 +186,7 @@ def benchmark_section(rows: Rows) -> str:
             + (_difference(line_difference(*found)) if pair else "")
             + "</tr>\n"
         )
-    verdicts = "".join(f"<p>{prose(said)}</p>" for said in say_benchmarks(rows))
+    verdicts = "".join(f"<p>{prose(said)}</p>" for said in describe_benchmarks(rows))
     return section(
         "Benchmarks of short contexts",
         '<div class="scroll"><table><thead><tr><th scope="col">Benchmark</th>'

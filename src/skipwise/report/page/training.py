@@ -32,7 +32,7 @@ def selection_section(run: dict[str, Any], png_folder: Path) -> str:
         png_folder,
         "selection",
         lambda width: curves.plot_selection(selection, width),
-        lambda: alt_text.say_selection(points, chosen, share),
+        lambda: alt_text.describe_selection(points, chosen, share),
         said,
     )
     if not points and chosen is None:
@@ -47,7 +47,7 @@ def loss_section(metrics: list[dict[str, Any]], png_folder: Path) -> str:
         png_folder,
         "loss",
         lambda width: curves.plot_loss(metrics, width),
-        lambda: alt_text.say_loss(metrics),
+        lambda: alt_text.describe_loss(metrics),
         "Pale: every logged step, beyond 400 the range in equal bins. Strong: a running mean "
         f"over a twentieth of the steps.{finish}",
     )
@@ -68,7 +68,7 @@ def positions_section(run: dict[str, Any], png_folder: Path) -> str:
         png_folder,
         "positions",
         lambda width: plot_positions(examples, coverage, L, T, width),
-        lambda: alt_text.say_positions(examples, coverage, L, T),
+        lambda: alt_text.describe_positions(examples, coverage, L, T),
         f"Each row is an example of {L:,} tokens, cut into chunks (colours) whose positions skip "
         "ahead. Below: how many of the examples show two tokens at each relative distance. "
         + str(positions.get("sampler") or ""),
@@ -196,7 +196,7 @@ def _temperature(found: dict[str, Any]) -> list[str]:
     return [f"{found['value']:g} times every attention logit", str(found.get("detail", ""))]
 
 
-def training_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
+def training_metadata(run: dict[str, Any]) -> list[tuple[str, str]]:
     """Tokens, time and memory of the training, for the boxes at the top."""
     training = all_training(run)
     facts = []

@@ -29,7 +29,7 @@ from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import SHARDED_ENGINES, LoRASettings, Recipe
 from skipwise.errors import Check, SkipwiseError
 
-_OURS = "SKIPWISE_DEEPSPEED"  # in the environment: `bring_up` has set what a launcher sets
+_OURS = "SKIPWISE_DEEPSPEED"  # in the environment: `init_cpu_backend` has set what a launcher sets
 _KINDS = {"fsdp2": "fsdp", "zero3": "deepspeed", "zero3-offload": "deepspeed"}
 _WAIT = timedelta(days=2)  # for the process that tokenizes
 
@@ -75,8 +75,8 @@ def engine_arguments(
     """The TrainingArguments of an engine.
 
     Args:
-        respread: go on from a checkpoint that `spread_anew` has prepared.
-        load_once: see `loads_once`.
+        respread: go on from a checkpoint that `convert_to_universal_checkpoint` has prepared.
+        load_once: see `cpu_ram_efficient_loading`.
     """
     values: dict[str, Any] = {}
     if engine == "ddp":
@@ -95,7 +95,7 @@ def engine_arguments(
     return values
 
 
-def bring_up(engine: str, cpu: bool) -> None:
+def init_cpu_backend(engine: str, cpu: bool) -> None:
     """What has to be done before TrainingArguments are made: on GPUs nothing, they do it.
 
     On a CPU accelerate would run DDP where FSDP was asked for, and DeepSpeed takes it for a GPU
@@ -121,7 +121,7 @@ def bring_up(engine: str, cpu: bool) -> None:
     PartialState(backend="gloo")
 
 
-def spread_anew(checkpoint: Path) -> None:
+def convert_to_universal_checkpoint(checkpoint: Path) -> None:
     """Make a DeepSpeed checkpoint readable for another number of processes than wrote it.
 
     Its optimizer lies there in as many parts as processes; DeepSpeed's own converter joins them to
@@ -152,8 +152,8 @@ def spread_anew(checkpoint: Path) -> None:
         torch.distributed.barrier()
 
 
-def part_step_counts(trainer: Any) -> None:
-    """Give each of DeepSpeed's parameter groups its own step count after `spread_anew`.
+def unshare_step_counters(trainer: Any) -> None:
+    """Give each of DeepSpeed's parameter groups its own step count, after a conversion.
 
     Its loader (0.19) hands all of them the same tensor, which then counts every step once a group,
     and Adam's bias correction is off.
@@ -163,7 +163,7 @@ def part_step_counts(trainer: Any) -> None:
             state["step"] = state["step"].clone()
 
 
-def mend_precision(trainer: Any, dtype: torch.dtype) -> None:
+def set_fsdp2_mixed_precision(trainer: Any, dtype: torch.dtype) -> None:
     """FSDP2's mixed precision as other trainers have it.
 
     accelerate sums gradients over the GPUs in bf16, and casts what the model returns, the loss
@@ -204,7 +204,7 @@ def check_engine(engine: str, trainer: Any) -> Check:
     )
 
 
-def loads_once(engine: str, lora: LoRASettings | None, tied: bool) -> bool:
+def cpu_ram_efficient_loading(engine: str, lora: LoRASettings | None, tied: bool) -> bool:
     """Whether the first process of a machine loads the weights, and hands them on when it shards
     them: else every process holds the whole model in memory while it loads.
 
@@ -230,7 +230,7 @@ def loading(once: bool) -> Iterator[None]:
         del os.environ[name]
 
 
-def rope_keeper(model: Any) -> Callable[[], None]:
+def keep_rope_in_float32(model: Any) -> Callable[[], None]:
     """Take copies of the RoPE frequencies; the function returned puts them back in float32.
 
     DeepSpeed casts a whole model to bf16, its buffers among it, and frequencies in bf16 ruin far
@@ -266,7 +266,7 @@ class Turn:
             return
         import torch.distributed as dist
 
-        bring_up(engine_of(recipe), on_cpu())
+        init_cpu_backend(engine_of(recipe), on_cpu())
         if not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
