@@ -34,8 +34,8 @@ def run(task: str, length: int) -> dict:
     texts = Texts(documents=[rng.integers(3, 1000, length + 4096).astype(np.uint16)])
     settings = EvalSettings(
         tasks=(task,),
-        passkey_trials=2,
-        needle_trials=2,
+        passkey_samples=2,
+        needle_samples=2,
         num_depths=2,
         ruler_samples=1,
         perplexity_windows=1,

@@ -57,12 +57,12 @@ def main() -> None:
     for length in lengths:
         tasks = {
             "passkey": passkey_trials(
-                tokenizer, length, num_trials=settings.passkey_trials, **depths
+                tokenizer, length, num_trials=settings.passkey_samples, **depths
             ),
             "needle": needle_trials(
                 tokenizer,
                 length,
-                num_trials=settings.needle_trials,
+                num_trials=settings.needle_samples,
                 words=words,
                 per_haystack=settings.needles_per_haystack,
                 **depths,

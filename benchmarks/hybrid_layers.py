@@ -71,7 +71,7 @@ def measure(base: Path, setting: str, args: argparse.Namespace) -> dict[str, Any
         for store in [tokenize_source(source, prepared.tokenizer)]
         for i in range(store.num_documents)
     ]
-    settings = EvalSettings(perplexity_windows=40, passkey_trials=40)
+    settings = EvalSettings(perplexity_windows=40, passkey_samples=40)
     model.to(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = evaluate_model(

@@ -55,7 +55,7 @@ def quickstart_shares():
         prepared.scaled,
         recipe.load,
         dtype=torch.float32,
-        attn_implementation=attention_for(recipe.load, recipe.positions.weights),
+        attn_implementation=attention_for(recipe.load, recipe.positions.key_weights),
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     dtype = compute_dtype(recipe.load)

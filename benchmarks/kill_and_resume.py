@@ -57,7 +57,7 @@ def make_recipe(folder):
         "training": {
             "num_steps": STEPS,
             "global_batch_size": 4,
-            "batch_size": 2,
+            "micro_batch_size": 2,
             "learning_rate": 1e-3,
             "save_steps": 2,
         },

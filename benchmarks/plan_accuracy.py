@@ -29,37 +29,37 @@ from skipwise.planning.memory import GIB, LATE_IMPORTS, predict_memory
 
 QUICKSTART = (
     "",
-    "training.batch_size=4",
+    "training.micro_batch_size=4",
     "training.gradient_checkpointing=true",
-    "positions.weights=none",
+    "positions.key_weights=none",
     "training.loss=chunked",
     "lora={}",
     "lora={} training.gradient_checkpointing=true",
     "load.dtype=float32",
-    "training.distillation=3",
+    "distillation.weight=3",
 )
 FULL = (
     "train_length=1024",
     "train_length=1024 training.gradient_checkpointing=false",
-    "train_length=1024 positions.weights=importance",
-    "train_length=1024 positions.weights=importance training.gradient_checkpointing=false",
+    "train_length=1024 positions.key_weights=importance",
+    "train_length=1024 positions.key_weights=importance training.gradient_checkpointing=false",
     "train_length=1024 training.global_batch_size=2",
-    "train_length=1024 training.distillation=3",
+    "train_length=1024 distillation.weight=3",
     "train_length=1024 load.dtype=float32",
     "train_length=1024 trainer.optim=adafactor",
     "train_length=1024 load.attn_implementation=eager training.gradient_checkpointing=false",
     "train_length=2048",
-    "train_length=2048 training.loss=whole",
+    "train_length=2048 training.loss=full",
     "train_length=2048 training.gradient_checkpointing=false",
-    "train_length=2048 positions.weights=importance training.loss=whole",
+    "train_length=2048 positions.key_weights=importance training.loss=full",
 )
 LORA = (
     "train_length=1024",
     "train_length=1024 training.gradient_checkpointing=false",
     "train_length=1024 lora.train_embeddings=false",
     "train_length=2048",
-    "train_length=2048 training.loss=whole",
-    "train_length=2048 positions.weights=importance training.gradient_checkpointing=false",
+    "train_length=2048 training.loss=full",
+    "train_length=2048 positions.key_weights=importance training.gradient_checkpointing=false",
 )
 LLAMA = {
     "model_type": "llama",
@@ -128,12 +128,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name or settings hold this word")
     parser.add_argument("--held", action="store_true", help="measure without malloc's heap as well")
     given = parser.parse_args()
-    base = yaml.safe_load(dump_recipe(make_recipe(["training.distillation=0"])))
+    base = yaml.safe_load(dump_recipe(make_recipe(["distillation.weight=0"])))
     with tempfile.TemporaryDirectory() as folder:
         llama = {
             "model": folder,
             "target_length": 16384,
-            "training": {"global_batch_size": 1, "distillation": 0},
+            "training": {"global_batch_size": 1},
+            "distillation": {"weight": 0},
             "trainer": {"report_to": "none"},
         }
         cases = [("quickstart", base, s) for s in QUICKSTART]

@@ -47,7 +47,7 @@ def make_trainer(cls, prepared, dataset, collator, steps):
     arguments = TrainingArguments(
         output_dir="/tmp/step_overhead",
         max_steps=steps,
-        per_device_train_batch_size=recipe.training.batch_size,
+        per_device_train_batch_size=recipe.training.micro_batch_size,
         bf16=dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,

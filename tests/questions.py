@@ -1,4 +1,4 @@
-"""Made-up questions in the formats of the six data sets of pose-table, with what is right.
+"""Made-up questions in the formats of the six data sets of short-benchmarks, with what is right.
 
 Each function gives row i of its data set, the statements that are right and those that are wrong,
 as they end lm-eval's prompt and answer.

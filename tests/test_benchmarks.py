@@ -19,7 +19,7 @@ from questions import TASKS, arc_challenge, boolq, hellaswag, write_task
 
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.harness.benchmarks import (
-    POSE_TABLE,
+    SHORT_BENCHMARKS,
     check_benchmarks,
     expand,
     run_benchmark,
@@ -118,7 +118,7 @@ def taught(name: str, num_right: int) -> list[str]:
     return [s for i, row in enumerate(rows) for s in row[1 if i < num_right else 2]]
 
 
-@pytest.mark.parametrize("name", POSE_TABLE)
+@pytest.mark.parametrize("name", SHORT_BENCHMARKS)
 @pytest.mark.parametrize("num_right", [NUM_QUESTIONS, 0, 4])
 def test_the_share_of_right_answers_and_its_error_are_those_of_a_model_we_know(
     name: str,
@@ -134,9 +134,9 @@ def test_the_share_of_right_answers_and_its_error_are_those_of_a_model_we_know(
     error = math.sqrt(share * (1 - share) / (n - 1))
     assert row == {
         "task": name,
-        "metric": POSE_TABLE[name][1],
+        "metric": SHORT_BENCHMARKS[name][1],
         "context_length": None,
-        "num_fewshot": POSE_TABLE[name][0],
+        "num_fewshot": SHORT_BENCHMARKS[name][0],
         "value": pytest.approx(share, abs=1e-4),
         "low": pytest.approx(max(0, share - 1.96 * error), abs=1e-3),
         "high": pytest.approx(min(1, share + 1.96 * error), abs=1e-3),
@@ -148,14 +148,14 @@ def test_the_share_of_right_answers_and_its_error_are_those_of_a_model_we_know(
     }
 
 
-@pytest.mark.parametrize("name", POSE_TABLE)
+@pytest.mark.parametrize("name", SHORT_BENCHMARKS)
 def test_as_many_solved_examples_as_the_suite_says_stand_before_the_question(
     name: str, folder: str, tokenizer: Any, asked: list[tuple[str, str]]
 ) -> None:
     run_benchmark(Knowing(), tokenizer, name, task_folder=folder)
     solved = {s for i in range(100, 130) for s in TASKS[name](i)[1]}
     for context, _ in asked:
-        assert sum(statement in context for statement in solved) == POSE_TABLE[name][0]
+        assert sum(statement in context for statement in solved) == SHORT_BENCHMARKS[name][0]
 
 
 def test_the_seed_draws_the_examples(
@@ -188,7 +188,7 @@ def bundled() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", POSE_TABLE)
+@pytest.mark.parametrize("name", SHORT_BENCHMARKS)
 @pytest.mark.parametrize("max_length", [256, 40])
 def test_the_bundled_model_scores_as_a_few_lines_without_the_harness_say(
     name: str, max_length: int, folder: str, tokenizer: Any, asked: list[tuple[str, str]]
@@ -206,7 +206,7 @@ def test_the_bundled_model_scores_as_a_few_lines_without_the_harness_say(
         with torch.no_grad():
             log_p = model(seen[:, :-1]).logits.log_softmax(-1)
         score = float(log_p.gather(2, seen[:, 1:, None])[0, -num_scored:].sum())
-        length = len(continuation) - 1 if POSE_TABLE[name][1] == "acc_norm" else 1
+        length = len(continuation) - 1 if SHORT_BENCHMARKS[name][1] == "acc_norm" else 1
         scores[context + continuation] = score / length
     values = []
     for i in range(NUM_QUESTIONS):
@@ -367,8 +367,8 @@ def test_generated_answers_give_a_row_for_each_filter(tmp_path: Path, tokenizer:
 
 
 def test_the_suite_is_its_six_tasks_in_the_order_of_the_table() -> None:
-    assert expand(["mmlu", "pose-table", "boolq"]) == ["mmlu", *POSE_TABLE]
-    assert POSE_TABLE == {
+    assert expand(["mmlu", "short-benchmarks", "boolq"]) == ["mmlu", *SHORT_BENCHMARKS]
+    assert SHORT_BENCHMARKS == {
         "boolq": (0, "acc"),
         "piqa": (0, "acc"),
         "winogrande": (0, "acc"),
@@ -379,7 +379,7 @@ def test_the_suite_is_its_six_tasks_in_the_order_of_the_table() -> None:
 
 
 def test_all_is_checked_before_anything_is_run(folder: str, tmp_path: Path) -> None:
-    check_benchmarks(["pose-table"], task_folder=folder)
+    check_benchmarks(["short-benchmarks"], task_folder=folder)
     with pytest.raises(SkipwiseError, match=r"no task 'boolqq': did you mean .*boolq"):
         check_benchmarks(["piqa", "boolqq"], task_folder=folder)
     write_task(tmp_path, "piqa", {}, dataset_path="skipwise/none", dataset_kwargs={})

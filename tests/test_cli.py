@@ -75,7 +75,7 @@ def test_data_may_be_followed_by_settings(tiny, text_folder, capsys):
 
 
 def test_positions_prints_draws_and_gives_json(tmp_path, capsys):
-    arguments = ["positions", "--length", "64", "--to", "256", "num_chunks=3", "gaps=sorted"]
+    arguments = ["positions", "--length", "64", "--to", "256", "num_chunks=3", "skips=sorted"]
     assert main([*arguments, "--draw", str(tmp_path / "p.png")]) == 0
     assert "distance" in capsys.readouterr().out
     assert (tmp_path / "p.png").stat().st_size > 5000
@@ -95,7 +95,7 @@ def test_eval_measures_any_folder(tiny, text_folder, tmp_path, capsys, monkeypat
             "--data",
             str(text_folder),
             "--json",
-            "eval.passkey_trials=2",
+            "eval.passkey_samples=2",
             "eval.perplexity_windows=4",
         ]
     )

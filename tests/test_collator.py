@@ -121,7 +121,7 @@ def test_a_short_record_gives_the_loss_that_it_has_alone(tiny):
     model = loaded(tiny)[0].eval()
     short = {"input_ids": list(range(10, 30))}
     for weights in ("none", "importance"):
-        batch = PoSECollator(POSE, weights=weights)([short, make_records(1)[0]])
+        batch = PoSECollator(POSE, key_weights=weights)([short, make_records(1)[0]])
         row = {key: value[:1] for key, value in batch.items()}
         ids = torch.tensor([short["input_ids"]])
         with torch.no_grad():
@@ -144,11 +144,11 @@ def test_records_that_are_none_say_so(record, said):
 
 def test_importance_weights_pass_the_preflight(tiny):
     model = loaded(tiny)[0]
-    batch = PoSECollator(POSE, weights="importance")(make_records(4))
+    batch = PoSECollator(POSE, key_weights="importance")(make_records(4))
     assert batch["attention_mask"].shape == (4, 1, L, L)
     assert all(check.passed for check in check_batch(model, batch))
     with pytest.raises(SkipwiseError, match="choose one of none, importance"):
-        PoSECollator(POSE, weights="some")  # type: ignore[arg-type]
+        PoSECollator(POSE, key_weights="some")  # type: ignore[arg-type]
 
 
 def test_the_package_gives_the_collator_without_loading_torch_before():

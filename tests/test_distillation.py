@@ -271,7 +271,7 @@ def test_a_scaling_that_was_never_trained_is_not_the_teachers(tiny, tmp_path):
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=4"]])
 def test_the_preflight_fails_where_the_teacher_has_the_scaled_rope(tiny, lora):
-    prepared = prepare_model(recipe_of(tiny, *lora, "training.distillation=2"))
+    prepared = prepare_model(recipe_of(tiny, *lora, "distillation.weight=2"))
     model = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32)
     arguments = model, torch.float32, "one process"
     made, data, _ = make_distillation(prepared, dummy_data(prepared), *arguments)
@@ -289,7 +289,7 @@ def test_the_preflight_fails_where_the_teacher_has_the_scaled_rope(tiny, lora):
 def test_the_teacher_has_the_window_that_the_model_has_lost(tmp_path, lora):
     save_model(tmp_path, "mistral", sliding_window=8)  # of all layers: training takes it away
     tree = {"model": str(tmp_path), "target_length": 512}
-    prepared = prepare_model(parse_recipe(tree, [*lora, "training.distillation=2"]))
+    prepared = prepare_model(parse_recipe(tree, [*lora, "distillation.weight=2"]))
     assert prepared.scaled.sliding_window is None
     model = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32)
     arguments = prepared, dummy_data(prepared), model, torch.float32, "one process"
@@ -322,7 +322,7 @@ def test_the_collator_says_how_far_the_base_reads(tiny):
     assert "first_lengths" not in ExampleCollator()(items)
 
 
-SETTINGS = ["training.distillation=3", "load.dtype=float32"]
+SETTINGS = ["distillation.weight=3", "load.dtype=float32"]
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +362,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
 def test_accumulation_gives_the_weights_of_one_large_batch(
     straight, tiny, text_folder, tmp_path, batch_size
 ):
-    recipe = make_recipe(tiny, text_folder, *SETTINGS, f"training.batch_size={batch_size}")
+    recipe = make_recipe(tiny, text_folder, *SETTINGS, f"training.micro_batch_size={batch_size}")
     other = run_training(recipe, tmp_path / "run")
     found, want = weights(other), weights(straight["full"])
     for name, tensor in want.items():
@@ -416,7 +416,7 @@ def test_buffers_of_the_weights_are_the_teachers_in_every_process(text_folder, t
 
 
 def test_without_it_nothing_is_taught(tiny, text_folder, tmp_path):
-    off = ["training.num_steps=1", "training.distillation=0"]
+    off = ["training.num_steps=1", "distillation.weight=0"]
     run = run_training(make_recipe(tiny, text_folder, *off), tmp_path / "run")
     assert "distillation" not in read_metrics(run)[-1]
 
@@ -430,64 +430,66 @@ def recipe_of(tiny, *settings):
     [
         (["engine=fsdp2", "lora.quantization=nf4"], "fsdp2 would take weights that are not quant"),
         (["trainer.use_liger_kernel=true"], "use_liger_kernel replaces the loss"),
-        (["training.loss=whole"], "training.loss is whole"),
+        (["training.loss=full"], "training.loss is full"),
         (["method=full"], "method: full has no first chunk"),
         (["method=randpos"], "method: randpos has no first chunk"),
         (["method=none"], "method: none has no first chunk"),
     ],
 )
 def test_where_it_cannot_be_done_a_number_is_refused_and_auto_says_why(tiny, settings, words):
-    with pytest.raises(SkipwiseError, match=rf"distillation: 2: .*{words}.*\n.*distillation=0"):
-        prepare_model(recipe_of(tiny, "training.distillation=2", *settings))
-    weight, why = distillation_weight(recipe_of(tiny, "training.distillation=auto", *settings))
+    with pytest.raises(
+        SkipwiseError, match=rf"distillation.weight: 2: .*{words}.*\n.*distillation.weight=0"
+    ):
+        prepare_model(recipe_of(tiny, "distillation.weight=2", *settings))
+    weight, why = distillation_weight(recipe_of(tiny, "distillation.weight=auto", *settings))
     assert weight == 0 and words in why
 
 
 def test_auto_is_three_for_pose_and_nothing_for_a_baseline(tiny):
-    cream = recipe_of(tiny, "training.distillation=auto", "method=cream")
+    cream = recipe_of(tiny, "distillation.weight=auto", "method=cream")
     assert distillation_weight(cream)[0] == 0 and "baseline" in distillation_weight(cream)[1]
-    assert distillation_weight(recipe_of(tiny, "training.distillation=2", "method=cream"))[0] == 2
-    recipe = recipe_of(tiny, "training.distillation=auto")
+    assert distillation_weight(recipe_of(tiny, "distillation.weight=2", "method=cream"))[0] == 2
+    recipe = recipe_of(tiny, "distillation.weight=auto")
     assert distillation_weight(recipe, engine="ddp") == (WEIGHT, "") and WEIGHT == 3
     assert distillation_weight(recipe, engine="fsdp of the launcher")[0] == WEIGHT
     assert distillation_weight(recipe, lacks="leaves out the router's loss")[0] == 0
     assert distillation_weight(recipe, router_loss=True)[0] == 0
-    assert distillation_weight(recipe_of(tiny, "training.distillation=0")) == (0.0, "")
+    assert distillation_weight(recipe_of(tiny, "distillation.weight=0")) == (0.0, "")
 
 
 def test_a_router_loss_leaves_it_out_with_the_reason_in_the_preflight(tmp_path):
     save_model(tmp_path, "mixtral", output_router_logits=True)
-    tree = {"model": str(tmp_path), "target_length": 512, "training": {"distillation": "auto"}}
+    tree = {"model": str(tmp_path), "target_length": 512, "distillation": {"weight": "auto"}}
     lines = {one.name: one for one in check(parse_recipe(tree))}
     assert lines["distillation"].passed and "none: its loss" in lines["distillation"].detail
     with pytest.raises(SkipwiseError, match="router"):
-        prepare_model(parse_recipe(tree, ["training.distillation=1"]))
+        prepare_model(parse_recipe(tree, ["distillation.weight=1"]))
 
 
 @pytest.mark.parametrize("value", ["-1", "often", "nan", "inf"])
 def test_a_weight_is_a_number_from_zero_up(tiny, value):
     with pytest.raises(SkipwiseError, match=r"training\.distillation is"):
-        recipe_of(tiny, f"training.distillation={value}")
-    assert recipe_of(tiny, "training.distillation=0").training.distillation == 0
+        recipe_of(tiny, f"distillation.weight={value}")
+    assert recipe_of(tiny, "distillation.weight=0").distillation.weight == 0
 
 
 def test_a_recipe_of_a_sharding_engine_is_checked_in_one_process_without_a_whole_teacher(tiny):
-    recipe = in_one_process(recipe_of(tiny, "training.distillation=auto", "engine=fsdp2"))
-    assert recipe.engine == "auto" and recipe.training.distillation == 0
-    kept = in_one_process(recipe_of(tiny, "training.distillation=auto", "engine=ddp"))
-    assert kept.training.distillation == "auto"
+    recipe = in_one_process(recipe_of(tiny, "distillation.weight=auto", "engine=fsdp2"))
+    assert recipe.engine == "auto" and recipe.distillation.weight == 0
+    kept = in_one_process(recipe_of(tiny, "distillation.weight=auto", "engine=ddp"))
+    assert kept.distillation.weight == "auto"
 
 
 @pytest.mark.parametrize(("method", "weight"), [("pose", 3), ("cream", 0), ("randpos", 0)])
 def test_the_finish_of_a_baseline_is_taught_nothing_unasked(tiny, method, weight):
-    auto = ("training.distillation=auto", "finish.share=0.5")
+    auto = ("distillation.weight=auto", "full_length.fraction=0.5")
     recipe = recipe_of(tiny, f"method={method}", *auto)
     assert distillation_weight(recipe)[0] == weight
     assert distillation_weight(full_length_stage(recipe, 64))[0] == weight
 
 
 def test_the_finish_is_taught_as_far_as_the_base_reads(tiny):
-    recipe = recipe_of(tiny, "training.distillation=2", "finish.share=0.5")
+    recipe = recipe_of(tiny, "distillation.weight=2", "full_length.fraction=0.5")
     part = full_length_stage(recipe, 64)
     assert part.method == "full" and distillation_weight(part) == (2.0, "")
     data = dummy_data(prepare_model(recipe))

@@ -47,7 +47,7 @@ def recipe_file(tiny, text_folder, tmp_path_factory):
         "training": {
             "num_steps": STEPS,
             "global_batch_size": 4,
-            "batch_size": 2,
+            "micro_batch_size": 2,
             "learning_rate": 1e-3,
             "save_steps": 8,
             "loss": "chunked",

@@ -23,12 +23,12 @@ def make_recipe(tiny, text_folder, *overrides):
         "target_length": 256,
         "rope": {"type": "yarn"},  # measured in tests/test_scaling_choice.py
         "data": {"sources": [str(text_folder)]},
-        "training": {"num_steps": 4, "global_batch_size": 4, "batch_size": 4},
+        "training": {"num_steps": 4, "global_batch_size": 4, "micro_batch_size": 4},
         "eval": {
             "tasks": ["perplexity", "passkey", "needle"],
             "perplexity_windows": 4,
-            "passkey_trials": 2,
-            "needle_trials": 2,
+            "passkey_samples": 2,
+            "needle_samples": 2,
         },
     }
     return parse_recipe(tree, list(overrides))
@@ -219,7 +219,7 @@ def test_mistakes_are_found_before_anything_is_written(tiny, text_folder, tmp_pa
         (["training.num_steps=0"], "method=none"),
         (["method=randpos", "positions.num_chunks=3"], "method: randpos"),
         (
-            ["positions.weights=importance", "load.attn_implementation=flash_attention_2"],
+            ["positions.key_weights=importance", "load.attn_implementation=flash_attention_2"],
             "takes no mask of pairs",
         ),
     ):
@@ -247,6 +247,6 @@ def test_the_baselines_run_from_the_same_recipe(tiny, text_folder, tmp_path, met
 
 @pytest.mark.slow
 def test_importance_weights_train_with_lora_and_export(tiny, text_folder, tmp_path):
-    overrides = ["lora.rank=2", "positions.weights=importance"]
+    overrides = ["lora.rank=2", "positions.key_weights=importance"]
     run = extend(make_recipe(tiny, text_folder, *overrides), tmp_path / "run")
     assert run.metadata()["training"]["mode"] == "lora"

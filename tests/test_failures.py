@@ -31,18 +31,18 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "python", "cpu", "cublas"])
 def test_out_of_memory_names_the_next_setting(run, error):
     assert is_out_of_memory(error)
-    said = str(explained(error, make(training={"batch_size": 4}), run))
-    assert "out of memory at 4 x" in said and "training.batch_size=1" in said
+    said = str(explained(error, make(training={"micro_batch_size": 4}), run))
+    assert "out of memory at 4 x" in said and "training.micro_batch_size=1" in said
     said = str(explained(error, make(training={"gradient_checkpointing": False}), run))
     assert "training.gradient_checkpointing=true" in said
 
 
 def test_each_step_down_the_ladder_is_another_setting(run):
-    error, recipe, seen = MemoryError(), make(training={"batch_size": 2}), []
+    error, recipe, seen = MemoryError(), make(training={"micro_batch_size": 2}), []
     for overrides in (
-        {"training": {"batch_size": 1}},
-        {"training": {"batch_size": 1}, "lora": {}},
-        {"training": {"batch_size": 1}, "lora": {"train_embeddings": False}},
+        {"training": {"micro_batch_size": 1}},
+        {"training": {"micro_batch_size": 1}, "lora": {}},
+        {"training": {"micro_batch_size": 1}, "lora": {"train_embeddings": False}},
     ):
         seen.append(str(explained(error, recipe, run)).splitlines()[1])
         recipe = make(**overrides)

@@ -198,7 +198,7 @@ def make_run(family, base, scaling, folder, **settings):
             "training": {
                 "num_steps": 2,
                 "global_batch_size": 2,
-                "batch_size": 2,
+                "micro_batch_size": 2,
                 "learning_rate": 1e-3,
                 "gradient_checkpointing": family not in NO_CHECKPOINTING,
             },

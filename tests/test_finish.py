@@ -40,20 +40,20 @@ def make_recipe(tiny, text_folder, *overrides):
     tree = {
         "model": str(tiny),
         "target_length": T,
-        "temperature": 1.0,
+        "attention_temperature": 1.0,
         "rope": {"type": "yarn"},
         "data": {"sources": [str(text_folder)]},
         "load": {"dtype": "float32"},
         "training": {
             "num_steps": STEPS,
             "global_batch_size": BATCH,
-            "batch_size": 2,
+            "micro_batch_size": 2,
             "learning_rate": 1e-3,
             "save_steps": 2,
-            "distillation": 0,
         },
-        "finish": {"share": 0.34, "learning_rate": RATE},
-        "eval": {"tasks": ["passkey"], "passkey_trials": 2},
+        "distillation": {"weight": 0},
+        "full_length": {"fraction": 0.34, "learning_rate": RATE},
+        "eval": {"tasks": ["passkey"], "passkey_samples": 2},
         "trainer": {"report_to": "none"},
     }
     return parse_recipe(tree, list(overrides))
@@ -125,7 +125,7 @@ def made(*overrides):
 @pytest.mark.parametrize("factor", [2, 4, 5, 16])
 @pytest.mark.parametrize("processes", [1, 3, 8])
 def test_the_tokens_of_both_parts_are_those_of_training(share, factor, processes):
-    recipe = made(f"target_length={factor * 8192}", f"finish.share={share}")
+    recipe = made(f"target_length={factor * 8192}", f"full_length.fraction={share}")
     first, finish = (
         first_stage(recipe).training,
         full_length_stage(recipe, 8192, processes).training,
@@ -140,18 +140,20 @@ def test_the_tokens_of_both_parts_are_those_of_training(share, factor, processes
 
 
 def test_the_recipe_of_the_finish_in_figures():
-    recipe = made("finish.share=0.1", "training.lr_scheduler=cosine", "positions.num_chunks=3")
+    recipe = made(
+        "full_length.fraction=0.1", "training.lr_scheduler=cosine", "positions.num_chunks=3"
+    )
     finish = full_length_stage(recipe, 8192, 8)
     settings = finish.training
     assert first_stage(recipe).training.num_steps == 900
     assert (settings.num_steps, settings.global_batch_size) == (100, 16)  # 64 x 8k / 32k
     assert (settings.learning_rate, settings.warmup_steps) == (2e-5 / 3, 1)  # 10 of 1,000
     assert settings.lr_scheduler == "linear" and settings.save_steps == 100
-    assert finish.method == "full" and finish.positions.weights == "none"
+    assert finish.method == "full" and finish.positions.key_weights == "none"
     assert full_length_stage(
-        made("finish.share=0.1", "finish.learning_rate=1e-6"), 8192
+        made("full_length.fraction=0.1", "full_length.learning_rate=1e-6"), 8192
     ).training == (dataclasses.replace(settings, learning_rate=1e-6))
-    warm = made("finish.share=0.1", "training.warmup_steps=500")
+    warm = made("full_length.fraction=0.1", "training.warmup_steps=500")
     assert full_length_stage(warm, 8192).training.warmup_steps == 10  # a tenth at most
     assert full_length_stage(made(), 8192) is None and first_stage(made()) == made()
 
@@ -159,18 +161,18 @@ def test_the_recipe_of_the_finish_in_figures():
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
-        (["finish.share=1"], "give a share of training"),
-        (["finish.share=0.9999"], "leaves none before it"),
-        (["finish.share=0.1", "method=full"], "is at full length already"),
-        (["finish.share=0.1", "method=none"], "trains nothing"),
-        (["finish.learning_rate=1e-5"], r"does not take effect with finish\.share: 0"),
-        (["finish.share=-0.1"], "0 or more"),
+        (["full_length.fraction=1"], "give a share of training"),
+        (["full_length.fraction=0.9999"], "leaves none before it"),
+        (["full_length.fraction=0.1", "method=full"], "is at full length already"),
+        (["full_length.fraction=0.1", "method=none"], "trains nothing"),
+        (["full_length.learning_rate=1e-5"], r"does not take effect with full_length\.fraction: 0"),
+        (["full_length.fraction=-0.1"], "0 or more"),
         (
-            ["finish.share=0.1", "training.num_steps=10", "training.global_batch_size=1"],
-            r"fewer tokens than an example of 32k\ntype finish\.share=0\.4 or more",
+            ["full_length.fraction=0.1", "training.num_steps=10", "training.global_batch_size=1"],
+            r"fewer tokens than an example of 32k\ntype full_length\.fraction=0\.4 or more",
         ),
         (
-            ["finish.share=0.1", "training.num_steps=4", "training.global_batch_size=1"],
+            ["full_length.fraction=0.1", "training.num_steps=4", "training.global_batch_size=1"],
             r"training\.num_steps=40 or more",
         ),
     ],
@@ -198,14 +200,14 @@ def test_what_is_trained_needs_no_processes_that_share_its_batch(
 def test_the_share_that_an_error_names_is_enough():
     short = ["training.num_steps=10", "training.global_batch_size=1"]
     with pytest.raises(SkipwiseError):
-        full_length_stage(made("finish.share=0.3", *short), 8192)
-    assert full_length_stage(made("finish.share=0.4", *short), 8192).training.num_steps == 1
-    with pytest.raises(SkipwiseError, match=r"2 examples.*\ntype finish\.share=0\.8"):
-        full_length_stage(made("finish.share=0.4", *short), 8192, 2)
+        full_length_stage(made("full_length.fraction=0.3", *short), 8192)
+    assert full_length_stage(made("full_length.fraction=0.4", *short), 8192).training.num_steps == 1
+    with pytest.raises(SkipwiseError, match=r"2 examples.*\ntype full_length\.fraction=0\.8"):
+        full_length_stage(made("full_length.fraction=0.4", *short), 8192, 2)
 
 
 def test_a_finish_that_was_begun_keeps_its_batch():
-    recipe = made("finish.share=0.1")
+    recipe = made("full_length.fraction=0.1")
     assert full_length_stage(recipe, 8192, 3).training.global_batch_size == 15
     assert (
         full_length_stage(recipe, 8192, 5, batch=15).training
@@ -283,9 +285,9 @@ def test_examples_depend_on_their_number_alone(straight, tiny, text_folder):
 
     plain = items()
     assert np.array_equal(plain, items(processes=2))
-    assert np.array_equal(plain, items("training.batch_size=4"))
+    assert np.array_equal(plain, items("training.micro_batch_size=4"))
     assert not np.array_equal(plain, items("seed=1"))
-    full = prepare_model(make_recipe(tiny, text_folder, "method=full", "finish={}"))
+    full = prepare_model(make_recipe(tiny, text_folder, "method=full", "full_length={}"))
     own = load_training_data(full, None).dataset
     assert not np.array_equal(plain, [own[k]["input_ids"] for k in range(LAST)])
 
@@ -398,7 +400,7 @@ def test_an_adapter_goes_on_from_where_pose_left_it(tiny, text_folder, tmp_path,
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=4"]], ids=["full", "lora"])
 def test_the_teacher_of_the_finish_is_the_base(straight, tiny, text_folder, tmp_path, lora):
-    recipe = make_recipe(tiny, text_folder, "training.distillation=2", *lora)
+    recipe = make_recipe(tiny, text_folder, "distillation.weight=2", *lora)
     prepared = prepare_model(recipe)
     finish = make_full_length_stage(
         prepared, load_training_data(prepared, None), RunFolder(tmp_path / "empty")
@@ -422,7 +424,7 @@ def test_text_without_long_documents_is_refused_before_anything_is_trained(tiny,
         extend(recipe, tmp_path / "run")
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     assert main(["train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "train")]) == 2
-    assert "finish.share: 0.34 needs documents of 256 tokens" in capsys.readouterr().err
+    assert "full_length.fraction: 0.34 needs documents of 256 tokens" in capsys.readouterr().err
     for name in ("run", "train"):
         assert not read_metrics(RunFolder(tmp_path / name))
     packed = make_recipe(tiny, tmp_path / "short.jsonl", "data.short_documents=pack")
@@ -454,7 +456,7 @@ def test_out_of_memory_at_full_length_shows_before_the_first_step(
 def test_out_of_memory_in_the_finish_ends_with_leaving_it_out(tiny, text_folder):
     small = ["lora.train_embeddings=false", "lora.quantization=nf4", "trainer.optim=adamw_8bit"]
     recipe = make_recipe(tiny, text_folder, *small, "training.gradient_checkpointing=true")
-    assert next_change(full_length_stage(recipe, L)) == "finish={}"
+    assert next_change(full_length_stage(recipe, L)) == "full_length={}"
 
 
 def test_a_dry_run_tries_a_step_and_trains_nothing(tiny, text_folder, tmp_path, capsys):
@@ -476,7 +478,7 @@ def test_text_that_is_read_again_and_again_is_said(tiny, text_folder, tmp_path, 
 
 
 def test_the_whole_job_hands_over_what_the_finish_made(tiny, text_folder, tmp_path):
-    run = extend(make_recipe(tiny, text_folder, "eval.select=passkey"), tmp_path / "run")
+    run = extend(make_recipe(tiny, text_folder, "export.checkpoint=passkey"), tmp_path / "run")
     facts = run.metadata()
     steps = [c["step"] for c in facts["selection"]["candidates"]]
     assert steps == [2, 4, 6, 8, 10, 12]  # of both parts
@@ -499,17 +501,21 @@ def test_the_plan_shows_both_parts(tmp_path, capsys):
 
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
     asked = ["plan", str(tmp_path), "--to", "128k", "--gpus", "8", "--engine", "fsdp2"]
-    assert main([*asked, "finish.share=0.1"]) == 0
+    assert main([*asked, "full_length.fraction=0.1"]) == 0
     out = capsys.readouterr().out
-    assert "peak of its finish" in out and "1 x 131,072 tokens" in out and "no: finish={}" in out
+    assert (
+        "peak of its finish" in out and "1 x 131,072 tokens" in out and "no: full_length={}" in out
+    )
     settings = [f"model={tmp_path}", "target_length=128k", "engine=fsdp2"]
-    with_it = make_plan(made(*settings, "finish.share=0.1"), num_gpus=8)
+    with_it = make_plan(made(*settings, "full_length.fraction=0.1"), num_gpus=8)
     without = make_plan(made(*settings), num_gpus=8)
     assert with_it.memory == without.memory and with_it.job.num_steps == 900
     assert with_it.finish.job.num_steps == 50 and with_it.finish.job.length == 131072
     for row, plain in zip(with_it.gpus, without.gpus, strict=True):
         assert row.memory.total > 3 * plain.memory.total and row.hours > 1.1 * plain.hours
-    lower = make_plan(made(*settings, "finish.share=0.02"), num_gpus=8)
+    lower = make_plan(made(*settings, "full_length.fraction=0.02"), num_gpus=8)
     assert [r.memory for r in lower.gpus] == [r.memory for r in with_it.gpus]
-    a100 = make_plan(made(*settings, "finish.share=0.1"), num_gpus=8, gpu=find_gpu("A100-80GB"))
+    a100 = make_plan(
+        made(*settings, "full_length.fraction=0.1"), num_gpus=8, gpu=find_gpu("A100-80GB")
+    )
     assert a100.gpus[0].change == "--lora"

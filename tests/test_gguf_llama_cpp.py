@@ -245,7 +245,13 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = Path(__file__).parents[1] / "runs" / "quickstart"
     if not (made / "model").is_dir():
         made = tmp_path_factory.mktemp("runs") / "quickstart"
-        asked = ["quickstart", "--out", str(made), "eval.tasks=[passkey]", "eval.passkey_trials=10"]
+        asked = [
+            "quickstart",
+            "--out",
+            str(made),
+            "eval.tasks=[passkey]",
+            "eval.passkey_samples=10",
+        ]
         subprocess.run([sys.executable, "-m", "skipwise", *asked], check=True)
     return made / "model"
 

@@ -135,7 +135,7 @@ def test_no_tensor_of_all_logits_is_kept_for_the_backward_pass(monkeypatch):
 
 def test_a_router_loss_is_not_left_out_silently():
     model = make_model("mixtral", {**CONFIGS["mixtral"], "output_router_logits": True})
-    with pytest.raises(SkipwiseError, match=r"router.*\n.*training.loss=whole"):
+    with pytest.raises(SkipwiseError, match=r"router.*\n.*training.loss=full"):
         chunk_loss(model)
 
 

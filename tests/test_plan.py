@@ -76,7 +76,7 @@ def folder(tmp_path):
 
 def recipe_of(folder, *settings):
     """PoSE as published: neither weights nor a teacher, unless they are asked for."""
-    published = ["positions.weights=none", "training.distillation=0"]
+    published = ["positions.key_weights=none", "distillation.weight=0"]
     given = [*published, *settings]
     return parse_recipe({"model": str(folder), "target_length": 32768}, given)
 
@@ -291,16 +291,16 @@ def test_pose_needs_the_same_at_any_target_and_full_length_needs_more(folder):
 @pytest.mark.parametrize(
     ("more", "less"),
     [
-        (["training.batch_size=4"], []),
+        (["training.micro_batch_size=4"], []),
         (["training.gradient_checkpointing=false"], []),
-        (["training.loss=whole"], ["training.loss=chunked"]),
+        (["training.loss=full"], ["training.loss=chunked"]),
         (["train_length=8k"], ["train_length=4k"]),
         ([], ["lora={}"]),
         (["lora={}"], ["lora.train_embeddings=false"]),
         (["lora={}"], ["lora.quantization=nf4"]),
         ([], ["trainer.optim=adamw_8bit"]),
         ([], ["trainer.optim=adafactor"]),
-        (["positions.weights=importance"], []),
+        (["positions.key_weights=importance"], []),
         (["load.attn_implementation=eager"], []),
         ([], ["engine=zero3-offload"]),
     ],
@@ -312,7 +312,7 @@ def test_a_setting_that_saves_memory_is_predicted_to(folder, more, less):
 def test_one_mask_is_held_whatever_the_number_of_passes(folder):
     few, many = (
         predicted(
-            folder, "positions.weights=importance", f"training.global_batch_size={n}", "lora={}"
+            folder, "positions.key_weights=importance", f"training.global_batch_size={n}", "lora={}"
         )
         for n in (2, 32)
     )
@@ -414,7 +414,7 @@ def test_the_predicted_peak_is_within_15_percent_of_three_real_steps(settings):
         "model": str(MODEL),
         "target_length": 2048,
         "training": {
-            "batch_size": 16,
+            "micro_batch_size": 16,
             "global_batch_size": 16,
             "gradient_checkpointing": False,
         },

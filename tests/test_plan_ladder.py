@@ -20,9 +20,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "processes", "change"),
     [
-        (["training.batch_size=2"], 1, "training.batch_size=1"),
+        (["training.micro_batch_size=2"], 1, "training.micro_batch_size=1"),
         (["training.gradient_checkpointing=false"], 1, "training.gradient_checkpointing=true"),
-        (["training.loss=whole"], 1, "training.loss=chunked"),
+        (["training.loss=full"], 1, "training.loss=chunked"),
         ([], 4, "--engine fsdp2"),
         (["engine=fsdp2"], 4, "--lora"),
         ([], 1, "--lora"),
@@ -50,11 +50,11 @@ def test_the_next_change_is_the_next_rung_of_the_ladder(folder, settings, proces
 @pytest.mark.parametrize(
     "settings",
     [
-        ["training.batch_size=8", "training.gradient_checkpointing=false"],
-        ["training.batch_size=8", "lora={}"],
-        ["training.loss=whole", "training.batch_size=4", "lora={}"],
+        ["training.micro_batch_size=8", "training.gradient_checkpointing=false"],
+        ["training.micro_batch_size=8", "lora={}"],
+        ["training.loss=full", "training.micro_batch_size=4", "lora={}"],
         ["train_length=32k", "training.gradient_checkpointing=false", "lora={}"],
-        ["training.batch_size=4", "positions.weights=importance", "lora={}"],
+        ["training.micro_batch_size=4", "positions.key_weights=importance", "lora={}"],
         [],
     ],
 )

@@ -9,13 +9,13 @@ from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos, additive_ma
 
 L, T = 16, 64
 SAMPLERS = [
-    PoSE(train_length=L, target_length=T, num_chunks=n, gaps=gaps, content=content)
+    PoSE(train_length=L, target_length=T, num_chunks=n, skips=gaps, content=content)
     for n in (1, 2, 3, 5, L)
     for gaps in ("sequential", "sorted")
     for content in ("uniform", "contiguous", "aligned")
 ] + [
-    PoSE(train_length=L, target_length=T, cut="first-half"),
-    PoSE(train_length=L, target_length=T, plain_fraction=0.5),
+    PoSE(train_length=L, target_length=T, chunk_lengths="first-half"),
+    PoSE(train_length=L, target_length=T, unskipped_fraction=0.5),
     RandPos(train_length=L, target_length=T),
     FullLength(target_length=T),
     CREAM(train_length=L, target_length=T),
@@ -84,16 +84,16 @@ def test_biases_are_uniform_for_two_chunks():
 
 
 def test_first_half_cut_follows_the_released_code():
-    sampler = PoSE(train_length=9, target_length=36, cut="first-half")
+    sampler = PoSE(train_length=9, target_length=36, chunk_lengths="first-half")
     lengths = {int(draw(sampler, k).lengths[0]) for k in range(300)}
     assert lengths == {1, 2, 3, 4, 5}
-    sampler = PoSE(train_length=9, target_length=36, cut="random")
+    sampler = PoSE(train_length=9, target_length=36, chunk_lengths="random")
     assert {int(draw(sampler, k).lengths[0]) for k in range(300)} == set(range(1, 9))
 
 
 def test_sequential_gaps_pile_up_at_the_far_end_and_sorted_gaps_do_not():
     def middle(gaps):
-        sampler = PoSE(train_length=L, target_length=T, num_chunks=5, gaps=gaps)
+        sampler = PoSE(train_length=L, target_length=T, num_chunks=5, skips=gaps)
         examples = [draw(sampler, k) for k in range(2000)]
         return np.mean([e.position_starts[2] - e.lengths[:2].sum() for e in examples])
 
@@ -102,7 +102,7 @@ def test_sequential_gaps_pile_up_at_the_far_end_and_sorted_gaps_do_not():
 
 
 def test_all_chunks_of_one_token_is_randpos_up_to_its_start():
-    assert coverage(PoSE(train_length=L, target_length=T, num_chunks=L, gaps="sorted"))[
+    assert coverage(PoSE(train_length=L, target_length=T, num_chunks=L, skips="sorted"))[
         1:40
     ] == pytest.approx(coverage(RandPos(train_length=L, target_length=T))[1:40], abs=0.12)
 
@@ -133,12 +133,12 @@ def brute_force(sampler):
 @pytest.mark.parametrize("cut", ["random", "first-half"])
 @pytest.mark.parametrize(("length", "target"), [(8, 8), (8, 16), (9, 40), (16, 64)])
 def test_exact_coverage_equals_brute_force(cut, length, target):
-    sampler = PoSE(train_length=length, target_length=target, cut=cut)
+    sampler = PoSE(train_length=length, target_length=target, chunk_lengths=cut)
     np.testing.assert_allclose(coverage(sampler), brute_force(sampler), atol=1e-12)
 
 
 def test_sampled_coverage_agrees_with_brute_force():
-    sampler = PoSE(train_length=8, target_length=32, num_chunks=3, gaps="sorted")
+    sampler = PoSE(train_length=8, target_length=32, num_chunks=3, skips="sorted")
     rng, shown = np.random.default_rng(1), np.zeros(32)
     for _ in range(4000):
         p = sampler.sample(rng, 32).position_ids()
@@ -185,9 +185,14 @@ def test_softmax_denominator_of_flat_logits_counts_every_position(sampler):
     [
         (lambda: PoSE(train_length=64, target_length=32), "below train_length"),
         (lambda: PoSE(train_length=8, target_length=32, num_chunks=9), "1 .. 8 chunks"),
-        (lambda: PoSE(train_length=8, target_length=32, num_chunks=3, cut="first-half"), "cut=ran"),
-        (lambda: PoSE(train_length=8, target_length=32, gaps="odd"), "sequential, sorted"),
-        (lambda: PoSE(train_length=8, target_length=32, plain_fraction=2), "0 .. 1"),
+        (
+            lambda: PoSE(
+                train_length=8, target_length=32, num_chunks=3, chunk_lengths="first-half"
+            ),
+            "cut=ran",
+        ),
+        (lambda: PoSE(train_length=8, target_length=32, skips="odd"), "sequential, sorted"),
+        (lambda: PoSE(train_length=8, target_length=32, unskipped_fraction=2), "0 .. 1"),
         (lambda: draw(PoSE(train_length=8, target_length=32), 0, 7), "too short"),
     ],
 )

@@ -23,10 +23,14 @@ def test_training_is_the_papers_by_default():
 
 
 def test_the_published_positions_are_a_line_of_overrides():
-    published = ["positions.content=uniform", "positions.cut=random", "positions.weights=none"]
+    published = [
+        "positions.content=uniform",
+        "positions.chunk_lengths=random",
+        "positions.key_weights=none",
+    ]
     recipe = resolve_auto(parse_recipe(BASE, published))
     assert make_sampler(recipe, 8192) == PoSE(train_length=8192, target_length=32768)
-    assert recipe.positions.weights == "none"
+    assert recipe.positions.key_weights == "none"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +79,7 @@ def test_yaml_round_trip_keeps_every_value(tmp_path):
         ("training.num_steps=2.5", "a whole number"),
         ("training.num_steps=-1", "0 or more"),
         ("training.gradient_checkpointing=3", "true or false"),
-        ("positions.cut=half", "choose one of random, first-half"),
+        ("positions.chunk_lengths=half", "choose one of random, first-half"),
         ("method=pse", "choose one of pose"),
         ("target_length=32kb", "not a length"),
         ("model.path.x=1", "no keys below"),
@@ -125,8 +129,8 @@ def test_method_changes_the_sampler_and_nothing_else():
     "overrides",
     [
         ["method=randpos", "positions.num_chunks=3"],
-        ["method=full", "positions.weights=importance"],
-        ["method=cream", "positions.cut=first-half"],
+        ["method=full", "positions.key_weights=importance"],
+        ["method=cream", "positions.chunk_lengths=first-half"],
     ],
 )
 def test_a_setting_that_would_not_take_effect_is_an_error(overrides):

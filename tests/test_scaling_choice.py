@@ -142,7 +142,7 @@ def test_an_export_before_the_choice_makes_it(made, monkeypatch):
 
 def test_without_text_of_its_own_it_is_yarn_and_says_so(made, monkeypatch):
     asked = measured(monkeypatch, {})
-    prepared, run = made("method=none", "temperature=1.0")
+    prepared, run = made("method=none", "attention_temperature=1.0")
     assert choose_scaling(prepared, run).scaling.name == "yarn" and not asked
     assert "no text to spare" in run.metadata()["rope_choice"]["detail"]
 
@@ -160,7 +160,7 @@ def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(ma
         assert row["num_passkeys"] == 10
     assert rows[0]["perplexity"] != rows[1]["perplexity"]
     fixed = dataclasses.replace(
-        prepared, recipe=dataclasses.replace(prepared.recipe, temperature=1.0)
+        prepared, recipe=dataclasses.replace(prepared.recipe, attention_temperature=1.0)
     )
     assert scaling_module._of_one(fixed, "yarn", documents, [64, 128])["temperature"] == 1.0
 
@@ -170,7 +170,7 @@ def test_on_the_bundled_model_the_choice_is_what_training_confirms(tmp_path):
     """docs/study.md: llama3 before yarn before ntk before linear, trained and untrained."""
     from skipwise.pipeline.quickstart import make_recipe
 
-    recipe = make_recipe(["target_length=1024", "rope.type=auto", "temperature=auto"])
+    recipe = make_recipe(["target_length=1024", "rope.type=auto", "attention_temperature=auto"])
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     write_text(run.recipe_file, dump_recipe(recipe))

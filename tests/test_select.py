@@ -24,18 +24,19 @@ def make_recipe(tiny, text_folder, *overrides):
         "model": str(tiny),
         "target_length": 256,
         "rope": {"type": "yarn"},
-        "temperature": 1.0,
+        "attention_temperature": 1.0,
         "load": {"dtype": "float32"},
         "data": {"sources": [str(text_folder)]},
         "training": {
             "num_steps": 6,
             "global_batch_size": 2,
-            "batch_size": 2,
+            "micro_batch_size": 2,
             "learning_rate": 1e-3,
             "save_steps": 2,
             "save_total_limit": 2,
         },
-        "eval": {"tasks": ["perplexity"], "perplexity_windows": 2, "select": "passkey"},
+        "eval": {"tasks": ["perplexity"], "perplexity_windows": 2},
+        "export": {"checkpoint": "passkey"},
     }
     return parse_recipe(tree, list(overrides))
 
@@ -75,7 +76,7 @@ def test_the_best_checkpoint_is_exported_and_of_equals_the_latest(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["needles", "perplexity"])
+@pytest.mark.parametrize("by", ["needle", "perplexity"])
 def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
     by, tiny, text_folder, tmp_path, monkeypatch
 ):
@@ -89,7 +90,7 @@ def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
         return real(plan, run, folder)
 
     monkeypatch.setattr(choose_checkpoint, "_score", interrupted)
-    recipe = make_recipe(tiny, text_folder, f"eval.select={by}")
+    recipe = make_recipe(tiny, text_folder, f"export.checkpoint={by}")
     with pytest.raises(KeyboardInterrupt):
         extend(recipe, tmp_path / "run")
     (tmp_path / "run" / "candidates" / "step-4.part").mkdir()  # of a kill while it was linked
@@ -122,17 +123,17 @@ def test_a_choice_that_cannot_be_made_is_refused_before_training(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
 
     def check(by, documents, target=256):
-        tree = {"model": str(tiny), "target_length": target, "eval": {"select": by}}
+        tree = {"model": str(tiny), "target_length": target, "export": {"checkpoint": by}}
         choose_checkpoint.check_selection(parse_recipe(tree), documents, tokenizer, 64)
 
     text = np.array(tokenizer("x = 1\n" * 100)["input_ids"])
     with pytest.raises(SkipwiseError, match=r"needs evaluation text.*\ntype"):
-        check("needles", [])
+        check("needle", [])
     with pytest.raises(SkipwiseError, match="of 256 tokens"):
         check("perplexity", [text[:10]])
     with pytest.raises(SkipwiseError, match="no prompt fits 96 tokens"):
         check("passkey", [], target=96)
-    check("needles", [text])
+    check("needle", [text])
     check("passkey", [])
 
 
@@ -163,5 +164,5 @@ def test_the_choice_asks_other_questions_than_the_evaluation(tiny, monkeypatch):
 
 
 def test_without_a_choice_nothing_is_kept(tiny, text_folder, tmp_path):
-    run = extend(make_recipe(tiny, text_folder, "eval.select=last"), tmp_path / "run")
+    run = extend(make_recipe(tiny, text_folder, "export.checkpoint=last"), tmp_path / "run")
     assert not RunFolder(run.path).candidates.exists() and "selection" not in run.metadata()

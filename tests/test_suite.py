@@ -18,7 +18,7 @@ from skipwise.evaluation.tasks import ruler
 from skipwise.evaluation.tasks.prompts import token_ids
 from skipwise.pipeline.quickstart import MODEL
 
-SMALL = ["eval.passkey_trials=4", "eval.needle_trials=4", "eval.num_depths=2"]
+SMALL = ["eval.passkey_samples=4", "eval.needle_samples=4", "eval.num_depths=2"]
 SMALL += ["eval.perplexity_windows=2", "load.dtype=float32"]
 
 
@@ -39,7 +39,7 @@ def counted(tokenizer):
 
 
 def settings(**more):
-    values = {"tasks": ("passkey",), "passkey_trials": 4, "num_depths": 2}
+    values = {"tasks": ("passkey",), "passkey_samples": 4, "num_depths": 2}
     return EvalSettings(**{**values, **more})
 
 
@@ -113,7 +113,7 @@ def test_without_text_there_is_no_needle_grid_and_no_perplexity(counted):
 
 def test_a_task_nobody_knows_is_named_before_a_model_is_loaded(counted):
     eval_model, loads = counted
-    for name, word in (("passkeys", "mean passkey"), ("pose-tabel", "mean pose-table")):
+    for name, word in (("passkeys", "mean passkey"), ("pose-tabel", "mean short-benchmarks")):
         with pytest.raises(SkipwiseError, match=word):
             evaluate_model(eval_model, Texts(), [256], settings(tasks=(name,)), progress=False)
     with pytest.raises(SkipwiseError, match=r"no task 'helaswag'.*hellaswag"):

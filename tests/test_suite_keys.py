@@ -20,10 +20,10 @@ from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.evaluation.tasks.prompts import token_ids
 from skipwise.pipeline.quickstart import MODEL
 
-SMALL = ["eval.passkey_trials=4", "eval.perplexity_windows=2", "load.dtype=float32"]
+SMALL = ["eval.passkey_samples=4", "eval.perplexity_windows=2", "load.dtype=float32"]
 CHANGES = {
-    "passkey": [{"passkey_trials": 6}, {"num_depths": 1}, {"seed": 1}, "weights"],
-    "needle": [{"needle_trials": 6}, {"needles_per_haystack": 1}, {"seed": 1}, "text"],
+    "passkey": [{"passkey_samples": 6}, {"num_depths": 1}, {"seed": 1}, "weights"],
+    "needle": [{"needle_samples": 6}, {"needles_per_haystack": 1}, {"seed": 1}, "text"],
     "niah_single_words": [{"ruler_samples": 3}, {"seed": 1}, "text"],
     "perplexity": [{"perplexity_windows": 3}, {"perplexity_stride": 16}, "text"],
 }
@@ -46,7 +46,7 @@ def counted(tokenizer):
 
 
 def settings(task, **more):
-    values = {"passkey_trials": 4, "num_depths": 2, "needle_trials": 4, "ruler_samples": 2}
+    values = {"passkey_samples": 4, "num_depths": 2, "needle_samples": 4, "ruler_samples": 2}
     return EvalSettings(**{"tasks": (task,), "perplexity_windows": 2, **values, **more})
 
 

@@ -224,7 +224,7 @@ def test_an_oracle_scores_everything_and_mute_or_nearly_right_models_nothing(
 ):
     model = Oracle()
     settings = EvalSettings(
-        tasks=ALL, passkey_trials=6, needle_trials=6, num_depths=3, ruler_samples=3
+        tasks=ALL, passkey_samples=6, needle_samples=6, num_depths=3, ruler_samples=3
     )
     for length in (1500, 2048):
         for task in ("passkey", "needle", *ruler.TASKS):

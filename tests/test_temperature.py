@@ -143,7 +143,9 @@ def test_what_cannot_carry_it_is_refused_by_its_config_alone():
         ("ministral", {}, "has no full layer"),
     ):
         model = make_model(family, settings)
-        with pytest.raises(SkipwiseError, match=rf"{family} model.*{why}\ntype temperature=1.0"):
+        with pytest.raises(
+            SkipwiseError, match=rf"{family} model.*{why}\ntype attention_temperature=1.0"
+        ):
             check_foldable(model.config)
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(SkipwiseError, match=why):
@@ -201,15 +203,17 @@ def test_the_recipe_takes_auto_or_a_number_above_0():
 
     assert parse().temperature == "auto"
     for value, want in (("auto", "auto"), ("1.15", 1.15), ("1", 1.0), ("'1.2'", 1.2)):
-        recipe = parse(f"temperature={value}")
-        assert recipe.temperature == want and isinstance(recipe.temperature, str | float)
-        again = parse(f"temperature={recipe.temperature}")
+        recipe = parse(f"attention_temperature={value}")
+        assert recipe.attention_temperature == want and isinstance(
+            recipe.attention_temperature, str | float
+        )
+        again = parse(f"attention_temperature={recipe.attention_temperature}")
         assert dump_recipe(again) == dump_recipe(recipe)
     for value in ("0", "-1", "hot", "true", ".inf", ".nan", "null", "[1]"):
         with pytest.raises(
             SkipwiseError, match=r"temperature is .*: give auto or a number above 0"
         ):
-            parse(f"temperature={value}")
+            parse(f"attention_temperature={value}")
 
 
 def curve(far, near=lambda t: 5.0):
@@ -287,8 +291,8 @@ def make_recipe(tiny, text_folder, *overrides):
         "rope": {"type": "yarn"},
         "load": {"dtype": "float32"},
         "data": {"sources": [str(text_folder)]},
-        "training": {"num_steps": 2, "global_batch_size": 2, "batch_size": 2},
-        "eval": {"tasks": ["passkey"], "passkey_trials": 1, "num_depths": 1},
+        "training": {"num_steps": 2, "global_batch_size": 2, "micro_batch_size": 2},
+        "eval": {"tasks": ["passkey"], "passkey_samples": 1, "num_depths": 1},
     }
     return parse_recipe(tree, list(overrides))
 
@@ -304,7 +308,9 @@ def queries_over(folder, base):
 def test_without_room_nothing_is_searched_and_a_broken_checkpoint_is_no_such_thing(
     tiny, text_folder, tmp_path, monkeypatch
 ):
-    prepared = prepare_model(make_recipe(tiny, text_folder, "temperature=auto", "method=none"))
+    prepared = prepare_model(
+        make_recipe(tiny, text_folder, "attention_temperature=auto", "method=none")
+    )
     run = RunFolder(tmp_path)
 
     def fails(error):
@@ -340,7 +346,7 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
 
     monkeypatch.setattr(choose_temperature, "search_temperature", spy)
     monkeypatch.setattr("skipwise.pipeline.extend.export_model", killed)
-    recipe = make_recipe(tiny, text_folder, "temperature=auto")
+    recipe = make_recipe(tiny, text_folder, "attention_temperature=auto")
     with pytest.raises(KeyboardInterrupt):
         extend(recipe, tmp_path / "run")
     run = extend(recipe, tmp_path / "run")
@@ -377,7 +383,7 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
 
 @pytest.mark.slow
 def test_a_number_is_taken_as_it_is(tiny, text_folder, tmp_path):
-    recipe = make_recipe(tiny, text_folder, "method=none", "temperature=1.2")
+    recipe = make_recipe(tiny, text_folder, "method=none", "attention_temperature=1.2")
     run = extend(recipe, tmp_path / "run")
     factors, rest = queries_over(run.model, tiny)
     assert torch.allclose(factors, torch.tensor(1.2), atol=1e-6) and rest
@@ -388,7 +394,7 @@ def test_a_number_is_taken_as_it_is(tiny, text_folder, tmp_path):
 
 def test_1_changes_nothing(tiny, tmp_path):
     prepared = prepare_model(
-        make_recipe(tiny, "-", "method=none", "data.sources=[]", "temperature=1.0")
+        make_recipe(tiny, "-", "method=none", "data.sources=[]", "attention_temperature=1.0")
     )
     run = RunFolder(tmp_path)
     run.recipe_file.write_text("{}")
@@ -401,13 +407,13 @@ def test_1_changes_nothing(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_without_training_the_search_has_text_of_its_own(tiny, text_folder, tmp_path):
-    overrides = ["method=none", "temperature=auto", "eval.tasks=[perplexity]"]
+    overrides = ["method=none", "attention_temperature=auto", "eval.tasks=[perplexity]"]
     recipe = make_recipe(tiny, text_folder, *overrides, "eval.perplexity_windows=2")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     measured = [tuple(d) for d in evaluation_documents(recipe, tokenizer, None)]
     searched = [tuple(d) for d in documents_for_search(recipe, tokenizer)]
     assert len(measured) == len(searched) == 6 and not set(measured) & set(searched)
-    plain = make_recipe(tiny, text_folder, "method=none", "temperature=1.0")
+    plain = make_recipe(tiny, text_folder, "method=none", "attention_temperature=1.0")
     assert len(evaluation_documents(plain, tokenizer, None)) == 12
     run = extend(recipe, tmp_path / "run")
     found = run.metadata()["temperature"]
@@ -418,13 +424,13 @@ def test_without_training_the_search_has_text_of_its_own(tiny, text_folder, tmp_
 def test_of_one_document_a_half_is_searched_on(tiny, tmp_path):
     file = tmp_path / "one.txt"
     file.write_text("".join(f"x{i} = {i * i}\n" for i in range(400)))
-    recipe = make_recipe(tiny, file, "method=none", "temperature=auto")
+    recipe = make_recipe(tiny, file, "method=none", "attention_temperature=auto")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     (measured,), (searched,) = (
         evaluation_documents(recipe, tokenizer, None),
         documents_for_search(recipe, tokenizer),
     )
-    plain = make_recipe(tiny, file, "method=none", "temperature=1.0")
+    plain = make_recipe(tiny, file, "method=none", "attention_temperature=1.0")
     (whole,) = evaluation_documents(plain, tokenizer, None)
     assert np.array_equal(np.concatenate([measured, searched]), whole) and len(searched) >= 256
 
@@ -436,30 +442,30 @@ def test_auto_says_why_there_was_no_search(tiny, text_folder, tmp_path):
         assert choose_temperature.chosen_temperature(prepared, run, None) == 1.0
         return run.metadata()["temperature"]["detail"]
 
-    recipe = make_recipe(tiny, "-", "method=none", "temperature=auto", "data.sources=[]")
+    recipe = make_recipe(tiny, "-", "method=none", "attention_temperature=auto", "data.sources=[]")
     assert "too little text to search on" in chosen(prepare_model(recipe), "none")
     base = tmp_path / "nanochat"
     make_model("nanochat").save_pretrained(base)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(base)
-    recipe = make_recipe(base, text_folder, "method=none", "temperature=auto")
+    recipe = make_recipe(base, text_folder, "method=none", "attention_temperature=auto")
     assert REFUSED["nanochat"] in chosen(prepare_model(recipe), "nanochat-run")
     with pytest.raises(SkipwiseError, match="nanochat model cannot carry it"):
-        prepare_model(make_recipe(base, text_folder, "temperature=1.1"))
+        prepare_model(make_recipe(base, text_folder, "attention_temperature=1.1"))
 
 
 def test_an_untrained_run_is_not_searched(tiny, text_folder, tmp_path):
-    recipe = make_recipe(tiny, text_folder, "temperature=auto")
+    recipe = make_recipe(tiny, text_folder, "attention_temperature=auto")
     with pytest.raises(SkipwiseError, match="has not been trained to its end"):
         choose_temperature.chosen_temperature(prepare_model(recipe), RunFolder(tmp_path), None)
 
 
 @pytest.mark.slow
 def test_an_adapter_says_that_it_has_no_temperature(tiny, text_folder, tmp_path):
-    recipe = make_recipe(tiny, text_folder, "lora.rank=2", "temperature=1.2")
+    recipe = make_recipe(tiny, text_folder, "lora.rank=2", "attention_temperature=1.2")
     run = extend(recipe, tmp_path / "run")
     assert main(["export", str(run.path), "--to", "adapter"]) == 0
     assert "an attention temperature (1.2)" in (run.adapter / "README.md").read_text()
-    recipe = make_recipe(tiny, text_folder, "lora.rank=2", "temperature=1.0")
+    recipe = make_recipe(tiny, text_folder, "lora.rank=2", "attention_temperature=1.0")
     plain = extend(recipe, tmp_path / "plain")
     assert main(["export", str(plain.path), "--to", "adapter"]) == 0
     assert "temperature" not in (plain.adapter / "README.md").read_text()

@@ -38,7 +38,7 @@ def make_recipe(tiny, text_folder, *overrides):
         "training": {
             "num_steps": STEPS,
             "global_batch_size": 4,
-            "batch_size": 2,
+            "micro_batch_size": 2,
             "learning_rate": 1e-3,
             "save_steps": 4,
         },
@@ -208,9 +208,9 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
 
 
 def test_accumulation_gives_the_weights_of_one_large_batch(straight, tiny, text_folder, tmp_path):
-    recipe = make_recipe(tiny, text_folder, "training.batch_size=4", "load.dtype=float32")
+    recipe = make_recipe(tiny, text_folder, "training.micro_batch_size=4", "load.dtype=float32")
     whole = weights(run_training(recipe, tmp_path / "whole"))
-    recipe = make_recipe(tiny, text_folder, "training.batch_size=1", "load.dtype=float32")
+    recipe = make_recipe(tiny, text_folder, "training.micro_batch_size=1", "load.dtype=float32")
     parts = weights(run_training(recipe, tmp_path / "parts"))
     for name, tensor in whole.items():
         assert torch.allclose(tensor, parts[name], atol=2e-4), name
@@ -257,7 +257,7 @@ def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_pa
         return batch
 
     monkeypatch.setattr(ExampleCollator, "__call__", without_mask)
-    recipe = make_recipe(tiny, text_folder, "positions.weights=none")
+    recipe = make_recipe(tiny, text_folder, "positions.key_weights=none")
     prepared = prepare_model(recipe)
     run = open_run(tmp_path / "run", recipe, "test")
     data = prepare_run(prepared, run)
@@ -283,7 +283,7 @@ def test_the_train_verb_writes_a_failed_check_down(
         lambda self, items: {k: v for k, v in plain(self, items).items() if k != "attention_mask"},
     )
     (tmp_path / "r.yaml").write_text(
-        dump_recipe(make_recipe(tiny, text_folder, "positions.weights=none"))
+        dump_recipe(make_recipe(tiny, text_folder, "positions.key_weights=none"))
     )
     out = tmp_path / "run"
     assert main(["train", str(tmp_path / "r.yaml"), "--out", str(out)]) == 2
@@ -298,7 +298,7 @@ def test_the_train_verb_writes_a_failed_check_down(
     [
         ("trainer.max_steps=3", "set by training.num_steps"),
         ("trainer.no_such_thing=3", "not an argument"),
-        ("training.batch_size=3", "not a multiple"),
+        ("training.micro_batch_size=3", "not a multiple"),
         ("training.lr_scheduler=nonsense", "do not fit"),
     ],
 )
@@ -318,7 +318,7 @@ def test_masks_of_importance_weights_are_made_a_pass_at_a_time(tiny, text_folder
     from skipwise.pose.samplers import additive_mask
     from skipwise.training.setup import set_up
 
-    recipe = make_recipe(tiny, text_folder, "positions.weights=importance")
+    recipe = make_recipe(tiny, text_folder, "positions.key_weights=importance")
     prepared = prepare_model(recipe)
     run = open_run(tmp_path / "run", recipe, "test")
     data = prepare_run(prepared, run)
@@ -407,7 +407,7 @@ def test_a_recipe_for_liger_leaves_the_loss_to_it(tiny, text_folder):
     from skipwise.training.setup import cuts_loss
 
     assert cuts_loss(make_recipe(tiny, text_folder), 8192, 32000)
-    assert not cuts_loss(make_recipe(tiny, text_folder, "training.loss=whole"), 8192, 32000)
+    assert not cuts_loss(make_recipe(tiny, text_folder, "training.loss=full"), 8192, 32000)
     liger = "trainer.use_liger_kernel=true"
     assert not cuts_loss(make_recipe(tiny, text_folder, liger), 8192, 32000)
     with pytest.raises(SkipwiseError, match="both replace the loss"):

@@ -297,7 +297,8 @@ def recipe_of(folder: str, mode: str, method: str, target_length: int, batch: in
         "model": folder,
         "target_length": target_length,
         "method": method,
-        "training": {"global_batch_size": batch, "loss": "chunked", "distillation": 0},
+        "training": {"global_batch_size": batch, "loss": "chunked"},
+        "distillation": {"weight": 0},
         "load": {"dtype": "bfloat16"},
     }
     return parse_recipe(tree | ({"lora": {}} if mode == "lora" else {}))

@@ -56,9 +56,9 @@ DEFAULT_ARM = [
     "defaults",
     "rope.type=llama3",
     "content=aligned",
-    "weights=importance",
-    "training.distillation=3",
-    "temperature=auto",
+    "key_weights=importance",
+    "distillation.weight=3",
+    "attention_temperature=auto",
 ]
 _RESERVE = 60  # seconds an arm takes beside its training
 
@@ -264,10 +264,10 @@ def recipe_of(name: str, overrides: list[str], size: Size, args: Any) -> Recipe 
         "target_length": size.target,
         "train_length": size.length,
         "rope": {"type": "yarn"},
-        "positions": {"cut": "random", "content": "uniform", "weights": "none"},
-        "temperature": 1.0,
+        "positions": {"chunk_lengths": "random", "content": "uniform", "key_weights": "none"},
+        "attention_temperature": 1.0,
+        "distillation": {"weight": 0.0},
         "training": {
-            "distillation": 0.0,
             "num_steps": args.steps,
             "global_batch_size": args.batch,
             "learning_rate": args.learning_rate,
@@ -301,8 +301,8 @@ def settings_of(recipe: Recipe | None) -> dict[str, Any]:
         "num_steps": training.num_steps,
         "global_batch_size": training.global_batch_size,
         "learning_rate": training.learning_rate,
-        "distillation": training.distillation,
-        "temperature": recipe.temperature,
+        "distillation": recipe.distillation.weight,
+        "temperature": recipe.attention_temperature,
         "tokens": training.num_steps * training.global_batch_size * length,
     }
 
@@ -335,7 +335,7 @@ def measure(
         rows = prompts.rows(L, max(20, size.num_prompts * size.length // (8 * L)), most=1, seed=2)
         asked = TokenStore(tokens=rows.reshape(-1), offsets=np.arange(len(rows) + 1) * L)
         teacher = None
-        if recipe.training.distillation:
+        if recipe.distillation.weight:
             teacher = make_model(base, device, compiled=compiled, dtype=dtype).eval()
             teacher.load_state_dict(weights)
         stores = [text.train, asked]
@@ -346,7 +346,7 @@ def measure(
     model.load_state_dict(weights)
     del weights
     begun_evaluation = time.monotonic()
-    if recipe is not None and recipe.temperature == "auto":
+    if recipe is not None and recipe.attention_temperature == "auto":
         long = np.flatnonzero(np.diff(text.train.offsets) >= size.target)[:SEARCHED].tolist()
         documents = [np.asarray(text.train.document(i), np.int64) for i in long]
         found["temperature"], tried = search_temperature(

@@ -92,8 +92,9 @@ def _sampler(setting: Setting) -> Sampler:
         "method": setting.method,
     }
     if setting.method == "pose":
+        keys = {"cut": "chunk_lengths", "gaps": "skips", "plain_fraction": "unskipped_fraction"}
         names = ("num_chunks", "cut", "gaps", "content", "plain_fraction")
-        tree["positions"] = {name: getattr(setting, name) for name in names}
+        tree["positions"] = {keys.get(name, name): getattr(setting, name) for name in names}
     return make_sampler(parse_recipe(tree), L)
 
 

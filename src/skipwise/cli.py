@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         "positions",
         commands.positions_verb,
         "print and draw training positions and their coverage",
-        "skipwise positions --length 8k --to 32k num_chunks=3 gaps=sorted",
+        "skipwise positions --length 8k --to 32k num_chunks=3 skips=sorted",
         "a key of `positions:`, or method=randpos | full | cream",
     )
     sub.add_argument("--length", default="2k", metavar="L", help="training length (2k)")
@@ -172,15 +172,15 @@ def build_parser() -> argparse.ArgumentParser:
         commands.eval_verb,
         "measure any model, or a run's, at every context length",
         "skipwise eval ./my-model --lengths 4k..32k --data ./books --baseline ./base",
-        "a key of `eval:` or `load:`, as eval.passkey_trials=100 load.device_map=auto",
+        "a key of `eval:` or `load:`, as eval.passkey_samples=100 load.device_map=auto",
     )
     sub.add_argument("thing", metavar="MODEL|RUN", help="model folder, hub name or run folder")
     sub.add_argument("--lengths", metavar="L,L,...", help="4k..32k or 4k,20k; of a run: its own")
     sub.add_argument(
         "--tasks",
         metavar="T,T,...",
-        help="perplexity, passkey, needle, ruler or one of its tasks; pose-table or any task of "
-        "lm-evaluation-harness (perplexity,passkey,needle,ruler)",
+        help="perplexity, passkey, needle, ruler or one of its tasks; short-benchmarks or any task "
+        "of lm-evaluation-harness (perplexity,passkey,needle,ruler)",
     )
     sub.add_argument("--data", nargs="+", metavar="PATH", help="text for perplexity and haystacks")
     sub.add_argument(

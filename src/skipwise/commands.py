@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def _recipe(given: argparse.Namespace) -> Recipe:
     """The recipe that the command names: a file, a run's own, or defaults around a model."""
-    from skipwise.config.parse import load_recipe, parse_recipe
+    from skipwise.config.parse import load_recipe, load_run_recipe, parse_recipe
     from skipwise.config.run_folder import RunFolder
 
     data, overrides = given.data, given.overrides
@@ -38,7 +38,7 @@ def _recipe(given: argparse.Namespace) -> Recipe:
         return load_recipe(path, options + overrides)
     run = RunFolder(path)
     if run.recipe_file.exists():
-        return load_recipe(run.recipe_file, options + overrides)
+        return load_run_recipe(run.recipe_file, options + overrides)
     if not given.to and not any(o.startswith("target_length=") for o in overrides):
         raise SkipwiseError("how far should it reach? type --to 32k")
     return parse_recipe({"model": given.thing}, options + overrides)
@@ -207,7 +207,7 @@ def train_verb(given: argparse.Namespace) -> int:
         if given.dry_run:
             print("checked, nothing trained")
         else:
-            last = run.finish if recipe.finish.share else run
+            last = run.finish if recipe.full_length.fraction else run
             print(f"trained: {last.checkpoints}\nnext: skipwise export {run.path}")
     return 0
 

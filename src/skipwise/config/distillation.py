@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from skipwise.config.recipe import SHARDED_ENGINES, Recipe
+from skipwise.config.recipe import SHARDED_ENGINES, DistillationSettings, Recipe
 from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
 
@@ -29,7 +29,7 @@ def distillation_weight(
     Raises:
         SkipwiseError: the recipe gives a number, and it cannot be done.
     """
-    asked = recipe.training.distillation
+    asked = recipe.distillation.weight
     if asked == 0:
         return 0.0, ""
     why, mend = _obstacle(recipe, router_loss, engine or recipe.engine, lacks)
@@ -39,7 +39,7 @@ def distillation_weight(
         return (0.0, why) if why else (WEIGHT, "")
     if why:
         raise SkipwiseError(
-            f"training.distillation: {asked:g}: {why}\ntype training.distillation=0{mend}"
+            f"distillation.weight: {asked:g}: {why}\ntype distillation.weight=0{mend}"
         )
     return asked, ""
 
@@ -55,10 +55,10 @@ def in_one_process(recipe: Recipe) -> Recipe:
     Raises:
         SkipwiseError: as `distillation_weight`.
     """
-    training = recipe.training
+    taught = recipe.distillation
     if shards(recipe.engine) or not distillation_weight(recipe)[0]:
-        training = dataclasses.replace(training, distillation=0.0)
-    return dataclasses.replace(recipe, engine="auto", training=training)
+        taught = DistillationSettings(weight=0.0)
+    return dataclasses.replace(recipe, engine="auto", distillation=taught)
 
 
 def _obstacle(recipe: Recipe, router_loss: bool, engine: str, lacks: str) -> tuple[str, str]:
@@ -72,8 +72,8 @@ def _obstacle(recipe: Recipe, router_loss: bool, engine: str, lacks: str) -> tup
         )
     if recipe.trainer.get("use_liger_kernel"):
         return "trainer.use_liger_kernel replaces the loss", ", or leave that out"
-    if recipe.training.loss == "whole":
-        return "its loss is computed in slices, and training.loss is whole", ", or leave that out"
+    if recipe.training.loss == "full":
+        return "its loss is computed in slices, and training.loss is full", ", or leave that out"
     if router_loss:
         return "this model adds the loss of its router (output_router_logits)", ""
     if lacks:

@@ -15,6 +15,27 @@ from skipwise.config.lengths import parse_length
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
 
+# Keys, and values of keys, that had other names before the first release.
+RENAMED_KEYS = {
+    "temperature": "attention_temperature",
+    "positions.cut": "positions.chunk_lengths",
+    "positions.gaps": "positions.skips",
+    "positions.plain_fraction": "positions.unskipped_fraction",
+    "positions.weights": "positions.key_weights",
+    "training.batch_size": "training.micro_batch_size",
+    "training.distillation": "distillation.weight",
+    "finish.share": "full_length.fraction",
+    "finish.learning_rate": "full_length.learning_rate",
+    "eval.select": "export.checkpoint",
+    "eval.passkey_trials": "eval.passkey_samples",
+    "eval.needle_trials": "eval.needle_samples",
+}
+RENAMED_VALUES = {
+    "training.loss": {"whole": "full"},
+    "export.checkpoint": {"needles": "needle"},
+    "eval.tasks": {"pose-table": "short-benchmarks"},
+}
+
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """A recipe from YAML, with `key=value` overrides on top.
@@ -22,16 +43,24 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type.
     """
+    return parse_recipe(_read_yaml(path), overrides)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SkipwiseError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise SkipwiseError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise SkipwiseError(f"{path} is not a recipe: it should map keys to values")
-    return parse_recipe(tree, overrides)
+    return tree
+
+
+def load_run_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a run folder, which an older version may have written with other names."""
+    return parse_recipe(_renamed(_read_yaml(path)), overrides)
 
 
 def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Recipe:
@@ -48,6 +77,27 @@ def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Re
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults written out, in the order of the fields."""
     return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=100)
+
+
+def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree with today's names for keys and values."""
+    tree = _copied(tree)
+    for old, new in RENAMED_KEYS.items():
+        *parents, key = old.split(".")
+        section = tree.get(parents[0]) if parents else tree
+        if isinstance(section, dict) and key in section:
+            value = section.pop(key)
+            *parents, key = new.split(".")
+            (tree.setdefault(parents[0], {}) if parents else tree)[key] = value
+    tree.pop("finish", None)
+    for where, values in RENAMED_VALUES.items():
+        name, key = where.split(".")
+        section = tree.get(name)
+        if isinstance(section, dict) and key in section:
+            value = section[key]
+            many = isinstance(value, list)
+            section[key] = [values.get(v, v) for v in value] if many else values.get(value, value)
+    return tree
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -78,10 +128,14 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     unknown = [key for key in tree if key not in hints]
     if unknown:
         keys = ", ".join(hints)
+        old = _join(where, unknown[0])
+        new = {a: b for a, b in RENAMED_KEYS.items() if a == old or a.startswith(f"{old}.")}
+        if new:
+            pairs = ", ".join(f"{a} is now {b}" for a, b in new.items())
+            raise SkipwiseError(f"{old} was renamed: {pairs}")
         inner = _places(Recipe, unknown[0])
         meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
-        name = _join(where, unknown[0])
-        raise SkipwiseError(f"{name} is not a recipe key: choose from {keys}{meant}")
+        raise SkipwiseError(f"{old} is not a recipe key: choose from {keys}{meant}")
     values = {key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()}
     return cls(**values)
 
@@ -101,6 +155,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         value = "none" if value is None and "none" in args else value
         if value not in args:
+            if (new := RENAMED_VALUES.get(where, {}).get(value)) is not None:
+                raise SkipwiseError(f"{where}: {value} was renamed: type {where}={new}")
             raise SkipwiseError(f"{where} is {value!r}: choose one of {', '.join(map(str, args))}")
         return value
     if origin is tuple:
@@ -123,7 +179,7 @@ def _word_or_factor(words: Any, value: Any, where: str) -> Any:
         number = _scalar(float, value, where)
     except SkipwiseError:
         number = math.nan
-    off = number == 0 and where == "training.distillation"
+    off = number == 0 and where == "distillation.weight"
     if not 0 < number < math.inf and not off:
         raise SkipwiseError(f"{where} is {value!r}: give {', '.join(choices)} or a number above 0")
     return number

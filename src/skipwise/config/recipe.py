@@ -53,17 +53,17 @@ class LoRASettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionSettings:
-    """The sampler of `method: pose`, and `weights`, which holds for cream as well.
+    """The sampler of `method: pose`, and `key_weights`, which holds for cream as well.
 
     What auto becomes, and why, stands at `resolve_auto`.
     """
 
     num_chunks: int = 2
-    cut: Literal["random", "first-half"] = "random"
-    gaps: Literal["sequential", "sorted"] = "sequential"
+    chunk_lengths: Literal["random", "first-half"] = "random"
+    skips: Literal["sequential", "sorted"] = "sequential"
     content: Literal["auto", "uniform", "contiguous", "aligned"] = "auto"
-    plain_fraction: float = 0.0
-    weights: Literal["auto", "none", "importance"] = "auto"
+    unskipped_fraction: float = 0.0
+    key_weights: Literal["auto", "none", "importance"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,37 +93,42 @@ class DataSettings:
 class TrainingSettings:
     num_steps: int = 1000
     global_batch_size: int = 64  # examples a step, over all devices and accumulation
-    batch_size: int = 1  # examples a device holds at once
+    micro_batch_size: int = 1  # examples a device holds at once
     learning_rate: float = 2e-5
     warmup_steps: int = 10
     lr_scheduler: str = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = True
-    loss: Literal["auto", "whole", "chunked"] = "auto"  # auto: chunked where logits are large
-    # w of KL(base || model) at each token of a first chunk; auto: distillation.py; 0: none
-    distillation: Literal["auto"] | float = "auto"
+    loss: Literal["auto", "full", "chunked"] = "auto"  # auto: chunked where logits are large
     save_steps: int = 100
     save_total_limit: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullLengthSettings:
-    """The last share of the training tokens at full length, plain positions (phases.py)."""
+class DistillationSettings:
+    """Learning from the base model on the first chunk of each example (distillation.py)."""
 
-    share: float = 0.0  # of training.num_steps x global_batch_size x L tokens; 0: none
+    weight: Literal["auto"] | float = "auto"  # w of KL(base || model) at each token; 0: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullLengthSettings:
+    """The last stage of training, at the target length and plain positions (stages.py)."""
+
+    fraction: float = 0.0  # of training.num_steps x global_batch_size x L tokens; 0: none
     learning_rate: float | None = None  # none given: a third of training's (study.md); falls to 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    # perplexity, passkey, needle, ruler or one of its tasks, pose-table, a task of lm-eval
+    # perplexity, passkey, needle, ruler or one of its tasks, short-benchmarks, a task of lm-eval
     tasks: tuple[str, ...] = ("perplexity", "passkey", "needle", "ruler")
     context_lengths: tuple[int, ...] = ()  # none given: original length and its doublings to T
     perplexity_windows: int = 32  # of T tokens
     perplexity_stride: int | None = None  # none given: half the shortest length, at most 512
-    passkey_trials: int = 50  # a length, spread over the depths
-    needle_trials: int = 100  # a length, spread over the depths
+    passkey_samples: int = 50  # a length, spread over the depths
+    needle_samples: int = 100  # a length, spread over the depths
     needles_per_haystack: int = 10  # asked one after the other; 1: the passkey's, in real text
     num_depths: int = 10
     ruler_samples: int = 20  # a task and length
@@ -131,7 +136,13 @@ class EvalSettings:
     task_folder: str | None = None  # of tasks for lm-eval beside its own
     batch_tokens: int = 16384  # tokens a forward pass of the evaluation holds at once
     seed: int = 0
-    select: Literal["last", "needles", "passkey", "perplexity"] = "last"  # checkpoint to export
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Which saved checkpoint becomes the model: the last one, or the best at a task."""
+
+    checkpoint: Literal["last", "needle", "passkey", "perplexity"] = "last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +157,17 @@ class Recipe:
     # what spreads training over processes; auto: what the launcher set up, else ddp
     engine: Literal["auto", "ddp", "fsdp2", "zero3", "zero3-offload"] = "auto"
     # multiplies every attention logit, in the weights, after training; auto: searched at T
-    temperature: Literal["auto"] | float = "auto"
+    attention_temperature: Literal["auto"] | float = "auto"
     load: ModelSettings = ModelSettings()
     lora: LoRASettings | None = None
     rope: RopeSettings = RopeSettings()
     positions: PositionSettings = PositionSettings()
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
-    finish: FullLengthSettings = FullLengthSettings()
+    distillation: DistillationSettings = DistillationSettings()
+    full_length: FullLengthSettings = FullLengthSettings()
     eval: EvalSettings = EvalSettings()
+    export: ExportSettings = ExportSettings()
     trainer: dict[str, Any] = field(default_factory=dict)  # further TrainingArguments
 
     @property

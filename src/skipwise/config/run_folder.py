@@ -30,7 +30,7 @@ try:
 except ImportError:
     fcntl = None
 
-from skipwise.config.parse import dump_recipe, load_recipe
+from skipwise.config.parse import dump_recipe, load_run_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
 
@@ -93,7 +93,7 @@ class RunFolder:
     def recipe(self) -> Recipe:
         if not self.recipe_file.exists():
             raise SkipwiseError(f"{self.path} is not a run folder: it has no recipe.yaml")
-        return load_recipe(self.recipe_file)
+        return load_run_recipe(self.recipe_file)
 
     def metadata(self) -> dict[str, Any]:
         return _read_json(self.path / "run.json", {})

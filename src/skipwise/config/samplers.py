@@ -19,11 +19,11 @@ def resolve_auto(recipe: Recipe) -> Recipe:
     if positions.content == "auto":
         content = {"pose": "aligned", "cream": "contiguous"}.get(recipe.method, "uniform")
         positions = dataclasses.replace(positions, content=content)
-    if positions.weights == "auto":
+    if positions.key_weights == "auto":
         masked = recipe.load.attn_implementation not in ("flash_attention_2", "flash_attention_3")
         weighted = pose and masked and positions.num_chunks > 1
         weights = "importance" if weighted else "none"
-        positions = dataclasses.replace(positions, weights=weights)
+        positions = dataclasses.replace(positions, key_weights=weights)
     return dataclasses.replace(recipe, positions=positions)
 
 
@@ -34,7 +34,7 @@ def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
     settings = recipe.positions
     if recipe.method != "pose":
         plain = resolve_auto(dataclasses.replace(recipe, positions=PositionSettings())).positions
-        kept = {"weights": settings.weights}
+        kept = {"key_weights": settings.key_weights}
         if recipe.method == "cream":
             kept["content"] = settings.content
         if settings != dataclasses.replace(plain, **kept):
@@ -42,10 +42,10 @@ def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
                 "positions: settings of the PoSE sampler do not take effect with method: "
                 f"{recipe.method}\nremove them, or type method=pose"
             )
-        if settings.weights != "none" and recipe.method != "cream":
+        if settings.key_weights != "none" and recipe.method != "cream":
             raise SkipwiseError(
-                f"positions.weights: {settings.weights} needs chunks, and method: {recipe.method} "
-                "has none"
+                f"positions.key_weights: {settings.key_weights} needs chunks, and method: "
+                f"{recipe.method} has none"
             )
     match recipe.method:
         case "pose":

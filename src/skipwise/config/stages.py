@@ -13,14 +13,19 @@ import dataclasses
 import math
 
 from skipwise.config.lengths import format_length
-from skipwise.config.recipe import FullLengthSettings, PositionSettings, Recipe
+from skipwise.config.recipe import (
+    DistillationSettings,
+    FullLengthSettings,
+    PositionSettings,
+    Recipe,
+)
 from skipwise.config.samplers import resolve_auto
 from skipwise.errors import SkipwiseError
 
 
 def is_full_length_stage(recipe: Recipe) -> bool:
     """Whether this is the recipe of a finish, which `full_length_stage` has made."""
-    return recipe.method == "full" and recipe.finish.share > 0
+    return recipe.method == "full" and recipe.full_length.fraction > 0
 
 
 def first_stage(recipe: Recipe) -> Recipe:
@@ -30,17 +35,18 @@ def first_stage(recipe: Recipe) -> Recipe:
         SkipwiseError: a share that leaves no step, or that the method cannot have.
     """
     _check(recipe)
-    if not recipe.finish.share:
+    if not recipe.full_length.fraction:
         return recipe
     steps = recipe.training.num_steps - _steps_taken(recipe)
     if steps < 1:
         raise SkipwiseError(
-            f"finish.share: {recipe.finish.share:g} of {recipe.training.num_steps} steps leaves "
-            "none before it\ntype a smaller share, or method=full for full-length training alone"
+            f"full_length.fraction: {recipe.full_length.fraction:g} of "
+            f"{recipe.training.num_steps} steps leaves none before it\n"
+            "type a smaller fraction, or method=full for full-length training alone"
         )
     return dataclasses.replace(
         recipe,
-        finish=FullLengthSettings(),
+        full_length=FullLengthSettings(),
         training=dataclasses.replace(recipe.training, num_steps=steps),
     )
 
@@ -65,7 +71,7 @@ def full_length_stage(
             would be. The processes cannot share the batch of a finish that was begun.
     """
     _check(recipe)
-    if not recipe.finish.share:
+    if not recipe.full_length.fraction:
         return None
     training, P = recipe.training, num_processes
     L, T = recipe.train_length or original_length, recipe.target_length
@@ -82,8 +88,10 @@ def full_length_stage(
     G = batch or max(P, min(per_step, tokens) // T // P * P)
     steps = max(1, round(tokens / (G * T)))
     warmup = math.ceil(training.warmup_steps * steps / training.num_steps)
-    rate = recipe.finish.learning_rate
-    taught = recipe.method == "pose" or training.distillation != "auto"  # baselines: as published
+    rate = recipe.full_length.learning_rate
+    taught = (
+        recipe.method == "pose" or recipe.distillation.weight != "auto"
+    )  # baselines: as published
     attention = recipe.load.attn_implementation
     if attention == "flex_attention":  # for importance weights, which there are none of
         attention = "auto"
@@ -93,12 +101,12 @@ def full_length_stage(
         train_length=T,
         positions=PositionSettings(),
         load=dataclasses.replace(recipe.load, attn_implementation=attention),
+        distillation=recipe.distillation if taught else DistillationSettings(weight=0.0),
         training=dataclasses.replace(
             training,
-            distillation=training.distillation if taught else 0.0,
             num_steps=steps,
             global_batch_size=G,
-            batch_size=1,
+            micro_batch_size=1,
             learning_rate=training.learning_rate / 3 if rate is None else rate,
             warmup_steps=min(warmup, steps // 10),
             lr_scheduler="linear",
@@ -112,23 +120,24 @@ def full_length_stage(
 def _steps_taken(recipe: Recipe) -> int:
     """Steps of training that the finish has the tokens of."""
     steps = recipe.training.num_steps
-    return steps - round(steps * (1 - recipe.finish.share))
+    return steps - round(steps * (1 - recipe.full_length.fraction))
 
 
 def _check(recipe: Recipe) -> None:
-    share = recipe.finish.share
+    share = recipe.full_length.fraction
     if share >= 1:
-        raise SkipwiseError(f"finish.share is {share:g}: give a share of training, 0 .. 1")
+        raise SkipwiseError(f"full_length.fraction is {share:g}: give a share of training, 0 .. 1")
     if share and recipe.method in ("full", "none"):
         reason = "is at full length already" if recipe.method == "full" else "trains nothing"
         raise SkipwiseError(
-            f"finish.share: {share:g} does not take effect: method: {recipe.method} {reason}\n"
+            f"full_length.fraction: {share:g} does not take effect: method: {recipe.method} "
+            f"{reason}\n"
             "leave one of them out"
         )
-    if not share and recipe.finish != FullLengthSettings():
+    if not share and recipe.full_length != FullLengthSettings():
         raise SkipwiseError(
-            "finish.learning_rate does not take effect with finish.share: 0\n"
-            "type finish.share=0.1, or finish={}"
+            "full_length.learning_rate does not take effect with full_length.fraction: 0\n"
+            "type full_length.fraction=0.1, or full_length={}"
         )
 
 
@@ -139,8 +148,8 @@ def _too_small(recipe: Recipe, steps: int, num_processes: int) -> str:
     mend = f"type training.num_steps={10 * steps} or more, for a share of 0.1"
     if steps < num_steps:
         share = math.ceil(1000 * steps / num_steps) / 1000
-        mend = f"type finish.share={share:g} or more, or a larger training.num_steps"
+        mend = f"type full_length.fraction={share:g} or more, or a larger training.num_steps"
     return (
-        f"finish.share: {recipe.finish.share:g} of {num_steps} steps has fewer tokens than "
-        f"{examples} of {format_length(T)}\n{mend}"
+        f"full_length.fraction: {recipe.full_length.fraction:g} of {num_steps} steps has fewer "
+        f"tokens than {examples} of {format_length(T)}\n{mend}"
     )

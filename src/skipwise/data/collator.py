@@ -33,24 +33,24 @@ class ExampleCollator:
 
     def __init__(
         self,
-        weights: str = "none",
+        key_weights: str = "none",
         config: Any = None,
         later: bool = False,
         base_length: int | None = None,
     ) -> None:
-        self.weights, self.config, self.later = weights, config, later
+        self.key_weights, self.config, self.later = key_weights, config, later
         self.base_length = base_length
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         keys = ("input_ids", "labels", "position_ids")
         batch = {k: torch.from_numpy(np.stack([item[k] for item in items])) for k in keys}
-        if self.weights == "importance" and self.later:
+        if self.key_weights == "importance" and self.later:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             batch["chunk_ids"], batch["key_weights"] = (
                 torch.from_numpy(np.stack(rows))
                 for rows in zip(*(_by_key(item["example"]) for item in items), strict=True)
             )
-        elif self.weights == "importance":
+        elif self.key_weights == "importance":
             examples: list[Example] = [item["example"] for item in items]
             mask = additive_mask(examples, torch.finfo(torch.bfloat16).min)  # float32 holds it too
             batch["attention_mask"] = torch.from_numpy(mask)

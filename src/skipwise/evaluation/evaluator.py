@@ -138,7 +138,7 @@ def check_settings(settings: EvalSettings) -> None:
         if getattr(settings, key) == 0:
             raise SkipwiseError(f"eval.{key} is 0: give 1 or more")
     if not settings.tasks or not all(settings.tasks):
-        raise SkipwiseError(f"which tasks? choose from {', '.join(OWN_TASKS)}, pose-table")
+        raise SkipwiseError(f"which tasks? choose from {', '.join(OWN_TASKS)}, short-benchmarks")
 
 
 class _Loaded:
@@ -208,7 +208,7 @@ def _unit(
     text: str,
 ) -> _Unit | None:
     if task in ("passkey", "needle"):
-        count = settings.passkey_trials if task == "passkey" else settings.needle_trials
+        count = settings.passkey_samples if task == "passkey" else settings.needle_samples
         facts = (task, length, count, settings.num_depths)
         if task == "needle":
             facts += (settings.needles_per_haystack, text)
@@ -324,7 +324,7 @@ def _benchmark(task: str, tokenizer: Any, settings: EvalSettings) -> Any:
 
 
 def _expanded(tasks: Sequence[str]) -> list[str]:
-    """Each task once; `ruler` is all of its tasks, `pose-table` all of its benchmarks."""
+    """Each task once; `ruler` is all of its tasks, `short-benchmarks` all of its benchmarks."""
     names: dict[str, None] = {}
     for task in tasks:
         if task == "ruler":
@@ -339,7 +339,7 @@ def _expanded(tasks: Sequence[str]) -> list[str]:
 def _check_benchmarks(names: list[str], settings: EvalSettings) -> None:
     """What lm-evaluation-harness would refuse, before a model is loaded."""
     for name in names:
-        near = difflib.get_close_matches(name, [*OWN_TASKS, "pose-table"], 1, 0.75)
+        near = difflib.get_close_matches(name, [*OWN_TASKS, "short-benchmarks"], 1, 0.75)
         try:
             benchmarks.check_benchmarks([name], task_folder=settings.task_folder)
         except SkipwiseError as error:

@@ -163,7 +163,7 @@ def evaluation_documents(
         return _documents(sources, recipe, tokenizer)
     if recipe.method == "none" and settings.sources:
         documents = _documents(settings.sources, recipe, tokenizer)
-        searched = recipe.temperature == "auto"
+        searched = recipe.attention_temperature == "auto"
         return _share_out(documents, recipe.target_length)[0] if searched else documents
     if run is None or not run.eval_documents.exists():
         return []

@@ -212,7 +212,7 @@ def without_places(recipe: Recipe) -> Recipe:
 
 def _without_temperature(run: RunFolder) -> str:
     """What an adapter lacks of the merged model, for its README."""
-    value = run.metadata().get("temperature", {}).get("value", run.recipe().temperature)
+    value = run.metadata().get("temperature", {}).get("value", run.recipe().attention_temperature)
     value = "searched at its export" if value == "auto" else value
     return "" if value == 1 else _TEMPERATURE.format(value=value)
 

@@ -83,7 +83,10 @@ class SkipwisePlugin(BasePlugin):
             "trust_remote_code": bool(cfg.get("trust_remote_code")),
         }
         seed = {"seed": cfg["seed"]} if cfg.get("seed") is not None else {}
-        positions = {"weights": "none", **(section.get("positions") or {})}  # its attention: any
+        positions = {
+            "key_weights": "none",
+            **(section.get("positions") or {}),
+        }  # its attention: any
         tree = {**seed, **section, "positions": positions}
         tree |= {"model": cfg["base_model"], "load": load}
         prepared = prepare_model(parse_recipe(tree))
@@ -118,7 +121,7 @@ class SkipwisePlugin(BasePlugin):
         self.collator = PoSECollator(
             make_sampler(recipe, self.prepared.info.original_length),
             seed=recipe.seed,
-            weights=recipe.positions.weights,  # pyright: ignore[reportArgumentType]
+            key_weights=recipe.positions.key_weights,  # pyright: ignore[reportArgumentType]
             config=model.config,
         )
 

@@ -51,18 +51,18 @@ class PoSECollator:
         sampler: Sampler,
         *,
         seed: int = 0,
-        weights: Literal["none", "importance"] = "none",
+        key_weights: Literal["none", "importance"] = "none",
         config: Any = None,
         short_records: Literal["plain", "raise"] = "plain",
         pad_token_id: int = 0,
     ) -> None:
         for name, value, choices in (
-            ("weights", weights, ("none", "importance")),
+            ("key_weights", key_weights, ("none", "importance")),
             ("short_records", short_records, ("plain", "raise")),
         ):
             if value not in choices:
                 raise SkipwiseError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-        self.sampler, self.seed, self.weights, self.config = sampler, seed, weights, config
+        self.sampler, self.seed, self.key_weights, self.config = sampler, seed, key_weights, config
         self.short_records, self.pad_token_id = short_records, pad_token_id
         # Shared, for workers that outlive an epoch hold a copy of everything else.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -102,7 +102,7 @@ class PoSECollator:
             "position_ids": torch.from_numpy(positions),
             "attention_mask": torch.from_numpy(mask),
         }
-        if self.weights == "importance":
+        if self.key_weights == "importance":
             # No token looks at the padding behind it, so the mask need not name it.
             padded = [e if e.num_tokens == width else _plain(width) for e in examples]
             additive = additive_mask(padded, torch.finfo(torch.bfloat16).min)

@@ -170,7 +170,7 @@ def attention_for(
         SkipwiseError: the implementation asked for cannot do it.
     """
     asked = settings.attn_implementation
-    needs = "positions.weights: importance" if weights != "none" else ""
+    needs = "positions.key_weights: importance" if weights != "none" else ""
     needs = needs or ("a model with sliding layers beside full ones" if hybrid else "")
     if needs and asked.startswith("flash"):
         raise SkipwiseError(
@@ -179,8 +179,8 @@ def attention_for(
         )
     if asked == "flex_attention" and weights == "none":
         raise SkipwiseError(
-            f"load.attn_implementation: {asked} is for positions.weights: importance, and without "
-            "them slower than sdpa\nleave it out"
+            f"load.attn_implementation: {asked} is for positions.key_weights: importance, and "
+            "without them slower than sdpa\nleave it out"
         )
     if weights != "none" and asked in ("auto", "flex_attention"):
         reason = mask_reason(settings, config)

@@ -70,14 +70,14 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
     full_length_stage(recipe, info.original_length)
     if recipe.method != "none":
         make_sampler(recipe, info.original_length)
-        attention_for(recipe.load, recipe.positions.weights, info.hybrid, config)
+        attention_for(recipe.load, recipe.positions.key_weights, info.hybrid, config)
         if recipe.training.num_steps < 1:
             raise SkipwiseError(
                 "training.num_steps is 0: type method=none to rescale without training"
             )
     scaled = scaled_config(config, info, scaling, recipe.target_length)
     distillation_weight(recipe, router_loss=bool(getattr(config, "output_router_logits", False)))
-    if recipe.temperature not in ("auto", 1.0):
+    if recipe.attention_temperature not in ("auto", 1.0):
         check_foldable(scaled)
     in_code = conversion is not None and conversion.sentencepiece
     return PreparedModel(

@@ -29,7 +29,7 @@ from skipwise.training.checkpoints import trained_checkpoint
 
 _TRIALS = 20  # a length
 _WINDOWS = 16
-_TASKS = {"needles": "needle", "passkey": "passkey", "perplexity": "perplexity"}
+_TASKS = {"needle": "needle", "passkey": "passkey", "perplexity": "perplexity"}
 
 
 def check_selection(
@@ -41,25 +41,26 @@ def check_selection(
         SkipwiseError: it needs text to hide needles in or to predict, and there is none; no prompt
             fits the lengths.
     """
-    by = recipe.eval.select
-    if by in ("needles", "perplexity"):
+    by = recipe.export.checkpoint
+    if by in ("needle", "perplexity"):
         longest = max(map(len, documents), default=0)
         if not longest or (by == "perplexity" and longest < recipe.target_length):
             raise SkipwiseError(
-                f"eval.select: {by} needs evaluation text"
+                f"export.checkpoint: {by} needs evaluation text"
                 + (f" of {recipe.target_length:,} tokens" if by == "perplexity" else "")
-                + "\ntype data.eval_sources=FILE, or eval.select=passkey"
+                + "\ntype data.eval_sources=FILE, or export.checkpoint=passkey"
             )
     longest = context_lengths(recipe, original_length)[-1]
     one = {"num_trials": 1, "num_depths": 1}
-    if by == "needles":
+    if by == "needle":
         words = haystack_words(tokenizer, documents, 2 * longest)
         fits = needle_trials(tokenizer, longest, **one, words=words)
     else:
         fits = by != "passkey" or passkey_trials(tokenizer, longest, **one)
     if not fits:
         raise SkipwiseError(
-            f"eval.select: {by}: no prompt fits {longest:,} tokens\ntype eval.select=perplexity"
+            f"export.checkpoint: {by}: no prompt fits {longest:,} tokens\n"
+            "type export.checkpoint=perplexity"
         )
 
 
@@ -70,12 +71,12 @@ def chosen_checkpoint(prepared: PreparedModel, run: RunFolder) -> Path | None:
     """
     recipe = prepared.recipe
     finished = trained_checkpoint(run, recipe)
-    if finished is None or recipe.eval.select == "last":
+    if finished is None or recipe.export.checkpoint == "last":
         return finished
     scores: dict[int, float] = {
         c["step"]: c["score"] for c in run.metadata().get("selection", {}).get("candidates", [])
     }
-    higher = recipe.eval.select != "perplexity"
+    higher = recipe.export.checkpoint != "perplexity"
     found = run.metadata().get("selection", {}).get("chosen")
     whole = (f for f in run.candidates.glob("step-*") if f.suffix != ".part")  # a kill leaves those
     folders = {int(f.name.split("-")[1]): f for f in whole}
@@ -102,7 +103,7 @@ def chosen_checkpoint(prepared: PreparedModel, run: RunFolder) -> Path | None:
 def _record(
     run: RunFolder, recipe: Recipe, scores: dict[int, float], higher: bool, chosen: int | None
 ) -> None:
-    by = recipe.eval.select
+    by = recipe.export.checkpoint
     run.update(
         selection={
             "by": by,
@@ -120,9 +121,9 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
     lengths = list(context_lengths(recipe, prepared.info.original_length))[-2:]
     settings = dataclasses.replace(
         EvalSettings(),
-        tasks=(_TASKS[recipe.eval.select],),
-        passkey_trials=_TRIALS,
-        needle_trials=_TRIALS,
+        tasks=(_TASKS[recipe.export.checkpoint],),
+        passkey_samples=_TRIALS,
+        needle_samples=_TRIALS,
         perplexity_windows=_WINDOWS,
         batch_tokens=recipe.eval.batch_tokens,
         seed=recipe.eval.seed + 1,  # not the questions of the evaluation that follows
@@ -137,14 +138,14 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if recipe.eval.select == "perplexity":
+    if recipe.export.checkpoint == "perplexity":
         rows = [r for r in rows if r["metric"] == "perplexity"][-1:]
         value = rows[0]["value"] if rows else None
         return sys.float_info.max if value is None else value  # JSON has no infinity
     trials = sum(row["num_samples"] for row in rows)
     if not trials:
         raise SkipwiseError(
-            f"eval.select: {recipe.eval.select}: no trial fits {lengths[-1]:,} tokens\n"
-            "type eval.select=last"
+            f"export.checkpoint: {recipe.export.checkpoint}: no trial fits {lengths[-1]:,} tokens\n"
+            "type export.checkpoint=last"
         )
     return sum(row["value"] * row["num_samples"] for row in rows) / trials

@@ -88,7 +88,9 @@ def _measure(prepared: PreparedModel) -> dict[str, Any]:
     names = [name for name in SCALINGS if name not in prepared.info.refused_types]
     if len(names) < 2:
         return {"type": fallback, "detail": f"{fallback}, the only one that the family takes"}
-    spare = prepared.recipe.temperature == "auto" or bool(prepared.recipe.data.eval_sources)
+    spare = prepared.recipe.attention_temperature == "auto" or bool(
+        prepared.recipe.data.eval_sources
+    )
     if prepared.recipe.method == "none" and not spare:  # all the text is what is measured with
         return {"type": fallback, "detail": f"{fallback}, not measured: no text to spare"}
     lengths, read, _ = search_text(prepared)
@@ -169,7 +171,7 @@ def _of_one(
 
 def _queries(recipe: Recipe, model: Any) -> QueryWeights | None:
     """What sets the temperature; None where none will be searched, or none can be set."""
-    if recipe.temperature != "auto":
+    if recipe.attention_temperature != "auto":
         return None
     try:
         weights = QueryWeights(model)

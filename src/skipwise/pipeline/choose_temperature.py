@@ -56,7 +56,7 @@ def chosen_temperature(prepared: PreparedModel, run: RunFolder, checkpoint: Path
     Raises:
         SkipwiseError: training has not reached its end.
     """
-    asked = prepared.recipe.temperature
+    asked = prepared.recipe.attention_temperature
     if asked != "auto":
         if asked != 1:
             run.update(temperature={"value": asked, "detail": "as the recipe says"})
@@ -148,7 +148,7 @@ def _search_of_run(
                 model, documents, L, c, batch_tokens=recipe.eval.batch_tokens
             )
         except SkipwiseError as refused:  # auto: nothing was promised
-            detail = str(refused).partition("\n")[0].removeprefix("temperature: ")
+            detail = str(refused).partition("\n")[0].removeprefix("attention_temperature: ")
             return {"value": 1.0, "detail": detail}
     except Exception as error:
         if not is_out_of_memory(error):

@@ -55,15 +55,15 @@ def _shortened(recipe: Recipe) -> Recipe:
     """
     recipe = in_one_process(recipe)
     training = recipe.training
-    passes = min(2, max(1, training.global_batch_size // max(1, training.batch_size)))
+    passes = min(2, max(1, training.global_batch_size // max(1, training.micro_batch_size)))
     return dataclasses.replace(
         recipe,
-        finish=FullLengthSettings(),
+        full_length=FullLengthSettings(),
         training=dataclasses.replace(
             training,
             num_steps=_STEPS,
             save_steps=_STEPS,
-            global_batch_size=passes * training.batch_size,
+            global_batch_size=passes * training.micro_batch_size,
         ),
     )
 

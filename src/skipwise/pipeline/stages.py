@@ -12,7 +12,7 @@ from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.config.stages import full_length_stage
 from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation.evaluator import Texts, evaluate_model
-from skipwise.evaluation.run import make_eval_model, evaluation_documents
+from skipwise.evaluation.run import evaluation_documents, make_eval_model
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model
 from skipwise.export.model_card import write_card

@@ -186,21 +186,21 @@ def make_job(
     settings = recipe.training
     sampler = make_sampler(recipe, info.original_length)
     length = sampler.train_length
-    held = settings.batch_size * num_gpus
+    held = settings.micro_batch_size * num_gpus
     if not held or not settings.global_batch_size or settings.global_batch_size % held:
         raise SkipwiseError(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
-            f"training.batch_size {settings.batch_size} x {num_gpus} GPUs"
+            f"training.micro_batch_size {settings.micro_batch_size} x {num_gpus} GPUs"
         )
-    logits = settings.batch_size * length * info.vocab_size * 4
+    logits = settings.micro_batch_size * length * info.vocab_size * 4
     asked = recipe.load.attn_implementation
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
     taught = 0.0
     if distillation_weight(recipe)[0]:
-        taught = _taught_share(sampler, settings.batch_size, info.original_length)
+        taught = _taught_share(sampler, settings.micro_batch_size, info.original_length)
     return Job(
         architecture=architecture,
-        batch_size=settings.batch_size,
+        batch_size=settings.micro_batch_size,
         length=length,
         accumulation=settings.global_batch_size // held,
         num_steps=settings.num_steps,
@@ -211,7 +211,7 @@ def make_job(
         chunked=settings.loss == "chunked"
         or (settings.loss == "auto" and (taught > 0 or logits > _SMALL_LOGITS)),
         attention="flash" if asked.startswith("flash") else "eager" if asked == "eager" else "sdpa",
-        importance=recipe.positions.weights != "none" and asked != "flex_attention",
+        importance=recipe.positions.key_weights != "none" and asked != "flex_attention",
         optimizer=str(recipe.trainer.get("optim", "adamw_torch_fused")),
         engine=engine,
         num_gpus=num_gpus,

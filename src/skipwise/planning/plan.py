@@ -6,7 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from skipwise.config.recipe import FullLengthSettings, PositionSettings, Recipe, context_lengths
+from skipwise.config.recipe import (
+    DistillationSettings,
+    FullLengthSettings,
+    PositionSettings,
+    Recipe,
+    context_lengths,
+)
 from skipwise.config.samplers import resolve_auto
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
@@ -132,7 +138,7 @@ def _sides(
         train_length=None,
         positions=PositionSettings(),
         finish=FullLengthSettings(),
-        training=dataclasses.replace(recipe.training, distillation=0.0),
+        distillation=DistillationSettings(weight=0.0),
     )
     long = make_job(full, info, job.architecture, num_gpus=num_gpus, gpu=gpu)
     same = _side("full, same examples", long)

@@ -12,7 +12,13 @@ from collections.abc import Callable
 
 from skipwise.config.distillation import distillation_weight, shards
 from skipwise.config.lengths import format_length
-from skipwise.config.recipe import SHARDED_ENGINES, FullLengthSettings, LoRASettings, Recipe
+from skipwise.config.recipe import (
+    SHARDED_ENGINES,
+    DistillationSettings,
+    FullLengthSettings,
+    LoRASettings,
+    Recipe,
+)
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
 from skipwise.planning.architecture import Architecture
@@ -50,8 +56,8 @@ def first_change(
     """The first setting that makes a run fit, several where one is not enough.
 
     Returns:
-        what to type, as `training.batch_size=1` or `--lora trainer.optim=adamw_8bit`; an empty text
-        where the run fits as it is; None where nothing of the ladder is enough.
+        what to type, as `training.micro_batch_size=1` or `--lora trainer.optim=adamw_8bit`; an empty
+        text where the run fits as it is; None where nothing of the ladder is enough.
     """
 
     def size(recipe: Recipe, num_gpus: int) -> float | None:
@@ -115,9 +121,9 @@ def _climb(
 
 
 def _batch(recipe: Recipe, num_gpus: int) -> _Step | None:
-    if recipe.training.batch_size <= 1:
+    if recipe.training.micro_batch_size <= 1:
         return None
-    return "training.batch_size=1", _training(recipe, batch_size=1), num_gpus
+    return "training.micro_batch_size=1", _training(recipe, micro_batch_size=1), num_gpus
 
 
 def _checkpointing(recipe: Recipe, num_gpus: int) -> _Step | None:
@@ -139,7 +145,11 @@ def _untaught(recipe: Recipe, num_gpus: int) -> _Step | None:
         return None
     if not distillation_weight(recipe)[0]:
         return None
-    return "training.distillation=0", _training(recipe, distillation=0.0), num_gpus
+    return (
+        "distillation.weight=0",
+        dataclasses.replace(recipe, distillation=DistillationSettings(weight=0.0)),
+        num_gpus,
+    )
 
 
 def _fsdp(number: int) -> _Rung:
@@ -204,17 +214,17 @@ def _offload(recipe: Recipe, num_gpus: int) -> _Step | None:
 
 def _unfinished(recipe: Recipe, num_gpus: int) -> _Step | None:
     """Without the full-length finish: of a lower share the memory is the same."""
-    if not recipe.finish.share:
+    if not recipe.full_length.fraction:
         return None
-    return "finish={}", dataclasses.replace(recipe, finish=FullLengthSettings()), num_gpus
+    return "full_length={}", dataclasses.replace(recipe, finish=FullLengthSettings()), num_gpus
 
 
 def _unweighted(recipe: Recipe, num_gpus: int) -> _Step | None:
-    if recipe.positions.weights == "none":
+    if recipe.positions.key_weights == "none":
         return None
-    positions = dataclasses.replace(recipe.positions, weights="none")
+    positions = dataclasses.replace(recipe.positions, key_weights="none")
     changed = dataclasses.replace(recipe, positions=positions)
-    return "positions.weights=none", changed, num_gpus
+    return "positions.key_weights=none", changed, num_gpus
 
 
 def _shorter(original_length: int | None) -> _Rung:

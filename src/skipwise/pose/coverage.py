@@ -40,10 +40,10 @@ def _exact_coverage(sampler: PoSE) -> np.ndarray:
     plain = (distance < L).astype(float)
     if sampler.num_chunks == 1:
         return plain
-    first = np.arange(1, (L + 1) // 2 + 1 if sampler.cut == "first-half" else L)
+    first = np.arange(1, (L + 1) // 2 + 1 if sampler.chunk_lengths == "first-half" else L)
     longest = np.sort(np.maximum(first, L - first))
     inside = 1.0 - np.searchsorted(longest, distance, side="right") / len(longest)
     lowest, highest = np.maximum(0, distance - L + 1), np.minimum(T - L, distance - 1)
     across = np.clip(highest - lowest + 1, 0, None) / (T - L + 1)
     shown = 1.0 - (1.0 - inside) * (1.0 - across)
-    return sampler.plain_fraction * plain + (1.0 - sampler.plain_fraction) * shown
+    return sampler.unskipped_fraction * plain + (1.0 - sampler.unskipped_fraction) * shown

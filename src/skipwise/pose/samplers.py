@@ -113,34 +113,36 @@ class PoSE:
     train_length: int
     target_length: int
     num_chunks: int = 2  # N, the paper's choice
-    cut: Literal["random", "first-half"] = "random"
-    gaps: Literal["sequential", "sorted"] = "sequential"
+    chunk_lengths: Literal["random", "first-half"] = "random"
+    skips: Literal["sequential", "sorted"] = "sequential"
     content: Literal["uniform", "contiguous", "aligned"] = "uniform"
-    plain_fraction: float = 0.0  # share of examples left at positions 0 .. L-1
+    unskipped_fraction: float = 0.0  # share of examples left at positions 0 .. L-1
 
     def __post_init__(self) -> None:
         _check_lengths(self.train_length, self.target_length)
-        _check_choice("cut", self.cut, ("random", "first-half"))
-        _check_choice("gaps", self.gaps, ("sequential", "sorted"))
+        _check_choice("chunk_lengths", self.chunk_lengths, ("random", "first-half"))
+        _check_choice("skips", self.skips, ("sequential", "sorted"))
         _check_choice("content", self.content, ("uniform", "contiguous", "aligned"))
         if not 1 <= self.num_chunks <= self.train_length:
             raise SkipwiseError(
                 f"num_chunks is {self.num_chunks}: a window of {self.train_length} tokens is cut "
                 f"into 1 .. {self.train_length} chunks; the paper takes 2"
             )
-        if self.cut == "first-half" and self.num_chunks != 2:
+        if self.chunk_lengths == "first-half" and self.num_chunks != 2:
             raise SkipwiseError(
-                f"cut=first-half is defined for num_chunks=2, not {self.num_chunks}: "
-                "type cut=random"
+                f"chunk_lengths=first-half is defined for num_chunks=2, not {self.num_chunks}: "
+                "type chunk_lengths=random"
             )
-        if not 0.0 <= self.plain_fraction <= 1.0:
-            raise SkipwiseError(f"plain_fraction is {self.plain_fraction}: give a share, 0 .. 1")
+        if not 0.0 <= self.unskipped_fraction <= 1.0:
+            raise SkipwiseError(
+                f"unskipped_fraction is {self.unskipped_fraction}: give a share, 0 .. 1"
+            )
 
     def sample(self, rng: np.random.Generator, num_tokens: int) -> Example:
         """Draw one example from a document of `num_tokens` >= L tokens."""
         L, T = self.train_length, self.target_length
         _check_document(num_tokens, L)
-        if self.plain_fraction and rng.random() < self.plain_fraction:
+        if self.unskipped_fraction and rng.random() < self.unskipped_fraction:
             return _plain(rng, L, num_tokens)
         lengths = self._lengths(rng)
         biases = self._biases(rng, T - L)
@@ -161,7 +163,7 @@ class PoSE:
 
     def _lengths(self, rng: np.random.Generator) -> np.ndarray:
         L, N = self.train_length, self.num_chunks
-        if self.cut == "first-half":
+        if self.chunk_lengths == "first-half":
             first = int(rng.integers(1, (L + 1) // 2 + 1))
             return np.array([first, L - first])
         if N == 2:
@@ -173,7 +175,7 @@ class PoSE:
     def _biases(self, rng: np.random.Generator, room: int) -> np.ndarray:
         """(N,) int64 skipping biases, u_0 = 0, non-decreasing, at most `room`."""
         biases = np.zeros(self.num_chunks, np.int64)
-        if self.gaps == "sorted":
+        if self.skips == "sorted":
             biases[1:] = np.sort(rng.integers(0, room + 1, self.num_chunks - 1))
         else:
             for i in range(1, self.num_chunks):

@@ -25,7 +25,7 @@ _OWNED = {
     "output_dir": "--out",
     "max_steps": "training.num_steps",
     "num_train_epochs": "training.num_steps",
-    "per_device_train_batch_size": "training.batch_size",
+    "per_device_train_batch_size": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size",
     "learning_rate": "training.learning_rate",
     "lr_scheduler_type": "training.lr_scheduler",
@@ -79,7 +79,7 @@ def training_arguments(
     values: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
         "max_steps": settings.num_steps,
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation(settings, world_size()),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler,
@@ -125,10 +125,10 @@ def accumulation(settings: TrainingSettings, num_processes: int) -> int:
     Raises:
         SkipwiseError: the devices cannot share the batch.
     """
-    held = settings.batch_size * num_processes
+    held = settings.micro_batch_size * num_processes
     if held == 0 or settings.global_batch_size == 0 or settings.global_batch_size % held:
         raise SkipwiseError(
             f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
-            f"training.batch_size {settings.batch_size} x {num_processes} devices"
+            f"training.micro_batch_size {settings.micro_batch_size} x {num_processes} devices"
         )
     return settings.global_batch_size // held

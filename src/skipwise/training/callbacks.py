@@ -149,7 +149,7 @@ class RunCallback(TrainerCallback):
             if not (folder / "config.json").exists():  # of an adapter: its base's, as scaled
                 self.config.save_pretrained(folder)
             make_portable(folder, self.recipe.target_length)
-            if self.recipe.eval.select != "last":
+            if self.recipe.export.checkpoint != "last":
                 step = self.before.num_steps + state.global_step
                 keep_candidate(folder, self.run.candidates / f"step-{step}")
             if state.global_step >= args.max_steps:

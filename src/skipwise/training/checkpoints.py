@@ -49,7 +49,7 @@ def finished_checkpoint(run: RunFolder, num_steps: int) -> Path | None:
 
 def trained_checkpoint(run: RunFolder, recipe: Recipe) -> Path | None:
     """The checkpoint that all training ends in, that of the finish where there is one."""
-    if not recipe.finish.share:
+    if not recipe.full_length.fraction:
         return finished_checkpoint(run, recipe.training.num_steps)
     if not run.finish.recipe_file.exists():
         return None

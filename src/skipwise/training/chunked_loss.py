@@ -107,7 +107,7 @@ def chunk_loss(model: Any, distillation: Distillation | None = None) -> None:
             keeps its backbone where it cannot be found.
     """
     if why := full_loss_reason(model):
-        raise SkipwiseError(f"training.loss: chunked {why}\ntype training.loss=whole")
+        raise SkipwiseError(f"training.loss: chunked {why}\ntype training.loss=full")
     plain, name = model.forward, model.base_model_prefix
 
     def forward(

@@ -117,7 +117,7 @@ def out_of_memory(recipe: Recipe) -> SkipwiseError:
     mend = f"type {change}" if change else "take a GPU with more memory, or more of them"
     return SkipwiseError(
         f"{'the GPU' if torch.cuda.is_available() else 'this machine'} is out of memory at "
-        f"{recipe.training.batch_size} x {recipe.train_length or 'L'} tokens a process"
+        f"{recipe.training.micro_batch_size} x {recipe.train_length or 'L'} tokens a process"
         f"{', in the full-length finish' if is_full_length_stage(recipe) else ''}\n{mend}; "
         "skipwise plan RECIPE tells what fits"
     )

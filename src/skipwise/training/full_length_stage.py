@@ -87,13 +87,13 @@ def make_full_length_stage(
     T = recipe.target_length
     corpus = data.corpus.longer(T)
     if corpus is None:
-        mend = "give longer texts, or type finish={}"
+        mend = "give longer texts, or type full_length={}"
         if data.corpus.short_documents == "drop" and data.corpus.num_short:
             mend += f", or data.short_documents=pack, which joins the {data.corpus.num_short:,} "
             mend += f"below {data.sampler.train_length:,} tokens"
         raise SkipwiseError(
-            f"finish.share: {recipe.finish.share:g} needs documents of {T:,} tokens, and the "
-            f"longest to train on has {data.corpus.longest:,}\n{mend}"
+            f"full_length.fraction: {recipe.full_length.fraction:g} needs documents of {T:,} tokens, "
+            f"and the longest to train on has {data.corpus.longest:,}\n{mend}"
         )
     sampler = FullLength(target_length=T)
     settings = recipe.training
@@ -199,7 +199,7 @@ def full_length_metadata(finish: Finish) -> dict[str, Any]:
     settings, T = finish.recipe.training, finish.recipe.target_length
     examples = settings.num_steps * settings.global_batch_size
     return {
-        "share": finish.recipe.finish.share,
+        "share": finish.recipe.full_length.fraction,
         "learning_rate": settings.learning_rate,
         "num_steps": settings.num_steps,
         "batch_size": settings.global_batch_size,

@@ -130,7 +130,7 @@ def _set_up(
         recipe, run, dtype, engine, engine_options={"respread": respread, "load_once": once}
     )
     quantization = quantization_for(recipe.lora, dtype, engine)
-    weights = recipe.positions.weights
+    weights = recipe.positions.key_weights
     attention = attention_for(recipe.load, weights, prepared.info.hybrid, prepared.scaled)
     source, load = prepared.source, prepared.load
     if before.checkpoint is not None and recipe.lora is None:
@@ -321,7 +321,7 @@ def cuts_loss(recipe: Recipe, train_length: int, vocab_size: int) -> bool:
                 "leave one of them out"
             )
         return False
-    return is_chunked(settings.loss, settings.batch_size, train_length, vocab_size)
+    return is_chunked(settings.loss, settings.micro_batch_size, train_length, vocab_size)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -164,8 +164,8 @@ def teacher_sharing_weights(model: Any, config: Any) -> Any:
     lacking = [name for name, tensor in teacher.state_dict().items() if tensor.is_meta]
     if lacking:
         raise SkipwiseError(
-            f"training.distillation: the base cannot be built around the loaded weights, which "
-            f"have no {lacking[0]}\ntype training.distillation=0"
+            f"distillation.weight: the base cannot be built around the loaded weights, which "
+            f"have no {lacking[0]}\ntype distillation.weight=0"
         )
     return teacher.eval()
 

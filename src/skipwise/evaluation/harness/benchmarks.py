@@ -1,6 +1,6 @@
 """Standard benchmarks through lm-evaluation-harness: what a longer window costs at short length.
 
-Any task or group of the harness by its name, or the suite `pose-table`. Prompts, targets and
+Any task or group of the harness by its name, or the suite `short-benchmarks`. Prompts, targets and
 metrics are the harness's own; the model is the one at hand, with its own window. Tasks may also
 come from a folder of YAML files (see `task_folder`), so that nothing has to be downloaded.
 
@@ -29,7 +29,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.evaluation.harness.adapter import first_line, guarded, script_refusal, wrap
 from skipwise.evaluation.harness.task_folder import read_folder
 
-POSE_TABLE = {  # task: (num_fewshot, metric)
+SHORT_BENCHMARKS = {  # task: (num_fewshot, metric)
     "boolq": (0, "acc"),
     "piqa": (0, "acc"),
     "winogrande": (0, "acc"),
@@ -42,8 +42,8 @@ _BOOTSTRAPS = 1000  # for metrics that are not means: the standard error to 2 %
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Task names, each once, with `pose-table` replaced by its six."""
-    each = (POSE_TABLE if name == "pose-table" else (name,) for name in names)
+    """Task names, each once, with `short-benchmarks` replaced by its six."""
+    each = (SHORT_BENCHMARKS if name == "short-benchmarks" else (name,) for name in names)
     return list(dict.fromkeys(name for some in each for name in some))
 
 
@@ -67,7 +67,7 @@ def run_benchmark(
 ) -> list[dict[str, Any]]:
     """Rows of one task or group, one a metric.
 
-    A task of `pose-table` has the suite's few-shot count and metric. Any other has its own
+    A task of `short-benchmarks` has the suite's few-shot count and metric. Any other has its own
     few-shot count and all of its metrics; a group that the harness averages is one row a metric.
 
     Args:
@@ -89,7 +89,7 @@ def run_benchmark(
         raise SkipwiseError(f"limit={limit}: at least one question a task, or none for all")
     with guarded(model) as refused:
         loaded = _load(name, task_folder, refused)
-        num_fewshot, metric = POSE_TABLE.get(name, (None, None))
+        num_fewshot, metric = SHORT_BENCHMARKS.get(name, (None, None))
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot, seed)
         from lm_eval.evaluator import evaluate

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from skipwise.config.parse import load_recipe
+from skipwise.config.parse import load_run_recipe
 from skipwise.config.run_folder import write_json
 from skipwise.data.tokenize import cache_folder
 from skipwise.errors import SkipwiseError
@@ -139,7 +139,7 @@ def _stage(folder: Path, staged: Path, requirements: Requirements) -> None:
 
 def _name(folder: Path) -> str:
     recipe = folder / "skipwise_recipe.yaml"
-    return load_recipe(recipe).run_name if recipe.is_file() else folder.resolve().name
+    return load_run_recipe(recipe).run_name if recipe.is_file() else folder.resolve().name
 
 
 def _convert(converter: Path, staged: Path, part: Path, outtype: str, name: str) -> None:

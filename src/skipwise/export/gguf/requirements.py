@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from skipwise.config.parse import load_recipe
+from skipwise.config.parse import load_run_recipe
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import complete, read_config
@@ -74,7 +74,7 @@ def read_requirements(folder: Path) -> Requirements:
         )
     recipe = folder / "skipwise_recipe.yaml"
     if recipe.is_file():
-        target = load_recipe(recipe).target_length
+        target = load_run_recipe(recipe).target_length
     else:
         target = round(stated * info.scaling.factor) if linear else info.original_length
     return Requirements(

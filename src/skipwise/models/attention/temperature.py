@@ -292,6 +292,6 @@ def _difference(old: list[torch.Tensor], new: list[torch.Tensor], t: float) -> s
 def _refusal(model: Any, why: str) -> SkipwiseError:
     family = model.config.get_text_config(decoder=True).model_type
     return SkipwiseError(
-        f"temperature: the weights of this {family} model cannot carry it: {why}\n"
-        "type temperature=1.0"
+        f"attention_temperature: the weights of this {family} model cannot carry it: {why}\n"
+        "type attention_temperature=1.0"
     )
