@@ -1,10 +1,7 @@
 """What the tests of other trainers share: records, a scaled model, a Trainer, how it stops."""
 
 import pytest
-from transformers import (
-    Trainer,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments
 
 from skipwise import PoSE, SkipwiseError
 from skipwise.models.prepared import load_scaled

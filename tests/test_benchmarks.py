@@ -490,5 +490,5 @@ def test_a_folder_needs_tasks_of_different_names(tmp_path: Path) -> None:
 
 
 def test_importing_does_not_import_the_harness() -> None:
-    code = "import sys, skipwise.evaluate.benchmarks; sys.exit('lm_eval' in sys.modules)"
+    code = "import sys, skipwise.evaluation.harness.benchmarks; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -30,8 +30,8 @@ from skipwise.pipeline.checks import check
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.pose.rope import make_scaling
 from skipwise.pose.samplers import FullLength
+from skipwise.training import callbacks as callbacks_module
 from skipwise.training import chunked_loss as loss_module
-from skipwise.training import trainer as training_module
 from skipwise.training.callbacks import read_metrics
 from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
@@ -349,7 +349,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
 ):
     recipe = make_recipe(tiny, text_folder, *SETTINGS, *more)
     with monkeypatch.context() as patch:
-        patch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
+        patch.setattr(callbacks_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
         with pytest.raises(RunStopped):
             run_training(recipe, tmp_path / "run")
     resumed = run_training(recipe, tmp_path / "run")

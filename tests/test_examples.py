@@ -201,7 +201,7 @@ def test_the_axolotl_plugin_may_read_its_own_yaml_again(plugin, tiny, text_folde
         ({"batch_flattening": True}, "set batch_flattening: false"),
         ({"use_pose": True}, "Axolotl's own PoSE"),
         ({"skipwise": {}}, "and no target"),
-        ({"skipwise": {"target_length": T, "data": {}}}, "skipwise.data.dataset is set by Axolotl"),
+        ({"skipwise": {"target_length": T, "data": {}}}, "skipwise.data is set by Axolotl"),
         ({"skipwise": {"target_length": 32}}, "not longer than the model's"),
         ({"sequence_len": 32}, "cuts the records below train_length 64"),
         ({"model_config": {"rope_scaling": {"type": "linear"}}}, "leave it out"),

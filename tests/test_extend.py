@@ -96,7 +96,11 @@ def test_what_is_there_is_not_done_again(finished, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("done again")
 
-    for name in ("extend.train", "extend.export_model", "evaluate.anything.load_for_evaluation"):
+    for name in (
+        "pipeline.stages.train",
+        "pipeline.stages.export_model",
+        "evaluation.run.load_for_evaluation",
+    ):
         monkeypatch.setattr(f"skipwise.{name}", refuse)
     extend(finished.recipe(), finished.path)
 

@@ -24,6 +24,7 @@ from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.extend import extend
 from skipwise.pipeline.stages import prepare_run, train_run
 from skipwise.planning import find_gpu, make_plan, next_change
+from skipwise.training import callbacks as callbacks_module
 from skipwise.training import trainer as training_module
 from skipwise.training.callbacks import StageOffset, read_metrics
 from skipwise.training.checkpoints import finished_checkpoint, last_checkpoint, trained_checkpoint
@@ -84,7 +85,7 @@ def equal(a, b):
 
 def in_phase(phase, step, act):
     """A callback's on_step_end that acts at a step of a part of the training."""
-    plain = training_module.RunCallback.on_step_end
+    plain = callbacks_module.RunCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.phase == phase and state.global_step == step and args.max_steps > 1:
@@ -307,7 +308,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     recipe = make_recipe(tiny, text_folder)
     with monkeypatch.context() as patch:
         act = in_phase(phase, step, interrupt)
-        patch.setattr(training_module.RunCallback, "on_step_end", act)
+        patch.setattr(callbacks_module.RunCallback, "on_step_end", act)
         with pytest.raises(RunStopped, match=message):
             run_training(recipe, tmp_path / "run")
     seen = recorded(monkeypatch)
@@ -329,7 +330,7 @@ def test_a_finish_that_died_goes_on_at_its_checkpoint(
 
     recipe = make_recipe(tiny, text_folder)
     with monkeypatch.context() as patch:
-        patch.setattr(training_module.RunCallback, "on_step_end", in_phase("finish", 3, die))
+        patch.setattr(callbacks_module.RunCallback, "on_step_end", in_phase("finish", 3, die))
         with pytest.raises(RuntimeError, match="dead"):
             run_training(recipe, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
@@ -342,14 +343,14 @@ def test_a_finish_that_died_goes_on_at_its_checkpoint(
 def test_what_a_finish_took_is_there_when_it_counts_as_done(
     tiny, text_folder, tmp_path, monkeypatch
 ):
-    plain = training_module.mark_complete
+    plain = callbacks_module.mark_complete
 
     def killed(folder, step, engine):
         plain(folder, step, engine)
         if "finish" in folder.parts and step == LAST:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_module, "mark_complete", killed)
+    monkeypatch.setattr(callbacks_module, "mark_complete", killed)
     recipe = make_recipe(tiny, text_folder)
     with pytest.raises(KeyboardInterrupt):
         run_training(recipe, tmp_path / "run")
@@ -392,7 +393,7 @@ def test_an_adapter_goes_on_from_where_pose_left_it(tiny, text_folder, tmp_path,
     assert not any(torch.equal(states[name], moved[name]) for name in states if "lora_B" in name)
     with monkeypatch.context() as patch:
         act = in_phase("finish", 1, interrupt)
-        patch.setattr(training_module.RunCallback, "on_step_end", act)
+        patch.setattr(callbacks_module.RunCallback, "on_step_end", act)
         with pytest.raises(RunStopped):
             run_training(recipe, tmp_path / "parts")
     assert equal(trained(run_training(recipe, tmp_path / "parts")), moved)

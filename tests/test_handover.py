@@ -9,7 +9,7 @@ from skipwise.cli import main
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import Check, SkipwiseError
 from skipwise.models.compatibility import make_portable
-from skipwise.pipeline import extend as extend_module
+from skipwise.pipeline import stages
 
 
 @pytest.fixture
@@ -85,13 +85,13 @@ def test_gguf_is_made_of_the_exported_folder_and_checked(tmp_path, monkeypatch, 
     run.model.mkdir(parents=True)
     recipe = type("Recipe", (), {"run_name": "mine"})
     monkeypatch.setattr(RunFolder, "recipe", lambda self: recipe)
-    monkeypatch.setattr(extend_module, "find_converter", lambda given: "script")
-    monkeypatch.setattr(extend_module, "to_gguf", convert)
+    monkeypatch.setattr(stages, "find_converter", lambda given: "script")
+    monkeypatch.setattr(stages, "to_gguf", convert)
     check = Check(name="gguf rope", passed=True, detail="yarn by 4")
-    monkeypatch.setattr(extend_module, "check_gguf", lambda file, folder: [check])
-    (file,) = extend_module.export_again(run, ["gguf"], "q8_0", None)
+    monkeypatch.setattr(stages, "check_gguf", lambda file, folder: [check])
+    (file,) = stages.export_again(run, ["gguf"], "q8_0", None)
     assert file == run.gguf / "mine-q8_0.gguf"
     assert calls == [(run.model, file, "q8_0", "script", "mine")]
     assert run.metadata()["checks"][0]["name"] == "gguf rope"
     with pytest.raises(SkipwiseError, match="choose from f16"):
-        extend_module.export_again(run, ["gguf"], "q4", None)
+        stages.export_again(run, ["gguf"], "q4", None)

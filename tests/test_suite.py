@@ -189,7 +189,7 @@ def test_eval_of_a_model_with_a_baseline_writes_a_folder_and_goes_on(
         raise AssertionError("it was measured already")
 
     before = run.results()
-    monkeypatch.setattr(run, "load_for_evaluation", refuse)
+    monkeypatch.setattr("skipwise.evaluation.run.load_for_evaluation", refuse)
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows == [row for row in before if row["model"] == "tiny-llama"]

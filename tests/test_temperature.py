@@ -345,7 +345,7 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
         return export_model(*arguments)
 
     monkeypatch.setattr(choose_temperature, "search_temperature", spy)
-    monkeypatch.setattr("skipwise.pipeline.extend.export_model", killed)
+    monkeypatch.setattr("skipwise.pipeline.stages.export_model", killed)
     recipe = make_recipe(tiny, text_folder, "attention_temperature=auto")
     with pytest.raises(KeyboardInterrupt):
         extend(recipe, tmp_path / "run")

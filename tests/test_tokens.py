@@ -25,28 +25,28 @@ from skipwise.data.tokenize import encode, tokenize_source
 from skipwise.errors import SkipwiseError
 from skipwise.pipeline.quickstart import MODEL
 
-# Small chunks and a progress file for each, so that a small corpus is interrupted many times.
+# Small shards and a progress file for each, so that a small corpus is interrupted many times.
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from skipwise import chunks, tokens
-chunks._CHUNK, tokens._SAVE_SECONDS = 2000, 0.0
-encode_chunk = tokens._encode_chunk
+from skipwise.data import shards, tokenize
+shards._SHARD, tokenize._SAVE_SECONDS = 2000, 0.0
+encode_shard = tokenize._encode_shard
 
-def slow(tokenizer, chunk):
+def slow(tokenizer, shard):
     with open(sys.argv[3] + ".log", "a") as log:
         log.write(f"{os.getpid()}\\n")
     time.sleep(float(sys.argv[5]))
-    return encode_chunk(tokenizer, chunk)
+    return encode_shard(tokenizer, shard)
 
-tokens._encode_chunk = slow
+tokenize._encode_shard = slow
 if __name__ == "__main__":
     from transformers import AutoTokenizer
     from skipwise.data.readers import parse_sources
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     (source,) = parse_sources([sys.argv[2]])
     print("ready", flush=True)
-    tokens.tokenize_source(
+    tokenize.tokenize_source(
         source, tokenizer, cache=Path(sys.argv[3]), num_proc=int(sys.argv[4]), progress=False
     )
 """

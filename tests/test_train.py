@@ -21,6 +21,7 @@ from skipwise.models.load import compute_dtype
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.checks import check_run
 from skipwise.pipeline.stages import prepare_run, train_run
+from skipwise.training import callbacks as callbacks_module
 from skipwise.training import trainer as training_module
 from skipwise.training.arguments import training_arguments
 from skipwise.training.callbacks import read_metrics
@@ -68,7 +69,7 @@ def equal(a, b):
 
 def stop_at(step, number):
     """A callback's on_step_end that gets a signal at a step."""
-    plain = training_module.RunCallback.on_step_end
+    plain = callbacks_module.RunCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -117,14 +118,14 @@ def test_what_training_took_is_written_down_before_its_last_checkpoint_counts(
     tiny, text_folder, tmp_path, monkeypatch
 ):
     # A run that is killed after the mark is done, and is not trained again.
-    plain = training_module.mark_complete
+    plain = callbacks_module.mark_complete
 
     def killed(folder, step, engine):
         plain(folder, step, engine)
         if step == STEPS:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_module, "mark_complete", killed)
+    monkeypatch.setattr(callbacks_module, "mark_complete", killed)
     with pytest.raises(KeyboardInterrupt):
         run_training(make_recipe(tiny, text_folder), tmp_path / "run")
     run = RunFolder(tmp_path / "run")
@@ -139,7 +140,7 @@ def test_text_that_changed_since_a_checkpoint_is_refused(tiny, text_folder, tmp_
     shutil.copytree(text_folder, texts)
     (file, *_) = sorted(file for file in texts.rglob("*") if file.is_file())
     recipe, kept = make_recipe(tiny, texts), file.read_bytes()
-    monkeypatch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
+    monkeypatch.setattr(callbacks_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
     with pytest.raises(RunStopped):
         run_training(recipe, tmp_path / "run")
     monkeypatch.undo()
@@ -200,7 +201,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
 ):
     recipe = make_recipe(tiny, text_folder)
     with monkeypatch.context() as patch:
-        patch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, number))
+        patch.setattr(callbacks_module.RunCallback, "on_step_end", stop_at(5, number))
         with pytest.raises(RunStopped, match="stopped at step 5 of 12"):
             run_training(recipe, tmp_path / "run")
     assert last_checkpoint(RunFolder(tmp_path / "run")).name == "checkpoint-5"
@@ -346,7 +347,7 @@ def test_lora_trains_and_goes_on_after_a_stop_to_the_same_adapter(
     metrics = read_metrics(whole)
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     with monkeypatch.context() as patch:
-        patch.setattr(training_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
+        patch.setattr(callbacks_module.RunCallback, "on_step_end", stop_at(5, signal.SIGINT))
         with pytest.raises(RunStopped):
             run_training(recipe, tmp_path / "parts")
     assert equal(weights(run_training(recipe, tmp_path / "parts")), weights(whole))

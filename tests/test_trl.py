@@ -2,9 +2,7 @@
 
 import pytest
 from other_trainers import POSE, L, T, loaded, make_records, stopped
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from skipwise import PoSECollator
 from skipwise.integrations.preflight_callback import PreflightCallback

@@ -86,11 +86,11 @@ def explore() -> list[Setting]:
         found += [made(w, warmup=60), made(w, beta2=0.999), made(w, steps=1000), made(w, steps=100)]
         found += [made(FULL, target=T, steps=1000)]
         found += [made(w, strength=s) for s in (0.25, 0.5, 0.75, 1.25)]
-        found += [made(w, unskipped_fraction=p) for p in (0.1, 0.2, 0.4)]
-        found += [made(w, unskipped_fraction=0.2, distil=d) for d in (0.5, 2.0)]
+        found += [made(w, plain_fraction=p) for p in (0.1, 0.2, 0.4)]
+        found += [made(w, plain_fraction=0.2, distil=d) for d in (0.5, 2.0)]
         for n in (3, 4, 8, 16, 32):
-            found += [made(w, num_chunks=n, skips="sorted")]
-            found += [made(w, num_chunks=n, skips="sorted", content="contiguous")]
+            found += [made(w, num_chunks=n, gaps="sorted")]
+            found += [made(w, num_chunks=n, gaps="sorted", content="contiguous")]
         for variant in ("sections:4", "sections:8", "sections:16", "sections:32"):
             found += [made(w, variant=variant)]
         for variant in ("related:4", "related:16", "related:64", "topup:0.1"):
@@ -121,17 +121,17 @@ def explore2() -> list[Setting]:
         ]
         found += [paper, w, made(w, **kd), made(w, **first), made(w, content="uniform")]
         found += [made(w, finish=0.1, finish_learning_rate=3e-4), full, made(w, rope="llama3")]
-        found += [made(w, rope="ntk"), made(w, strength=0.5), made(w, num_chunks=4, skips="sorted")]
-        found += [made(w, chunk_lengths="first-half")]
+        found += [made(w, rope="ntk"), made(w, strength=0.5), made(w, num_chunks=4, gaps="sorted")]
+        found += [made(w, cut="first-half")]
         if T == 16384:
             continue
         found += [made(full, learning_rate=3e-4), made(w, learning_rate=1e-4)]
         found += [
-            made(w, unskipped_fraction=0.2),
+            made(w, plain_fraction=0.2),
             made(w, strength=1.25),
             made(w, learning_rate=2e-4),
         ]
-        found += [made(w, chunk_lengths="first-half", **kd), made(w, distil=0.2, distil_on="first")]
+        found += [made(w, cut="first-half", **kd), made(w, distil=0.2, distil_on="first")]
         found += [made(w, distil=1.5, distil_on="first"), made(w, learning_rate=5e-4, **first)]
         found += [
             made(w, finish=0.1, finish_learning_rate=lr, end=e)
@@ -145,7 +145,7 @@ def explore2() -> list[Setting]:
             made(w, finish=0.3, finish_learning_rate=3e-4),
         ]
         if T == 8192:
-            found += [made(w, learning_rate=1e-3), made(w, num_chunks=3, skips="sorted")]
+            found += [made(w, learning_rate=1e-3), made(w, num_chunks=3, gaps="sorted")]
             found += [made(w, variant="topup:0.1"), made(w, strength=0.75), made(w, steps=1000)]
             found += [made(w, method="cream"), made(w, content="contiguous")]
     for T in (1024, 4096):
@@ -166,14 +166,14 @@ def explore3() -> list[Setting]:
             w,
             made(w, distil=4.0),
             made(w, learning_rate=1e-3),
-            made(w, chunk_lengths="first-half"),
+            made(w, cut="first-half"),
         ]
         found += [made(w, learning_rate=1e-3, distil=4.0)]
         for rope in ropes:
             found += [
                 made(w, **rope),
                 made(full, **rope),
-                made(w, chunk_lengths="first-half", **rope),
+                made(w, cut="first-half", **rope),
             ]
         found += [
             made(w, rope="ntk", rope_stretch=4.0),
@@ -245,7 +245,7 @@ def chunks() -> list[Setting]:
     found = []
     for seed in SEEDS[:2]:
         found += [at(made(num_chunks=n), 2048, seed=seed) for n in (1, 2, 3, 4, 8, 256)]
-        more = made(WEIGHTED, skips="sorted")
+        more = made(WEIGHTED, gaps="sorted")
         found += [at(made(more, num_chunks=n), 2048, seed=seed) for n in (3, 4)]
     return found
 
@@ -268,7 +268,7 @@ def training() -> list[Setting]:
 
 
 DISTILLED = made(OURS, distil=1.5, distil_on="first")
-HALVED = made(DISTILLED, chunk_lengths="first-half")  # tried for far targets
+HALVED = made(DISTILLED, cut="first-half")  # tried for far targets
 
 
 def distilled() -> list[Setting]:
@@ -300,11 +300,11 @@ def longer() -> list[Setting]:
         if T >= 4096:
             found += [at(made(ours, distil=d), T) for d in (4.0, 12.0)]
             found += [at(made(ours, distil=4.0), T, learning_rate=1e-3)]
-            found += [at(made(ours, unskipped_fraction=0.2), T)]
+            found += [at(made(ours, plain_fraction=0.2), T)]
     return [made(s, tasks=("passkey",)) for s in found]
 
 
-MIXED = made(DISTILLED, unskipped_fraction=0.2)
+MIXED = made(DISTILLED, plain_fraction=0.2)
 
 
 def mixed() -> list[Setting]:

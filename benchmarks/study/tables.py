@@ -87,7 +87,7 @@ def texts(rows: Rows) -> str:
 
 def chunks(rows: Rows) -> str:
     lines = [(f"N = {n}, as published", at(made(num_chunks=n), 2048)) for n in (1, 2, 3, 4, 8, 256)]
-    more = made(WEIGHTED, skips="sorted")
+    more = made(WEIGHTED, gaps="sorted")
     lines += [("N = 2, aligned, weights", at(WEIGHTED, 2048))]
     lines += [
         (f"N = {n}, the same, sorted gaps", at(made(more, num_chunks=n), 2048)) for n in (3, 4)
@@ -187,7 +187,7 @@ def short(rows: Rows) -> str:
         for start, cut in ((DISTILLED, ""), (HALVED, ", cut in the first half")):
             for name, setting in (
                 ("distilled", at(start, T)),
-                ("20 % plain, distilled", at(made(start, unskipped_fraction=0.2), T)),
+                ("20 % plain, distilled", at(made(start, plain_fraction=0.2), T)),
                 ("distilled, 4 for 1.5", at(made(start, distil=4.0), T)),
                 (
                     "distilled, 4 for 1.5, rate 0.001",

@@ -31,12 +31,7 @@ from skipwise.training.full_length_stage import (
     is_checked,
     make_full_length_stage,
 )
-from skipwise.training.inputs import (
-    TrainingData,
-    check_data,
-    dummy_data,
-    load_training_data,
-)
+from skipwise.training.inputs import TrainingData, check_data, dummy_data, load_training_data
 from skipwise.training.setup import set_up
 
 

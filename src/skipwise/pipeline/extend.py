@@ -28,9 +28,7 @@ from skipwise.pipeline.stages import (
 )
 from skipwise.training.arguments import accumulation
 from skipwise.training.checkpoints import trained_checkpoint
-from skipwise.training.inputs import (
-    find_sources,
-)
+from skipwise.training.inputs import find_sources
 
 STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "report")
 

@@ -56,8 +56,8 @@ def first_change(
     """The first setting that makes a run fit, several where one is not enough.
 
     Returns:
-        what to type, as `training.micro_batch_size=1` or `--lora trainer.optim=adamw_8bit`; an empty
-        text where the run fits as it is; None where nothing of the ladder is enough.
+        what to type, as `--lora trainer.optim=adamw_8bit`; an empty text where the run fits;
+        None where no remedy is enough.
     """
 
     def size(recipe: Recipe, num_gpus: int) -> float | None:

@@ -13,13 +13,8 @@ from skipwise.config.machine import world_size
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe, TrainingSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.models.load import (
-    compute_dtype,
-)
-from skipwise.training.distributed.engines import (
-    engine_arguments,
-    on_cpu,
-)
+from skipwise.models.load import compute_dtype
+from skipwise.training.distributed.engines import engine_arguments, on_cpu
 
 _OWNED = {
     "output_dir": "--out",

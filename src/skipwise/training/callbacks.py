@@ -29,11 +29,7 @@ from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
 from skipwise.models.compatibility import make_portable
-from skipwise.training.checkpoints import (
-    keep_candidate,
-    mark_complete,
-    resume_point,
-)
+from skipwise.training.checkpoints import keep_candidate, mark_complete, resume_point
 from skipwise.training.chunked_loss import Distillation
 
 

@@ -92,8 +92,8 @@ def make_full_length_stage(
             mend += f", or data.short_documents=pack, which joins the {data.corpus.num_short:,} "
             mend += f"below {data.sampler.train_length:,} tokens"
         raise SkipwiseError(
-            f"full_length.fraction: {recipe.full_length.fraction:g} needs documents of {T:,} tokens, "
-            f"and the longest to train on has {data.corpus.longest:,}\n{mend}"
+            f"full_length.fraction: {recipe.full_length.fraction:g} needs documents of {T:,} "
+            f"tokens, and the longest to train on has {data.corpus.longest:,}\n{mend}"
         )
     sampler = FullLength(target_length=T)
     settings = recipe.training

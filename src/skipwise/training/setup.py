@@ -23,12 +23,7 @@ from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import Check, RunStopped, SkipwiseError, require
-from skipwise.models.load import (
-    attention_for,
-    check_kernel,
-    has_persistent_buffers,
-    load_model,
-)
+from skipwise.models.load import attention_for, check_kernel, has_persistent_buffers, load_model
 from skipwise.models.lora import add_lora, load_adapter, num_parameters, quantization_for
 from skipwise.models.prepared import PreparedModel
 from skipwise.preflight.batch import check_batch, check_tokenizer

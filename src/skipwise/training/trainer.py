@@ -22,11 +22,7 @@ from skipwise.models.attention.masks import (
     with_chunk_weights,
     with_layer_masks,
 )
-from skipwise.training.checkpoints import (
-    check_disk_space,
-    checkpoint_bytes,
-    last_checkpoint,
-)
+from skipwise.training.checkpoints import check_disk_space, checkpoint_bytes, last_checkpoint
 
 
 class PoSETrainer(Trainer):
