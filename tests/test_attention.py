@@ -276,7 +276,7 @@ def test_it_is_chosen_where_it_can_be_and_never_against_the_recipe(on_gpu, monke
     ):
         settings = ModelSettings(attn_implementation=asked)
         assert attention_for(settings, weights, config=config) == wanted
-    with pytest.raises(SkipwiseError, match=r"is for positions\.weights: importance"):
+    with pytest.raises(SkipwiseError, match=r"is for positions\.key_weights: importance"):
         attention_for(ModelSettings(attn_implementation="flex_attention"), "none", config=config)
     config.auto_map = {"AutoModelForCausalLM": "modeling.Own"}
     assert "code of its own" in mask_reason(ModelSettings(trust_remote_code=True), config)
@@ -315,8 +315,8 @@ def set_up_run(tiny, text_folder, folder, *overrides):
     recipe = parse_recipe(tree, list(overrides))
     prepared = prepare_model(recipe)
     run = open_run(folder, recipe, "test")
-    data = prepare_run(prepared, run)
-    return set_up(prepared, data, run), (prepared, data, run)
+    inputs = prepare_run(prepared, run)
+    return set_up(prepared, inputs.data, run), (prepared, inputs, run)
 
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=2"]], ids=["full", "lora"])
