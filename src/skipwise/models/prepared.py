@@ -107,7 +107,7 @@ def rescale(prepared: PreparedModel, rope_type: str) -> PreparedModel:
 
 
 def convert_weights(prepared: PreparedModel, folder: Path) -> PreparedModel:
-    """The plan with weights that transformers loads: converted into the folder where they must be.
+    """The model with weights that transformers loads, converted into the folder where necessary.
 
     Raises:
         SkipwiseError: the weights cannot be converted.
@@ -128,16 +128,16 @@ def convert_weights(prepared: PreparedModel, folder: Path) -> PreparedModel:
 def load_scaled(
     model: str, target_length: int, *, rope_type: str = "auto", dtype: Any = None
 ) -> tuple[Any, Any, ModelInfo]:
-    """A model with its window rescaled to a target, for a training loop of one's own.
+    """Load a model with its window rescaled to a target length, for your own training loop.
 
     Args:
-        dtype: of the weights; None: float32.
+        dtype: dtype of the weights. Defaults to float32.
 
     Returns:
-        the model with its weights, its tokenizer, and its facts (`original_length` and others).
+        the model with its weights, its tokenizer, and its `ModelInfo` (`original_length` etc.).
 
     Raises:
-        SkipwiseError: the model cannot be extended so.
+        SkipwiseError: the model cannot be extended to this length or with this scaling.
     """
     tree = {"model": model, "target_length": target_length, "rope": {"type": rope_type}}
     prepared = prepare_model(parse_recipe(tree))
