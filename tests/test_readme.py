@@ -1,6 +1,8 @@
-"""The front page: its Python runs as written, it stays short, and the docs' links and paths exist."""
+"""The README is short, its Python runs as written, and what the docs link and name exists."""
 
 import dataclasses
+import json
+import math
 import re
 import typing
 from pathlib import Path
@@ -11,8 +13,8 @@ from skipwise.config.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-# docs/recipe.md, docs/cli.md and docs/families.md are written by programs.
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [page for home in ("benchmarks", "research") for page in (ROOT / home).rglob("README.md")]
 SMALL = {'"./my-model"': "MODEL", "32768": "256", '"./books"': "BOOKS", '"out"': "OUT"}
 
 
@@ -79,19 +81,15 @@ def test_the_loop_of_the_readme_trains_the_scaled_model(tiny, books, tmp_path):
 
 
 def test_the_trainer_of_the_readme_checks_trains_and_saves_the_scaled_model(
-    tiny, books, tmp_path, monkeypatch, capsys
+    tiny, books, tmp_path, capsys
 ):
-    import json
-
-    import numpy as np
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    out, names = tmp_path / "model", {}
+    out: Path = tmp_path / "model"
+    names: dict[str, typing.Any] = {}
     exec(snippet(1, tiny, books, out, max_steps=2), names)
     said = capsys.readouterr().out
     assert "ok   chunks see each other" in said and "FAIL" not in said
     assert names["trainer"].state.global_step == 2
-    assert np.isfinite(names["trainer"].state.log_history[-1]["train_loss"])
+    assert math.isfinite(names["trainer"].state.log_history[-1]["train_loss"])
     assert differing(names["model"], tiny)
     config = json.loads((out / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == config["rope_scaling"]["rope_type"] == "yarn"
@@ -120,6 +118,7 @@ def test_every_python_file_that_the_docs_name_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_recipe_key_that_the_docs_name_exists(page):
+    """Keys of a section, as `training.num_steps`; those at the top look like any word."""
     sections = {
         name: {field.name for field in dataclasses.fields(inner)}
         for name, hint in typing.get_type_hints(Recipe).items()
@@ -129,3 +128,16 @@ def test_every_recipe_key_that_the_docs_name_exists(page):
     pattern = rf"[`\s]({'|'.join(sections)})\.([a-z_]+)(?=[=`:])"
     for section, key in re.findall(pattern, page.read_text(encoding="utf-8")):
         assert key in sections[section], f"{page.name}: {section}.{key}"
+
+
+def test_the_floor_plan_names_every_folder_and_no_other():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.split("src/skipwise/\n", 1)[1].split("```", 1)[0]
+    named, above = set(), ""
+    for line in tree.splitlines():
+        if match := re.match(r"(│   )?[├└]── (\w+)/", line):
+            above = above if match[1] else match[2]
+            named.add(f"{above}/{match[2]}" if match[1] else match[2])
+    home = ROOT / "src/skipwise"
+    folders = {str(file.parent.relative_to(home)) for file in home.rglob("*.py")} - {"."}
+    assert named == folders
