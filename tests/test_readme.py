@@ -13,8 +13,8 @@ from skipwise.config.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += [page for home in ("benchmarks", "research") for page in (ROOT / home).rglob("README.md")]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = [page for home in ("benchmarks", "research") for page in (ROOT / home).rglob("README.md")]
 SMALL = {'"./my-model"': "MODEL", "32768": "256", '"./books"': "BOOKS", '"out"': "OUT"}
 
 
@@ -96,7 +96,7 @@ def test_the_trainer_of_the_readme_checks_trains_and_saves_the_scaled_model(
     assert config["max_position_embeddings"] == 256
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_relative_link_of_the_docs_leads_somewhere(page):
     text = without_code(page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -109,14 +109,14 @@ def test_every_relative_link_of_the_docs_leads_somewhere(page):
             assert anchor in anchors(file), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_python_file_that_the_docs_name_exists(page):
     homes = (ROOT, ROOT / "src/skipwise", ROOT / "benchmarks", ROOT / "research", ROOT / "tests")
     for name in re.findall(r"`([\w/.-]+\.py)\b", page.read_text(encoding="utf-8")):
         assert any((home / name).is_file() for home in homes), f"{page.name}: {name}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_recipe_key_that_the_docs_name_exists(page):
     """Keys of a section, as `training.num_steps`; those at the top look like any word."""
     sections = {
