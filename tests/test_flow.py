@@ -37,7 +37,7 @@ def test_a_default_extend_prepares_the_model_once_and_loads_the_data_once(
     run = extend(parse_recipe(tree, ["eval.tasks=[passkey]", "eval.passkey_samples=1"]), tmp_path)
     metadata = run.metadata()
     assert "measured" in metadata["rope_choice"] and "searched" in metadata["temperature"]
-    assert metadata["finish"]["num_steps"] == 1
+    assert metadata["finish"]["num_steps"] == 2  # a fifth of 10
     assert [len(calls) for calls in (configs, tokenizers, corpora, stages)] == [1, 1, 1, 1]
 
 
