@@ -246,7 +246,7 @@ class Recipe:
     eval: EvalSettings = EvalSettings()
     export: ExportSettings = ExportSettings()
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of transformers' TrainingArguments."""
+    """Further arguments of transformers' TrainingArguments, such as report_to."""
 
     @property
     def run_name(self) -> str:
