@@ -1,9 +1,10 @@
 """A hook of mkdocs.yml: links from docs/ to other files of the repository.
 
-On the site such a link goes to the file in the repository, if REPOSITORY_URL is set where the site
-is built. Without it the link's text is kept and the link is dropped.
+On the site such a link leads to the file in the repository, whose address is REPOSITORY_URL in the
+environment of the build. Without an address the words of the link stay, without the link.
 """
 
+import os
 import posixpath
 import re
 from typing import Any
@@ -11,17 +12,23 @@ from typing import Any
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)\s]+)\)")
 
 
+def on_config(config: Any) -> Any:
+    config.repo_url = os.environ.get("REPOSITORY_URL", "").rstrip("/")
+    config.repo_name = "Source code" if config.repo_url else None
+    return config
+
+
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def outside(match: re.Match[str]) -> str:
-        path, _, anchor = match[3].partition("#")
+        path, hash_mark, anchor = match[3].partition("#")
         path = posixpath.normpath(posixpath.join(folder, path))
         if path.startswith("docs/"):
             return match[0]
         if not config.repo_url:
             return match[2]
-        url = f"{config.repo_url.rstrip('/')}/blob/HEAD/{path}"
-        return f"{match[1]}[{match[2]}]({url}{'#' if anchor else ''}{anchor})"
+        url = f"{config.repo_url}/blob/HEAD/{path}{hash_mark}{anchor}"
+        return f"{match[1]}[{match[2]}]({url})"
 
     return _LINK.sub(outside, markdown)
