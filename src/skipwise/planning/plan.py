@@ -137,7 +137,7 @@ def _sides(
         method="full",
         train_length=None,
         positions=PositionSettings(),
-        finish=FullLengthSettings(),
+        full_length=FullLengthSettings(),
         distillation=DistillationSettings(weight=0.0),
     )
     long = make_job(full, info, job.architecture, num_gpus=num_gpus, gpu=gpu)

@@ -134,7 +134,7 @@ def _checkpointing(recipe: Recipe, num_gpus: int) -> _Step | None:
 
 
 def _chunked(recipe: Recipe, num_gpus: int) -> _Step | None:
-    if recipe.training.loss != "whole":
+    if recipe.training.loss != "full":
         return None
     return "training.loss=chunked", _training(recipe, loss="chunked"), num_gpus
 
@@ -216,7 +216,7 @@ def _unfinished(recipe: Recipe, num_gpus: int) -> _Step | None:
     """Without the full-length finish: of a lower share the memory is the same."""
     if not recipe.full_length.fraction:
         return None
-    return "full_length={}", dataclasses.replace(recipe, finish=FullLengthSettings()), num_gpus
+    return "full_length={}", dataclasses.replace(recipe, full_length=FullLengthSettings()), num_gpus
 
 
 def _unweighted(recipe: Recipe, num_gpus: int) -> _Step | None:
