@@ -398,11 +398,15 @@ def test_families_that_are_not_known_are_called_an_estimate(tmp_path, capsys):
     assert "counted like a Llama" in capsys.readouterr().out
 
 
-def test_the_plan_cuts_the_loss_as_training_does():
-    from skipwise.planning import job
-    from skipwise.training import chunked_loss
+def test_the_plan_cuts_the_loss_as_training_does(folder):
+    from skipwise.training.setup import cuts_loss
 
-    assert (job.SLICE, job._SMALL_LOGITS) == (chunked_loss.SLICE, chunked_loss._SMALL)
+    for settings in (["train_length=64"], ["train_length=8k"], ["training.loss=full"]):
+        recipe = recipe_of(folder, "distillation.weight=0", *settings)
+        info, architecture = read_model(recipe)
+        job = make_job(recipe, info, architecture)
+        assert job.chunked == cuts_loss(recipe, job.length, info.vocab_size)
+    assert job.loss_tokens == job.tokens and not job.chunked
 
 
 @pytest.mark.slow

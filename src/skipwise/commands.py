@@ -131,7 +131,7 @@ def check_verb(given: argparse.Namespace) -> int:
     else:
         print("\n".join(str(c) for c in checks))
         if config_alone:
-            print("\nnot checked, for there are no weights: what the loaded model computes, text")
+            print("\nthere are no weights, so neither the loaded model nor the text was checked")
         elif all(c.passed for c in checks):
             data = " ".join(given.data or ["FOLDER"])
             print(f"\nnext: skipwise extend {given.thing} --to {given.to or 'T'} --data {data}")

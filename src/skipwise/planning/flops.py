@@ -9,13 +9,13 @@ Letters: N = weights a token is multiplied with, L = tokens of an example, T = t
 
 from __future__ import annotations
 
+from skipwise.config.batch import EVALUATION_LOGITS
 from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import UTILISATION, Gpu
 from skipwise.planning.job import Job
 from skipwise.planning.memory import GIB, GPU_RUNTIME
 
-_EVALUATION_LOGITS = 1 << 26  # numbers of logits that evaluate/forward.py holds at once
-_EVALUATION_MASK = 0.05  # of the cache: what a piece's mask may take there
+_EVALUATION_MASK = 0.05  # share of the cache that the mask of a prefill chunk may take
 
 
 def step_flops(job: Job) -> float:
@@ -71,7 +71,7 @@ def cache_bytes(architecture: Architecture, tokens: int, width: int = 2) -> int:
 def evaluation_bytes(architecture: Architecture, tokens: int, width: int = 2) -> float:
     """Peak of a GPU that evaluates one context: weights, cache, a slice of logits, a mask."""
     a = architecture
-    logits = min(_EVALUATION_LOGITS, tokens * a.vocab_size) * (width + 4.0)
+    logits = min(EVALUATION_LOGITS, tokens * a.vocab_size) * (width + 4.0)
     cache = cache_bytes(a, tokens, width)
     return a.num_parameters * width + cache * (1 + _EVALUATION_MASK) + logits + GPU_RUNTIME
 

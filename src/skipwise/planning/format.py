@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
+from skipwise.config.machine import cpu_has_bf16
 from skipwise.planning import flops
 from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import UTILISATION
-from skipwise.planning.job import Job, cpu_has_bf16
+from skipwise.planning.job import Job
 from skipwise.planning.memory import GIB, LATE_IMPORTS, Memory, predict_memory
 from skipwise.planning.plan import Measured, OnGpu, Plan, Side
 

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from skipwise.config.batch import SLICE, accumulation, is_chunked
 from skipwise.config.distillation import distillation_weight
+from skipwise.config.machine import cpu_has_bf16
 from skipwise.config.recipe import LoRASettings, Recipe
 from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.config.stages import first_stage, full_length_stage
-from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import complete, is_local, read_config
 from skipwise.models.model_info import ModelInfo, read_model_info
@@ -23,9 +24,6 @@ from skipwise.models.scaled_config import scaling_for
 from skipwise.planning.architecture import Architecture, Matrix, read_architecture
 from skipwise.planning.gpus import Gpu
 from skipwise.pose.samplers import Sampler
-
-SLICE = 512  # tokens that go through the head at a time with training.loss=chunked (loss.py)
-_SMALL_LOGITS = 64 << 20  # bytes of float32 logits up to which training.loss=auto keeps them whole
 
 # Bytes of optimizer state for one trained number. Source: torch.optim, bitsandbytes; the 8-bit ones
 # keep a float32 scale for 256 numbers and state.
@@ -186,13 +184,7 @@ def make_job(
     settings = recipe.training
     sampler = make_sampler(recipe, info.original_length)
     length = sampler.train_length
-    held = settings.micro_batch_size * num_gpus
-    if not held or not settings.global_batch_size or settings.global_batch_size % held:
-        raise SkipwiseError(
-            f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size {settings.micro_batch_size} x {num_gpus} GPUs"
-        )
-    logits = settings.micro_batch_size * length * info.vocab_size * 4
+    num_passes = accumulation(settings, num_gpus)
     asked = recipe.load.attn_implementation
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
     taught = 0.0
@@ -202,14 +194,14 @@ def make_job(
         architecture=architecture,
         batch_size=settings.micro_batch_size,
         length=length,
-        accumulation=settings.global_batch_size // held,
+        accumulation=num_passes,
         num_steps=settings.num_steps,
         global_batch_size=settings.global_batch_size,
         bf16=_uses_bf16(recipe, gpu, on_cpu),
         lora=recipe.lora,
         checkpointing=settings.gradient_checkpointing,
-        chunked=settings.loss == "chunked"
-        or (settings.loss == "auto" and (taught > 0 or logits > _SMALL_LOGITS)),
+        chunked=is_chunked(settings.loss, settings.micro_batch_size, length, info.vocab_size)
+        or (settings.loss == "auto" and taught > 0),
         attention="flash" if asked.startswith("flash") else "eager" if asked == "eager" else "sdpa",
         importance=recipe.positions.key_weights != "none" and asked != "flex_attention",
         optimizer=str(recipe.trainer.get("optim", "adamw_torch_fused")),
@@ -235,15 +227,6 @@ def _uses_bf16(recipe: Recipe, gpu: Gpu | None, on_cpu: bool) -> bool:
     if on_cpu:
         return cpu_has_bf16()
     return gpu is None or gpu.bf16
-
-
-def cpu_has_bf16() -> bool:
-    """As models.load.compute_dtype decides it, without torch."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in text or "amx_tile" in text
 
 
 def _named(name: str, wanted: str) -> bool:
