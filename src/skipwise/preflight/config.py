@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from skipwise.config.recipe import Recipe
 from skipwise.config.samplers import make_sampler
 from skipwise.errors import Check
@@ -17,9 +19,11 @@ def check_config(info: ModelInfo, scaling: Scaling, target_length: int) -> list[
     L, factor = info.original_length, scaling.factor
     reach = L * factor / info.scaling.factor
     fits = target_length > L and abs(reach - target_length) < 1
-    detail = f"{L:,} to {target_length:,} tokens, {scaling.name} by {factor:g}"
+    detail = (
+        f"the window grows from {L:,} to {target_length:,} tokens, {scaling.name} by {factor:g}"
+    )
     if not isinstance(info.scaling, Unscaled):
-        detail += f", up from the model's own {info.scaling.factor:g}"
+        detail += f" of which the model already has {info.scaling.factor:g}"
     if not fits:
         detail = (
             f"rope.factor {factor:g} extends {L:,} tokens to {reach:,.0f}, not to the target of "
@@ -54,7 +58,7 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
     found = {
         "model": f"{converted}{info.family}; rope_theta is {info.rope_theta:,.0f}, and RoPE "
         f"rotates {info.rotary_dim} of a head's {info.head_dim} dimensions",
-        "rope": f"{scaling.name} by {scaling.factor:g} can be computed for this model; the "
+        "rope": f"the lowest frequency turns once in {2 * math.pi / inv_freq[-1]:,.0f} tokens; the "
         f"attention factor is {scaling.attention_factor:.4f}",
         "attention window": _window(info),
     }
@@ -73,7 +77,7 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
     rope = changes["rope_parameters"].items()
     keys = [f"{key}={value}" for key, value in changes.items() if key != "rope_parameters"]
     keys += [f"{key}={value}" for key, value in rope if key not in ("long_factor", "short_factor")]
-    found["config"] = f"config.json will say {', '.join(keys)}"
+    found["config"] = f"config.json gets {', '.join(keys)}"
     checks = [
         Check(name=name, passed=True, detail=detail, numbers=numbers if name == "rope" else {})
         for name, detail in found.items()
