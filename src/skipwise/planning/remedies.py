@@ -10,16 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 from skipwise.config.distillation import distillation_weight, shards
 from skipwise.config.lengths import format_length
-from skipwise.config.recipe import (
-    SHARDED_ENGINES,
-    DistillationSettings,
-    FullLengthSettings,
-    LoRASettings,
-    Recipe,
-)
+from skipwise.config.recipe import SHARDED_ENGINES, FullLengthSettings, LoRASettings, Recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
 from skipwise.planning.architecture import Architecture
@@ -119,23 +114,29 @@ def _apply(
     return words, (recipe, num_gpus)
 
 
+def _set(recipe: Recipe, num_gpus: int, key: str, value: Any) -> _Change:
+    section, name = key.split(".")
+    settings = dataclasses.replace(getattr(recipe, section), **{name: value})
+    word = f"{key}={value}".replace("=True", "=true").replace("=False", "=false")
+    return word, dataclasses.replace(recipe, **{section: settings}), num_gpus
+
+
 def _micro_batch(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.training.micro_batch_size <= 1:
         return None
-    return "training.micro_batch_size=1", _training(recipe, micro_batch_size=1), num_gpus
+    return _set(recipe, num_gpus, "training.micro_batch_size", 1)
 
 
 def _checkpointing(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.training.gradient_checkpointing:
         return None
-    changed = _training(recipe, gradient_checkpointing=True)
-    return "training.gradient_checkpointing=true", changed, num_gpus
+    return _set(recipe, num_gpus, "training.gradient_checkpointing", True)
 
 
 def _chunked_loss(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.training.loss != "full":
         return None
-    return "training.loss=chunked", _training(recipe, loss="chunked"), num_gpus
+    return _set(recipe, num_gpus, "training.loss", "chunked")
 
 
 def _no_distillation(recipe: Recipe, num_gpus: int) -> _Change | None:
@@ -144,11 +145,7 @@ def _no_distillation(recipe: Recipe, num_gpus: int) -> _Change | None:
         return None
     if not distillation_weight(recipe)[0]:
         return None
-    return (
-        "distillation.weight=0",
-        dataclasses.replace(recipe, distillation=DistillationSettings(weight=0.0)),
-        num_gpus,
-    )
+    return _set(recipe, num_gpus, "distillation.weight", 0)
 
 
 def _shard_over(number: int) -> _Remedy:
@@ -179,8 +176,7 @@ def _lora(recipe: Recipe, num_gpus: int) -> _Change | None:
 def _freeze_embeddings(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.lora is None or not recipe.lora.train_embeddings:
         return None
-    lora = dataclasses.replace(recipe.lora, train_embeddings=False)
-    return "lora.train_embeddings=false", dataclasses.replace(recipe, lora=lora), num_gpus
+    return _set(recipe, num_gpus, "lora.train_embeddings", False)
 
 
 def _nf4(recipe: Recipe, num_gpus: int) -> _Change | None:
@@ -188,8 +184,7 @@ def _nf4(recipe: Recipe, num_gpus: int) -> _Change | None:
         return None
     if recipe.engine.startswith("zero3"):  # DeepSpeed cannot shard quantised weights
         return None
-    lora = dataclasses.replace(recipe.lora, quantization="nf4")
-    return "lora.quantization=nf4", dataclasses.replace(recipe, lora=lora), num_gpus
+    return _set(recipe, num_gpus, "lora.quantization", "nf4")
 
 
 def _eight_bit_optimizer(recipe: Recipe, num_gpus: int) -> _Change | None:
@@ -215,15 +210,14 @@ def _no_full_length(recipe: Recipe, num_gpus: int) -> _Change | None:
     """Without the full-length stage: a smaller fraction needs as much memory."""
     if not recipe.full_length.fraction:
         return None
-    return "full_length={}", dataclasses.replace(recipe, full_length=FullLengthSettings()), num_gpus
+    changed = dataclasses.replace(recipe, full_length=FullLengthSettings())
+    return "full_length={}", changed, num_gpus
 
 
 def _no_key_weights(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.positions.key_weights == "none":
         return None
-    positions = dataclasses.replace(recipe.positions, key_weights="none")
-    changed = dataclasses.replace(recipe, positions=positions)
-    return "positions.key_weights=none", changed, num_gpus
+    return _set(recipe, num_gpus, "positions.key_weights", "none")
 
 
 def _shorter_examples(original_length: int | None) -> _Remedy:
@@ -233,21 +227,13 @@ def _shorter_examples(original_length: int | None) -> _Remedy:
         if recipe.method == "full":
             return "method=pose", dataclasses.replace(recipe, method="pose"), num_gpus
         length = recipe.train_length or recipe.original_length or original_length
-        if length is None:
-            return "train_length=2k", dataclasses.replace(recipe, train_length=2048), num_gpus
-        if length // 2 < _SHORTEST:
+        if length is not None and length // 2 < _SHORTEST:
             return None
-        changed = dataclasses.replace(recipe, train_length=length // 2)
-        return f"train_length={format_length(length // 2)}", changed, num_gpus
+        half = 2048 if length is None else length // 2
+        changed = dataclasses.replace(recipe, train_length=half)
+        return f"train_length={format_length(half)}", changed, num_gpus
 
     return remedy
-
-
-def _training(recipe: Recipe, **changes: object) -> Recipe:
-    return dataclasses.replace(
-        recipe,
-        training=dataclasses.replace(recipe.training, **changes),  # type: ignore[arg-type]
-    )
 
 
 _REMEDIES: tuple[_Remedy, ...] = (
