@@ -1,4 +1,4 @@
-"""What a model's config says: its RoPE, its context window, and why it cannot be extended if so.
+"""What a model's config says: its RoPE, its context window, and whether it can be extended.
 
 This depends on the config's keys, not on a list of families: transformers gives every decoder with
 RoPE a `rope_parameters` dictionary. No torch, so that `skipwise check` reads a config.json fast.
