@@ -137,7 +137,7 @@ def test_the_tokens_of_both_parts_are_those_of_training(share, factor, processes
     longest = max(step, finish.global_batch_size * factor * 8192)
     assert abs(total - 1000 * step) < longest
     assert abs(of_finish - share * 1000 * step) < longest
-    assert finish.global_batch_size % processes == 0 and finish.batch_size == 1
+    assert finish.global_batch_size % processes == 0 and finish.micro_batch_size == 1
 
 
 def test_the_recipe_of_the_finish_in_figures():
