@@ -248,10 +248,10 @@ CONFIGS = [  # (family, settings, why it takes a mask)
     ("stablelm", {}, "does not run stablelm on flex_attention"),
     ("gptj", {}, "does not run gptj on sdpa"),
     ("seed_oss", {"head_dim": 16}, "attention_dropout is 0.1"),
-    ("llama", {"head_dim": 96}, "heads are 96 wide"),
-    ("llama", {"num_attention_heads": 8}, "heads are 8 wide"),
+    ("llama", {"head_dim": 96}, "head_dim is 96"),
+    ("llama", {"num_attention_heads": 8}, "head_dim is 8"),
     ("deepseek_v3", {}, "differ in width"),
-    ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "layers of conv"),
+    ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "layers of type conv"),
 ]
 
 
@@ -276,7 +276,7 @@ def test_it_is_chosen_where_it_can_be_and_never_against_the_recipe(on_gpu, monke
     ):
         settings = ModelSettings(attn_implementation=asked)
         assert attention_for(settings, weights, config=config) == wanted
-    with pytest.raises(SkipwiseError, match=r"is for positions\.key_weights: importance"):
+    with pytest.raises(SkipwiseError, match=r"is only for positions\.key_weights: importance"):
         attention_for(ModelSettings(attn_implementation="flex_attention"), "none", config=config)
     config.auto_map = {"AutoModelForCausalLM": "modeling.Own"}
     assert "code of its own" in mask_reason(ModelSettings(trust_remote_code=True), config)
@@ -290,8 +290,8 @@ def test_it_is_chosen_where_it_can_be_and_never_against_the_recipe(on_gpu, monke
 def test_without_a_gpu_the_preflight_says_why_there_is_a_mask(tiny, text_folder, tmp_path):
     training, _ = set_up_run(tiny, text_folder, tmp_path / "run")
     (line,) = [str(c) for c in training.checks if c.name == "importance weights"]
-    assert line.endswith("a mask of pairs through sdpa: flex_attention trains on NVIDIA GPUs alone")
-    with pytest.raises(SkipwiseError, match=r"NVIDIA GPUs alone\nleave it out"):
+    assert line.endswith("additive mask in sdpa, because flex_attention trains only on NVIDIA GPUs")
+    with pytest.raises(SkipwiseError, match=r"only on NVIDIA GPUs\nleave it out"):
         set_up_run(tiny, text_folder, tmp_path / "other", "load.attn_implementation=flex_attention")
     assert not (tmp_path / "other").exists()
 
@@ -340,8 +340,8 @@ def test_a_run_trains_the_weights_it_trains_with_the_mask(
         assert "attn_implementation" not in saved.read_text() and FLEX not in saved.read_text()
         assert job[0].scaled._attn_implementation != FLEX  # what is evaluated next is loaded by it
     assert losses["auto"] == pytest.approx(losses["sdpa"], abs=1e-5)
-    assert seen[0] == "by flex_attention, without a mask of pairs"
-    assert seen[1] == "by a mask of pairs through sdpa: load.attn_implementation says so"
+    assert seen[0] == "applied by flex_attention"
+    assert seen[1] == "applied by an additive mask in sdpa, because load.attn_implementation is set"
 
 
 def test_an_example_of_one_chunk_beside_others_is_plain():

@@ -113,7 +113,7 @@ def test_a_run_on_a_gpu_chooses_it_and_trains(tiny, text_folder, tmp_path, dtype
         )
         assert all(check.passed for check in training.checks), training.checks
         said = {c.name: c.detail for c in training.checks}["importance weights"]
-        assert said.startswith("by flex_attention") == (asked == "auto")
+        assert said.endswith("by flex_attention") == (asked == "auto")
         batch = next(iter(training.trainer.get_train_dataloader()))
         mask = training.trainer._prepare_inputs(batch)["attention_mask"]
         assert is_packed(mask) == (asked == "auto")

@@ -84,7 +84,7 @@ def test_a_dropped_mask_cuts_the_chunks_off_and_is_caught(
 def test_importance_weights_pass_and_a_mask_that_is_not_causal_is_caught(prepared, model):
     recipe = dataclasses.replace(
         prepared.recipe,
-        positions=dataclasses.replace(prepared.recipe.positions, weights="importance"),
+        positions=dataclasses.replace(prepared.recipe.positions, key_weights="importance"),
     )
     batch = make_batch(dataclasses.replace(prepared, recipe=recipe))
     assert all(passed(check_batch(model, batch)).values())

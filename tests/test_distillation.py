@@ -428,7 +428,7 @@ def recipe_of(tiny, *settings):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["engine=fsdp2", "lora.quantization=nf4"], "fsdp2 would take weights that are not quant"),
+        (["engine=fsdp2", "lora.quantization=nf4"], "fsdp2 would need a teacher that is not quant"),
         (["trainer.use_liger_kernel=true"], "use_liger_kernel replaces the loss"),
         (["training.loss=full"], "training.loss is full"),
         (["method=full"], "method: full has no first chunk"),

@@ -89,11 +89,11 @@ def test_a_hub_data_set_is_streamed_by_name(monkeypatch):
     [
         ("./no/such/folder", "no such file or folder"),
         ({"path": "x", "waight": 2}, "unknown key waight"),
-        ({"weight": 2}, "lacks path"),
-        ({"path": ".", "weight": -1}, "from 0 up"),
-        ({"path": ".", "max_tokens": 0}, "whole number from 1 up"),
-        ({"path": ".", "max_tokens": 1.5}, "whole number from 1 up"),
-        ({"path": ".", "max_tokens": "many"}, "whole number from 1 up"),
+        ({"weight": 2}, "has no path"),
+        ({"path": ".", "weight": -1}, "give 0 or more"),
+        ({"path": ".", "max_tokens": 0}, "whole number of 1 or more"),
+        ({"path": ".", "max_tokens": 1.5}, "whole number of 1 or more"),
+        ({"path": ".", "max_tokens": "many"}, "whole number of 1 or more"),
     ],
 )
 def test_a_wrong_source_is_an_error_that_says_what_is_wrong(value, word):

@@ -224,7 +224,7 @@ def test_mistakes_are_found_before_anything_is_written(tiny, text_folder, tmp_pa
         (["method=randpos", "positions.num_chunks=3"], "method: randpos"),
         (
             ["positions.key_weights=importance", "load.attn_implementation=flash_attention_2"],
-            "takes no mask of pairs",
+            r"takes no \(L, L\) mask",
         ),
     ):
         with pytest.raises(SkipwiseError, match=word):

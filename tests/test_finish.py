@@ -162,8 +162,8 @@ def test_the_recipe_of_the_finish_in_figures():
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
-        (["full_length.fraction=1"], "give a share of training"),
-        (["full_length.fraction=0.9999"], "leaves none before it"),
+        (["full_length.fraction=1"], "give a number from 0 to below 1"),
+        (["full_length.fraction=0.9999"], "leaves none for the first stage"),
         (["full_length.fraction=0.1", "method=full"], "is at full length already"),
         (["full_length.fraction=0.1", "method=none"], "trains nothing"),
         (["full_length.learning_rate=1e-5"], r"does not take effect with full_length\.fraction: 0"),
@@ -504,14 +504,13 @@ def test_the_plan_shows_both_parts(tmp_path, capsys):
     asked = ["plan", str(tmp_path), "--to", "128k", "--gpus", "8", "--engine", "fsdp2"]
     assert main([*asked, "full_length.fraction=0.1"]) == 0
     out = capsys.readouterr().out
-    assert (
-        "peak of its finish" in out and "1 x 131,072 tokens" in out and "no: full_length={}" in out
-    )
+    assert "full-length peak" in out and "1 x 131,072 tokens" in out and "no: full_length={}" in out
     settings = [f"model={tmp_path}", "target_length=128k", "engine=fsdp2"]
     with_it = make_plan(made(*settings, "full_length.fraction=0.1"), num_gpus=8)
     without = make_plan(made(*settings), num_gpus=8)
     assert with_it.memory == without.memory and with_it.job.num_steps == 900
-    assert with_it.finish.job.num_steps == 50 and with_it.finish.job.length == 131072
+    stage = with_it.full_length.job
+    assert stage.num_steps == 50 and stage.length == 131072
     for row, plain in zip(with_it.gpus, without.gpus, strict=True):
         assert row.memory.total > 3 * plain.memory.total and row.hours > 1.1 * plain.hours
     lower = make_plan(made(*settings, "full_length.fraction=0.02"), num_gpus=8)

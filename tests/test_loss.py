@@ -5,12 +5,13 @@ import torch
 from test_families import FAMILIES, SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from skipwise.config.batch import is_chunked
 from skipwise.config.recipe import LoRASettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.attention.masks import with_layer_masks
 from skipwise.models.lora import add_lora
 from skipwise.training import chunked_loss as loss_module
-from skipwise.training.chunked_loss import chunk_loss, is_chunked
+from skipwise.training.chunked_loss import chunk_loss
 
 CONFIGS = {family: needs for family, (needs, _) in FAMILIES.items() if needs is not None}
 
@@ -142,4 +143,4 @@ def test_a_router_loss_is_not_left_out_silently():
 def test_auto_cuts_where_logits_are_large():
     assert not is_chunked("auto", 16, 256, 1024)  # 16 MiB
     assert is_chunked("auto", 1, 8192, 32000)  # 1,000 MiB
-    assert is_chunked("chunked", 1, 256, 1024) and not is_chunked("whole", 1, 8192, 32000)
+    assert is_chunked("chunked", 1, 256, 1024) and not is_chunked("full", 1, 8192, 32000)

@@ -209,7 +209,7 @@ def test_what_a_pass_keeps_is_what_autograd_saves(
     family, bf16, lora, checkpointing, additive, attention
 ):
     from skipwise.planning import allocations
-    from skipwise.planning.memory import _kept
+    from skipwise.planning.memory import _saved_activations
 
     rows, length = 2, 256
     shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3}
@@ -234,7 +234,11 @@ def test_what_a_pass_keeps_is_what_autograd_saves(
         importance=additive,
         attention=attention,
     )
-    kept = _kept(job) + allocations.head_activations(job, job.tokens) + allocations.head_copy(job)
+    kept = (
+        _saved_activations(job)
+        + allocations.head_activations(job, job.tokens)
+        + allocations.head_copy(job)
+    )
     softmax = 4 * job.tokens * 1000  # of the loss
     predicted = sum(item.total for item in kept) + softmax
     assert predicted == pytest.approx(
@@ -338,7 +342,7 @@ def test_operations_are_six_a_weight_and_token_and_checkpointing_adds_two():
 
 def test_full_length_at_equal_tokens_differs_by_its_attention_alone(folder):
     plan = make_plan(recipe_of(folder))
-    own, examples, tokens = plan.sides
+    own, examples, tokens = plan.costs
     assert tokens.tokens_per_step == own.tokens_per_step
     assert examples.tokens_per_step == 4 * own.tokens_per_step
     attention = own.tokens_per_step * 4 * 32 * 2 * 2 * 4096 * (32768 - 8192) / 2
@@ -374,7 +378,7 @@ def test_the_verb_names_what_is_wrong(folder, tmp_path, capsys):
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({**MISTRAL, "num_hidden_layers": None}))
     assert main(["plan", str(broken), "--to", "32k"]) == 2
-    assert "lacks num_hidden_layers" in capsys.readouterr().err
+    assert "has no num_hidden_layers" in capsys.readouterr().err
 
 
 def test_the_verb_prints_json_and_one_gpu_where_it_is_named(folder, capsys):
@@ -398,11 +402,15 @@ def test_families_that_are_not_known_are_called_an_estimate(tmp_path, capsys):
     assert "counted like a Llama" in capsys.readouterr().out
 
 
-def test_the_plan_cuts_the_loss_as_training_does():
-    from skipwise.planning import job
-    from skipwise.training import chunked_loss
+def test_the_plan_cuts_the_loss_as_training_does(folder):
+    from skipwise.training.setup import cuts_loss
 
-    assert (job.SLICE, job._SMALL_LOGITS) == (chunked_loss.SLICE, chunked_loss._SMALL)
+    for settings in (["train_length=64"], ["train_length=8k"], ["training.loss=full"]):
+        recipe = recipe_of(folder, "distillation.weight=0", *settings)
+        info, architecture = read_model(recipe)
+        job = make_job(recipe, info, architecture)
+        assert job.chunked == cuts_loss(recipe, job.length, info.vocab_size)
+    assert job.loss_tokens == job.tokens and not job.chunked
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def test_the_plan_counts_the_copy_and_under_lora_there_is_none(mistral):
     assert predict_memory(taught).parts["teacher"] == 2 * plain.architecture.num_parameters
     assert "teacher" not in predict_memory(plain).parts
     lora = job_of(mistral, "distillation.weight=3", "lora={}")
-    assert lora.taught_share and "teacher" not in predict_memory(lora).parts
+    assert lora.distilled_fraction and "teacher" not in predict_memory(lora).parts
 
 
 @pytest.mark.parametrize("lora", [[], ["lora={}"]])
@@ -56,8 +56,10 @@ def test_the_plan_counts_a_forward_pass_over_half_of_the_tokens(mistral):
         "positions.chunk_lengths=random",
     ]
     plain, taught = (job_of(mistral, f"distillation.weight={w}", *settings) for w in (0, 3))
-    assert taught.taught_share == pytest.approx(0.5, abs=0.03) and plain.taught_share == 0
-    half = dataclasses.replace(taught, taught_share=0.5)
+    assert (
+        taught.distilled_fraction == pytest.approx(0.5, abs=0.03) and plain.distilled_fraction == 0
+    )
+    half = dataclasses.replace(taught, distilled_fraction=0.5)
     a = taught.architecture
     head = a.vocab_size * a.hidden_size
     attention = 4.0 * a.num_heads * a.head_dim * a.num_layers * 8192 / 2
@@ -65,9 +67,9 @@ def test_the_plan_counts_a_forward_pass_over_half_of_the_tokens(mistral):
     more = step_flops(half) - step_flops(plain)
     assert more == pytest.approx(taught.tokens_per_step * token, rel=1e-9)
     first_half = job_of(mistral, "distillation.weight=3", "positions.chunk_lengths=first-half")
-    assert first_half.taught_share == pytest.approx(0.25, abs=0.03)
+    assert first_half.distilled_fraction == pytest.approx(0.25, abs=0.03)
     pairs = job_of(mistral, "distillation.weight=3", *settings, "training.micro_batch_size=2")
-    assert pairs.taught_share == pytest.approx(2 / 3, abs=0.03)  # the longer of two
+    assert pairs.distilled_fraction == pytest.approx(2 / 3, abs=0.03)  # the longer of two
 
 
 def test_a_run_without_room_is_told_to_do_without_the_copy(mistral):

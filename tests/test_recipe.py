@@ -93,7 +93,7 @@ def test_a_wrong_key_or_value_is_named(override, word):
 
 
 def test_a_recipe_without_a_model_or_with_broken_yaml_is_an_error(tmp_path):
-    with pytest.raises(SkipwiseError, match="lacks model"):
+    with pytest.raises(SkipwiseError, match="has no model"):
         parse_recipe({"target_length": 3})
     file = tmp_path / "r.yaml"
     for text, word in (("a: [", "not YAML"), ("- 1", "not a recipe")):

@@ -449,7 +449,7 @@ def test_auto_says_why_there_was_no_search(tiny, text_folder, tmp_path):
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(base)
     recipe = make_recipe(base, text_folder, "method=none", "attention_temperature=auto")
     assert REFUSED["nanochat"] in chosen(prepare_model(recipe), "nanochat-run")
-    with pytest.raises(SkipwiseError, match="nanochat model cannot carry it"):
+    with pytest.raises(SkipwiseError, match="nanochat model cannot absorb it"):
         prepare_model(make_recipe(base, text_folder, "attention_temperature=1.1"))
 
 

@@ -6,26 +6,26 @@ import sys
 import pytest
 
 from skipwise.data.progress import warn_of_disk_space
-from skipwise.data.token_cache import Progress, part_of
+from skipwise.data.token_cache import StoreProgress, lock_unfinished
 
 
 def test_too_little_room_for_the_rest_is_told_once_it_can_be_foreseen():
-    half = Progress(num_tokens=10**9, num_bytes=4 * 10**9)
+    half = StoreProgress(num_tokens=10**9, num_bytes=4 * 10**9)
     needed = 2 * 10**9  # as many tokens again, of two bytes
     assert not warn_of_disk_space(half, 8 * 10**9, 2, needed)
-    with pytest.warns(UserWarning, match=r"some 2 GB.*1 GB are free.*SKIPWISE_CACHE"):
+    with pytest.warns(UserWarning, match=r"about 2 GB.*1 GB are free.*SKIPWISE_CACHE"):
         assert warn_of_disk_space(half, 8 * 10**9, 2, needed // 2)
     assert not warn_of_disk_space(half, None, 2, 0)  # of a stream the end is not known
     assert not warn_of_disk_space(
-        Progress(num_tokens=1, num_bytes=1), 10**12, 2, 0
+        StoreProgress(num_tokens=1, num_bytes=1), 10**12, 2, 0
     )  # too early to tell
 
 
 def test_a_second_process_says_that_it_waits(tmp_path):
-    with part_of(tmp_path / "tokens/x") as part:
+    with lock_unfinished(tmp_path / "tokens/x") as part:
         code = (
-            "import sys; from pathlib import Path; from skipwise.data.token_cache import part_of\n"
-            f"with part_of(Path({str(tmp_path / 'tokens/x')!r})): print('mine')"
+            "from pathlib import Path; from skipwise.data.token_cache import lock_unfinished\n"
+            f"with lock_unfinished(Path({str(tmp_path / 'tokens/x')!r})): print('mine')"
         )
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         second = subprocess.Popen([sys.executable, "-c", code], **pipes)

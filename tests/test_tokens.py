@@ -463,7 +463,7 @@ def test_a_worker_ended_from_outside_is_an_error_with_a_remedy(
         return append(*args)
 
     monkeypatch.setattr(tokenize, "_append", ending)
-    with pytest.raises(SkipwiseError, match=r"ended from outside.*\n.*num_proc"):
+    with pytest.raises(SkipwiseError, match=r"was killed.*\n.*num_proc"):
         tokenize_source(source_of(mixed), tokenizer, cache=tmp_path, num_proc=2)
 
 

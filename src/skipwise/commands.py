@@ -131,7 +131,7 @@ def check_verb(given: argparse.Namespace) -> int:
     else:
         print("\n".join(str(c) for c in checks))
         if config_alone:
-            print("\nnot checked, for there are no weights: what the loaded model computes, text")
+            print("\nthere are no weights, so neither the loaded model nor the text was checked")
         elif all(c.passed for c in checks):
             data = " ".join(given.data or ["FOLDER"])
             print(f"\nnext: skipwise extend {given.thing} --to {given.to or 'T'} --data {data}")
@@ -139,7 +139,7 @@ def check_verb(given: argparse.Namespace) -> int:
 
 
 def plan_verb(given: argparse.Namespace) -> int:
-    from skipwise.planning import as_json, find_gpu, format_measured, format_plan, make_plan
+    from skipwise.planning import find_gpu, format_measured, format_plan, make_plan, plan_to_dict
 
     recipe = _recipe(given)
     gpu = find_gpu(given.gpu) if given.gpu else None
@@ -154,7 +154,7 @@ def plan_verb(given: argparse.Namespace) -> int:
         measured = measure(recipe)
     if given.json:
         taken = {"measured": dataclasses.asdict(measured)} if measured else {}
-        print(json.dumps({**as_json(plan), **taken}, indent=1))
+        print(json.dumps({**plan_to_dict(plan), **taken}, indent=1))
     elif measured:
         print(f"\n{format_measured(plan, measured)}")
     return 0

@@ -1,8 +1,9 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix, and the checks that find them before a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 class SkipwiseError(Exception):
@@ -10,24 +11,25 @@ class SkipwiseError(Exception):
 
 
 class RunStopped(SkipwiseError):
-    """The user stopped the run; it was saved and goes on when the command is typed again."""
+    """The user stopped the run; it was saved, and the same command continues it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     name: str
     passed: bool
-    detail: str  # what was measured, or the mend where it failed
+    detail: str  # one sentence: what was found, and how to fix it if the check failed
+    numbers: dict[str, Any] = field(default_factory=dict)  # the measurements behind it
 
     def __str__(self) -> str:
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
 
 
 def require(checks: list[Check]) -> None:
-    """Stop at failed checks.
+    """Stop if a check failed.
 
     Raises:
-        SkipwiseError: names each of them with its mend.
+        SkipwiseError: names each failed check and its fix.
     """
     failed = [check for check in checks if not check.passed]
     if failed:

@@ -1,8 +1,8 @@
-"""Whether a run learns from its own base, and with which weight. No torch.
+"""Whether a run learns from its own base model, and with which weight. No torch.
 
-On the first chunk of an example the text is whole and the positions are 0, 1, 2, ..: the base's own
-prediction is right there, and w KL(base || model) beside the next-token loss keeps the skill at
-short length that new positions cost (loss.py has the loss, models/teacher.py the base).
+The first chunk of an example is ordinary text at positions 0, 1, 2, ..., where the base model
+predicts well. Adding w KL(base || model) there to the next-token loss preserves quality at short
+context (training/chunked_loss.py computes the loss, training/teacher.py holds the base model).
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ from skipwise.config.recipe import SHARDED_ENGINES, DistillationSettings, Recipe
 from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
 
-WEIGHT = 3.0  # w of auto; measured at 3.4 M parameters and f = 8 (docs/method.md)
+WEIGHT = 3.0  # w for auto; measured at 3.4 M parameters and f = 8 (docs/method.md)
 
 
 def distillation_weight(
     recipe: Recipe, *, router_loss: bool = False, engine: str = "", lacks: str = ""
 ) -> tuple[float, str]:
-    """(w, why it is 0 although the recipe says auto).
+    """(w, the reason if auto becomes 0).
 
     Args:
-        router_loss: the model adds a loss of its experts' router.
-        engine: that was brought up; none given: the recipe's.
+        router_loss: the model adds a loss for its expert router.
+        engine: the running engine. Defaults to the recipe's.
         lacks: why this model's loss cannot be computed in slices.
 
     Raises:
-        SkipwiseError: the recipe gives a number, and it cannot be done.
+        SkipwiseError: the recipe gives a number, but distillation is not possible.
     """
     asked = recipe.distillation.weight
     if asked == 0:
         return 0.0, ""
-    why, mend = _obstacle(recipe, router_loss, engine or recipe.engine, lacks)
+    why, fix = _obstacle(recipe, router_loss, engine or recipe.engine, lacks)
     if asked == "auto":
         if recipe.method == "cream":
-            return 0.0, "method: cream is a baseline, as it was published"
+            return 0.0, "method: cream is a baseline and trains as published"
         return (0.0, why) if why else (WEIGHT, "")
     if why:
         raise SkipwiseError(
-            f"distillation.weight: {asked:g}: {why}\ntype distillation.weight=0{mend}"
+            f"distillation.weight: {asked:g}: {why}\ntype distillation.weight=0{fix}"
         )
     return asked, ""
 
 
 def shards(engine: str) -> bool:
-    """Whether an engine takes the weights apart, and the teacher needs its own."""
+    """Whether an engine shards the weights, so that the teacher needs a copy of its own."""
     return engine in SHARDED_ENGINES or "launcher" in engine
 
 
 def in_one_process(recipe: Recipe) -> Recipe:
-    """The recipe for this process alone, without what its own engine would shard or not do.
+    """The recipe for a single process: engine auto, and no distillation if the engine shards.
 
     Raises:
         SkipwiseError: as `distillation_weight`.
@@ -62,12 +62,12 @@ def in_one_process(recipe: Recipe) -> Recipe:
 
 
 def _obstacle(recipe: Recipe, router_loss: bool, engine: str, lacks: str) -> tuple[str, str]:
-    """(what stands in the way, what else to type); two empty texts: nothing."""
+    """(why distillation is not possible, what else to type); both empty if it is."""
     if recipe.method not in ("pose", "cream") and not is_full_length_stage(recipe):
-        return f"method: {recipe.method} has no first chunk to be taught", ", or method=pose"
+        return f"method: {recipe.method} has no first chunk to learn on", ", or method=pose"
     if recipe.lora is not None and recipe.lora.quantization != "none" and shards(engine):
         return (
-            f"engine: {engine} would take weights that are not quantised for the teacher",
+            f"engine: {engine} would need a teacher that is not quantised",
             ", or --engine ddp" if engine in SHARDED_ENGINES else "",
         )
     if recipe.trainer.get("use_liger_kernel"):
@@ -75,7 +75,7 @@ def _obstacle(recipe: Recipe, router_loss: bool, engine: str, lacks: str) -> tup
     if recipe.training.loss == "full":
         return "its loss is computed in slices, and training.loss is full", ", or leave that out"
     if router_loss:
-        return "this model adds the loss of its router (output_router_logits)", ""
+        return "this model adds a router loss (output_router_logits)", ""
     if lacks:
         return f"its loss is computed in slices, which {lacks}", ""
     return "", ""

@@ -21,13 +21,13 @@ def parse_length(value: str | int) -> int:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """`4k,8k,20k` as it says; `4k..32k` with every doubling between, and the end."""
+    """The lengths of `4k,8k,20k`; `4k..32k` means 4k, every doubling below 32k, and 32k."""
     lengths: list[int] = []
     for part in text.split(","):
         first, dots, last = part.partition("..")
         length, end = parse_length(first), parse_length(last if dots else first)
         if end < length:
-            raise SkipwiseError(f"{part!r}: the second length is below the first")
+            raise SkipwiseError(f"{part!r}: the second length is smaller than the first")
         while length < end:
             lengths.append(length)
             length *= 2
@@ -36,5 +36,5 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def format_length(tokens: int) -> str:
-    """`32k` for whole multiples of 1,024, else the number."""
+    """`32k` for multiples of 1,024, otherwise the number."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 and tokens >= 1024 else str(tokens)

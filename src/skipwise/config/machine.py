@@ -1,4 +1,4 @@
-"""What this process and this machine are: rank, versions, CPU, memory. No torch."""
+"""This process and this machine: rank, versions, CPU, memory. No torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 
 def world_size() -> int:
-    """The number of processes that train together, as a launcher says."""
+    """Number of training processes, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the run folder: of those that train together the first does."""
+    """Whether this is rank 0, the only process that writes the run folder."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -32,32 +32,40 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU, cores and memory of this machine; the GPU's name is added where torch is loaded."""
+    """CPU, cores and memory of this machine; code that loads torch adds the GPU's name."""
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         if sys.platform == "darwin":
-            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            cpu = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or cpu
-    metadata: dict[str, Any] = {"cpu": cpu, "num_cpus": os.cpu_count(), "system": platform.system()}
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            cpu = subprocess.run(command, capture_output=True, text=True).stdout.strip() or cpu
+    found: dict[str, Any] = {"cpu": cpu, "num_cpus": os.cpu_count(), "system": platform.system()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        metadata["memory_gib"] = round(pages / 2**30, 1)
-    return metadata
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found["memory_gib"] = round(memory / 2**30, 1)
+    return found
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU computes in bf16: `load.dtype: auto` trains and plans in it then."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in text or "amx_tile" in text
 
 
 def process_memory(key: str) -> int:
     """VmRSS (resident) or VmHWM (its peak) of this process, in bytes.
 
-    Not getrusage's ru_maxrss, where there is a choice: that begins at the peak of the process that
-    started this one.
+    getrusage's ru_maxrss is only the fallback: it starts at the parent process's peak.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
-    except (OSError, StopIteration):  # no Linux
+    except (OSError, StopIteration):  # not Linux
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

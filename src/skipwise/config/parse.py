@@ -1,4 +1,4 @@
-"""The recipe in and out of YAML, with `key=value` overrides and errors that name the key."""
+"""Recipes to and from YAML, with `key=value` overrides and errors that name the key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skipwise.config.lengths import parse_length
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
 
-# Keys, and values of keys, that had other names before the first release.
+# Keys and values that were renamed before the first release.
 RENAMED_KEYS = {
     "temperature": "attention_temperature",
     "positions.cut": "positions.chunk_lengths",
@@ -38,7 +38,7 @@ RENAMED_VALUES = {
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """A recipe from YAML, with `key=value` overrides on top.
+    """Read a recipe from YAML and apply `key=value` overrides.
 
     Raises:
         SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type.
@@ -54,33 +54,33 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise SkipwiseError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise SkipwiseError(f"{path} is not a recipe: it should map keys to values")
+        raise SkipwiseError(f"{path} is not a recipe: it must map keys to values")
     return tree
 
 
 def load_run_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of a run folder, which an older version may have written with other names."""
+    """Read a run folder's recipe, in which an older version may have used the old names."""
     return parse_recipe(_renamed(_read_yaml(path)), overrides)
 
 
 def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Recipe:
-    """A recipe from nested mappings, with `key=value` overrides on top."""
+    """Make a recipe from nested mappings and `key=value` overrides."""
     tree = _copied(tree)
     for override in overrides or []:
         _override(tree, override)
     for key in ("model", "target_length"):
         if tree.get(key) is None:
-            raise SkipwiseError(f"the recipe lacks {key}: type {key}=...")
+            raise SkipwiseError(f"the recipe has no {key}: type {key}=...")
     return _build(Recipe, tree, "")
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults written out, in the order of the fields."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=100)
+    """The recipe as YAML, with all defaults, in the order of the fields."""
+    return yaml.safe_dump(_tuples_to_lists(dataclasses.asdict(recipe)), sort_keys=False, width=100)
 
 
 def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's tree with today's names for keys and values."""
+    """The tree with current names for keys and values."""
     tree = _copied(tree)
     for old, new in RENAMED_KEYS.items():
         *parents, key = old.split(".")
@@ -95,8 +95,10 @@ def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
         section = tree.get(name)
         if isinstance(section, dict) and key in section:
             value = section[key]
-            many = isinstance(value, list)
-            section[key] = [values.get(v, v) for v in value] if many else values.get(value, value)
+            is_list = isinstance(value, list)
+            section[key] = (
+                [values.get(v, v) for v in value] if is_list else values.get(value, value)
+            )
     return tree
 
 
@@ -104,7 +106,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SkipwiseError(
-            f"{override!r} is not an override: type key=value, as training.num_steps=200"
+            f"{override!r} is not an override: type key=value, for example training.num_steps=200"
         )
     *parents, last = key.split(".")
     at = tree
@@ -121,9 +123,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _build(cls: type, tree: Any, where: str) -> Any:
-    """A dataclass from a mapping; unknown keys and wrong types are errors that name the key."""
+    """Make a dataclass from a mapping; unknown keys and wrong types are errors."""
     if not isinstance(tree, dict):
-        raise SkipwiseError(f"{where or 'the recipe'} should map keys to values, not be {tree!r}")
+        raise SkipwiseError(f"{where or 'the recipe'} is {tree!r}: it must map keys to values")
     hints = typing.get_type_hints(cls)
     unknown = [key for key in tree if key not in hints]
     if unknown:
@@ -133,7 +135,7 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         if new:
             pairs = ", ".join(f"{a} is now {b}" for a, b in new.items())
             raise SkipwiseError(f"{old} was renamed: {pairs}")
-        inner = _places(Recipe, unknown[0])
+        inner = _paths_of(Recipe, unknown[0])
         meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
         raise SkipwiseError(f"{old} is not a recipe key: choose from {keys}{meant}")
     values = {key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()}
@@ -146,7 +148,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         if typing.get_origin(args[0]) is Literal:
-            return _word_or_factor(args[0], value, where)
+            return _word_or_number(args[0], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
@@ -165,13 +167,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(args[0], item, name) for item in items)
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
-            raise SkipwiseError(f"{where} should map keys to values, not be {value!r}")
+            raise SkipwiseError(f"{where} is {value!r}: it must map keys to values")
         return value
     return _scalar(hint, value, where)
 
 
-def _word_or_factor(words: Any, value: Any, where: str) -> Any:
-    """One of the words, or a number above 0."""
+def _word_or_number(words: Any, value: Any, where: str) -> Any:
+    """One of the words, or a number above 0 (for the distillation weight also 0)."""
     choices = typing.get_args(words)
     if value in choices:
         return value
@@ -205,13 +207,13 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     return value
 
 
-def _places(cls: Any, key: str, where: str = "") -> list[str]:
-    """Where in the recipe a key of this name stands."""
+def _paths_of(cls: Any, key: str, where: str = "") -> list[str]:
+    """Every dotted path in the recipe that ends with this key."""
     found = []
     for name, hint in typing.get_type_hints(cls).items():
         for inner in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(inner):
-                found += _places(inner, key, _join(where, name))
+                found += _paths_of(inner, key, _join(where, name))
         if name == key:
             found.append(_join(where, name))
     return found
@@ -225,7 +227,7 @@ def _copied(tree: Any) -> Any:
     return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _plain(value: Any) -> Any:
+def _tuples_to_lists(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+        return {key: _tuples_to_lists(item) for key, item in value.items()}
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, tuple | list) else value

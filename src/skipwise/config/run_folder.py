@@ -1,15 +1,15 @@
-"""The run folder, the contract between the verbs: each reads and writes there.
+"""The run folder, through which the commands share their work.
 
-recipe.yaml     what was asked, defaults written out
-run.json        what is known of the run: model, data, checks, stages, versions
-metrics.jsonl   a line a training step
-checkpoints/    of the Trainer
-finish/         recipe.yaml and checkpoints of the last part, at full length
-candidates/     weights of checkpoints to choose from, where the recipe chooses
-converted/      the base model, where its family had to be converted
-results.json    tidy rows of the evaluation
-report/         the page        model/   what is handed over        gguf/   the same for llama.cpp
-adapter/        LoRA alone, with the config it needs
+recipe.yaml     the recipe, with all defaults
+run.json        model, data, checks, stages and versions
+metrics.jsonl   one line per training step
+checkpoints/    the Trainer's checkpoints
+finish/         recipe.yaml and checkpoints of the full-length stage
+candidates/     weights of earlier checkpoints, if export.checkpoint chooses among them
+converted/      the base model, if its family had to be converted
+results.json    one row per measurement of the evaluation
+report/         the HTML page
+model/          the exported model; adapter/ LoRA alone with its config; gguf/ for llama.cpp
 """
 
 from __future__ import annotations
@@ -36,14 +36,11 @@ from skipwise.errors import SkipwiseError
 
 
 class RunFolder:
-    """Paths and JSON of one run; every file is replaced whole, so a kill leaves the old one.
+    """Paths and JSON of one run. Files are replaced atomically, and only rank 0 writes."""
 
-    Of several processes that train together the first one writes.
-    """
-
-    def __init__(self, path: str | Path, part_of: RunFolder | None = None) -> None:
+    def __init__(self, path: str | Path, parent: RunFolder | None = None) -> None:
         self.path = Path(path)
-        self.whole = part_of or self  # whose metrics and candidates a part's go to
+        self._main = parent or self  # a stage writes metrics and candidates to the main folder
 
     @property
     def recipe_file(self) -> Path:
@@ -51,7 +48,7 @@ class RunFolder:
 
     @property
     def metrics_file(self) -> Path:
-        return self.whole.path / "metrics.jsonl"
+        return self._main.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -63,12 +60,12 @@ class RunFolder:
 
     @property
     def candidates(self) -> Path:
-        return self.whole.path / "candidates"
+        return self._main.path / "candidates"
 
     @property
     def finish(self) -> RunFolder:
-        """The folder of the last part of training, where the recipe has a finish."""
-        return RunFolder(self.path / "finish", part_of=self)
+        """The folder of the full-length stage."""
+        return RunFolder(self.path / "finish", parent=self)
 
     @property
     def eval_documents(self) -> Path:
@@ -99,40 +96,40 @@ class RunFolder:
         return _read_json(self.path / "run.json", {})
 
     def update(self, **metadata: Any) -> None:
-        """Put facts into run.json, beside those already there."""
+        """Add or replace top-level keys of run.json."""
         if is_main_process():
             write_json(self.path / "run.json", {**self.metadata(), **metadata})
 
     def results(self) -> list[dict[str, Any]]:
         file = self.path / "results.json"
         rows = _read_json(file, [])
-        sound = isinstance(rows, list) and all(
+        valid = isinstance(rows, list) and all(
             isinstance(row, dict) and {"model", "task", "metric"} <= set(row) for row in rows
         )
-        if not sound:
+        if not valid:
             raise SkipwiseError(
-                f"{file} does not hold rows of results\nremove it: what it held is measured again"
+                f"{file} has no result rows\nremove it, and its contents will be measured again"
             )
         return rows
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the folder's results: two that write them would lose each other's.
+        """Lock the results: two writers would overwrite each other's rows.
 
         Raises:
-            SkipwiseError: another process holds them.
+            SkipwiseError: another process holds the lock.
         """
-        return self._held(".lock", "measuring")
+        return self._locked(".lock", "measuring")
 
     def training_lock(self) -> AbstractContextManager[None]:
-        """Hold the folder's checkpoints, in the first of the processes that train.
+        """Lock the checkpoints on rank 0; the other ranks do nothing.
 
         Raises:
-            SkipwiseError: another process trains.
+            SkipwiseError: another process trains into this folder.
         """
-        return self._held(".train.lock", "training") if is_main_process() else nullcontext()
+        return self._locked(".train.lock", "training") if is_main_process() else nullcontext()
 
     @contextmanager
-    def _held(self, name: str, what: str) -> Iterator[None]:
+    def _locked(self, name: str, what: str) -> Iterator[None]:
         if fcntl is None:  # Windows
             yield
             return
@@ -141,8 +138,8 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise SkipwiseError(
-                    f"another process is {what} into {self.path}\nwait for it, or type "
-                    "another --out"
+                    f"another process is {what} into {self.path}\n"
+                    "wait until it ends, or choose another --out"
                 ) from error
             yield
 
@@ -151,10 +148,10 @@ class RunFolder:
 
 
 def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
-    """Make the run folder, or go on with one that was made by the same recipe.
+    """Create the run folder, or open the one that the same recipe created.
 
     Raises:
-        SkipwiseError: the folder holds a run of another recipe, or something else.
+        SkipwiseError: the folder holds a run of another recipe, or is no run folder.
     """
     run = RunFolder(path)
     text = dump_recipe(recipe)
@@ -162,21 +159,21 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
         before = run.recipe()
         old = dump_recipe(dataclasses.replace(before, engine=recipe.engine))
         if old == text and before != recipe:
-            if is_main_process():  # another engine trains the same
+            if is_main_process():  # only the engine differs
                 write_text(run.recipe_file, text)
         elif old != text:
             changed = [a.strip() for a, b in _changed_lines(old, text)][:3]
             raise SkipwiseError(
                 f"{run.path} holds a run of another recipe (it differs in {'; '.join(changed)})\n"
-                "type another --out, or remove the folder"
+                "choose another --out, or remove the folder"
             )
         return run
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise SkipwiseError(f"{run.path} exists and is not a run folder: type another --out")
+        raise SkipwiseError(f"{run.path} exists and is not a run folder: choose another --out")
     if not is_main_process():
         raise SkipwiseError(
-            f"{run.path} is not there for process {os.environ['RANK']}\n"
-            "--out has to be on a disk that all machines share"
+            f"rank {os.environ['RANK']} does not find {run.path}\n"
+            "choose an --out on a disk that all machines share"
         )
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -195,7 +192,7 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -217,7 +214,7 @@ def _read_json(path: Path, default: Any) -> Any:
         return default
     except ValueError as error:
         raise SkipwiseError(
-            f"{path} is not JSON: {error}\nremove it: what it held is measured again"
+            f"{path} is not JSON: {error}\nremove it, and its contents will be measured again"
         ) from error
 
 

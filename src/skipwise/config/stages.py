@@ -1,10 +1,10 @@
-"""A recipe to the two trainings it may consist of: skipping positions at L, then a finish at T.
+"""Split a recipe into its training stages: skipped positions at L, then full length at T.
 
-The finish takes its share out of `training.num_steps`, so that a run with it reads as many tokens
-as one without. Each part is a recipe of its own: what trains, plans and explains a failure takes it
-like any other.
+The full-length stage takes a fraction of `training.num_steps`, so the total number of tokens does
+not change. Each stage is an ordinary recipe: training, planning and error hints need no special
+case for it.
 
-Letters: L = train_length, T = target_length, G = examples of a step, P = processes that train
+Letters: L = train_length, T = target_length, G = examples per step, P = training processes
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from skipwise.errors import SkipwiseError
 
 
 def is_full_length_stage(recipe: Recipe) -> bool:
-    """Whether this is the recipe of a finish, which `full_length_stage` has made."""
+    """Whether `full_length_stage` made this recipe."""
     return recipe.method == "full" and recipe.full_length.fraction > 0
 
 
 def first_stage(recipe: Recipe) -> Recipe:
-    """The recipe of what comes before the finish; without a finish the recipe itself.
+    """The stage before the full-length stage, or the recipe itself if it has no such stage.
 
     Raises:
-        SkipwiseError: a share that leaves no step, or that the method cannot have.
+        SkipwiseError: the fraction leaves no step, or does not apply to the method.
     """
     _check(recipe)
     if not recipe.full_length.fraction:
@@ -41,7 +41,7 @@ def first_stage(recipe: Recipe) -> Recipe:
     if steps < 1:
         raise SkipwiseError(
             f"full_length.fraction: {recipe.full_length.fraction:g} of "
-            f"{recipe.training.num_steps} steps leaves none before it\n"
+            f"{recipe.training.num_steps} steps leaves none for the first stage\n"
             "type a smaller fraction, or method=full for full-length training alone"
         )
     return dataclasses.replace(
@@ -57,18 +57,18 @@ def full_length_stage(
     num_processes: int = 1,
     batch: int | None = None,
 ) -> Recipe | None:
-    """The recipe of the finish: full length, its steps, batch and rate; None: there is none.
+    """The full-length stage: its length, steps, batch size and learning rate. None if unused.
 
-    A step has about the tokens of a step before it: G = G_0 L / T examples, one a device at a time,
-    a multiple of P. The optimizer is new, so the rate warms up again, for as many tokens as
-    before but a tenth of the steps at most, and then falls linearly to 0.
+    A step has about as many tokens as in the first stage: G = G_0 L / T examples, rounded down to
+    a multiple of P, with a micro-batch of 1. The optimizer is new, so the learning rate warms up
+    again, for as many tokens as before but at most a tenth of the steps, then decays linearly to 0.
 
     Args:
-        batch: G of a finish that was begun; None: as said.
+        batch: G of a stage that already started. Computed by default.
 
     Raises:
-        SkipwiseError: the share's tokens are no step of one example a process; it says which share
-            would be. The processes cannot share the batch of a finish that was begun.
+        SkipwiseError: the fraction is less than one step with one example per process (the message
+            names one that is enough), or P does not divide the batch of a stage that started.
     """
     _check(recipe)
     if not recipe.full_length.fraction:
@@ -82,8 +82,8 @@ def full_length_stage(
     if batch is not None and batch % P:
         able = ", ".join(str(n) for n in range(batch, 0, -1) if batch % n == 0)
         raise SkipwiseError(
-            f"the finish was begun with batches of {batch} examples, which {P} processes cannot "
-            f"share\ngo on with one of these: {able}"
+            f"the full-length stage started with batches of {batch} examples, which {P} processes "
+            f"cannot divide evenly\nuse one of these numbers of processes: {able}"
         )
     G = batch or max(P, min(per_step, tokens) // T // P * P)
     steps = max(1, round(tokens / (G * T)))
@@ -93,7 +93,7 @@ def full_length_stage(
         recipe.method == "pose" or recipe.distillation.weight != "auto"
     )  # baselines: as published
     attention = recipe.load.attn_implementation
-    if attention == "flex_attention":  # for importance weights, which there are none of
+    if attention == "flex_attention":  # only for importance weights, which this stage lacks
         attention = "auto"
     part = dataclasses.replace(
         recipe,
@@ -110,7 +110,7 @@ def full_length_stage(
             learning_rate=training.learning_rate / 3 if rate is None else rate,
             warmup_steps=min(warmup, steps // 10),
             lr_scheduler="linear",
-            save_steps=max(1, round(training.save_steps * per_step / (G * T))),  # tokens between
+            save_steps=max(1, round(training.save_steps * per_step / (G * T))),  # as many tokens
         ),
         trainer={k: v for k, v in recipe.trainer.items() if k != "lr_scheduler_kwargs"},
     )
@@ -118,7 +118,7 @@ def full_length_stage(
 
 
 def _steps_taken(recipe: Recipe) -> int:
-    """Steps of training that the finish has the tokens of."""
+    """Steps of the first stage that the full-length stage replaces."""
     steps = recipe.training.num_steps
     return steps - round(steps * (1 - recipe.full_length.fraction))
 
@@ -126,13 +126,12 @@ def _steps_taken(recipe: Recipe) -> int:
 def _check(recipe: Recipe) -> None:
     share = recipe.full_length.fraction
     if share >= 1:
-        raise SkipwiseError(f"full_length.fraction is {share:g}: give a share of training, 0 .. 1")
+        raise SkipwiseError(f"full_length.fraction is {share:g}: give a number from 0 to below 1")
     if share and recipe.method in ("full", "none"):
         reason = "is at full length already" if recipe.method == "full" else "trains nothing"
         raise SkipwiseError(
             f"full_length.fraction: {share:g} does not take effect: method: {recipe.method} "
-            f"{reason}\n"
-            "leave one of them out"
+            f"{reason}\nleave one of them out"
         )
     if not share and recipe.full_length != FullLengthSettings():
         raise SkipwiseError(
@@ -142,14 +141,14 @@ def _check(recipe: Recipe) -> None:
 
 
 def _too_small(recipe: Recipe, steps: int, num_processes: int) -> str:
-    """What to type; `steps` of training have the tokens of one step of the finish."""
+    """The error message; `steps` steps of the first stage have as many tokens as one at T."""
     num_steps, T = recipe.training.num_steps, recipe.target_length
-    examples = "an example" if num_processes == 1 else f"{num_processes} examples, one a process,"
-    mend = f"type training.num_steps={10 * steps} or more, for a share of 0.1"
+    examples = "an example" if num_processes == 1 else f"{num_processes} examples (one a process)"
+    fix = f"type training.num_steps={10 * steps} or more, which allows a fraction of 0.1"
     if steps < num_steps:
-        share = math.ceil(1000 * steps / num_steps) / 1000
-        mend = f"type full_length.fraction={share:g} or more, or a larger training.num_steps"
+        fraction = math.ceil(1000 * steps / num_steps) / 1000
+        fix = f"type full_length.fraction={fraction:g} or more, or a larger training.num_steps"
     return (
         f"full_length.fraction: {recipe.full_length.fraction:g} of {num_steps} steps has fewer "
-        f"tokens than {examples} of {format_length(T)}\n{mend}"
+        f"tokens than {examples} of {format_length(T)}\n{fix}"
     )

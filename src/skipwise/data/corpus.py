@@ -1,12 +1,12 @@
-"""The documents of a run: which of the stores' tokens examples are cut from.
+"""The documents of a run, as spans of the tokens in the token stores.
 
-Tokens stay on disk. Documents shorter than an example are joined when they are read; documents are
-told apart by a hash of their first tokens.
+Tokens stay on disk. Short documents are joined when they are read. Documents are compared by a hash
+of their first P tokens.
 
-Memory: 20 bytes a document, 16 bytes a short one that is packed; 16 more a document for a moment,
-while documents are held out or looked for.
+Memory: 20 bytes per document, 16 bytes per packed short document, and temporarily 16 more per
+document while documents are held out or searched for.
 
-Shapes:  n = documents of a group, T = target_length, P = tokens that tell a document
+Shapes:  n = documents of a group, T = target_length, P = tokens that are hashed
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from skipwise.data.token_cache import TokenStore
 from skipwise.errors import SkipwiseError
 
 _PREFIX = 512  # P
-_ROWS = 512  # documents whose first tokens are gathered at once; each maps 64 KiB or more
+_ROWS = 512  # documents hashed at once; each maps 64 KiB or more
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedStore:
-    """Short documents of a store one after another, with a separator after each of them."""
+    """The short documents of a store in sequence, with a separator after each."""
 
     store: TokenStore
-    starts: np.ndarray  # (m,) first token of a short document in the store
-    begins: np.ndarray  # (m + 1,) first token of a short document here
+    starts: np.ndarray  # (m,) first token of each short document in the store
+    begins: np.ndarray  # (m + 1,) first token of each short document here
     separator: int | None
-    offsets: np.ndarray  # (num_documents + 1,) where the joined documents begin here
+    offsets: np.ndarray  # (num_documents + 1,) first token of each joined document here
 
     @property
     def num_documents(self) -> int:
@@ -45,37 +45,37 @@ class PackedStore:
         """(stop - start,) tokens; a copy."""
         return self._take(np.arange(start, stop), self.store.tokens)
 
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """Tokens at places of any shape; a copy, through a mapping of its own."""
-        return self._take(places, self.store.mapped_anew())
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens at indices of any shape; a copy, through a separate memory map."""
+        return self._take(indices, self.store.fresh_memmap())
 
-    def _take(self, places: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        if not places.size or not len(tokens):  # of empty documents there are separators only
-            return np.full(places.shape, self.separator or 0, tokens.dtype)
-        # A search among the few documents that are read, not among all.
-        low = int(np.searchsorted(self.begins, places.min(), "right")) - 1
-        high = int(np.searchsorted(self.begins, places.max(), "right")) + 1
-        rows = low + np.searchsorted(self.begins[low:high], places, "right") - 1
-        source = self.starts[rows] + places - self.begins[rows]
+    def _take(self, indices: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        if not indices.size or not len(tokens):  # empty documents have only separators
+            return np.full(indices.shape, self.separator or 0, tokens.dtype)
+        # Search only among the few documents that are read.
+        low = int(np.searchsorted(self.begins, indices.min(), "right")) - 1
+        high = int(np.searchsorted(self.begins, indices.max(), "right")) + 1
+        rows = low + np.searchsorted(self.begins[low:high], indices, "right") - 1
+        source = self.starts[rows] + indices - self.begins[rows]
         if self.separator is None:
             return np.asarray(tokens[source])
         out = np.asarray(tokens[np.minimum(source, len(tokens) - 1)])
-        out[places == self.begins[rows + 1] - 1] = self.separator
+        out[indices == self.begins[rows + 1] - 1] = self.separator
         return out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The documents of a run: spans of the stores' tokens, in groups that share the examples."""
+    """The documents of a run, as spans of the stores, in groups with a share of the examples."""
 
     stores: list[TokenStore | PackedStore]
-    store_ids: list[np.ndarray]  # of each group: (n,) which store
-    starts: list[np.ndarray]  # (n,) first token in the store
-    lengths: list[np.ndarray]  # (n,) L_x
-    shares: list[float]  # of the examples, sum 1
-    num_short: int  # documents below the length, dropped or packed
+    store_ids: list[np.ndarray]  # per group: (n,) which store
+    starts: list[np.ndarray]  # per group: (n,) first token in the store
+    lengths: list[np.ndarray]  # per group: (n,) L_x
+    shares: list[float]  # of the examples; they sum to 1
+    num_short: int  # documents that were too short, and so dropped or packed
     short_documents: str
-    held_out: list[np.ndarray]  # token ids of the documents kept for evaluation
+    held_out: list[np.ndarray]  # token ids of the documents reserved for evaluation
 
     @property
     def num_documents(self) -> int:
@@ -90,10 +90,7 @@ class Corpus:
         return max(int(lengths.max()) for lengths in self.lengths)
 
     def longer(self, min_length: int) -> Corpus | None:
-        """Its documents of at least that many tokens, sources in their old proportion.
-
-        None: it has no such document.
-        """
+        """The documents of at least that many tokens, or None. Sources keep their proportions."""
         rows = [np.flatnonzero(lengths >= min_length) for lengths in self.lengths]
         keep = [g for g, found in enumerate(rows) if len(found)]
         if not keep:
@@ -114,7 +111,7 @@ class Corpus:
         return store.read(start, start + int(self.lengths[group][row]))
 
     def count_copies(self, documents: list[np.ndarray]) -> int:
-        """How many documents begin with the first P tokens of one of these, or are one of them."""
+        """How many documents start with the first P tokens of one of these."""
         if not documents:
             return 0
         wanted = np.array([_hash_rows(_padded(tokens))[0] for tokens in documents])
@@ -134,13 +131,13 @@ def build_corpus(
 ) -> Corpus:
     """Choose the documents that examples are cut from.
 
-    Documents below `min_length` tokens are dropped, or packed: joined in their order, with the
-    `separator` token between them, until T tokens are reached. `num_held_out` documents of at
-    least T tokens, those with the smallest hash of their first tokens, are kept for evaluation, and
-    all that begin like them are left out; of a single long document its last part is kept.
+    Documents below `min_length` tokens are dropped, or packed: joined in order up to T tokens, with
+    the `separator` token between them. `num_held_out` documents of at least T tokens, those with
+    the smallest hash of their first tokens, are held out for evaluation, and all documents with the
+    same beginning are dropped. If there is only one document, its end is held out.
 
     Raises:
-        SkipwiseError: no document is long enough; it says how long they are.
+        SkipwiseError: no document is long enough; says how long they are.
     """
     groups = [[i] for i in range(len(stores))]
     if all(weight is None for weight in weights):
@@ -195,11 +192,11 @@ def _pack(
     target_length: int,
     separator: int | None,
 ) -> PackedStore:
-    """Short documents joined in order until T tokens are reached; the rest if it is long enough."""
+    """Join short documents in order, up to T tokens; keep the rest if it is long enough."""
     sizes = np.diff(store.offsets)[short] + (separator is not None)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     offsets = [0]
-    while offsets[-1] < begins[-1]:  # a step a joined document, not a short one
+    while offsets[-1] < begins[-1]:  # one iteration per joined document
         end = int(np.searchsorted(begins, offsets[-1] + target_length))
         if end == len(begins) and begins[-1] - offsets[-1] < min_length:
             break
@@ -221,7 +218,7 @@ def _hold_out(
     target_length: int,
     num_held_out: int,
 ) -> list[np.ndarray]:
-    """Take documents for evaluation out of the tables (which are changed in place)."""
+    """Remove documents for evaluation from the tables, in place."""
     total = sum(map(len, lengths))
     long = [np.flatnonzero(n >= target_length) for n in lengths]
     if not sum(map(len, long)):
@@ -231,7 +228,7 @@ def _hold_out(
         start = int(starts[g][i])
         return stores[int(store_ids[g][i])].read(start, start + int(lengths[g][i]))
 
-    if total < 2:  # a single document: its last part
+    if total < 2:  # a single document: hold out its end
         g = next(g for g in range(len(long)) if len(long[g]))
         tail = max(target_length, int(lengths[g][0]) // 20)
         if lengths[g][0] - tail < target_length:
@@ -241,7 +238,7 @@ def _hold_out(
         return [held]
     hashes = [_prefix_hashes(stores, *t) for t in zip(store_ids, starts, lengths, strict=True)]
     values, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    # A beginning that many share, such as a licence, would take them all out of training.
+    # Holding out a common beginning, such as a licence, would remove all its documents.
     rare = values[counts <= max(1, total // 20)]
     of_long = np.concatenate([h[rows] for h, rows in zip(hashes, long, strict=True)])
     chosen = np.intersect1d(of_long, rare)[: min(num_held_out, max(1, total // 20))]
@@ -261,13 +258,13 @@ def _prefix_hashes(
     starts: np.ndarray,
     lengths: np.ndarray,
 ) -> np.ndarray:
-    """(n,) uint64 hashes of documents' first P tokens, or of all where there are fewer."""
+    """(n,) uint64 hashes of the documents' first P tokens, or of all tokens if fewer."""
     out = np.empty(len(starts), np.uint64)
     steps = np.arange(_PREFIX)
     for i, rows in _blocks(store_ids):
         inside = steps < lengths[rows, None]  # (rows, P)
-        places = starts[rows, None] + np.minimum(steps, np.maximum(lengths[rows, None] - 1, 0))
-        tokens = stores[i].take(places).astype(np.uint64)
+        indices = starts[rows, None] + np.minimum(steps, np.maximum(lengths[rows, None] - 1, 0))
+        tokens = stores[i].take(indices).astype(np.uint64)
         out[rows] = _hash_rows((tokens + np.uint64(1)) * inside)
     return out
 
@@ -280,7 +277,7 @@ def _blocks(store_ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _hash_rows(values: np.ndarray) -> np.ndarray:
-    """(rows,) uint64 of (rows, P) uint64: sum of values times fixed odd numbers, modulo 2^64."""
+    """(rows,) uint64 from (rows, P) uint64: sum of values times fixed odd numbers, mod 2^64."""
     factors = np.arange(1, _PREFIX + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         factors = (factors ^ (factors >> np.uint64(shift))) * np.uint64(factor)
@@ -288,7 +285,7 @@ def _hash_rows(values: np.ndarray) -> np.ndarray:
 
 
 def _padded(tokens: np.ndarray) -> np.ndarray:
-    """(1, P) the first tokens of a document plus 1, then zeros."""
+    """(1, P) first tokens of a document plus 1, padded with zeros."""
     out = np.zeros((1, _PREFIX), np.uint64)
     first = np.asarray(tokens[:_PREFIX]).astype(np.uint64)
     out[0, : len(first)] = first + np.uint64(1)
@@ -298,14 +295,14 @@ def _padded(tokens: np.ndarray) -> np.ndarray:
 def _too_short(stores: list[TokenStore], min_length: int, short_documents: str) -> str:
     lengths = np.concatenate([np.diff(store.offsets) for store in stores])
     if not len(lengths):
-        return "the data holds no document at all: see the records that could not be read"
+        return "the data contains no documents: see the records that could not be read"
     found = f"{len(lengths):,} documents, the longest of {lengths.max():,} tokens"
-    quartiles = f"(median {int(np.median(lengths)):,}, {lengths.sum():,} in all)"
-    mend = "give longer texts"
-    if short_documents == "drop" and lengths.sum() >= min_length:
-        mend += ", or join the short ones with data.short_documents=pack"
-    need = f"no document has the {min_length:,} tokens that an example needs"
+    found += f" (median {int(np.median(lengths)):,}, {lengths.sum():,} in total)"
     bad = sum(store.num_bad_records for store in stores)
-    first = next((record for store in stores for record in store.bad_records), "")
-    unread = f"; {bad:,} records could not be read ({first})" if bad else ""
-    return f"{need}: {found} {quartiles}{unread}\n{mend}"
+    if bad:
+        first = next((record for store in stores for record in store.bad_records), "")
+        found += f"; {bad:,} records could not be read ({first})"
+    fix = "give longer texts"
+    if short_documents == "drop" and lengths.sum() >= min_length:
+        fix += ", or join the short ones with data.short_documents=pack"
+    return f"no document has the {min_length:,} tokens that an example needs: {found}\n{fix}"

@@ -1,12 +1,12 @@
-"""Documents to examples to batches.
+"""Documents to training examples.
 
-The data set is a pure function of the example number: which document, which cut, which skips all
-come from `default_rng([seed, k])` and from permutations seeded the same way. So it does not matter
-how many workers or devices read it, or where a run was taken up again.
+The dataset is a pure function of the example number k: the document, the cut and the skips come
+from `default_rng([seed, k])` and from permutations with the same seed. So the examples do not
+depend on the number of workers or devices, or on where a run resumed.
 
-Memory: 4 bytes a slot (an example that an epoch shows), and as much again for each epoch's order.
+Memory: 4 bytes per slot (an example of an epoch), and as much again for each epoch's order.
 
-Shapes:  B = batch, L = train_length, T = target_length, L_x = tokens in a document
+Shapes:  L = train_length, T = target_length, L_x = tokens in a document
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 from skipwise.data.corpus import Corpus
 from skipwise.pose.samplers import Example, Sampler
 
-_CYCLE = 1000  # examples over which the sources' weights are met exactly
+_CYCLE = 1000  # every cycle of this many examples has the exact proportions of the sources
 
 
 class PoSEDataset(torch.utils.data.Dataset):
-    """Training examples; item k depends on the seed and k alone.
+    """Training examples; item k depends only on the seed and k.
 
-    An epoch shows a document of L_x tokens max(1, L_x // T) times, for an example can read from T
-    tokens of it; the order is drawn anew for every epoch.
+    An epoch uses a document of L_x tokens max(1, L_x // T) times, because an example spans up to T
+    of its tokens. Every epoch has a new random order.
     """
 
     def __init__(self, corpus: Corpus, sampler: Sampler, *, seed: int, num_examples: int) -> None:
@@ -50,7 +50,7 @@ class PoSEDataset(torch.utils.data.Dataset):
         return self.num_examples
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        """`input_ids`, `labels`, `position_ids` (L,) int64 and the `example` they come from."""
+        """`input_ids`, `labels`, `position_ids` (L,) int64, and their `example`."""
         tokens = self.document(k)
         example = self.draw(np.random.default_rng([self.seed, k]), tokens)
         input_ids, labels = example.take(tokens)
@@ -62,11 +62,11 @@ class PoSEDataset(torch.utils.data.Dataset):
         }
 
     def draw(self, rng: np.random.Generator, tokens: np.ndarray) -> Example:
-        """Where the tokens of an example stand in a document (L_x,)."""
+        """Draw an example: which tokens of a document (L_x,) it takes, at which positions."""
         return self.sampler.sample(rng, len(tokens))
 
     def document(self, k: int) -> np.ndarray:
-        """(L_x,) tokens of the document that example k is cut from; a view unless it was packed."""
+        """(L_x,) tokens of example k's document; a view, or a copy if it was packed."""
         cycle, offset = divmod(k, _CYCLE)
         group, before = 0, k
         if len(self._slots) > 1:
@@ -89,11 +89,11 @@ class PoSEDataset(torch.utils.data.Dataset):
 
     def _draw_order(self, group: int, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch, group, 1])
-        # In int32 as in int64 the same order, for millions of slots at half the memory.
+        # int32 gives the same order as int64 in half the memory.
         return rng.permutation(np.arange(len(self._slots[group]), dtype=np.int32))
 
     def _draw_cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which group each example of a cycle takes, and how many of its own came before."""
+        """Each example's group in a cycle, and how many examples of that group came before."""
         groups = np.repeat(np.arange(len(self._counts)), self._counts)
         groups = np.random.default_rng([self.seed, cycle, 2]).permutation(groups)
         ranks = np.empty(_CYCLE, int)

@@ -1,4 +1,4 @@
-"""How far tokenization is: a bar on a terminal, now and then a line elsewhere."""
+"""Tokenization progress: a bar on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from skipwise.data.readers import Source
-from skipwise.data.token_cache import Progress
+from skipwise.data.token_cache import StoreProgress
 
-_SECONDS = 10.0  # between two lines, at least
+_SECONDS = 10.0  # minimum time between two lines
 
 
 class TokenBar:
-    """Counts bytes of the source's files, or tokens where their bytes do not tell the end."""
+    """Counts bytes of the source's files, or tokens if their number decides the end."""
 
-    def __init__(self, source: Source, size: int | None, start: Progress, shown: bool) -> None:
+    def __init__(self, source: Source, size: int | None, start: StoreProgress, shown: bool) -> None:
         self._in_bytes = size is not None and source.max_tokens is None
         self._total = size if self._in_bytes else source.max_tokens
         self._name = f"tokenize {Path(source.path).name}"
         self._first = self._last = self._count(start)
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._lines = shown and not sys.stderr.isatty()
         self._bar = tqdm(
             desc=self._name,
@@ -35,19 +35,19 @@ class TokenBar:
             delay=1,
         )
 
-    def update(self, now: Progress) -> None:
+    def update(self, now: StoreProgress) -> None:
         count = self._count(now)
         self._bar.update(count - self._bar.n if not self._bar.disable else 0)
         step = (self._total or 0) / 10
-        seconds = time.monotonic() - self._told
+        seconds = time.monotonic() - self._printed
         if self._lines and seconds >= _SECONDS and count - self._last >= step:
-            self._told, self._last = time.monotonic(), count
+            self._printed, self._last = time.monotonic(), count
             print(self._line(count, now.num_tokens), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._bar.close()
 
-    def _count(self, now: Progress) -> int:
+    def _count(self, now: StoreProgress) -> int:
         return now.num_bytes if self._in_bytes else now.num_tokens
 
     def _line(self, count: int, num_tokens: int) -> str:
@@ -61,13 +61,13 @@ class TokenBar:
         )
 
 
-def warn_of_disk_space(now: Progress, size: int | None, itemsize: int, free: int) -> bool:
-    """Whether the tokens to come will not fit the disk, going by those so far; warns if so.
+def warn_of_disk_space(now: StoreProgress, size: int | None, itemsize: int, free: int) -> bool:
+    """Estimate from the tokens so far whether the rest fits the disk; warn and return True if not.
 
     Args:
-        size: bytes of the source's files, where known.
-        itemsize: bytes of a token.
-        free: bytes free where they are written.
+        size: bytes of the source's files, if known.
+        itemsize: bytes per token.
+        free: bytes free on the token cache's disk.
     """
     if not size or now.num_bytes < 1 << 24:
         return False
@@ -75,8 +75,8 @@ def warn_of_disk_space(now: Progress, size: int | None, itemsize: int, free: int
     if need <= free:
         return False
     warnings.warn(
-        f"some {need / 1e9:,.0f} GB of tokens are still to be written, and {free / 1e9:,.0f} GB "
-        "are free: set SKIPWISE_CACHE to a folder with room, or make room while it works",
+        f"about {need / 1e9:,.0f} GB of tokens are still to be written, and {free / 1e9:,.0f} GB "
+        "are free: free some space now, or set SKIPWISE_CACHE to a folder on a larger disk",
         stacklevel=2,
     )
     return True

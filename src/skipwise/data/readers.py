@@ -1,8 +1,8 @@
-"""Text sources to documents: files, folders, JSON lines, Parquet, or a `datasets` name on the hub.
+"""Read documents from text files, JSON lines, JSON arrays, Parquet, or a hub dataset.
 
-What a reader meets is an `Outcome`: a document's text (a blank line is an empty one), or a record
-that cannot be read, which is named by file and line, counted, and skipped or fatal, as asked.
-`chunks.py` decides who reads what, and where reading goes on after a kill.
+A reader yields an `Outcome` per record: the document's text (empty for a blank line), or a
+`BadRecord` with file and line. `data.on_bad_record` decides whether bad records are skipped or stop
+the run. shards.py decides which process reads what, and where reading resumes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from skipwise.errors import SkipwiseError
 
-LARGEST = 1 << 30  # bytes of a text file, a line or a JSON array: each is held in memory whole
-BROKEN_FILE = (OSError, EOFError, zlib.error)  # what a file that cannot be read raises
+LARGEST = 1 << 30  # bytes of a text file, line or JSON array, each of which must fit in memory
+BROKEN_FILE = (OSError, EOFError, zlib.error)  # raised by files that cannot be read
 _LINES = {".jsonl", ".ndjson"}
 
 Kind = Literal["text", "lines", "array", "parquet"]
@@ -29,13 +29,13 @@ Kind = Literal["text", "lines", "array", "parquet"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One place that text comes from."""
+    """A source of text."""
 
-    path: str  # file, folder, or name of a data set on the hub
-    weight: float | None = None  # share of the examples, in proportion to the others'
+    path: str  # file, folder, or name of a hub dataset
+    weight: float | None = None  # share of the examples, relative to the other sources
     text_field: str = "text"
-    max_tokens: int | None = None  # the first documents, until they hold so many
-    split: str = "train"  # hub only, as the next two
+    max_tokens: int | None = None  # use the first documents up to this many tokens
+    split: str = "train"  # this and the next two: hub only
     config: str | None = None
     revision: str | None = None
 
@@ -48,7 +48,7 @@ class Source:
 class BadRecord:
     """A record that could not be read."""
 
-    where: str  # its name; of a line, the file's
+    where: str  # its name, or the file's name if `line` is given
     why: str
     line: int | None = None  # from 1, counted from byte `start` of the file
     start: int = 0
@@ -56,7 +56,7 @@ class BadRecord:
     def __str__(self) -> str:
         if self.line is None:
             return f"{self.where}: {self.why}"
-        # Lines before a span are counted only for the few records that are named.
+        # Lines before a span are counted only here, for the few records that are printed.
         number = _lines_before(self.where, self.start) + self.line
         return f"{self.where}:{number}: {self.why}"
 
@@ -66,7 +66,7 @@ Outcome = str | BadRecord
 
 @dataclass
 class BadRecords:
-    """What could not be read: how much, and the first few by name."""
+    """Records that could not be read: their number, and descriptions of the first few."""
 
     policy: Literal["skip", "stop"] = "skip"
     count: int = 0
@@ -74,18 +74,18 @@ class BadRecords:
 
     def add(self, record: BadRecord) -> None:
         if self.policy == "stop":
-            raise SkipwiseError(f"{record}\nmend the record, or type data.on_bad_record=skip")
+            raise SkipwiseError(f"{record}\nfix the record, or set data.on_bad_record=skip")
         self.count += 1
         if len(self.first) < 5:
             self.first.append(str(record))
 
 
 def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Source]:
-    """Sources from the recipe: a path or name, or a mapping with more than that.
+    """Sources from the recipe: paths, hub names, or mappings with the keys of `Source`.
 
     Raises:
-        SkipwiseError: a local path that does not exist, an unknown key, a weight below 0, a number
-            of tokens below 1.
+        SkipwiseError: a local path that does not exist, an unknown key, a weight below 0,
+            max_tokens below 1.
     """
     keys = [f.name for f in dataclasses.fields(Source)]
     sources = []
@@ -93,33 +93,31 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
         entry: dict[str, Any] = dict(value) if isinstance(value, dict) else {"path": str(value)}
         unknown = [key for key in entry if key not in keys]
         if unknown or "path" not in entry:
-            what = f"has an unknown key {unknown[0]}" if unknown else "lacks path"
+            what = f"has an unknown key {unknown[0]}" if unknown else "has no path"
             raise SkipwiseError(f"the data source {value!r} {what}: choose from {', '.join(keys)}")
         source = Source(**{"text_field": text_field, **entry})
         weight = source.weight
         if weight is not None and (not isinstance(weight, int | float) or weight < 0):
-            raise SkipwiseError(
-                f"the weight of {source.path} is {weight!r}: give a number from 0 up"
-            )
+            raise SkipwiseError(f"the weight of {source.path} is {weight!r}: give 0 or more")
         if source.max_tokens is not None:
-            limit = _whole_number(source.max_tokens)
+            limit = _positive_integer(source.max_tokens)
             if limit is None:
                 raise SkipwiseError(
                     f"max_tokens of {source.path} is {source.max_tokens!r}: give a whole number "
-                    "from 1 up, such as 2000000000 or 2e9"
+                    "of 1 or more, such as 2000000000 or 2e9"
                 )
             source = dataclasses.replace(source, max_tokens=limit)
         if not source.is_local and not _is_hub_name(source.path):
             raise SkipwiseError(
                 f"{source.path}: no such file or folder\n"
-                "give a file or folder of text, JSON lines or Parquet, or a data set's hub name"
+                "give a file or folder of text, JSON lines or Parquet, or the name of a hub dataset"
             )
         sources.append(source)
     return sources
 
 
 def list_files(source: Source) -> list[Path]:
-    """The files of a local source in a fixed order; hidden ones are left out."""
+    """The files of a local source in a fixed order, without hidden files."""
     root = Path(source.path).expanduser()
     if root.is_file():
         return [root]
@@ -129,12 +127,12 @@ def list_files(source: Source) -> list[Path]:
         if path.is_file() and not any(p.startswith(".") for p in path.relative_to(root).parts)
     ]
     if not files:
-        raise SkipwiseError(f"{root} is empty: it should hold text, JSON lines or Parquet files")
+        raise SkipwiseError(f"{root} is empty: it must contain text, JSON lines or Parquet files")
     return files
 
 
-def describe(source: Source) -> list[Any]:
-    """What decides a source's documents, for a fingerprint: files, sizes and times, or the name."""
+def fingerprint_fields(source: Source) -> list[Any]:
+    """Everything that decides a source's documents: files, sizes and times, or the hub name."""
     common = [source.text_field, source.max_tokens]
     if not source.is_local:
         return ["hub", source.path, source.config, source.split, source.revision, *common]
@@ -143,7 +141,7 @@ def describe(source: Source) -> list[Any]:
 
 
 def check_sizes(files: list[Path], sizes: list[int]) -> None:
-    """Before hours of work: no file is one that cannot be held.
+    """Check early that every file that must fit in memory does.
 
     Raises:
         SkipwiseError: a text file or JSON array of more than 1 GiB.
@@ -154,7 +152,7 @@ def check_sizes(files: list[Path], sizes: list[int]) -> None:
 
 
 def file_kind(path: Path) -> Kind:
-    """How a file is read, told by its name, and of .json by its first character.
+    """How to read a file, from its name; for .json from its first character.
 
     Raises:
         OSError, EOFError, zlib.error: the file cannot be read.
@@ -171,19 +169,19 @@ def file_kind(path: Path) -> Kind:
 
 
 def read_text(path: Path) -> Outcome:
-    """A text file is one document.
+    """Read a text file as one document.
 
     Raises:
-        SkipwiseError: it is larger than can be held.
+        SkipwiseError: it does not fit in memory.
         OSError, EOFError, zlib.error: the file cannot be read.
     """
     try:
-        return _whole(path).decode("utf-8")
+        return _read_all(path).decode("utf-8")
     except UnicodeDecodeError:
         return BadRecord(where=str(path), why="not UTF-8 text")
 
 
-def read_lines(
+def read_json_lines(
     file: Any,
     path: Path,
     text_field: str,
@@ -192,12 +190,12 @@ def read_lines(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[Outcome]:
-    """JSON lines from where the open file stands.
+    """Read JSON lines from the current position of an open file.
 
     Args:
-        skip: lines that are passed over unread.
-        start: byte that lines are counted from, where that is not the file's first.
-        stop: byte from which on no line begins that is still wanted.
+        skip: number of lines to skip.
+        start: byte offset from which lines are counted. Defaults to the start of the file.
+        stop: byte offset; lines that start at or after it are not read.
     """
     lines = enumerate(_lines(file, stop), 1)
     for number, line in itertools.islice(lines, skip, None):
@@ -219,13 +217,13 @@ def read_lines(
 def read_records(
     path: Path, kind: Kind, text_field: str, skip: int = 0
 ) -> Iterator[tuple[Outcome, int]]:
-    """Outcomes of a file that can only be read from its start, and the bytes of it passed so far.
+    """Outcomes of a file that can only be read from its start, each with the bytes read so far.
 
     Args:
-        skip: records that are passed over.
+        skip: number of records to skip.
 
     Raises:
-        SkipwiseError: a JSON array larger than can be held.
+        SkipwiseError: a JSON array that does not fit in memory.
         OSError, EOFError, zlib.error: the file cannot be read.
     """
     if kind == "parquet":
@@ -235,22 +233,22 @@ def read_records(
     else:
         with open_file(path) as file:
             raw = getattr(file, "fileobj", file)
-            for outcome in read_lines(file, path, text_field, skip=skip):
+            for outcome in read_json_lines(file, path, text_field, skip=skip):
                 yield outcome, raw.tell()
 
 
 def open_hub(source: Source) -> Any:
-    """A data set of the hub, streamed: an iterable of records.
+    """Stream a hub dataset: an iterable of records.
 
     Raises:
-        SkipwiseError: `datasets` is not installed, or finds no such data set.
+        SkipwiseError: `datasets` is not installed, or does not find the dataset.
     """
     try:
         import datasets
     except ImportError as error:
         raise SkipwiseError(
-            f"{source.path} is neither a file nor a folder here\n"
-            "for a data set of the hub: pip install 'skipwise[hub]'"
+            f"{source.path} is not a local file or folder\n"
+            "to read hub datasets: pip install 'skipwise[hub]'"
         ) from error
     with hub_errors(source):
         return datasets.load_dataset(
@@ -264,14 +262,14 @@ def open_hub(source: Source) -> Any:
 
 @contextmanager
 def hub_errors(source: Source) -> Iterator[None]:
-    """Errors of `datasets`, which raises many kinds, as one sentence for the user."""
+    """Turn errors of `datasets`, which raises many types, into a SkipwiseError."""
     try:
         yield
     except SkipwiseError:
         raise
     except Exception as error:
         raise SkipwiseError(
-            f"{source.path}: no file or folder here, and no readable data set of the hub\n{error}"
+            f"{source.path}: no local file or folder, and no readable hub dataset\n{error}"
         ) from error
 
 
@@ -287,7 +285,7 @@ def open_file(path: Path) -> Any:
 def _read_array(path: Path, text_field: str, skip: int) -> Iterator[tuple[Outcome, int]]:
     size = path.stat().st_size
     try:
-        records = json.loads(_whole(path))
+        records = json.loads(_read_all(path))
     except ValueError as error:
         yield BadRecord(where=str(path), why=f"not JSON ({error})"), size
         return
@@ -323,14 +321,14 @@ def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Outc
 
 
 def _text_of(record: Any, text_field: str) -> tuple[str | None, str]:
-    """The text of a record, or why there is none."""
+    """(text, "") of a record, or (None, why it has no text)."""
     text = record.get(text_field) if isinstance(record, dict) else None
     if isinstance(text, str):
         try:
             if not text.isascii():
                 text.encode()
-        except UnicodeEncodeError:  # which in a tokenizer would end the run
-            return None, f"{text_field!r} holds half of a surrogate pair, which is no text"
+        except UnicodeEncodeError:  # it would crash the tokenizer
+            return None, f"{text_field!r} contains half of a surrogate pair, which is not text"
         return text, ""
     if isinstance(record, dict):
         return None, f"no text in {text_field!r}; its fields are {', '.join(map(str, record))}"
@@ -338,7 +336,7 @@ def _text_of(record: Any, text_field: str) -> tuple[str | None, str]:
 
 
 def _lines(file: Any, stop: int | None) -> Iterator[bytes | None]:
-    """Lines that begin before `stop`; None for one too long to hold."""
+    """Lines that start before `stop`; None for a line that does not fit in memory."""
     while (stop is None or file.tell() < stop) and (line := file.readline(LARGEST)):
         if len(line) < LARGEST or line.endswith(b"\n"):
             yield line
@@ -357,7 +355,7 @@ def _lines_before(path: str, stop: int) -> int:
     return count
 
 
-def _whole(path: Path) -> bytes:
+def _read_all(path: Path) -> bytes:
     with open_file(path) as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
@@ -367,13 +365,13 @@ def _whole(path: Path) -> bytes:
 
 def _too_large(path: Path) -> SkipwiseError:
     return SkipwiseError(
-        f"{path} is larger than {LARGEST >> 30} GiB, and a text file, which is one document, or a "
-        "JSON array is held in memory whole\nwrite it as JSON lines, a document a line (an array: "
-        "jq -c '.[]'), or take it out of the folder"
+        f"{path} is larger than {LARGEST >> 30} GiB, and text files and JSON arrays must fit in "
+        "memory\nwrite it as JSON lines with one document per line (for an array: jq -c '.[]'), "
+        "or remove it from the folder"
     )
 
 
-def _whole_number(value: Any) -> int | None:
+def _positive_integer(value: Any) -> int | None:
     try:
         number = int(float(value))
         return number if number == float(value) and number >= 1 and value is not True else None

@@ -1,11 +1,10 @@
-"""A source in chunks of a few megabytes; reading can be taken up again where any of them ended.
+"""Split a source into shards of a few megabytes; reading can resume after any shard.
 
-Text files and plain JSON lines are handed on as spans of bytes, so that whoever tokenizes a chunk
-reads it as well. What can only be read from its start (gzip, Parquet, JSON arrays, the hub) is read
-while the chunks are made, which keeps up with some 40 tokenizer processes. Where chunks end
-depends on the source alone.
+Text files and plain JSON lines become byte spans, which the tokenizing process reads. Formats that
+can only be read from the start (gzip, Parquet, JSON arrays, the hub) are read here, fast enough for
+about 40 tokenizer processes. The end of each shard depends only on the source.
 
-In memory is one chunk, or one text file, line or JSON array where that is larger.
+Memory: one shard, or one text file, line or JSON array if that is larger.
 """
 
 from __future__ import annotations
@@ -30,28 +29,28 @@ from skipwise.data.readers import (
     list_files,
     open_file,
     open_hub,
-    read_lines,
+    read_json_lines,
     read_record,
     read_records,
     read_text,
 )
 
-_SHARD = 1 << 22  # bytes; some hundred to some thousand documents, a second of work
-_RECORD = 64  # bytes that a record weighs besides its text: millions of empty ones are many
+_SHARD = 1 << 22  # bytes: hundreds to thousands of documents, a second of work
+_RECORD = 64  # bytes that each record counts beside its text, to limit empty records
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """A place between two documents of a source."""
+    """A position between two documents of a source."""
 
-    file: int = 0  # which of the source's files
-    at: int = 0  # bytes of plain JSON lines, records of all else
-    state: Any = None  # of the hub's stream, for `datasets` to go on from
+    file: int = 0  # index of the source's file
+    at: int = 0  # byte offset in plain JSON lines, record number otherwise
+    state: Any = None  # state of a hub stream, from which `datasets` resumes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Bytes of a file, for others to read: a whole text file, or the lines that begin in it."""
+    """A byte range of a file to read later: a full text file, or the lines that start in it."""
 
     path: Path
     is_text: bool
@@ -66,12 +65,14 @@ class Span:
             with open_file(self.path) as file:
                 if self._seek(file):
                     begin = file.tell()
-                    yield from read_lines(file, self.path, text_field, start=begin, stop=self.stop)
+                    yield from read_json_lines(
+                        file, self.path, text_field, start=begin, stop=self.stop
+                    )
         except BROKEN_FILE as error:
             yield _broken(self.path, error)
 
     def _seek(self, file: Any) -> bool:
-        """Go to the first line that begins in the span, if any does."""
+        """Go to the first line that starts in the span; False if there is none."""
         if self.start == 0:
             return True
         file.seek(self.start - 1)
@@ -84,9 +85,9 @@ class Shard:
 
     items: list[Span | Outcome]
     text_field: str
-    end: Cursor  # where the next chunk begins
-    size: int  # bytes it takes up in memory once it is read, about
-    done: int  # bytes of the source's files up to its end, for the progress
+    end: Cursor  # where the next shard starts
+    size: int  # approximate bytes in memory once it is read
+    done: int  # bytes of the source's files up to its end, for the progress bar
 
     def read(self) -> Iterator[Outcome]:
         for item in self.items:
@@ -97,17 +98,17 @@ class Shard:
 
 
 def read_shards(source: Source, start: Cursor | None = None) -> Iterator[Shard]:
-    """The chunks of a source from a position on, where an earlier chunk ended.
+    """The shards of a source, from the end of an earlier shard or from the start.
 
     Raises:
-        SkipwiseError: nothing there, a file too large to be held, no such data set of the hub.
+        SkipwiseError: an empty source, a file too large for memory, an unknown hub dataset.
     """
     start = start or Cursor()
     return (_file_shards if source.is_local else _hub_shards)(source, start)
 
 
 def read_documents(source: Source, bad: BadRecords) -> Iterator[str]:
-    """The text of every document: a text file is one, JSON lines and Parquet one a record."""
+    """The text of every document: one per text file, JSON line or Parquet row."""
     for shard in read_shards(source):
         for outcome in shard.read():
             if isinstance(outcome, BadRecord):
@@ -117,15 +118,15 @@ def read_documents(source: Source, bad: BadRecords) -> Iterator[str]:
 
 
 @dataclass
-class _Items:
-    """What is gathered for the next chunk."""
+class _ShardBuilder:
+    """Collects items for the next shard."""
 
     text_field: str
     items: list[Span | Outcome] = field(default_factory=list)
     size: int = 0
 
     def add(self, item: Span | Outcome, size: int) -> bool:
-        """Whether the chunk is full."""
+        """Add an item; return whether the shard is full."""
         self.items.append(item)
         self.size += size + _RECORD
         return self.size >= _SHARD
@@ -141,24 +142,24 @@ def _file_shards(source: Source, start: Cursor) -> Iterator[Shard]:
     sizes = [path.stat().st_size for path in files]
     check_sizes(files, sizes)
     before = sum(sizes[: start.file])
-    gathered = _Items(source.text_field)
+    builder = _ShardBuilder(source.text_field)
     for i in range(start.file, len(files)):
         at = start.at if i == start.file else 0
         for item, size, stop, done in _file_items(files[i], sizes[i], at, source.text_field):
             end = Cursor(file=i + 1) if math.isinf(stop) else Cursor(file=i, at=int(stop))
-            if gathered.add(item, size):
-                yield gathered.take(end, before + done)
+            if builder.add(item, size):
+                yield builder.take(end, before + done)
         before += sizes[i]
-    if gathered.items:
-        yield gathered.take(Cursor(file=len(files)), before)
+    if builder.items:
+        yield builder.take(Cursor(file=len(files)), before)
 
 
 def _file_items(
     path: Path, size: int, at: int, text_field: str
 ) -> Iterator[tuple[Span | Outcome, int, float, int]]:
-    """Items of a file from `at`: what, its size, where the next begins (inf: not here), progress.
+    """(item, its size, where the next starts, bytes done); the third is inf after the last item.
 
-    A file that breaks off ends with its bad record, so that going on does not meet it again.
+    A broken file ends with its bad record, so that reading does not find it again after a resume.
     """
     try:
         kind = file_kind(path)
@@ -167,7 +168,7 @@ def _file_items(
             span = Span(path=path, is_text=True, start=0, stop=size)
             yield span, size * (4 if zipped else 1), math.inf, size
         elif kind == "lines" and not zipped:
-            with path.open("rb"):  # one that cannot be opened is one bad record, not one a span
+            with path.open("rb"):  # a file that cannot be opened is one bad record, not many
                 pass
             for begin in range(at, size, _SHARD):
                 stop = min(begin + _SHARD, size)
@@ -182,21 +183,21 @@ def _file_items(
 
 
 def _hub_shards(source: Source, start: Cursor) -> Iterator[Shard]:
-    gathered = _Items(source.text_field)
+    builder = _ShardBuilder(source.text_field)
     number = start.at
     with hub_errors(source):
         records = open_hub(source)
-        for record in _go_on(records, start):
+        for record in _resume(records, start):
             outcome = read_record(f"{source.path}[{number}]", record, source.text_field)
             number += 1
-            if gathered.add(outcome, _size(outcome)):
-                yield gathered.take(Cursor(at=number, state=_state_of(records)), 0)
-        if gathered.items:
-            yield gathered.take(Cursor(at=number), 0)
+            if builder.add(outcome, _size(outcome)):
+                yield builder.take(Cursor(at=number, state=_state_of(records)), 0)
+        if builder.items:
+            yield builder.take(Cursor(at=number), 0)
 
 
-def _go_on(records: Any, start: Cursor) -> Iterator[Any]:
-    """Records from a position: `datasets` skips whole files and row groups where it can."""
+def _resume(records: Any, start: Cursor) -> Iterator[Any]:
+    """Records from a position on; `datasets` skips complete files and row groups if it can."""
     if start.state is not None and hasattr(records, "load_state_dict"):
         records.load_state_dict(start.state)
         return iter(records)
@@ -204,7 +205,7 @@ def _go_on(records: Any, start: Cursor) -> Iterator[Any]:
 
 
 def _state_of(records: Any) -> Any:
-    """The stream's state, where it has one that can be written down."""
+    """The stream's state if it can be saved as JSON, else None."""
     try:
         return json.loads(json.dumps(records.state_dict()))
     except (AttributeError, TypeError, ValueError):

@@ -1,13 +1,13 @@
-"""Tokens on disk: whole stores, which are mapped, and unfinished ones, to be gone on with.
+"""The token cache on disk: complete stores, which are memory-mapped, and unfinished ones.
 
-tokens/FINGERPRINT/         tokens.bin, offsets.npy, meta.json: moved here when it is whole
-tokens/FINGERPRINT.part/    tokens.bin, lengths.bin and progress.json, which says how far they hold
-tokens/FINGERPRINT.lock     held by the process that writes the part; the others wait
+tokens/FINGERPRINT/         tokens.bin, offsets.npy, meta.json: a complete store
+tokens/FINGERPRINT.part/    tokens.bin, lengths.bin, and progress.json with their valid lengths
+tokens/FINGERPRINT.lock     locked by the process that writes FINGERPRINT.part; others wait
 
-A kill loses what came after the last progress.json, some seconds. Parts that nobody went on with
-for two weeks are removed.
+A kill loses only the work after the last progress.json, a few seconds. Unfinished stores that have
+not changed for two weeks are removed.
 
-Memory: 8 bytes a document (its offset), mapped as well; twice that while a store is finished.
+Memory: 8 bytes per document (its offset), memory-mapped; twice that while a store is completed.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_BLOCK, _BLOCKS = 1 << 14, 1 << 12  # tokens, and how often as many, that a digest reads at most
-_ABANDONED = 14 * 24 * 3600  # seconds after which an unfinished store is removed
+_BLOCK, _BLOCKS = 1 << 14, 1 << 12  # tokens per block, and most blocks, that a digest reads
+_ABANDONED = 14 * 24 * 3600  # seconds without changes before an unfinished store is removed
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStore:
-    """Tokens of all documents, one after another."""
+    """The tokens of all documents, concatenated."""
 
     tokens: np.ndarray  # (sum L_x,) uint16 or uint32
     offsets: np.ndarray  # (num_documents + 1,) int64
     num_bad_records: int = 0
-    bad_records: list[str] = field(default_factory=list)  # the first few, by name
-    folder: Path | None = None  # where it is mapped from
+    bad_records: list[str] = field(default_factory=list)  # descriptions of the first few
+    folder: Path | None = None  # the memory-mapped files
 
     @property
     def num_documents(self) -> int:
@@ -61,13 +61,13 @@ class TokenStore:
         """(stop - start,) tokens; a view."""
         return self.tokens[start:stop]
 
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """Tokens at places of any shape; a copy, through a mapping of its own."""
-        return self.mapped_anew()[places]
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens at indices of any shape; a copy, through a separate memory map."""
+        return self.fresh_memmap()[indices]
 
     def digest(self) -> str:
-        """Tells texts apart: by all tokens up to 64 million, by as many spread ones above."""
-        tokens = self.mapped_anew()
+        """A hash of the text: of all tokens up to 64 million, of evenly spaced blocks above."""
+        tokens = self.fresh_memmap()
         seen = hashlib.sha256(f"{self.num_documents} of {len(tokens)}".encode())
         begins = np.arange(0, len(tokens), _BLOCK)
         if len(begins) > _BLOCKS:
@@ -76,17 +76,17 @@ class TokenStore:
             seen.update(tokens[begin : begin + _BLOCK].tobytes())
         return seen.hexdigest()[:16]
 
-    def mapped_anew(self) -> np.ndarray:
-        """The tokens in a mapping of its own, for a pass over the corpus.
+    def fresh_memmap(self) -> np.ndarray:
+        """The tokens in a new memory map, for a pass over the corpus.
 
-        The pages it touches leave the process with it, where they would add up to the corpus.
+        When it is deleted, the process releases its pages, which could add up to the full corpus.
         """
         if self.folder is None or not len(self.tokens):
             return self.tokens
         return np.memmap(self.folder / "tokens.bin", self.tokens.dtype, "r")
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process that reads along maps the files: a pickled memmap would be the whole corpus.
+        # Worker processes map the files themselves: a pickled memmap would copy the corpus.
         return dict(self.__dict__) if self.folder is None else {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ class TokenStore:
 
 
 def open_store(folder: Path) -> TokenStore:
-    """Map a whole store."""
+    """Memory-map a complete store."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")
     dtype = np.dtype(meta["dtype"])
@@ -113,8 +113,8 @@ def is_complete(folder: Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far an unfinished store holds."""
+class StoreProgress:
+    """How far an unfinished store is valid."""
 
     position: Cursor = field(default_factory=Cursor)
     is_complete: bool = False
@@ -122,11 +122,11 @@ class Progress:
     num_documents: int = 0
     num_bad_records: int = 0
     bad_records: list[str] = field(default_factory=list)
-    num_bytes: int = 0  # of the source's files, read
+    num_bytes: int = 0  # read from the source's files
 
 
 class TokenWriter:
-    """Appends documents to an unfinished store, from where an earlier process left it."""
+    """Appends documents to an unfinished store, from where an earlier process stopped."""
 
     def __init__(self, part: Path, dtype: np.dtype) -> None:
         self.part, self.dtype = part, dtype
@@ -141,7 +141,7 @@ class TokenWriter:
 
     def __exit__(self, *_: object) -> None:
         for file in (self._tokens, self._lengths):
-            with suppress(OSError):  # a full disk was told already
+            with suppress(OSError):  # a full disk was reported already
                 file.close()
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
@@ -149,8 +149,8 @@ class TokenWriter:
         self._tokens.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._lengths.write(lengths.astype(np.uint32).tobytes())
 
-    def save(self, progress: Progress) -> None:
-        """What was appended is all that `progress` tells of, and stays."""
+    def save(self, progress: StoreProgress) -> None:
+        """Flush what was appended, and record it as valid."""
         for file in (self._tokens, self._lengths):
             file.flush()
             os.fsync(file.fileno())
@@ -158,7 +158,7 @@ class TokenWriter:
         self.progress = progress
 
     def finish(self, folder: Path, source: str) -> None:
-        """Make it a whole store and move it to its place; may be killed and called again."""
+        """Complete the store and move it to its final folder; safe to repeat after a kill."""
         self.__exit__()
         lengths = np.fromfile(self.part / "lengths.bin", np.uint32)
         offsets = np.zeros(len(lengths) + 1, np.int64)
@@ -171,29 +171,29 @@ class TokenWriter:
             "source": source,
         }
         write_json(self.part / "meta.json", meta)
-        if folder.exists():  # a broken one
+        if folder.exists():  # an incomplete one
             shutil.rmtree(folder)
         os.replace(self.part, folder)
         for name in ("lengths.bin", "progress.json"):
             (folder / name).unlink()
 
-    def _read_progress(self) -> Progress:
-        """The state to go on from; the beginning where files do not hold what it tells."""
+    def _read_progress(self) -> StoreProgress:
+        """The saved progress, or none if the files are shorter than it says."""
         try:
             tree = json.loads((self.part / "progress.json").read_text(encoding="utf-8"))
-            progress = Progress(**{**tree, "position": Cursor(**tree["position"])})
+            progress = StoreProgress(**{**tree, "position": Cursor(**tree["position"])})
             sizes = [(self.part / f"{n}.bin").stat().st_size for n in ("tokens", "lengths")]
         except (OSError, ValueError, TypeError, KeyError):
-            return Progress()
-        told = (progress.num_tokens * self.dtype.itemsize, progress.num_documents * 4)
-        return progress if sizes[0] >= told[0] and sizes[1] >= told[1] else Progress()
+            return StoreProgress()
+        needed = (progress.num_tokens * self.dtype.itemsize, progress.num_documents * 4)
+        return progress if sizes[0] >= needed[0] and sizes[1] >= needed[1] else StoreProgress()
 
 
 @contextmanager
-def part_of(folder: Path) -> Iterator[Path]:
-    """The unfinished store's folder, for one process at a time; the others wait.
+def lock_unfinished(folder: Path) -> Iterator[Path]:
+    """The folder of the unfinished store, for one process at a time; the others wait.
 
-    Where files cannot be locked, each process has one of its own, and starts over after a kill.
+    Without file locks each process has a folder of its own and starts over after a kill.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f"{folder.name}.lock")
@@ -206,12 +206,12 @@ def part_of(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(part, ignore_errors=True)
             return
         yield folder.with_name(f"{folder.name}.part")
-        if is_complete(folder):  # whoever comes now sees that and needs no lock
+        if is_complete(folder):  # later processes see that and need no lock
             lock.unlink(missing_ok=True)
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove unfinished stores that nobody went on with: their texts or tokenizers have changed."""
+    """Remove unfinished stores whose text or tokenizer has changed since, judging by their age."""
     for part in parent.glob("*.part*"):
         files = [part, *part.glob("*")]
         with suppress(OSError):
@@ -228,7 +228,7 @@ def _locked(file: Any) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if is_main_process():
-                print("another process tokenizes this text: waiting for it", file=sys.stderr)
+                print("another process is tokenizing this text: waiting for it", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:  # a file system without locks
         return False
@@ -236,7 +236,7 @@ def _locked(file: Any) -> bool:
 
 
 def _open_at(path: Path, size: int) -> Any:
-    """Open to write on after the first `size` bytes; what an earlier process wrote later goes."""
+    """Open for appending after the first `size` bytes; drop anything behind them."""
     file = path.open("ab")
     file.truncate(size)
     return file

@@ -1,11 +1,11 @@
-"""Documents to token ids, once: a flat file of them under a fingerprint of all that decides it.
+"""Tokenize documents once, into a cache whose fingerprint covers everything that affects the ids.
 
-Small texts are tokenized in this process, where the tokenizer's own threads use every core; large
-ones by a pool of processes that read the files themselves. This process alone writes, in the
-documents' order, so that the files do not depend on the number of processes nor on how often
-tokenization was killed and taken up again (`token_store.py`).
+Small texts are tokenized in this process, where the tokenizer's threads use every core. Large texts
+are read and tokenized by a pool of processes. Only this process writes, in document order, so the
+files do not depend on the number of processes or on how often tokenization was killed and resumed
+(token_cache.py).
 
-In memory are two chunks of text and their ids a process, some hundred megabytes.
+Memory: two shards of text and their ids per process, some hundred megabytes.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from typing import Any
 import numpy as np
 
 from skipwise.data.progress import TokenBar, warn_of_disk_space
-from skipwise.data.readers import BadRecord, BadRecords, Source, describe, list_files
+from skipwise.data.readers import BadRecord, BadRecords, Source, fingerprint_fields, list_files
 from skipwise.data.shards import Shard, read_shards
 from skipwise.data.token_cache import (
-    Progress,
+    StoreProgress,
     TokenStore,
     TokenWriter,
     is_complete,
+    lock_unfinished,
     open_store,
-    part_of,
     remove_abandoned,
 )
 from skipwise.errors import SkipwiseError
 
-_FORMAT = 2  # of the cache: raise it when what is written changes
-_PIECE = 1 << 20  # characters handed to the tokenizer at once; longer texts are cut at line ends
-_BATCH = 1 << 22  # characters in a call of the tokenizer
-_LARGE = 1 << 28  # bytes of text from which on processes pay
-_WAITING = 1 << 30  # bytes of text handed to processes and not yet back, at most
-_SAVE_SECONDS = 2.0  # of work that a kill may lose
+_FORMAT = 2  # version of the cache format; increase it when the files change
+_PIECE = 1 << 20  # most characters of one input to the tokenizer; longer texts are split
+_BATCH = 1 << 22  # characters per call of the tokenizer
+_LARGE = 1 << 28  # bytes of text above which a process pool is faster
+_WAITING = 1 << 30  # most bytes of text waiting in the process pool
+_SAVE_SECONDS = 2.0  # most work that a kill may lose
 
 
 def tokenize_source(
@@ -61,44 +61,45 @@ def tokenize_source(
     cache: Path | None = None,
     progress: bool = True,
 ) -> TokenStore:
-    """The tokens of a source, from the cache where it was tokenized before.
+    """The tokens of a source, from the cache if it was tokenized before.
 
-    Killed, it goes on where it was. Of several processes that ask for the same, one tokenizes.
+    It resumes after a kill. If several processes need the same source, one tokenizes it.
 
     Args:
-        tokenizer: a transformers tokenizer; its special tokens are added as it does by default.
+        tokenizer: a transformers tokenizer; adds its special tokens as it does by default.
         on_bad_record: `skip` or `stop`.
-        num_proc: processes; None: as many as cores for a large source, else none.
-        cache: folder; None: $SKIPWISE_CACHE, else ~/.cache/skipwise.
+        num_proc: processes. Defaults to the number of cores for a large source, else to 1.
+        cache: folder. Defaults to $SKIPWISE_CACHE, then ~/.cache/skipwise.
 
     Raises:
-        SkipwiseError: nothing to read, a bad record where `stop` is asked, a file too large to be
-            held, a source that changed meanwhile, a full disk.
+        SkipwiseError: nothing to read, a bad record with `stop`, a file too large for memory, a
+            source that changed meanwhile, a full disk.
     """
-    described = describe(source)
-    key = [_FORMAT, _PIECE, on_bad_record, described, tokenizer_fingerprint(tokenizer)]
+    fields = fingerprint_fields(source)
+    key = [_FORMAT, _PIECE, on_bad_record, fields, tokenizer_fingerprint(tokenizer)]
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / fingerprint
     if is_complete(folder):
         return open_store(folder)
     try:
-        with part_of(folder) as part:
-            if not is_complete(folder):  # else another process was faster
+        with lock_unfinished(folder) as part:
+            if not is_complete(folder):  # no other process was faster
                 remove_abandoned(folder.parent)
                 with TokenWriter(part, _dtype(tokenizer)) as writer:
                     _tokenize(source, tokenizer, writer, on_bad_record, num_proc, progress)
-                    if describe(source) != described:
+                    if fingerprint_fields(source) != fields:
                         raise SkipwiseError(f"{source.path} changed while it was read: try again")
                     writer.finish(folder, source.path)
     except BrokenProcessPool as error:
         raise SkipwiseError(
-            f"{source.path}: a tokenizer process was ended from outside, often for memory\n"
-            "type data.num_proc=N with fewer processes; what was done is kept"
+            f"{source.path}: a tokenizer process was killed, often because memory ran out\n"
+            "type data.num_proc=N with fewer processes; finished work is kept"
         ) from error
     except OSError as error:
         raise SkipwiseError(
             f"{folder.parent} cannot be written: {error.strerror or error}\n"
-            "set SKIPWISE_CACHE to a folder with room, or make room: what was done is kept"
+            "free some space, or set SKIPWISE_CACHE to a folder on a larger disk; finished work is "
+            "kept"
         ) from error
     return open_store(folder)
 
@@ -110,12 +111,12 @@ def cache_folder() -> Path:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of one text, as training sees it."""
+    """Token ids of one text, the same as in training."""
     return _encode_batch(tokenizer, [text])[0].tolist()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Everything that decides what ids a text gets."""
+    """A hash of everything that decides the ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     inner = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
     options = [type(tokenizer).__name__, tokenizer.special_tokens_map]
@@ -124,8 +125,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Encoded:
-    """A chunk's documents."""
+class _EncodedShard:
+    """The tokens of a shard's documents."""
 
     tokens: np.ndarray  # (sum L_x,)
     lengths: np.ndarray  # (n,) L_x
@@ -140,7 +141,7 @@ def _tokenize(
     num_proc: int | None,
     shown: bool,
 ) -> None:
-    """Append what is left of the source to the writer, saving now and then."""
+    """Append the rest of the source to the writer, and save from time to time."""
     size = sum(p.stat().st_size for p in list_files(source)) if source.is_local else None
     if num_proc is None:
         num_proc = _num_cores() if size is not None and size >= _LARGE else 1
@@ -179,13 +180,13 @@ def _tokenize(
 
 def _append(
     writer: TokenWriter,
-    now: Progress,
+    now: StoreProgress,
     shard: Shard,
-    encoded: _Encoded,
+    encoded: _EncodedShard,
     bad: BadRecords,
     max_tokens: int | None,
-) -> Progress:
-    """Write a chunk's documents, up to the one that makes `max_tokens` full."""
+) -> StoreProgress:
+    """Write a shard's documents, up to the one that reaches `max_tokens`."""
     for record in encoded.bad:
         bad.add(record)
     tokens, lengths = encoded.tokens, encoded.lengths
@@ -210,8 +211,8 @@ def _append(
 
 def _encode_all(
     shards: Iterator[Shard], tokenizer: Any, num_proc: int
-) -> Generator[tuple[Shard, _Encoded], None, None]:
-    """Chunks and their tokens in order."""
+) -> Generator[tuple[Shard, _EncodedShard], None, None]:
+    """Shards and their tokens, in order."""
     if num_proc <= 1:
         for shard in shards:
             yield shard, _encode_shard(tokenizer, shard)
@@ -220,7 +221,7 @@ def _encode_all(
     pool = ProcessPoolExecutor(
         num_proc, mp_context=context, initializer=_start_worker, initargs=(tokenizer,)
     )
-    waiting: deque[tuple[Shard, Future[_Encoded]]] = deque()
+    waiting: deque[tuple[Shard, Future[_EncodedShard]]] = deque()
     size = 0
     try:
         for shard in shards:
@@ -244,41 +245,42 @@ def _start_worker(tokenizer: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker of a killed process would wait for work forever."""
+    """End this worker when its parent dies; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _work(shard: Shard) -> _Encoded:
+def _work(shard: Shard) -> _EncodedShard:
     return _encode_shard(globals()["_worker_tokenizer"], shard)
 
 
-def _encode_shard(tokenizer: Any, shard: Shard) -> _Encoded:
+def _encode_shard(tokenizer: Any, shard: Shard) -> _EncodedShard:
     outcomes = list(shard.read())
     texts = [text for text in outcomes if isinstance(text, str) and text.strip()]
     bad = [record for record in outcomes if isinstance(record, BadRecord)]
     dtype = _dtype(tokenizer)
     ids = [tokens.astype(dtype) for tokens in _encode_batch(tokenizer, texts)]
     lengths = np.array([len(tokens) for tokens in ids], np.int64)
-    return _Encoded(tokens=np.concatenate([np.zeros(0, dtype), *ids]), lengths=lengths, bad=bad)
+    tokens = np.concatenate([np.zeros(0, dtype), *ids])
+    return _EncodedShard(tokens=tokens, lengths=lengths, bad=bad)
 
 
 def _encode_batch(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """Ids of each text; one longer than a piece is cut at line ends and joined again."""
-    cuts = [_cut(text) for text in texts]
-    first = _ids(tokenizer, [pieces[0] for pieces in cuts])
-    later = [piece for pieces in cuts for piece in pieces[1:]]
-    # Special tokens stand at the start of the text only.
+    """The ids of each text. Long texts are tokenized in pieces, split at line ends."""
+    split = [_split(text) for text in texts]
+    first = _ids(tokenizer, [pieces[0] for pieces in split])
+    later = [piece for pieces in split for piece in pieces[1:]]
+    # Special tokens belong only at the start of the text.
     rest = _ids(tokenizer, later, add_special_tokens=False)
     return [
-        np.concatenate([next(first), *itertools.islice(rest, len(pieces) - 1)]) for pieces in cuts
+        np.concatenate([next(first), *itertools.islice(rest, len(pieces) - 1)]) for pieces in split
     ]
 
 
 def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarray]:
-    """Ids of each piece, from calls of the tokenizer that are large, and bounded."""
+    """The ids of each piece, from large but bounded calls of the tokenizer."""
     begin = size = 0
     for i, piece in enumerate(pieces):
         size += len(piece)
@@ -288,7 +290,7 @@ def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarr
             begin, size = i + 1, 0
 
 
-def _cut(text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     pieces = []
     start = 0
     while len(text) - start > _PIECE:

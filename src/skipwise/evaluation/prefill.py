@@ -25,8 +25,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from skipwise.config.batch import EVALUATION_LOGITS as _LOGITS
+
 PREFILL = 4096  # tokens of a row in one piece, at most
-_LOGITS = 1 << 26  # numbers of logits held at once, at most
 _LEAST_PIECE = 64
 _LEAST_MASK = 12 << 20  # bytes
 

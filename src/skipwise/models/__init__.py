@@ -1,1 +1,1 @@
-"""Models: what a config says, how it is scaled and loaded, and the checks before a run."""
+"""Models: reading, rescaling, converting and loading them."""

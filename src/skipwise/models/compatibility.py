@@ -1,8 +1,7 @@
-"""A saved folder that every runtime reads right: configs and tokenizer, whoever saved the weights.
+"""Make a saved folder readable for every runtime: config.json, generation config, tokenizer.
 
-transformers 5 saves RoPE in a spelling that transformers 4 and others do not know, and they load
-such a model as unscaled without a word. So every folder that is saved, in the middle of training
-as well, gets both spellings here.
+transformers 5 saves RoPE under keys that transformers 4 and other runtimes do not know, so they
+silently load the model unscaled. Every saved folder, including checkpoints, gets both spellings.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from skipwise.pose.rope_config import with_legacy_rope_keys
 
 
 def make_portable(folder: Path, target_length: int | None = None) -> None:
-    """Mend the configs of a saved model in place.
+    """Update the configs of a saved model in place.
 
-    Both spellings of RoPE in config.json, the cache on (training turns it off), the lengths of the
-    tokenizer and of generation, and a tokenizer class that transformers 4 knows.
+    config.json gets both RoPE spellings and the cache, which training turned off. The tokenizer and
+    generation configs get the new length, and a tokenizer class that transformers 4 knows.
 
     Args:
-        target_length: T, for the tokenizer; None: as it is.
+        target_length: T. By default the lengths do not change.
     """
     file = folder / "config.json"
     config = with_legacy_rope_keys(json.loads(file.read_text(encoding="utf-8")))
@@ -33,7 +32,7 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
     file = folder / "generation_config.json"
     if file.exists() and target_length is not None:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        if "max_length" in settings:  # Llama 2 has its window there, and generate() stops at it
+        if "max_length" in settings:  # Llama 2 keeps its window there, and generate() stops at it
             write_json(file, {**settings, "max_length": target_length})
     file = folder / "tokenizer_config.json"
     if file.exists():
@@ -46,9 +45,8 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
 
 
 def save_tokenizer(tokenizer: Any, source: str, folder: Path) -> None:
-    """The tokenizer, and its SentencePiece file where the source has one."""
+    """Save the tokenizer, and its SentencePiece file if the source has one."""
     tokenizer.save_pretrained(folder)
-    for name in ("tokenizer.model",):
-        file = Path(source).expanduser() / name
-        if file.is_file() and not (folder / name).exists():
-            shutil.copyfile(file, folder / name)
+    file = Path(source).expanduser() / "tokenizer.model"
+    if file.is_file() and not (folder / file.name).exists():
+        shutil.copyfile(file, folder / file.name)

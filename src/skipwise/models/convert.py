@@ -1,14 +1,13 @@
-"""Exact conversions of families that transformers cannot rescale to ones that it can.
+"""Exact conversion of families that transformers cannot rescale to families that it can.
 
-GPT-J has no RoPE settings in its config, but is a Phi with other names: one LayerNorm before
-parallel attention and MLP, partial rotary embeddings, a head with bias. Only the rotary rows of q
-and k are laid out otherwise. Baichuan-7B and Baichuan2-7B are a Llama whose q, k and v are one
-matrix; Baichuan2 normalises the rows of its head in every pass, which is done once here. So what is
-trained and handed over is a stock Phi or Llama, and no code of the source is run. On request the
-text model of a multimodal wrapper is taken out the same way: its tensors, under its own names.
+GPT-J has no RoPE settings in its config, but it is a Phi with other names: one LayerNorm before
+parallel attention and MLP, partial rotary embeddings, a head with bias. Only the order of the
+rotary rows of q and k differs. Baichuan-7B and Baichuan2-7B are a Llama whose q, k and v are one
+matrix; Baichuan2 normalises the rows of its head in every forward pass, here it is done once. The
+result is a stock Phi or Llama, and the source's code never runs. On request the text model of a
+multimodal wrapper is extracted the same way: its tensors, under their own names.
 
-Weights go through a tensor at a time and are written in shards, so that memory holds a shard of
-`_SHARD_BYTES` and not the model.
+Tensors are read one at a time and written in shards, so memory holds at most `_SHARD_BYTES`.
 
 Source:  transformers, models/gptj and models/phi; baichuan-inc/Baichuan-7B and Baichuan2-7B-Base,
          modeling_baichuan.py (W_pack, NormHead)
@@ -52,14 +51,14 @@ _SAMPLES = (
 
 
 def conversion_for(config: dict[str, Any], text_only: bool = False) -> Conversion | None:
-    """The conversion that a config.json needs; None for most.
+    """The conversion that a config.json needs. Most need none.
 
     Args:
-        text_only: take the text model out of a multimodal wrapper.
+        text_only: extract the text model of a multimodal wrapper.
 
     Raises:
-        SkipwiseError: Baichuan-13B, which has no RoPE; a text model that transformers has no class
-            for; nothing to take out.
+        SkipwiseError: Baichuan-13B, which has no RoPE; no text model to extract, or one that
+            transformers has no class for.
     """
     if text_only:
         return text_model(config)
@@ -67,7 +66,7 @@ def conversion_for(config: dict[str, Any], text_only: bool = False) -> Conversio
         case "gptj":
             return Conversion(source="GPT-J", target="Phi", config=phi_config, tensors=phi_tensors)
         case "baichuan":
-            # 13B states model_max_length alone; 7B states max_position_embeddings
+            # 13B has only model_max_length; 7B has max_position_embeddings
             if "max_position_embeddings" not in config or config.get("hidden_size") == 5120:
                 raise SkipwiseError(
                     "Baichuan-13B has ALiBi, and PoSE extends rotary position embeddings (RoPE) "
@@ -93,10 +92,10 @@ def convert_model(
     Args:
         model: folder or hub name of the source.
         config: its config.json.
-        out: the folder; it exists only when all of it was written.
+        out: the folder; created only once everything is written.
 
     Raises:
-        SkipwiseError: no weights of the wanted kind, a tensor that is not the family's, full disk.
+        SkipwiseError: no weights in the requested format, an unknown tensor, a full disk.
     """
     conversion = conversion_for(config, settings.text_only)
     assert conversion is not None
@@ -108,7 +107,7 @@ def convert_model(
     print(f"converting {conversion.source} to {conversion.target}: {out}", file=sys.stderr)
     try:
         names = _write_shards(files, conversion, config, part)
-        # a head that is not there is tied, whatever the config says (wrappers differ in that)
+        # a missing head is tied, whatever the config says (wrappers differ in that)
         target = {**conversion.config(config), "tie_word_embeddings": "lm_head.weight" not in names}
         text = json.dumps(target, indent=2) + "\n"
         (part / "config.json").write_text(text, encoding="utf-8")
@@ -122,53 +121,52 @@ def convert_model(
 
 
 def load_sentencepiece(model: str, settings: ModelSettings) -> Any:
-    """A tokenizer that gives the same ids as a family's own code around its tokenizer.model.
+    """A tokenizer with the same ids as the family's own code around its tokenizer.model.
 
     Raises:
-        SkipwiseError: no tokenizer.model, or one that tokenizes otherwise in transformers.
+        SkipwiseError: no tokenizer.model, or transformers gives other ids for it.
     """
     from sentencepiece import SentencePieceProcessor
 
     source = _fetch(model, settings, ("tokenizer*", "special_tokens_map.json"))
     file = source / "tokenizer.model"
     if not file.is_file():
-        raise SkipwiseError(f"{model} has no tokenizer.model, which its tokenizer is made from")
-    stated = source / "tokenizer_config.json"
-    options = json.loads(stated.read_text(encoding="utf-8")) if stated.is_file() else {}
+        raise SkipwiseError(f"{model} has no tokenizer.model, which is needed for its tokenizer")
+    settings_file = source / "tokenizer_config.json"
+    text = settings_file.read_text(encoding="utf-8") if settings_file.is_file() else "{}"
+    options = json.loads(text)
     tokenizer = sentencepiece_bpe(file, options)
     reference = SentencePieceProcessor(model_file=str(file))
     for text in _SAMPLES:
         if tokenizer(text, add_special_tokens=False)["input_ids"] != reference.encode(text):
             raise SkipwiseError(
                 f"the tokenizer.model of {model} gives other tokens in transformers than in "
-                f"SentencePiece, for {text!r}: it cannot be kept usable\n"
-                "give a folder whose tokenizer transformers reads (tokenizer.json)"
+                f"SentencePiece, for {text!r}\n"
+                "give a folder with a tokenizer that transformers reads (tokenizer.json)"
             )
     return tokenizer
 
 
 def _fetch(model: str, settings: ModelSettings, patterns: tuple[str, ...] = ()) -> Path:
-    """The folder of the source; of a hub name, its files in the hub's cache."""
+    """The source folder; for a hub name, the folder in the hub's cache."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
     weights = "*.safetensors" if settings.use_safetensors else "*.bin"
-    wanted = patterns or (weights, f"{weights}.index.json", "*.json", "tokenizer*")
+    wanted = list(patterns or (weights, f"{weights}.index.json", "*.json", "tokenizer*"))
     try:
-        return Path(
-            snapshot_download(model, revision=settings.revision, allow_patterns=list(wanted))
-        )
-    except Exception as error:  # the hub raises many kinds
+        return Path(snapshot_download(model, revision=settings.revision, allow_patterns=wanted))
+    except Exception as error:  # the hub raises many types
         raise SkipwiseError(f"{model} could not be fetched\n{first_line(error)}") from error
 
 
 def _weight_files(folder: Path, settings: ModelSettings) -> list[Path]:
-    """The shards of the source, as its index lists them.
+    """The source's weight files, as listed in its index.
 
     Raises:
-        SkipwiseError: none of the wanted kind, or one that the index names is missing.
+        SkipwiseError: none in the requested format, or a listed file is missing.
     """
     name = "model.safetensors" if settings.use_safetensors else "pytorch_model.bin"
     index = folder / f"{name}.index.json"
@@ -180,46 +178,44 @@ def _weight_files(folder: Path, settings: ModelSettings) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         other = sorted(p.name for p in folder.glob("*.bin"))
-        mend = (
-            f"it holds {other[0]}: type load.use_safetensors=false to read that (with "
-            "weights_only: nothing in it is run)"
-            if other and settings.use_safetensors
-            else "give a folder or hub name with all its weights"
-        )
-        raise SkipwiseError(f"{folder} lacks {missing[0]}\n{mend}")
+        fix = "give a folder or hub name with all its weights"
+        if other and settings.use_safetensors:
+            fix = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
+            fix = f"it has {other[0]}: {fix}"
+        raise SkipwiseError(f"{folder} has no {missing[0]}\n{fix}")
     return files
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one file, a tensor in memory at a time."""
+    """(name, tensor) of one file, with one tensor in memory at a time."""
     import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
                     yield name, opened.get_tensor(name)
             return
         try:
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+        except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
             stored = torch.load(file, map_location="cpu", weights_only=True)
         yield from stored.items()
     except SkipwiseError:
         raise
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise SkipwiseError(f"{file} is broken\n{first_line(error)}") from error
-    except Exception as error:  # pickle.UnpicklingError: something else than weights
+    except Exception as error:  # pickle.UnpicklingError: other objects than weights
         if type(error).__name__ != "UnpicklingError":
             raise
-        raise SkipwiseError(f"{file} holds more than weights, and is not read") from error
+        raise SkipwiseError(f"{file} holds more than weights, so it is not loaded") from error
 
 
 def _write_shards(
     files: list[Path], conversion: Conversion, config: dict[str, Any], out: Path
 ) -> set[str]:
-    """Write the converted tensors, at most `_SHARD_BYTES` in memory at once; return their names."""
+    """Write the converted tensors, with `_SHARD_BYTES` in memory at most; return their names."""
     from safetensors.torch import save_file
     from tqdm import tqdm
 
@@ -252,7 +248,7 @@ def _write_shards(
     for i, name in enumerate(names):
         (out / f"{i}.part").rename(out / name)
     if len(names) > 1:
-        places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return {name for keys in shards for name in keys}

@@ -1,4 +1,4 @@
-"""One table for each family that is converted: its config, its tensors, its tokenizer.
+"""How each converted family's config, tensors and tokenizer map to the target family.
 
 Source:  transformers, models/gptj and models/phi; baichuan-inc/Baichuan-7B and Baichuan2-7B-Base,
          modeling_baichuan.py (W_pack, NormHead)
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-DROPPED_BUFFERS = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")  # buffers
-
-
+DROPPED_BUFFERS = re.compile(r"\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 _BAICHUAN_NAME = re.compile(
     r"(lm_head|model\.(embed_tokens|norm|layers\.\d+\."
     r"(self_attn\.(W_pack|o_proj)|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)))"
@@ -31,21 +29,21 @@ _BAICHUAN_NAME = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """One family to another, exactly."""
+    """An exact conversion from one family to another."""
 
     source: str
     target: str
     config: Callable[[dict[str, Any]], dict[str, Any]]
     tensors: Callable[[str, Tensor, dict[str, Any]], Iterator[tuple[str, Tensor]]]
-    sentencepiece: bool = False  # the tokenizer is code around a SentencePiece model
-    frozen: tuple[str, ...] = ()  # parameters that should not be trained
+    sentencepiece: bool = False  # the tokenizer is custom code around a SentencePiece model
+    frozen: tuple[str, ...] = ()  # parameters that must not be trained
 
 
 def sentencepiece_bpe(file: Path, options: dict[str, Any]) -> Any:
     """A fast tokenizer with the pieces of a SentencePiece BPE model.
 
-    Not a LlamaTokenizer: that puts no space before a text that begins with one, which
-    SentencePiece does, and when loaded again it is built anew from the pieces.
+    LlamaTokenizer is no substitute: unlike SentencePiece it adds no space before a text that begins
+    with one, and loading it rebuilds it from the pieces.
     """
     from tokenizers import Tokenizer, decoders, normalizers, processors
     from tokenizers.models import BPE
@@ -96,7 +94,7 @@ def phi_config(config: dict[str, Any]) -> dict[str, Any]:
     if not rotary:
         raise SkipwiseError("this GPT-J has no rotary_dim, so no rotary position embeddings")
     share = rotary / (hidden // heads)
-    if int(hidden // heads * share) != rotary:  # Phi cuts the product off
+    if int(hidden // heads * share) != rotary:  # Phi truncates the product
         share = (rotary + 0.5) / (hidden // heads)
     return {
         "architectures": ["PhiForCausalLM"],
@@ -140,7 +138,7 @@ def llama_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shared(config: dict[str, Any]) -> dict[str, Any]:
-    """What both targets take over as it is."""
+    """Keys that both targets keep unchanged."""
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
     return {
         **{key: config[key] for key in kept if key in config},
@@ -165,13 +163,13 @@ _PHI_NAMES = {
 
 
 def phi_tensors(name: str, tensor: Tensor, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A tensor of GPT-J under Phi's name; attention gets biases of zero.
+    """A GPT-J tensor under its Phi name; attention biases are zero.
 
-    GPT-J turns neighbours (2j, 2j+1), Phi turns (j, j + d/2): rows are reordered to match.
+    GPT-J rotates dimensions (2j, 2j+1) together, Phi (j, j + d/2): rows are reordered to match.
     """
     module, kind = name.rsplit(".", 1)
     found = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", module)
-    place, inner = (f"model.layers.{found[1]}.", found[2]) if found else ("", module)
+    prefix, inner = (f"model.layers.{found[1]}.", found[2]) if found else ("", module)
     if inner not in _PHI_NAMES:
         raise SkipwiseError(f"{name} is not a tensor of GPT-J: the checkpoint cannot be converted")
     if inner in ("attn.q_proj", "attn.k_proj"):
@@ -179,15 +177,15 @@ def phi_tensors(name: str, tensor: Tensor, config: dict[str, Any]) -> Iterator[t
         rows = tensor.reshape(heads, -1, tensor.shape[-1])  # (heads, head_dim, hidden)
         order = [*range(0, rotary, 2), *range(1, rotary, 2), *range(rotary, rows.shape[1])]
         tensor = rows[:, order].reshape(tensor.shape)
-    yield f"{place}{_PHI_NAMES[inner]}.{kind}", tensor
+    yield f"{prefix}{_PHI_NAMES[inner]}.{kind}", tensor
     if inner.startswith("attn."):
-        yield f"{place}{_PHI_NAMES[inner]}.bias", tensor.new_zeros(tensor.shape[0])
+        yield f"{prefix}{_PHI_NAMES[inner]}.bias", tensor.new_zeros(tensor.shape[0])
 
 
 def llama_tensors(
     name: str, tensor: Tensor, config: dict[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A tensor of Baichuan under Llama's name."""
+    """A Baichuan tensor under its Llama name."""
     if not _BAICHUAN_NAME.fullmatch(name):
         raise SkipwiseError(
             f"{name} is not a tensor of Baichuan-7B: the checkpoint cannot be converted"
@@ -205,11 +203,11 @@ def llama_tensors(
 def text_model(config: dict[str, Any]) -> Conversion:
     wrapper, text = config.get("model_type", "this model"), config.get("text_config") or {}
     if not text:
-        raise SkipwiseError(f"load.text_only: {wrapper} wraps no text model\nleave it out")
+        raise SkipwiseError(f"load.text_only: {wrapper} contains no text model\nleave it out")
     if text.get("model_type") not in defaults():
         raise SkipwiseError(
-            f"load.text_only: {wrapper} wraps {text.get('model_type')}, which transformers cannot "
-            "load as a causal language model\nchoose another model"
+            f"load.text_only: {wrapper} contains {text.get('model_type')}, which transformers "
+            "cannot load as a causal language model\nchoose another model"
         )
     return Conversion(
         source=wrapper, target=text["model_type"], config=_text_config, tensors=_text_tensors
@@ -217,7 +215,7 @@ def text_model(config: dict[str, Any]) -> Conversion:
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The text model's own config, with what it leaves to its class or to the wrapper."""
+    """The text model's config, completed from its class's defaults and the wrapper."""
     text = dict(config["text_config"])
     known = defaults()[text["model_type"]]
     text = {key: known[key] for key in SHAPE if key in known} | text
@@ -236,11 +234,11 @@ _TEXT_NAME = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?P<inner>.+)"
 def _text_tensors(
     name: str, tensor: Tensor, config: dict[str, Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A tensor of the text model under its own name; those of other parts are left out.
+    """A tensor of the text model under its own name; other tensors are skipped.
 
-    transformers 4 and 5 and the families place it differently: `language_model.model.X`,
-    `model.language_model.X`, and the head inside or beside it. What is missed is missing when the
-    model is loaded, which is an error.
+    The prefix differs by family and transformers version: `language_model.model.X`,
+    `model.language_model.X`, with the head inside or outside. If a tensor were skipped by mistake,
+    loading the model would fail.
     """
     found = _TEXT_NAME.fullmatch(name)
     inner = found["inner"] if found else name
@@ -251,5 +249,5 @@ def _text_tensors(
 
 
 def has_norm_head(config: dict[str, Any]) -> bool:
-    """Baichuan2: its configs have a z-loss, and its vocabulary is twice as large."""
+    """Whether this is Baichuan2: its config has a z-loss, or its larger vocabulary."""
     return "z_loss_weight" in config or config.get("vocab_size") == 125696

@@ -1,8 +1,8 @@
-"""Reading a model's config: as plain JSON in a blink, or by transformers.
+"""Read a model's config: quickly as plain JSON, or with transformers.
 
-A config.json leaves out what its class has as a default, and older ones spell RoPE otherwise.
-`complete` puts both right without transformers, from a table of its config classes' defaults
-(`config_defaults.json`, written by tools/make_config_defaults.py).
+A config.json omits its class's defaults, and older ones spell RoPE differently. `complete` fixes
+both without transformers, from a table of the config classes' defaults (`config_defaults.json`,
+written by tools/make_config_defaults.py).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo, read_model_info
 
-SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # a whole config.json has these
+SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
 @cache
 def defaults() -> dict[str, dict[str, Any]]:
-    """Of each family that transformers has as a decoder with RoPE: its config class's defaults."""
+    """Config class defaults of every RoPE decoder family in transformers."""
     file = Path(__file__).with_name("config_defaults.json")
     return json.loads(file.read_text(encoding="utf-8"))["families"]
 
@@ -32,7 +32,7 @@ def is_local(model: str) -> bool:
 
 
 def is_config_alone(model: str) -> bool:
-    """Whether this is a folder with a config.json and no weights."""
+    """Whether this is a folder with a config.json but no weights."""
     folder = Path(model).expanduser()
     return (folder / "config.json").is_file() and not any(
         next(folder.glob(pattern), None) for pattern in _WEIGHTS
@@ -40,30 +40,30 @@ def is_config_alone(model: str) -> bool:
 
 
 def read_config(model: str, settings: ModelSettings) -> dict[str, Any]:
-    """The config.json of a folder or hub name, as it is.
+    """The config.json of a folder or hub name, unchanged.
 
     Raises:
         SkipwiseError: no such folder or hub name, an adapter, broken JSON.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _read_folder(folder)
+        return _read_local_config(folder)
     if folder.exists() or model.startswith((".", "/", "~")):
         raise SkipwiseError(f"{model}: no such folder\ngive the folder of a model, or its hub name")
     from transformers import PreTrainedConfig
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(model, revision=settings.revision)
-    except Exception as error:  # the hub raises many kinds
+    except Exception as error:  # the hub raises many types
         raise SkipwiseError(
-            f"{model} could not be read: it is no folder here, and the hub did not give it\n"
+            f"{model} could not be read: it is not a local folder, and the download failed\n"
             f"{first_line(error)}"
         ) from error
     return config
 
 
 def load_config(model: str, settings: ModelSettings) -> Any:
-    """The model's config by transformers; raises as `config_of`."""
+    """The model's transformers config; raises as `config_of`."""
     return config_of(model, read_config(model, settings), settings)
 
 
@@ -73,10 +73,10 @@ def config_of(
     settings: ModelSettings,
     converted: dict[str, Any] | None = None,
 ) -> Any:
-    """transformers' config of a model whose config.json was read, or of what it is converted to.
+    """The transformers config of a model, or of the `converted` config.json.
 
     Raises:
-        SkipwiseError: remote code that was not asked for, a config that transformers turns down.
+        SkipwiseError: custom code without trust_remote_code, a config that transformers rejects.
     """
     if converted is None:
         _check_code(raw, model, settings)
@@ -90,24 +90,24 @@ def config_of(
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many types
         raise SkipwiseError(f"{model} could not be read\n{first_line(error)}") from error
 
 
 def model_info_of(config: Any, original_length: int | None = None) -> ModelInfo:
-    """The facts of transformers' config; see `read_model_info`."""
+    """`read_model_info` of a transformers config."""
     known = defaults().get(config.model_type, {})
     refused = known.get("refused_rope_types", [])
     return read_model_info({**config.to_dict(), "refused_rope_types": refused}, original_length)
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with its class's defaults filled in and RoPE spelled as transformers 5 does.
+    """A config.json with its class's defaults, and with RoPE spelled as in transformers 5.
 
     Source: transformers 5, `RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`.
 
     Raises:
-        SkipwiseError: the model brings its own code, whose defaults nobody knows.
+        SkipwiseError: the model has custom code, whose defaults are unknown.
     """
     family = raw.get("model_type", "unknown")
     known = defaults().get(family, {})
@@ -121,7 +121,7 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     if default and isinstance(default.get("full_attention"), dict):
         config["rope_parameters"] = _per_layer_type(raw, parameters or {}, default)
     else:
-        config["rope_parameters"] = _spelled(raw, parameters or {}, default or {})
+        config["rope_parameters"] = _rope_parameters(raw, parameters or {}, default or {})
     if "layer_types" not in raw:
         config["layer_types"] = _layer_types(config, known)
     return config
@@ -131,21 +131,21 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
+def _read_local_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if (folder / "adapter_config.json").exists() and not file.exists():
         raise SkipwiseError(
-            f"{folder} is a LoRA adapter, and an adapter has no window of its own\n"
-            "merge it into its base (peft: merge_and_unload), and give that"
+            f"{folder} is a LoRA adapter, which has no context window of its own\n"
+            "merge it into its base model (peft: merge_and_unload), and give the merged model"
         )
     if not file.exists():
-        raise SkipwiseError(f"{folder} holds no config.json: it is not the folder of a model")
+        raise SkipwiseError(f"{folder} has no config.json: it is not a model folder")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SkipwiseError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise SkipwiseError(f"{file} is not a config: it should map keys to values")
+        raise SkipwiseError(f"{file} is not a config: it must map keys to values")
     return config
 
 
@@ -156,7 +156,7 @@ def _check_code(raw: dict[str, Any], model: str, settings: ModelSettings) -> Non
 
 def _own_code(what: str) -> str:
     return (
-        f"{what} brings its own code, which is not run unasked\n"
+        f"{what} brings its own code, which does not run without your permission\n"
         "read it, and type load.trust_remote_code=true if you trust it"
     )
 
@@ -169,16 +169,16 @@ def _needs_code(raw: dict[str, Any]) -> bool:
     return raw.get("model_type") not in CONFIG_MAPPING
 
 
-def _spelled(
+def _rope_parameters(
     raw: dict[str, Any], parameters: dict[str, Any], default: dict[str, Any]
 ) -> dict[str, Any]:
-    """One layer type's rope_parameters."""
+    """One layer type's rope_parameters, as transformers 5 spells them."""
     out = {**parameters}
     name = out.pop("type", None)
     out.setdefault("rope_type", name or default.get("rope_type", "default"))
     if out["rope_type"] == "su":  # longrope's first name
         out["rope_type"] = "longrope"
-    if not parameters:  # the class's own scaling, as Llama-3.1's
+    if not parameters:  # the class's own scaling, as for Llama-3.1
         out = {**{k: v for k, v in default.items() if k != "partial_rotary_factor"}, **out}
     theta = raw.get("rope_theta", raw.get("rotary_emb_base", default.get("rope_theta", 10000.0)))
     if "rope_theta" not in parameters:
@@ -195,11 +195,11 @@ def _spelled(
 def _per_layer_type(
     raw: dict[str, Any], parameters: dict[str, Any], default: dict[str, Any]
 ) -> dict[str, Any]:
-    """rope_parameters per layer type: theirs, or the older words for two of them."""
+    """rope_parameters by layer type, from that form or from the older keys."""
     if any(key in default for key in parameters):
         return {key: parameters.get(key, value) for key, value in default.items()}
     out = {key: dict(value) for key, value in default.items()}
-    out["full_attention"] = _spelled(raw, parameters, default["full_attention"])
+    out["full_attention"] = _rope_parameters(raw, parameters, default["full_attention"])
     if "rope_local_base_freq" in raw:
         out["sliding_attention"]["rope_theta"] = raw["rope_local_base_freq"]
     elif "rope_theta" in raw and len({v["rope_theta"] for v in default.values()}) == 1:
@@ -208,12 +208,12 @@ def _per_layer_type(
 
 
 def _layer_types(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
-    """Which kinds of layers there are, where config.json does not list them layer by layer."""
-    kinds = set(known.get("layer_types", []))
+    """The layer types that occur, if config.json does not list them by layer."""
+    types = set(known.get("layer_types", []))
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
-        kinds -= {"sliding_attention"}
+        types -= {"sliding_attention"}
     elif config.get("use_sliding_window") and "max_window_layers" in config:  # Qwen2
         full, layers = config["max_window_layers"], config.get("num_hidden_layers", 0)
-        kinds = {"full_attention"} if full >= layers else {"sliding_attention"}
-        kinds |= {"full_attention"} if full > 0 else set()
-    return sorted(kinds)
+        types = {"full_attention"} if full >= layers else {"sliding_attention"}
+        types |= {"full_attention"} if full > 0 else set()
+    return sorted(types)

@@ -1,7 +1,7 @@
-"""The scaled config first, then the weights into it, then LoRA.
+"""Load models and tokenizers, and choose dtype, device and attention implementation.
 
-Changing a loaded model's config leaves its `inv_freq` as it was, and the change is saved: so the
-config is made before the model, and the preflight compares what the model computes with `rope.py`.
+The scaled config is made before the model, because changing the config of a loaded model would not
+change its `inv_freq`. The preflight compares the model's frequencies with `pose.rope`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from skipwise.config.machine import cpu_has_bf16
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import Check, SkipwiseError
 from skipwise.models.attention.masks import FLEX
@@ -27,7 +28,7 @@ def load_tokenizer(model: str, settings: ModelSettings) -> Any:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-    except Exception as error:  # many kinds again
+    except Exception as error:  # transformers raises many types
         raise SkipwiseError(
             f"the tokenizer of {model} could not be loaded\n{first_line(error)}"
         ) from error
@@ -43,7 +44,7 @@ def load_model(
     device_map: Any = None,
     quantization: Any = None,
 ) -> Any:
-    """The causal language model with safetensors weights and the given config.
+    """Load a causal language model's weights into the given config.
 
     Raises:
         SkipwiseError: no safetensors, weights that do not fit the config, out of memory.
@@ -54,7 +55,7 @@ def load_model(
     if folder.is_dir():
         check_weights(folder, settings)
     try:
-        both: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else model,
             config=config,
             dtype=dtype,
@@ -72,17 +73,15 @@ def load_model(
         raise SkipwiseError(
             f"the weights of {model} could not be loaded\n{first_line(error)}"
         ) from error
-    loaded, info = both
+    loaded, info = result
     missing = sorted(info["missing_keys"])
     if missing:
-        raise SkipwiseError(
-            f"{model} lacks {len(missing)} of the model's weights, {missing[0]} among them"
-        )
+        raise SkipwiseError(f"{model} has no weights for {len(missing)} tensors, e.g. {missing[0]}")
     return loaded
 
 
 def has_persistent_buffers(config: Any, settings: ModelSettings) -> bool:
-    """Whether there are buffers among the weights, as routers of experts have; on no device."""
+    """Whether the model saves buffers with its weights, as expert routers do; loads nothing."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -100,14 +99,14 @@ def has_persistent_buffers(config: Any, settings: ModelSettings) -> bool:
 def load_for_evaluation(
     model: str, config: Any, settings: ModelSettings, *, dtype: torch.dtype
 ) -> Any:
-    """The model on the best device, or spread as `load.device_map` says; raises as `load_model`."""
+    """Load on the best device, or spread by `load.device_map`; raises as `load_model`."""
     asked = settings.attn_implementation
     loaded = load_model(
         model,
         config,
         settings,
         dtype=dtype,
-        # flex_attention is of training: cached keys and short queries are sdpa's
+        # flex_attention is for training; sdpa handles cached keys and short queries
         attn_implementation=None if asked in ("auto", "flex_attention") else asked,
         device_map=settings.device_map,
     )
@@ -117,36 +116,31 @@ def load_for_evaluation(
 
 
 def check_weights(folder: Path, settings: ModelSettings) -> None:
-    """Refuse a folder without weights of the wanted kind."""
+    """Refuse a folder without weights in the requested format."""
     wanted = "*.safetensors" if settings.use_safetensors else "*.bin"
     if any(folder.glob(wanted)):
         return
     other = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.safetensors")])
     if not other:
         raise SkipwiseError(
-            f"{folder} holds no weights\ngive a folder or hub name with its weights in "
-            "safetensors; skipwise check reads a config.json alone"
+            f"{folder} has no weights\ngive a folder or hub name with safetensors weights; "
+            "only skipwise check works with a config.json alone"
         )
-    raise SkipwiseError(
-        f"{folder} holds {other[0]}, and weights are read from {wanted[2:]}\n"
-        + (
-            "type load.use_safetensors=false to read it (with weights_only: nothing in it is run)"
-            if settings.use_safetensors
-            else "leave load.use_safetensors out"
-        )
-    )
+    fix = "leave load.use_safetensors out"
+    if settings.use_safetensors:
+        fix = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
+    raise SkipwiseError(f"{folder} has {other[0]} but no {wanted[2:]} weights\n{fix}")
 
 
 def compute_dtype(settings: ModelSettings) -> torch.dtype:
-    """The arithmetic's dtype: bf16 where the hardware has it, unless the recipe says."""
+    """The dtype to compute in: the recipe's, else bf16 if the hardware supports it."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if torch.backends.mps.is_available():
         return torch.float32
-    avx512, amx = torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported
-    return torch.bfloat16 if avx512() or amx() else torch.float32
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
 
 
 def best_device() -> torch.device:
@@ -158,29 +152,29 @@ def best_device() -> torch.device:
 def attention_for(
     settings: ModelSettings, weights: str, hybrid: bool = False, config: Any = None
 ) -> str | None:
-    """The attention implementation to train on; None: transformers' own choice, sdpa, else eager.
+    """The attention implementation for training, or None for transformers' choice (sdpa or eager).
 
-    Sliding layers beside full ones need one that takes a mask for each kind. Importance weights
-    need flex_attention, or one that takes an additive mask: `mask_reason` says which.
+    A hybrid model needs one that takes a mask for each layer type. Importance weights need
+    flex_attention, or one that takes an additive mask; `mask_reason` decides.
 
     Args:
-        config: of the model; None: without flex_attention.
+        config: of the model. Without it flex_attention is not used.
 
     Raises:
-        SkipwiseError: the implementation asked for cannot do it.
+        SkipwiseError: the recipe's implementation cannot do this.
     """
     asked = settings.attn_implementation
     needs = "positions.key_weights: importance" if weights != "none" else ""
-    needs = needs or ("a model with sliding layers beside full ones" if hybrid else "")
+    needs = needs or ("a model with sliding and full layers" if hybrid else "")
     if needs and asked.startswith("flash"):
         raise SkipwiseError(
-            f"load.attn_implementation: {asked} takes no mask of pairs, which {needs} needs\n"
+            f"load.attn_implementation: {asked} takes no (L, L) mask, which {needs} needs\n"
             "type load.attn_implementation=sdpa"
         )
     if asked == "flex_attention" and weights == "none":
         raise SkipwiseError(
-            f"load.attn_implementation: {asked} is for positions.key_weights: importance, and "
-            "without them slower than sdpa\nleave it out"
+            f"load.attn_implementation: {asked} is only for positions.key_weights: importance; "
+            "otherwise sdpa is faster\nleave it out"
         )
     if weights != "none" and asked in ("auto", "flex_attention"):
         reason = mask_reason(settings, config)
@@ -192,11 +186,11 @@ def attention_for(
 
 
 def mask_reason(settings: ModelSettings, config: Any) -> str:
-    """Why importance weights take a mask of pairs and not flex_attention; "": they do not."""
+    """Why importance weights use an additive mask; empty if they use flex_attention."""
     from skipwise.models.attention.flex import unsupported_by_machine, unsupported_by_model
 
     if settings.attn_implementation not in ("auto", "flex_attention"):
-        return "load.attn_implementation says so"
+        return "load.attn_implementation is set"
     if config is None:
         return "no config was given"
     if settings.trust_remote_code and "AutoModelForCausalLM" in (
@@ -207,14 +201,11 @@ def mask_reason(settings: ModelSettings, config: Any) -> str:
 
 
 def check_kernel(settings: ModelSettings, weights: str, config: Any) -> list[Check]:
-    """A line of the preflight: how importance weights reach the attention, and why so.
-
-    Args:
-        config: of the model as loaded.
-    """
+    """The preflight's line on importance weights; `config` is the loaded model's."""
     if weights == "none":
         return []
-    used = config._attn_implementation
-    reason = f"by a mask of pairs through {used}: {mask_reason(settings, config)}"
-    detail = "by flex_attention, without a mask of pairs" if used == FLEX else reason
+    used, reason = config._attn_implementation, mask_reason(settings, config)
+    detail = f"applied by an additive mask in {used}, because {reason}"
+    if used == FLEX:
+        detail = "applied by flex_attention"
     return [Check(name="importance weights", passed=True, detail=detail)]

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA through peft: which modules, at which precision, and adapters read back."""
+"""LoRA and QLoRA through peft: target modules, precision, and loading adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skipwise.errors import SkipwiseError
 def quantization_for(lora: LoRASettings | None, dtype: torch.dtype, engine: str) -> Any:
     """The bitsandbytes configuration of QLoRA, or None.
 
-    Source: QLoRA, Dettmers et al. 2023, arXiv 2305.14314: NF4, constants quantised as well.
+    Source: QLoRA, Dettmers et al. 2023, arXiv 2305.14314: NF4 with double quantisation.
 
     Raises:
         SkipwiseError: bitsandbytes is missing, or the engine cannot shard such weights.
@@ -45,7 +45,7 @@ def quantization_for(lora: LoRASettings | None, dtype: torch.dtype, engine: str)
 
 
 def num_parameters(model: Any, trainable: bool = False) -> int:
-    """Parameters of a model, whether sharded, quantised or neither."""
+    """Parameters of a model, also if it is sharded or quantised."""
     total = 0
     for parameter in model.parameters():
         if trainable and not parameter.requires_grad:
@@ -58,23 +58,24 @@ def num_parameters(model: Any, trainable: bool = False) -> int:
 
 
 def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
-    """The model with LoRA on its linear layers; norms and embeddings train whole if asked.
+    """Add LoRA to the linear layers; norms and embeddings train fully if the settings say so.
 
     Args:
-        cast: keep what trains in float32; DeepSpeed does that itself.
+        cast: keep trainable parameters in float32; DeepSpeed does that itself.
 
     Source: LongLoRA, Chen et al. 2023, arXiv 2309.12307, section 3.3.
     """
     from peft import LoraConfig, get_peft_model
 
-    whole: set[str] = set()
+    fully_trained: set[str] = set()
     for name, module in model.named_modules():
         if settings.train_norms and "norm" in type(module).__name__.lower():
-            whole.add(name.rsplit(".", 1)[-1])
-    embeddings = model.get_input_embeddings()
+            fully_trained.add(name.rsplit(".", 1)[-1])
     if settings.train_embeddings:
-        whole.add(next(n for n, m in model.named_modules() if m is embeddings).rsplit(".", 1)[-1])
-    routers = [  # of experts: some are linear layers that return more than a tensor
+        embeddings = model.get_input_embeddings()
+        name = next(n for n, m in model.named_modules() if m is embeddings)
+        fully_trained.add(name.rsplit(".", 1)[-1])
+    routers = [  # some are linear layers that return more than a tensor
         name for name, module in model.named_modules() if "router" in type(module).__name__.lower()
     ]
     config = LoraConfig(
@@ -84,7 +85,7 @@ def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules) or "all-linear",
         exclude_modules=None if settings.target_modules else routers or None,
-        modules_to_save=sorted(whole) or None,
+        modules_to_save=sorted(fully_trained) or None,
         ensure_weight_tying=settings.train_embeddings and bool(model.config.tie_word_embeddings),
     )
     try:
@@ -98,25 +99,25 @@ def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
 
 
 def load_adapter(model: Any, checkpoint: Path) -> None:
-    """Put a checkpoint's adapter, and what trained whole beside it, into a model with LoRA.
+    """Load a checkpoint's adapter and fully trained modules into a model with LoRA.
 
-    Under DeepSpeed the first process gives what is sharded to the others.
+    Under DeepSpeed, rank 0 distributes the sharded parameters to the other ranks.
 
     Raises:
-        SkipwiseError: the checkpoint is of another adapter.
+        SkipwiseError: the checkpoint holds another adapter.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
     sharded = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
-    whole: Any = nullcontext()
+    gathered: Any = nullcontext()
     if sharded:
         from deepspeed.runtime.zero import GatheredParameters
 
-        whole = GatheredParameters(sharded, modifier_rank=0)
+        gathered = GatheredParameters(sharded, modifier_rank=0)
     states = load_peft_weights(str(checkpoint), device="cpu")
-    with whole:
+    with gathered:
         result = set_peft_model_state_dict(model, states)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     wrong = [*result.unexpected_keys, *trained.intersection(result.missing_keys)]
     if wrong:
-        raise SkipwiseError(f"{checkpoint} is of another adapter than the recipe's: {wrong[0]}")
+        raise SkipwiseError(f"{checkpoint} does not hold the recipe's adapter: {wrong[0]}")

@@ -1,8 +1,7 @@
-"""What a model's config says: its RoPE, its window, and why it cannot be extended if it cannot.
+"""What a model's config says: its RoPE, its context window, and whether it can be extended.
 
-Facts are found by what a config holds, not by a list of family names: transformers gives every
-decoder with RoPE settings a `rope_parameters` dictionary. No torch here: `skipwise check` reads a
-config.json in a blink.
+This depends on the config's keys, not on a list of families: transformers gives every decoder with
+RoPE a `rope_parameters` dictionary. No torch, so that `skipwise check` reads a config.json fast.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _OTHER_POSITIONS = {
     "falcon_mamba": "no attention",
     "rwkv": "no attention",
 }
-_ALIASES = {  # what older config classes call it
+_ALIASES = {  # names in older config classes
     "hidden_size": ("d_model", "n_embd"),
     "num_attention_heads": ("n_heads", "n_head"),
     "max_position_embeddings": ("max_seq_len", "n_positions"),
@@ -43,18 +42,18 @@ class ModelInfo:
     family: str  # model_type
     original_length: int  # L, the window the weights were trained for
     rope_theta: float
-    rope_parameters: dict[str, Any]  # of the full-attention layers, as the config has them
-    scaling: Scaling  # that the weights were trained with: Unscaled, or one to be carried on
-    nested: bool  # whether the config holds rope_parameters per layer type
+    rope_parameters: dict[str, Any]  # from the config, of the full-attention layers
+    scaling: Scaling  # that the weights were trained with: Unscaled, or one to extend further
+    nested: bool  # the config has rope_parameters by layer type
     head_dim: int
     rotary_dim: int
     sliding_window: int | None
-    hybrid: bool  # sliding layers beside full ones, by design
-    lists_layers: bool  # says layer by layer which are sliding, and has no other switch for it
-    recurrent: bool  # layers that carry a state beside attention
+    hybrid: bool  # sliding and full layers, by design
+    lists_layers: bool  # only layer_types says which layers are sliding
+    recurrent: bool  # some layers have a recurrent state
     vocab_size: int
     tied_embeddings: bool
-    refused_types: tuple[str, ...] = ()  # rope_types that the family's config class turns down
+    refused_types: tuple[str, ...] = ()  # rope_types that the family's config class rejects
 
     @property
     def rope_type(self) -> str:
@@ -62,12 +61,12 @@ class ModelInfo:
 
 
 def read_model_info(config: Mapping[str, Any], original_length: int | None = None) -> ModelInfo:
-    """Facts of a config: of transformers' `to_dict()`, or of `configs.complete`.
+    """Read a config: transformers' `to_dict()`, or the result of `hf_config.complete`.
 
     Args:
-        original_length: what the model was really trained at, where its config says otherwise
-            (Mistral-7B-v0.1 says 32k and was trained at 8k). The length before the config's own
-            scaling says that this scaling was not trained: it is replaced.
+        original_length: the length that the model was trained at, if its config is wrong
+            (Mistral-7B-v0.1 says 32k but was trained at 8k). The length before the config's own
+            scaling means that this scaling was not trained, so it is replaced.
 
     Raises:
         SkipwiseError: the model cannot be extended; says why and what to do.
@@ -78,7 +77,7 @@ def read_model_info(config: Mapping[str, Any], original_length: int | None = Non
     nested = isinstance(parameters.get(_FULL), Mapping)
     parameters = dict(parameters[_FULL] if nested else parameters)
     if "rope_type" in parameters:
-        parameters.pop("type", None)  # its older name, which transformers keeps beside it
+        parameters.pop("type", None)  # its older name, which transformers keeps
     stated: int = _get(config, "max_position_embeddings") or original_length or 0
     if not stated:
         raise SkipwiseError(
@@ -91,7 +90,7 @@ def read_model_info(config: Mapping[str, Any], original_length: int | None = Non
     scaling, length = _trained(present, stated, original_length, family)
     for key in ("vocab_size", "hidden_size", "num_attention_heads"):
         if not _get(config, key):
-            raise SkipwiseError(f"the config of this {family} model lacks {key}: it is not whole")
+            raise SkipwiseError(f"the config of this {family} model is incomplete: it has no {key}")
     head_dim = config.get("head_dim") or _get(config, "hidden_size") // _get(
         config, "num_attention_heads"
     )
@@ -119,10 +118,10 @@ def read_model_info(config: Mapping[str, Any], original_length: int | None = Non
 
 
 def check_extendable(config: Mapping[str, Any]) -> None:
-    """Refuse what has no RoPE to extend, or more than Skipwise can extend.
+    """Refuse models without RoPE, and models that Skipwise cannot extend.
 
     Raises:
-        SkipwiseError: one sentence why, one what to do.
+        SkipwiseError: why, and what to do.
     """
     family = config.get("model_type", "unknown")
     if config.get("is_encoder_decoder"):
@@ -132,13 +131,13 @@ def check_extendable(config: Mapping[str, Any]) -> None:
         )
     if config.get("text_config") is not None:
         raise SkipwiseError(
-            f"{family} wraps a language model with other parts, and only the language model has a "
-            "window to extend\ntype load.text_only=true to extend that, without the other parts"
+            f"{family} contains a language model and other parts, and only the language model has "
+            "a window to extend\ntype load.text_only=true to extend that, without the other parts"
         )
     if config.get("quantization_config") is not None:
         raise SkipwiseError(
             f"this {family} checkpoint is quantised, and its weights cannot be trained\n"
-            "give the unquantised one it was made from"
+            "give the original checkpoint, which is not quantised"
         )
     if config.get("alibi"):
         raise SkipwiseError(_refusal(family, "ALiBi"))
@@ -165,7 +164,7 @@ def check_extendable(config: Mapping[str, Any]) -> None:
 
 
 def check_reach(config: Mapping[str, Any], length: int) -> None:
-    """Refuse to measure a model where it has no positions: learned ones end.
+    """Refuse to evaluate learned positions beyond the end of their table.
 
     Raises:
         SkipwiseError: the length is beyond the model's table of positions.
@@ -182,8 +181,8 @@ def check_reach(config: Mapping[str, Any], length: int) -> None:
 def _trained(present: Scaling, stated: int, given: int | None, family: str) -> tuple[Scaling, int]:
     """(the scaling that the weights were trained with, their window L).
 
-    What max_position_embeddings means depends on the type: the window for llama3 and longrope,
-    either end of it for yarn, and for linear it is used for both ends.
+    The meaning of max_position_embeddings depends on the type: the scaled window for llama3 and
+    longrope, the window before or after scaling for yarn, and for linear either (models differ).
     """
     if isinstance(present, Unscaled):
         return present, given or stated
@@ -195,8 +194,8 @@ def _trained(present: Scaling, stated: int, given: int | None, family: str) -> t
     if present.name == "linear" and given is None:
         reach = round(stated * present.factor)
         raise SkipwiseError(
-            f"this {family} model is scaled with linear by {present.factor:g}, and its config "
-            f"({stated:,} tokens) does not tell whether that is the window before or after it\n"
+            f"this {family} model has linear scaling by {present.factor:g}, and its config does "
+            f"not say whether {stated:,} tokens is the window before or after scaling\n"
             f"type original_length={stated}, or original_length={reach}: the window it has now"
         )
     if isinstance(present, YaRN):
@@ -212,5 +211,5 @@ def _refusal(family: str, positions: str) -> str:
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
-    """The value under its own name, or the one that an older config class has for it."""
+    """The value under the current name or an older one."""
     return next((config[k] for k in (key, *_ALIASES.get(key, ())) if config.get(k)), None)

@@ -5,7 +5,9 @@ The single checks live in `preflight/`; here they are put in order, printed and 
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import math
 import sys
 import tempfile
 from typing import Any
@@ -150,7 +152,9 @@ def record_checks(run: RunFolder, checks: list[Check]) -> None:
         print(f"  {one}", file=sys.stderr, flush=True)
     names = {one.name for one in checks}
     old = [c for c in run.metadata().get("checks", []) if c["name"] not in names]
-    new = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]
+    new = [dataclasses.asdict(c) for c in checks]
+    for one in new:
+        one["numbers"] = {k: v for k, v in one["numbers"].items() if math.isfinite(v)}
     run.update(checks=old + new)
 
 

@@ -1,11 +1,11 @@
-"""What a model is made of, counted from its config alone.
+"""Count a model's parameters from its config alone.
 
 A decoder layer is a list of matrices (attention, MLP, experts) and some vectors (norms, sinks).
-Families differ in a few facts, which kinds.py holds; any other decoder is counted like a Llama
-and called an estimate. Counts are tested against transformers' own models.
+families.py lists the traits of each family; any other decoder is counted like a Llama and reported
+as an estimate. Tests compare the counts with transformers' own models.
 
 Letters:  d = hidden_size, H / K = attention / key-value heads, h = head_dim,
-          F = intermediate_size, V = vocab_size, E / k = experts / experts a token uses
+          F = intermediate_size, V = vocab_size, E / k = experts / experts per token
 Source:   transformers 5, models/*/modeling_*.py
 """
 
@@ -16,20 +16,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.planning.families import FAMILIES, Family, Said
+from skipwise.planning.families import FAMILIES, Family, Switch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A weight (rows_out, rows_in), `copies` of it where it is a layer's experts."""
+    """A weight (rows_out, rows_in), with one copy per expert."""
 
     name: str
     rows_in: int
     rows_out: int
     bias: bool = False
     copies: int = 1
-    active: int = 1  # copies that a token goes through
-    linear: bool = True  # a torch.nn.Linear, which LoRA and nf4 reach; experts are not
+    active: int = 1  # copies that each token uses
+    linear: bool = True  # a torch.nn.Linear, which LoRA and nf4 apply to; experts are not
 
     @property
     def size(self) -> int:
@@ -37,19 +37,19 @@ class Matrix:
 
     @property
     def weight(self) -> int:
-        """Numbers in one copy, its bias aside."""
+        """Numbers in one copy, without its bias."""
         return self.rows_in * self.rows_out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One kind of decoder layer and how many there are of it."""
+    """A type of decoder layer, and the number of layers of this type."""
 
     count: int
     matrices: tuple[Matrix, ...]
-    vectors: int  # numbers in norms and the like
-    norms: int  # norms over the hidden width
-    mlp_width: int  # numbers a token has between the MLP's matrices: F, or those of its experts
+    vectors: int  # numbers in norms, sinks and other vectors
+    norms: int  # norms over hidden_size
+    mlp_width: int  # numbers per token between the MLP's matrices: F, or k experts' F
 
     @property
     def size(self) -> int:
@@ -57,7 +57,7 @@ class Layer:
 
     @property
     def active(self) -> int:
-        """Weights that one token is multiplied with."""
+        """Weights that multiply each token."""
         return sum(m.weight * m.active for m in self.matrices)
 
 
@@ -66,14 +66,14 @@ class Architecture:
     """Counts and widths of a causal language model."""
 
     family: str
-    exact: bool  # counted by the family's own facts; else like a Llama
+    exact: bool  # counted by the family's own traits, not like a Llama
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int  # of queries and keys
-    value_dim: int  # of values, for each head
-    kv_width: int  # numbers of keys and values a token leaves in a layer's cache
+    value_dim: int  # of values
+    kv_width: int  # numbers per token in a layer's KV cache
     vocab_size: int
     intermediate_size: int
     gated: bool
@@ -81,18 +81,18 @@ class Architecture:
     experts_per_token: int
     tied: bool
     embedding: int
-    head: int  # 0 where tied
+    head: int  # 0 if tied
     final: int  # norm before the head
     layers: tuple[Layer, ...]
-    sliding_layers: int  # of num_layers, beside full ones
+    sliding_layers: int  # of num_layers, if some layers are full
     sliding_window: int | None
     fused_qkv: bool
     fused_gate: bool
     rms_norm: bool
-    composed_gelu: bool  # an activation of several operations, each of which keeps something
+    composed_gelu: bool  # an activation of several operations, which all save tensors
     softcap: bool  # of the logits, as in Gemma 2
     qk_norm: bool
-    stored_bytes: int  # of a number in the checkpoint
+    stored_bytes: int  # per number in the checkpoint
 
     @property
     def num_parameters(self) -> int:
@@ -104,20 +104,20 @@ class Architecture:
 
     @property
     def active_parameters(self) -> int:
-        """Weights a token is multiplied with: the head counts, the embedding is looked up."""
+        """Weights that multiply each token: with the head, without the embedding lookup."""
         inside = sum(layer.count * layer.active for layer in self.layers)
         return inside + self.vocab_size * self.hidden_size
 
     @property
     def vectors(self) -> int:
-        """Numbers in norms and biases: all that is no matrix."""
+        """Numbers in norms, biases and other vectors."""
         matrices = sum(
             layer.count * m.copies * m.weight for layer in self.layers for m in layer.matrices
         )
         return self.layer_parameters + self.final - matrices
 
     def matrices(self) -> Iterator[tuple[int, Matrix]]:
-        """(how many layers have it, matrix), the head aside."""
+        """(number of layers, matrix) for each matrix but the head."""
         for layer in self.layers:
             for matrix in layer.matrices:
                 yield layer.count, matrix
@@ -125,7 +125,7 @@ class Architecture:
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP = ("num_experts_per_tok", "moe_topk", "moe_k")
-_WHOLE_WIDTH = {  # experts as wide as intermediate_size, whatever else the config holds
+_EXPERTS_OF_FULL_WIDTH = {  # experts have intermediate_size, whatever else the config says
     "hunyuan_v1_moe", "mixtral", "phimoe", "granitemoe", "granitemoeshared", "olmoe", "flex_olmo",
     "minimax_m2", "gpt_oss",
 }  # fmt: skip
@@ -133,53 +133,53 @@ _DENSE_FIRST = ("first_k_dense_replace", "moe_layer_start_index")
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The counts of a config, as `configs.complete` gives it or transformers' `to_dict()`.
+    """Count a config: the result of `hf_config.complete`, or transformers' `to_dict()`.
 
     Raises:
-        SkipwiseError: the config lacks a size that nothing else tells.
+        SkipwiseError: the config lacks a size.
     """
     family = str(config.get("model_type", "unknown"))
-    facts = FAMILIES.get(family, Family(experts=_first(config, _EXPERTS, 0) > 1))
-    d = _need(config, "hidden_size", "d_model", "n_embd")
-    count = _need(config, "num_hidden_layers", "n_layer", "num_layers")
-    H = _need(config, "num_attention_heads", "n_head", "n_heads")
+    traits = FAMILIES.get(family, Family(experts=_first_present(config, _EXPERTS, 0) > 1))
+    d = _required(config, "hidden_size", "d_model", "n_embd")
+    count = _required(config, "num_hidden_layers", "n_layer", "num_layers")
+    H = _required(config, "num_attention_heads", "n_head", "n_heads")
     K, h = _kv_heads(config, family, H), config.get("head_dim") or d // H
-    V = _need(config, "vocab_size")
-    F = _first(config, ("ffn_hidden_size", "intermediate_size", "n_inner"), 0) or 4 * d
+    V = _required(config, "vocab_size")
+    F = _first_present(config, ("ffn_hidden_size", "intermediate_size", "n_inner"), 0) or 4 * d
     latent = bool(config.get("kv_lora_rank"))
     if latent:
         h = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     value_dim = config.get("v_head_dim", h) if latent else h
-    experts = _first(config, _EXPERTS, 0) if facts.experts else 0
+    experts = _first_present(config, _EXPERTS, 0) if traits.experts else 0
     dense = count
     if experts:
-        dense = min(count, _first(config, _DENSE_FIRST, 0))
-    attention = _latent(config, d, H) if latent else _attention(config, facts, d, H, K, h)
+        dense = min(count, _first_present(config, _DENSE_FIRST, 0))
+    attention = _latent(config, d, H) if latent else _attention(config, traits, d, H, K, h)
     layers = []
     for number, sparse in ((dense, False), (count - dense, True)):
         if number:
             mlp, width = (
-                _experts(config, facts, family, d, F) if sparse else _mlp(config, facts, d, F)
+                _experts(config, traits, family, d, F) if sparse else _mlp(config, traits, d, F)
             )
-            norms = _num_norms(config, facts, family)
+            norms = _num_norms(config, traits, family)
             layers.append(
                 Layer(
                     count=number,
                     matrices=(*attention, *mlp),
-                    vectors=_vectors(config, facts, family, d, H, K, h, F, norms)
+                    vectors=_vectors(config, traits, family, d, H, K, h, F, norms)
                     + (experts if sparse and family == "ernie4_5_moe" else 0),  # router's offsets
                     norms=norms,
                     mlp_width=width,
                 )
             )
     tied = bool(config.get("tie_word_embeddings", False))
-    norm = facts.norm_weight * (1 + facts.norm_bias) * d
+    norm = traits.norm_weight * (1 + traits.norm_bias) * d
     kinds = list(config.get("layer_types") or [])
     window = config.get("sliding_window")
     sliding = 0
     if window and "full_attention" in kinds:
         sliding = kinds.count("sliding_attention")
-        if len(kinds) != count:  # only which kinds there are is known: Gemma 2 has half of each
+        if len(kinds) != count:  # config.json does not list the layers: Gemma 2 has half of each
             sliding = _sliding_layers(config, count) if sliding else 0
     return Architecture(
         family=family,
@@ -195,32 +195,32 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         kv_width=H * (h + value_dim) if latent else 2 * K * h,
         vocab_size=V,
         intermediate_size=F,
-        gated=facts.gated,
+        gated=traits.gated,
         num_experts=experts,
-        experts_per_token=_first(config, _TOP, 2) if experts else 0,
+        experts_per_token=_first_present(config, _TOP, 2) if experts else 0,
         tied=tied,
         embedding=V * d,
-        head=(0 if tied else V * d) + V * _said(config, facts.head_bias),
+        head=(0 if tied else V * d) + V * _is_on(config, traits.head_bias),
         final=norm,
         layers=tuple(layers),
         sliding_layers=sliding,
         sliding_window=window,
-        fused_qkv=facts.fused_qkv,
-        fused_gate=facts.fused_gate,
-        rms_norm=not facts.norm_bias,
+        fused_qkv=traits.fused_qkv,
+        fused_gate=traits.fused_gate,
+        rms_norm=not traits.norm_bias,
         composed_gelu=str(config.get("hidden_act")) in ("gelu_new", "gelu_fast"),
         softcap=bool(config.get("final_logit_softcapping")),
-        qk_norm=facts.qk_norm != "none" and bool(config.get(facts.qk_norm_if or "", True)),
+        qk_norm=traits.qk_norm != "none" and bool(config.get(traits.qk_norm_if or "", True)),
         stored_bytes=4 if "32" in str(config.get("dtype") or config.get("torch_dtype")) else 2,
     )
 
 
 def _attention(
-    config: Mapping[str, Any], facts: Family, d: int, H: int, K: int, h: int
+    config: Mapping[str, Any], traits: Family, d: int, H: int, K: int, h: int
 ) -> list[Matrix]:
-    bias, out_bias = _said(config, facts.qkv_bias), _said(config, facts.out_bias)
+    bias, out_bias = _is_on(config, traits.qkv_bias), _is_on(config, traits.out_bias)
     out = Matrix(name="o", rows_in=H * h, rows_out=d, bias=out_bias)
-    if facts.fused_qkv:
+    if traits.fused_qkv:
         return [Matrix(name="qkv", rows_in=d, rows_out=(H + 2 * K) * h, bias=bias), out]
     sizes = (("q", H), ("k", K), ("v", K))
     return [
@@ -246,32 +246,32 @@ def _latent(config: Mapping[str, Any], d: int, H: int) -> list[Matrix]:
 
 
 def _mlp(
-    config: Mapping[str, Any], facts: Family, d: int, F: int, name: str = ""
+    config: Mapping[str, Any], traits: Family, d: int, F: int, name: str = ""
 ) -> tuple[list[Matrix], int]:
     """(matrices of a plain or gated MLP, its width F)."""
-    bias = _said(config, facts.mlp_bias)
+    bias = _is_on(config, traits.mlp_bias)
     down = Matrix(name=f"{name}down", rows_in=F, rows_out=d, bias=bias)
-    if not facts.gated:
+    if not traits.gated:
         return [Matrix(name=f"{name}up", rows_in=d, rows_out=F, bias=bias), down], F
-    if facts.fused_gate:
+    if traits.fused_gate:
         return [Matrix(name=f"{name}gate_up", rows_in=d, rows_out=2 * F, bias=bias), down], F
     names = (f"{name}gate", f"{name}up")
     return [*(Matrix(name=n, rows_in=d, rows_out=F, bias=bias) for n in names), down], F
 
 
 def _experts(
-    config: Mapping[str, Any], facts: Family, family: str, d: int, F: int
+    config: Mapping[str, Any], traits: Family, family: str, d: int, F: int
 ) -> tuple[list[Matrix], int]:
-    """(router, experts and shared experts, numbers between them for one token)."""
-    E, k = _first(config, _EXPERTS, 0), _first(config, _TOP, 2)
+    """(router, experts and shared experts; numbers per token between them)."""
+    E, k = _first_present(config, _EXPERTS, 0), _first_present(config, _TOP, 2)
     width = config.get("moe_intermediate_size") or F
-    if isinstance(width, list):  # Hunyuan has one a layer
+    if isinstance(width, list):  # Hunyuan has one per layer
         width = width[0]
-    if family in _WHOLE_WIDTH:
+    if family in _EXPERTS_OF_FULL_WIDTH:
         width = F
-    inside = {"copies": E, "active": k, "linear": False, "bias": facts.expert_bias}
+    inside = {"copies": E, "active": k, "linear": False, "bias": traits.expert_bias}
     found = [
-        Matrix(name="router", rows_in=d, rows_out=E, bias=facts.expert_bias, linear=False),
+        Matrix(name="router", rows_in=d, rows_out=E, bias=traits.expert_bias, linear=False),
         Matrix(name="experts_gate_up", rows_in=d, rows_out=2 * width, **inside),
         Matrix(name="experts_down", rows_in=width, rows_out=d, **inside),
     ]
@@ -279,12 +279,12 @@ def _experts(
     if family == "qwen2_moe":
         found.append(Matrix(name="shared_gate", rows_in=d, rows_out=1))
     if shared:
-        found += _mlp(config, facts, d, shared, "shared_")[0]
+        found += _mlp(config, traits, d, shared, "shared_")[0]
     return found, k * width + shared
 
 
 def _shared_width(config: Mapping[str, Any], family: str, width: int) -> int:
-    """F of the expert that every token goes through; 0: there is none."""
+    """F of the expert that every token uses, or 0 without one."""
     match family:
         case "qwen2_moe":
             return config.get("shared_expert_intermediate_size") or 0
@@ -302,7 +302,7 @@ def _shared_width(config: Mapping[str, Any], family: str, width: int) -> int:
 
 def _vectors(
     config: Mapping[str, Any],
-    facts: Family,
+    traits: Family,
     family: str,
     d: int,
     H: int,
@@ -311,13 +311,15 @@ def _vectors(
     F: int,
     norms: int,
 ) -> int:
-    """Numbers of a layer that stand in no matrix."""
-    weights = 1 + facts.norm_bias
-    found = norms * d * weights * facts.norm_weight
-    switched = facts.qk_norm_if is None or bool(config.get(facts.qk_norm_if, family == "persimmon"))
-    if facts.qk_norm == "head" and switched:
+    """Numbers of a layer that are in no matrix."""
+    weights = 1 + traits.norm_bias
+    found = norms * d * weights * traits.norm_weight
+    switched = traits.qk_norm_if is None or bool(
+        config.get(traits.qk_norm_if, family == "persimmon")
+    )
+    if traits.qk_norm == "head" and switched:
         found += 2 * h * weights
-    if facts.qk_norm == "whole" and switched:
+    if traits.qk_norm == "full" and switched:
         found += (H + K) * h
     if config.get("kv_lora_rank"):
         found += config["kv_lora_rank"] + (config.get("q_lora_rank") or 0)
@@ -328,19 +330,19 @@ def _vectors(
             "bitnet": d + F,  # norms inside attention and MLP
             "diffllama": 4 * h,
             "sinks": H,
-            "apertus": 2,  # of its activation
-        }[facts.extra]
+            "apertus": 2,  # in its activation
+        }[traits.extra]
     )
 
 
-def _num_norms(config: Mapping[str, Any], facts: Family, family: str) -> int:
+def _num_norms(config: Mapping[str, Any], traits: Family, family: str) -> int:
     if family == "stablelm" and config.get("use_parallel_residual"):
         return 1
     if family == "falcon":
         if config.get("new_decoder_architecture"):
             return config.get("num_ln_in_parallel_attn") or 2
         return 1 if config.get("parallel_attn", True) else 2
-    return facts.norms
+    return traits.norms
 
 
 def _kv_heads(config: Mapping[str, Any], family: str, H: int) -> int:
@@ -348,7 +350,7 @@ def _kv_heads(config: Mapping[str, Any], family: str, H: int) -> int:
         return 1 if config.get("multi_query", True) else H
     if family in ("gpt_neox", "persimmon"):
         return H
-    return _first(config, ("num_key_value_heads", "num_kv_heads"), H)
+    return _first_present(config, ("num_key_value_heads", "num_kv_heads"), H)
 
 
 def _sliding_layers(config: Mapping[str, Any], count: int) -> int:
@@ -356,17 +358,17 @@ def _sliding_layers(config: Mapping[str, Any], count: int) -> int:
     return count - count // every if every else count // 2
 
 
-def _said(config: Mapping[str, Any], said: Said) -> bool:
-    return said if isinstance(said, bool) else bool(config.get(said[0], said[1]))
+def _is_on(config: Mapping[str, Any], switch: Switch) -> bool:
+    return switch if isinstance(switch, bool) else bool(config.get(*switch))
 
 
-def _first(config: Mapping[str, Any], keys: tuple[str, ...], default: Any) -> Any:
+def _first_present(config: Mapping[str, Any], keys: tuple[str, ...], default: Any) -> Any:
     return next((config[key] for key in keys if config.get(key) is not None), default)
 
 
-def _need(config: Mapping[str, Any], *keys: str) -> int:
-    value = _first(config, keys, None)
+def _required(config: Mapping[str, Any], *keys: str) -> int:
+    value = _first_present(config, keys, None)
     if not isinstance(value, int) or value < 1:
         family = config.get("model_type", "unknown")
-        raise SkipwiseError(f"the config of this {family} model lacks {keys[0]}: it is not whole")
+        raise SkipwiseError(f"the config of this {family} model is incomplete: it has no {keys[0]}")
     return value

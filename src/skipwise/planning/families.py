@@ -1,4 +1,4 @@
-"""What sets each family of decoders apart from Llama, as far as its weights go.
+"""How the weights of each decoder family differ from Llama's.
 
 Source: transformers 5, models/*/modeling_*.py; tests/test_plan.py compares counts with its models.
 """
@@ -8,22 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Said = bool | tuple[str, bool]  # always so, or as a config key says, with the class's default
+Switch = bool | tuple[str, bool]  # always on or off, or a config key and its class default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What sets a family apart from Llama."""
+    """The traits of a family. The defaults are Llama's."""
 
     gated: bool = True
-    qkv_bias: Said = False
-    out_bias: Said = False
-    mlp_bias: Said = False
-    head_bias: Said = False
+    qkv_bias: Switch = False
+    out_bias: Switch = False
+    mlp_bias: Switch = False
+    head_bias: Switch = False
     fused_qkv: bool = False
     fused_gate: bool = False
-    qk_norm: Literal["none", "head", "whole"] = "none"  # a weight a head's dimension, or each head
-    qk_norm_if: str | None = None  # config key that switches it on
+    qk_norm: Literal["none", "head", "full"] = "none"  # one weight for all heads, or one per head
+    qk_norm_if: str | None = None  # the config key that enables it
     norms: int = 2
     norm_weight: bool = True
     norm_bias: bool = False
@@ -72,12 +72,12 @@ FAMILIES: dict[str, Family] = {
         norm_bias=True,
     ),
     "olmo": Family(qkv_bias=_BIASED, out_bias=_BIASED, norm_weight=False),
-    "olmo2": Family(qkv_bias=_BIASED, out_bias=_BIASED, qk_norm="whole"),
-    "olmo3": Family(qkv_bias=_BIASED, out_bias=_BIASED, qk_norm="whole"),
-    "olmoe": Family(qkv_bias=_BIASED, out_bias=_BIASED, qk_norm="whole", experts=True),
-    "flex_olmo": Family(qkv_bias=_BIASED, out_bias=_BIASED, qk_norm="whole", experts=True),
+    "olmo2": Family(qkv_bias=_BIASED, out_bias=_BIASED, qk_norm="full"),
+    "olmo3": Family(qkv_bias=_BIASED, out_bias=_BIASED, qk_norm="full"),
+    "olmoe": Family(qkv_bias=_BIASED, out_bias=_BIASED, qk_norm="full", experts=True),
+    "flex_olmo": Family(qkv_bias=_BIASED, out_bias=_BIASED, qk_norm="full", experts=True),
     "cohere": Family(
-        qkv_bias=_BIASED, out_bias=_BIASED, norms=1, qk_norm="whole", qk_norm_if="use_qk_norm"
+        qkv_bias=_BIASED, out_bias=_BIASED, norms=1, qk_norm="full", qk_norm_if="use_qk_norm"
     ),
     "stablelm": Family(qkv_bias=("use_qkv_bias", False), norm_bias=True),
     "glm": Family(qkv_bias=("attention_bias", False), fused_gate=True),
@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
         gated=False, qkv_bias=("attention_bias", True), out_bias=("attention_bias", True),
         mlp_bias=("mlp_bias", True), norm_bias=True,
     ),
-    "minimax_m2": Family(qk_norm="whole", experts=True),
+    "minimax_m2": Family(qk_norm="full", experts=True),
     "gpt_oss": Family(
         qkv_bias=("attention_bias", True), out_bias=("attention_bias", True), extra="sinks",
         experts=True, expert_bias=True,

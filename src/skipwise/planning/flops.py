@@ -1,29 +1,29 @@
-"""What a run costs: tokens, operations, hours; and what an evaluation holds.
+"""Operations and hours of a training run, and the memory of an evaluation.
 
-Source: Kaplan et al. 2020, arXiv 2001.08361, table 1 (2N operations forward, 4N backward for a
-        token); with gradient checkpointing the forward pass is done twice. Attention as in PaLM,
-        arXiv 2204.02311, appendix B, halved where the mask is causal and nothing else.
+Source: Kaplan et al. 2020, arXiv 2001.08361, table 1 (per token 2N operations forward, 4N
+        backward); gradient checkpointing repeats the forward pass. Attention as in PaLM, arXiv
+        2204.02311, appendix B, halved if the mask is only causal.
 
-Letters: N = weights a token is multiplied with, L = tokens of an example, T = target_length
+Letters: N = weights that multiply each token, L = tokens per example, T = target_length
 """
 
 from __future__ import annotations
 
+from skipwise.config.batch import EVALUATION_LOGITS
 from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import UTILISATION, Gpu
 from skipwise.planning.job import Job
-from skipwise.planning.memory import GIB, GPU_RUNTIME
+from skipwise.planning.memory import GPU_RUNTIME
 
-_EVALUATION_LOGITS = 1 << 26  # numbers of logits that evaluate/forward.py holds at once
-_EVALUATION_MASK = 0.05  # of the cache: what a piece's mask may take there
+_EVALUATION_MASK = 0.05  # share of the cache that the mask of a prefill chunk may take
 
 
 def step_flops(job: Job) -> float:
-    """Operations of one step of the global batch."""
+    """Operations of one training step."""
     a = job.architecture
     n = a.active_parameters
     head = a.vocab_size * a.hidden_size
-    weights = 4.0 * n if job.lora is not None else 6.0 * n  # LoRA: no gradients of frozen weights
+    weights = 4.0 * n if job.lora is not None else 6.0 * n  # LoRA: frozen weights get no gradient
     weights += 6.0 * job.lora_parameters
     keys = _keys(job)
     attention = 3.0 * keys  # forward, and twice as much backward
@@ -32,14 +32,14 @@ def step_flops(job: Job) -> float:
         attention += keys
     if job.chunked:
         weights += 2.0 * head
-    if job.taught_share:  # the teacher's forward pass, its head as often as the model's own
-        weights += job.taught_share * 2.0 * (n + head)
-        attention += job.taught_share**2 * keys  # of as many fewer keys
+    if job.distilled_fraction:  # the teacher's forward pass; its head runs as often as the model's
+        weights += job.distilled_fraction * 2.0 * (n + head)
+        attention += job.distilled_fraction**2 * keys  # the teacher also has fewer keys
     return job.tokens_per_step * (weights + attention)
 
 
 def _keys(job: Job) -> float:
-    """Operations of a token's forward attention in all layers."""
+    """Forward operations of attention for one token, in all layers."""
     a = job.architecture
     pair = 2.0 * a.num_heads * (a.head_dim + a.value_dim)
     full = job.length if job.importance or job.attention == "eager" else job.length / 2
@@ -48,7 +48,7 @@ def _keys(job: Job) -> float:
 
 
 def seconds_per_step(job: Job, gpu: Gpu) -> float:
-    """At the assumed share of the peak (gpus.UTILISATION); on a CPU nothing is known."""
+    """Assumes gpus.UTILISATION of the GPU's peak rate."""
     return step_flops(job) / (job.num_gpus * gpu.tflops * 1e12 * UTILISATION)
 
 
@@ -57,10 +57,10 @@ def hours(job: Job, gpu: Gpu) -> float:
 
 
 def cache_bytes(architecture: Architecture, tokens: int, width: int = 2) -> int:
-    """Keys and values of a context in all layers; sliding layers hold their window.
+    """Bytes of the KV cache of one context; sliding layers keep only their window.
 
     Args:
-        width: bytes of a number.
+        width: bytes per number.
     """
     a = architecture
     near = min(tokens, a.sliding_window or tokens)
@@ -69,12 +69,8 @@ def cache_bytes(architecture: Architecture, tokens: int, width: int = 2) -> int:
 
 
 def evaluation_bytes(architecture: Architecture, tokens: int, width: int = 2) -> float:
-    """Peak of a GPU that evaluates one context: weights, cache, a slice of logits, a mask."""
+    """Peak GPU memory to evaluate one context: weights, cache, a slice of logits, a mask."""
     a = architecture
-    logits = min(_EVALUATION_LOGITS, tokens * a.vocab_size) * (width + 4.0)
+    logits = min(EVALUATION_LOGITS, tokens * a.vocab_size) * (width + 4.0)
     cache = cache_bytes(a, tokens, width)
     return a.num_parameters * width + cache * (1 + _EVALUATION_MASK) + logits + GPU_RUNTIME
-
-
-def gib(size: float) -> float:
-    return size / GIB

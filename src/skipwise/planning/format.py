@@ -1,22 +1,23 @@
-"""The plan as a person reads it: a screen of aligned figures with their units."""
+"""Format the plan for a terminal: aligned figures with their units."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
 
+from skipwise.config.machine import cpu_has_bf16
 from skipwise.planning import flops
 from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import UTILISATION
-from skipwise.planning.job import Job, cpu_has_bf16
+from skipwise.planning.job import Job
 from skipwise.planning.memory import GIB, LATE_IMPORTS, Memory, predict_memory
-from skipwise.planning.plan import Measured, OnGpu, Plan, Side
+from skipwise.planning.plan import GpuFit, Measured, Plan, TrainingCost
 
 _NAME, _FIGURE = 22, 18
 
 
 def format_plan(plan: Plan) -> str:
-    """Several blocks of lines, an empty line between."""
+    """The blocks of the plan, with an empty line between them."""
     blocks = [
         _headline(plan),
         _parameters(plan.architecture, plan.job),
@@ -36,7 +37,7 @@ def _headline(plan: Plan) -> str:
         mode = "LoRA" if job.lora.quantization == "none" else "QLoRA"
     return (
         f"{plan.info.family}: {plan.info.original_length:,} to {recipe.target_length:,} tokens, "
-        f"{recipe.method}, {mode}, {job.engine} on {_count(job.num_gpus, 'GPU')}"
+        f"{recipe.method}, {mode}, {job.engine} on {job.num_gpus} GPU{'s' * (job.num_gpus != 1)}"
     )
 
 
@@ -47,14 +48,14 @@ def _parameters(a: Architecture, job: Job) -> str:
     )
     mlp = "gated MLP" if a.gated else "MLP"
     if a.num_experts:
-        mlp = f"{a.num_experts} experts, {a.experts_per_token} a token"
-    trained = job.trainable_parameters
-    stated = f"{100 * trained / a.num_parameters:.3g} %"
+        mlp = f"{a.num_experts} experts, {a.experts_per_token} per token"
+    trainable = job.trainable_parameters
+    note = f"{100 * trainable / a.num_parameters:.3g} %"
     if job.lora is not None:
-        stated += f", rank {job.lora.rank} in {job.lora_parameters:,}"
+        note += f"; LoRA of rank {job.lora.rank} has {job.lora_parameters:,}"
     rows = [
         ("parameters", f"{a.num_parameters:,}", "" if a.exact else "an estimate"),
-        ("  embedding", f"{a.embedding:,}", "tied: the head as well" if a.tied else ""),
+        ("  embedding", f"{a.embedding:,}", "tied to the head" if a.tied else ""),
         (
             f"  {a.num_layers} layers",
             f"{a.layer_parameters:,}",
@@ -62,44 +63,44 @@ def _parameters(a: Architecture, job: Job) -> str:
             + (f" of {layer.mlp_width:,}" if not a.num_experts else ""),
         ),
         ("  head", f"{a.head:,}", "") if a.head else None,
-        ("  active", f"{a.active_parameters:,}", "of a token") if a.num_experts else None,
-        ("  trained", f"{trained:,}", stated),
+        ("  active", f"{a.active_parameters:,}", "per token") if a.num_experts else None,
+        ("  trained", f"{trainable:,}", note),
     ]
     return _table(row for row in rows if row)
 
 
 def _memory(plan: Plan) -> str:
     job, memory = plan.job, plan.memory
-    said = {
+    notes = {
         "weights": _precision(job),
-        "teacher": f"the base once more, in {'bf16' if job.bf16 else 'float32'}, to learn from",
-        "gradients": "of a step's passes" if job.accumulation > 1 else "",
+        "teacher": f"the base model in {'bf16' if job.bf16 else 'float32'}, for distillation",
+        "gradients": "accumulated over a step" if job.accumulation > 1 else "",
         "optimizer": job.optimizer
         + (" and float32 weights" if job.engine == "zero3" and job.bf16 else ""),
-        "engine": {"ddp": "buckets of gradients"}.get(job.engine, "weights of the layers at work"),
+        "engine": {"ddp": "gradient buckets"}.get(job.engine, "gathered weights of a few layers"),
         "activations": f"{job.batch_size} x {job.length:,} tokens, "
         + ("checkpointed" if job.checkpointing else "without checkpointing"),
-        "logits and loss": "in chunks" if job.chunked else "whole",
+        "logits and loss": "in slices" if job.chunked else "of all tokens",
         "mask": "of importance weights" if job.importance else "",
-        "bf16 copies": "autocast's, of what a pass has used",
+        "bf16 copies": "of weights, made by autocast",
         "runtime": "CUDA, libraries, 3 % lost to rounding",
     }
     rows = [
-        (f"  {kind}", f"{memory.parts[kind] / GIB:,.2f}", said.get(kind, ""))
-        for kind in [*said, *(kind for kind in memory.parts if kind not in said)]
+        (f"  {kind}", f"{memory.parts[kind] / GIB:,.2f}", notes.get(kind, ""))
+        for kind in [*notes, *(kind for kind in memory.parts if kind not in notes)]
         if memory.parts.get(kind, 0.0) >= 0.005 * GIB
     ]
-    rows.append(("  peak", f"{memory.total / GIB:,.2f}", _where(memory)))
-    if plan.finish is not None:
-        last, its = plan.finish.memory, plan.finish.job
-        held = f"{_where(last)}, {its.batch_size} x {its.length:,} tokens"
-        rows.append(("  peak of its finish", f"{last.total / GIB:,.2f}", held))
+    rows.append(("  peak", f"{memory.total / GIB:,.2f}", _phase(memory)))
+    if plan.full_length is not None:
+        last, stage = plan.full_length.memory, plan.full_length.job
+        note = f"{_phase(last)}, {stage.batch_size} x {stage.length:,} tokens"
+        rows.append(("  full-length peak", f"{last.total / GIB:,.2f}", note))
     if memory.host:
         rows.append(("CPU memory of a node", f"{memory.host / GIB:,.2f}", "weights and optimizer"))
     return _table([("memory of a GPU", "GiB", ""), *rows])
 
 
-def _where(memory: Memory) -> str:
+def _phase(memory: Memory) -> str:
     phases = {
         "forward": "in the forward pass",
         "loss": "at the loss",
@@ -111,19 +112,18 @@ def _where(memory: Memory) -> str:
 
 
 def _precision(job: Job) -> str:
-    shared = f", shared by {job.num_gpus}" if job.engine != "ddp" and job.num_gpus > 1 else ""
+    sharded = f", over {job.num_gpus} GPUs" if job.engine != "ddp" and job.num_gpus > 1 else ""
     if job.engine.startswith("zero3"):
-        return ("bf16" if job.bf16 else "float32") + shared
+        return ("bf16" if job.bf16 else "float32") + sharded
     if job.lora is None or not job.bf16:
-        return "float32" + shared
-    if job.lora.quantization == "nf4":
-        return "nf4, what trains in float32" + shared
-    return "bf16, what trains in float32" + shared
+        return "float32" + sharded
+    frozen = "nf4" if job.lora.quantization == "nf4" else "bf16"
+    return f"{frozen}, trainable ones in float32{sharded}"
 
 
 def _evaluation(plan: Plan) -> str:
     a = plan.architecture
-    head = ("evaluation", "cache, GiB", "peak, GiB (bf16, a context at a time)")
+    head = ("evaluation", "cache, GiB", "peak, GiB (bf16, one context at a time)")
     rows = [
         (
             f"  {length:,} tokens",
@@ -136,8 +136,8 @@ def _evaluation(plan: Plan) -> str:
 
 
 def _training(plan: Plan) -> str:
-    own, *others = plan.sides
-    sides = [own, *([plan.finish] if plan.finish else []), *others]
+    own, *others = plan.costs
+    costs = [own, *([plan.full_length] if plan.full_length else []), *others]
     job = plan.job
 
     def row(name: str, values: Iterable[str]) -> str:
@@ -145,30 +145,30 @@ def _training(plan: Plan) -> str:
             f"{name:<{_NAME}}" + "".join(f"{value:>{_FIGURE + 2}}" for value in values)
         ).rstrip()
 
-    def each(text: str, figure: Callable[[Side], str]) -> str:
-        return row(text, [figure(side) for side in sides])
+    def each(text: str, figure: Callable[[TrainingCost], str]) -> str:
+        return row(text, [figure(cost) for cost in costs])
 
     lines = [
-        row(f"{plan.recipe.training.num_steps:,} steps", [side.name for side in sides]),
-        *([each("  steps", lambda s: f"{s.job.num_steps:,}")] if plan.finish else []),
-        each("  tokens an example", lambda s: f"{s.job.length:,}"),
-        each("  examples a step", lambda s: f"{s.examples_per_step:,.4g}"),
-        each("  tokens in all", lambda s: f"{s.tokens_per_step * s.job.num_steps:,.0f}"),
-        each("  PFLOP a step", lambda s: _short(s.flops_per_step / 1e15)),
-        each("  GPU memory, GiB", lambda s: f"{s.memory.total / GIB:,.1f}"),
+        row(f"{plan.recipe.training.num_steps:,} steps", [cost.name for cost in costs]),
+        *([each("  steps", lambda c: f"{c.job.num_steps:,}")] if plan.full_length else []),
+        each("  tokens per example", lambda c: f"{c.job.length:,}"),
+        each("  examples per step", lambda c: f"{c.examples_per_step:,.4g}"),
+        each("  tokens in total", lambda c: f"{c.tokens_per_step * c.job.num_steps:,.0f}"),
+        each("  PFLOP per step", lambda c: _round(c.flops_per_step / 1e15)),
+        each("  GPU memory, GiB", lambda c: f"{c.memory.total / GIB:,.1f}"),
     ]
-    fastest = plan.gpus[0] if len(plan.gpus) == 1 else _named(plan, "A100-80GB")
-    if fastest is not None:
+    shown = plan.gpus[0] if len(plan.gpus) == 1 else _fit_on(plan, "A100-80GB")
+    if shown is not None:
 
-        def time(side: Side) -> str:
-            seconds = side.flops_per_step / (job.num_gpus * fastest.gpu.tflops * 1e12 * UTILISATION)
-            return _hours(side.job.num_steps * seconds / 3600)
+        def time(cost: TrainingCost) -> str:
+            seconds = cost.flops_per_step / (job.num_gpus * shown.gpu.tflops * 1e12 * UTILISATION)
+            return _hours(cost.job.num_steps * seconds / 3600)
 
-        lines.append(each(f"  hours, {fastest.gpu.name}", time))
+        lines.append(each(f"  hours, {shown.gpu.name}", time))
     return "\n".join(lines)
 
 
-def _named(plan: Plan, name: str) -> OnGpu | None:
+def _fit_on(plan: Plan, name: str) -> GpuFit | None:
     return next((row for row in plan.gpus if row.gpu.name == name), None)
 
 
@@ -178,7 +178,7 @@ def _gpus(plan: Plan) -> str:
         if row.fits:
             verdict = "yes"
         elif row.change is None:
-            verdict = "no, whatever is changed"
+            verdict = "no, with no known change"
         else:
             verdict = f"no: {row.change}"
         lines.append(
@@ -186,27 +186,26 @@ def _gpus(plan: Plan) -> str:
             f"{_hours(row.hours):>10}   {verdict}"
         )
     lines.append(
-        f"hours are an estimate, at {UTILISATION:.0%} of a GPU's peak"
-        + (f", {plan.job.num_gpus} of them" if plan.job.num_gpus > 1 else "")
-        + "; behind no: the first change that makes it fit"
+        f"hours are an estimate, at {UTILISATION:.0%} of the peak"
+        + (f" of {plan.job.num_gpus} GPUs" if plan.job.num_gpus > 1 else " of a GPU")
+        + "; after no comes the first change that makes it fit"
     )
     return "\n".join(lines)
 
 
 def format_measured(plan: Plan, measured: Measured) -> str:
-    """What a few steps took, beside what was predicted for this machine."""
+    """The measurements of a few steps, with the predictions for this machine."""
     gpu = next((row.gpu for row in plan.gpus if len(plan.gpus) == 1), None)
     job = dataclasses.replace(plan.job, num_gpus=1, engine="ddp")
     if measured.on_cpu:
         runtime = measured.runtime_bytes + LATE_IMPORTS
         bf16 = cpu_has_bf16() if plan.recipe.load.dtype == "auto" else job.bf16
-        job = dataclasses.replace(job, bf16=bf16)
-        job = dataclasses.replace(job, accumulation=min(2, job.accumulation))
+        job = dataclasses.replace(job, bf16=bf16, accumulation=min(2, job.accumulation))
         memory = predict_memory(job, on_cpu=True, runtime=runtime)
         predicted = memory.total
     else:
         memory = predict_memory(job)
-        predicted = memory.total - memory.parts["runtime"]  # the allocator's own count
+        predicted = memory.total - memory.parts["runtime"]  # the allocator does not count it
     seconds = "" if gpu is None or measured.on_cpu else f"{flops.seconds_per_step(job, gpu):,.2f}"
     num_flops = flops.step_flops(job)
     rate = f"{num_flops / measured.seconds_per_step / 1e12:,.3g} TFLOP/s"
@@ -217,9 +216,9 @@ def format_measured(plan: Plan, measured: Measured) -> str:
             f"{measured.peak_bytes / GIB:,.2f}",
             f"{predicted / GIB:,.2f}   {memory.phase}",
         ),
-        ("  seconds a step", f"{measured.seconds_per_step:,.2f}", f"{seconds or '-'}   {rate}"),
+        ("  seconds per step", f"{measured.seconds_per_step:,.2f}", f"{seconds or '-'}   {rate}"),
         (
-            "  hours to its finish" if plan.finish else "  hours in all",
+            "  hours, first stage" if plan.full_length else "  hours in total",
             _hours(job.num_steps * measured.seconds_per_step / 3600),
             "",
         ),
@@ -228,17 +227,13 @@ def format_measured(plan: Plan, measured: Measured) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str, str]]) -> str:
-    lines = [f"{name:<{_NAME}}{figure:>{_FIGURE}}   {said}" for name, figure, said in rows]
+    lines = [f"{name:<{_NAME}}{figure:>{_FIGURE}}   {note}" for name, figure, note in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _short(value: float) -> str:
+def _round(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _hours(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 0.1 else "< 0.1"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

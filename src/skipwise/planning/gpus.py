@@ -1,7 +1,7 @@
-"""GPUs by name: how much they hold and how fast they multiply.
+"""Memory and speed of common GPUs.
 
-Sources: NVIDIA's datasheets and architecture whitepapers, named at each card; dense figures, not
-the doubled ones with sparsity. Memory is what the driver reports as total, a little under the name.
+Sources: NVIDIA's datasheets and architecture whitepapers, named at each GPU. Rates are for dense
+matrices, without sparsity. Memory is the total that the driver reports, a bit below the nominal.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from skipwise.errors import SkipwiseError
 
-UTILISATION = 0.40  # of the peak, assumed: usual for dense decoders of 1 B parameters and more
+UTILISATION = 0.40  # assumed fraction of the peak: usual for dense decoders of 1 B and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ GPUS = (
     Gpu(name="RTX3090", memory_gib=23.7, tflops=71, bandwidth=936),
     # GeForce RTX 4090: Ada whitepaper v2.1, appendix A (165.2 TFLOP/s with float32 accumulation)
     Gpu(name="RTX4090", memory_gib=23.6, tflops=165.2, bandwidth=1008),
-    # V100-SXM2 32 GB: datasheet; its tensor cores take float16 only, so float32's 15.7 TFLOP/s
+    # V100-SXM2 32 GB: datasheet; its tensor cores support only float16, so 15.7 TFLOP/s in float32
     Gpu(name="V100-32GB", memory_gib=31.7, tflops=15.7, bandwidth=900, bf16=False),
     # A100-SXM4: datasheet, 312 TFLOP/s bf16; 1,555 GB/s with 40 GB, 2,039 GB/s with 80 GB
     Gpu(name="A100-40GB", memory_gib=39.4, tflops=312, bandwidth=1555),
@@ -44,20 +44,19 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by its name; upper case, spaces and dashes do not matter.
+    """Find a GPU by name, ignoring case, spaces and dashes.
 
     Raises:
         SkipwiseError: not in the table; lists those that are.
     """
 
-    def plain(text: str) -> str:
+    def normalized(text: str) -> str:
         return "".join(c for c in text.lower() if c.isalnum())
 
-    for gpu in GPUS:
-        if plain(name) in (plain(gpu.name), plain(gpu.name).removesuffix("gb")):
-            return gpu
     aliases = {"a100": "A100-80GB", "v100": "V100-32GB", "3090": "RTX3090", "4090": "RTX4090"}
-    if plain(name) in aliases:
-        return find_gpu(aliases[plain(name)])
+    wanted = normalized(aliases.get(normalized(name), name))
+    for gpu in GPUS:
+        if wanted in (normalized(gpu.name), normalized(gpu.name).removesuffix("gb")):
+            return gpu
     names = ", ".join(gpu.name for gpu in GPUS)
-    raise SkipwiseError(f"--gpu {name} is not known: choose one of {names}")
+    raise SkipwiseError(f"--gpu {name} is unknown: choose one of {names}")

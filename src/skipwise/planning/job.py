@@ -1,4 +1,4 @@
-"""What of a recipe decides memory and time: lengths, precisions, what trains, on how many GPUs."""
+"""The parts of a recipe that decide memory and time: lengths, dtypes, engine, trainable weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from skipwise.config.batch import SLICE, accumulation, is_chunked
 from skipwise.config.distillation import distillation_weight
+from skipwise.config.machine import cpu_has_bf16
 from skipwise.config.recipe import LoRASettings, Recipe
 from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.config.stages import first_stage, full_length_stage
-from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import complete, is_local, read_config
 from skipwise.models.model_info import ModelInfo, read_model_info
@@ -24,11 +25,8 @@ from skipwise.planning.architecture import Architecture, Matrix, read_architectu
 from skipwise.planning.gpus import Gpu
 from skipwise.pose.samplers import Sampler
 
-SLICE = 512  # tokens that go through the head at a time with training.loss=chunked (loss.py)
-_SMALL_LOGITS = 64 << 20  # bytes of float32 logits up to which training.loss=auto keeps them whole
-
-# Bytes of optimizer state for one trained number. Source: torch.optim, bitsandbytes; the 8-bit ones
-# keep a float32 scale for 256 numbers and state.
+# Bytes of optimizer state per trainable parameter. Source: torch.optim, bitsandbytes; 8-bit
+# optimizers keep a float32 scale per 256 numbers of each state.
 _STATE_BYTES = {
     "adamw_torch": 8.0,
     "adamw_torch_fused": 8.0,
@@ -44,31 +42,31 @@ _STATE_BYTES = {
     "adagrad": 4.0,
     "rmsprop": 4.0,
     "sgd": 0.0,
-    "adafactor": 0.0,  # rows and columns, counted apart
+    "adafactor": 0.0,  # rows and columns, counted separately
 }
 KNOWN_OPTIMIZERS = tuple(_STATE_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training run, as far as memory and time go."""
+    """What decides the memory and time of one training stage."""
 
     architecture: Architecture
-    batch_size: int  # B, examples a device holds at once
-    length: int  # L, tokens of an example
-    accumulation: int  # forward and backward passes to one step
+    batch_size: int  # B, examples per device and pass
+    length: int  # L, tokens per example
+    accumulation: int  # forward and backward passes per step
     num_steps: int
     global_batch_size: int
-    bf16: bool  # arithmetic in bf16 by autocast; else float32
+    bf16: bool  # computes in bf16 by autocast, otherwise in float32
     lora: LoRASettings | None
     checkpointing: bool
-    chunked: bool  # the loss, a slice of tokens at a time
+    chunked: bool  # the loss is computed in slices
     attention: Literal["eager", "sdpa", "flash"]
     importance: bool  # an additive (B, 1, L, L) mask
     optimizer: str
     engine: Literal["ddp", "fsdp2", "zero3", "zero3-offload"]
     num_gpus: int
-    taught_share: float = 0.0  # of a pass's tokens, that the teacher reads; 0: no distillation
+    distilled_fraction: float = 0.0  # fraction of the tokens that the teacher reads in distillation
 
     @property
     def tokens(self) -> int:
@@ -85,25 +83,25 @@ class Job:
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens whose logits stand at once."""
+        """Tokens whose logits exist at the same time."""
         return min(self.tokens, max(self.batch_size, SLICE)) if self.chunked else self.tokens
 
-    def adapted(self, matrix: Matrix) -> bool:
-        """Whether LoRA stands beside this matrix."""
+    def has_lora(self, matrix: Matrix) -> bool:
+        """Whether this matrix has a LoRA adapter."""
         if self.lora is None or not matrix.linear:
             return False
         wanted = [name.rsplit(".", 1)[-1] for name in self.lora.target_modules]
-        return not wanted or any(_named(matrix.name, name) for name in wanted)
+        return not wanted or any(_matches(matrix.name, name) for name in wanted)
 
     @property
     def lora_parameters(self) -> int:
-        """rank x (rows_in + rows_out) of each adapted matrix."""
+        """The sum of rank x (rows_in + rows_out) over matrices with an adapter."""
         if self.lora is None:
             return 0
         return sum(
             count * self.lora.rank * (m.rows_in + m.rows_out)
             for count, m in self.architecture.matrices()
-            if self.adapted(m)
+            if self.has_lora(m)
         )
 
     @property
@@ -124,10 +122,10 @@ class Job:
 
 
 def read_model(recipe: Recipe) -> tuple[ModelInfo, Architecture]:
-    """The facts and counts of the recipe's model, from its config alone.
+    """Read the recipe's model from its config alone.
 
     Raises:
-        SkipwiseError: no config, one that is not whole, a model that cannot be extended so.
+        SkipwiseError: no config, an incomplete one, a model that the recipe cannot extend.
     """
     raw = read_config(recipe.model, recipe.load)
     conversion = conversion_for(raw, recipe.load.text_only)
@@ -151,18 +149,18 @@ def make_jobs(
     num_gpus: int = 1,
     gpu: Gpu | None = None,
 ) -> tuple[Job, Job | None]:
-    """The jobs of a recipe: what it trains, and its finish at full length where it has one.
+    """The jobs of a recipe's first stage and of its full-length stage, if it has one.
 
     Raises:
-        SkipwiseError: as `make_job`; a share of the finish that is no step.
+        SkipwiseError: as `make_job`; a full-length stage of less than one step.
     """
     last = full_length_stage(recipe, info.original_length, num_gpus)
-    first, finish = (
-        part and make_job(part, info, architecture, num_gpus=num_gpus, gpu=gpu)
-        for part in (first_stage(recipe), last)
+    first, full_length = (
+        stage and make_job(stage, info, architecture, num_gpus=num_gpus, gpu=gpu)
+        for stage in (first_stage(recipe), last)
     )
     assert first is not None
-    return first, finish
+    return first, full_length
 
 
 def make_job(
@@ -174,54 +172,48 @@ def make_job(
     gpu: Gpu | None = None,
     on_cpu: bool = False,
 ) -> Job:
-    """The job that a recipe makes of a model.
+    """The job of one training stage.
 
     Args:
-        gpu: what it runs on; None: any with bf16.
+        gpu: the GPU to run on. Defaults to any GPU with bf16.
 
     Raises:
-        SkipwiseError: `method: none`, which trains nothing; a batch that the GPUs cannot share.
+        SkipwiseError: `method: none`, which trains nothing; a batch that does not divide evenly.
     """
     recipe = resolve_auto(recipe)
     settings = recipe.training
     sampler = make_sampler(recipe, info.original_length)
     length = sampler.train_length
-    held = settings.micro_batch_size * num_gpus
-    if not held or not settings.global_batch_size or settings.global_batch_size % held:
-        raise SkipwiseError(
-            f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size {settings.micro_batch_size} x {num_gpus} GPUs"
-        )
-    logits = settings.micro_batch_size * length * info.vocab_size * 4
+    num_passes = accumulation(settings, num_gpus)
     asked = recipe.load.attn_implementation
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
-    taught = 0.0
+    distilled = 0.0
     if distillation_weight(recipe)[0]:
-        taught = _taught_share(sampler, settings.micro_batch_size, info.original_length)
+        distilled = _first_chunk_fraction(sampler, settings.micro_batch_size, info.original_length)
     return Job(
         architecture=architecture,
         batch_size=settings.micro_batch_size,
         length=length,
-        accumulation=settings.global_batch_size // held,
+        accumulation=num_passes,
         num_steps=settings.num_steps,
         global_batch_size=settings.global_batch_size,
         bf16=_uses_bf16(recipe, gpu, on_cpu),
         lora=recipe.lora,
         checkpointing=settings.gradient_checkpointing,
-        chunked=settings.loss == "chunked"
-        or (settings.loss == "auto" and (taught > 0 or logits > _SMALL_LOGITS)),
+        chunked=is_chunked(settings.loss, settings.micro_batch_size, length, info.vocab_size)
+        or (settings.loss == "auto" and distilled > 0),
         attention="flash" if asked.startswith("flash") else "eager" if asked == "eager" else "sdpa",
         importance=recipe.positions.key_weights != "none" and asked != "flex_attention",
         optimizer=str(recipe.trainer.get("optim", "adamw_torch_fused")),
         engine=engine,
         num_gpus=num_gpus,
-        taught_share=taught,
+        distilled_fraction=distilled,
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _taught_share(sampler: Sampler, batch_size: int, base_length: int) -> float:
-    """The mean of the longest first chunk of a pass, as a share of L."""
+def _first_chunk_fraction(sampler: Sampler, batch_size: int, base_length: int) -> float:
+    """The mean length of the longest first chunk in a pass, as a fraction of L."""
     rng, T = np.random.default_rng(0), sampler.target_length
     size = (max(16, 256 // batch_size), batch_size)
     first = [int(sampler.sample(rng, T).lengths[0]) for _ in range(size[0] * size[1])]
@@ -237,17 +229,8 @@ def _uses_bf16(recipe: Recipe, gpu: Gpu | None, on_cpu: bool) -> bool:
     return gpu is None or gpu.bf16
 
 
-def cpu_has_bf16() -> bool:
-    """As models.load.compute_dtype decides it, without torch."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in text or "amx_tile" in text
-
-
-def _named(name: str, wanted: str) -> bool:
-    """Whether a layer of `wanted` name (q_proj, query_key_value, W_pack) is this matrix."""
+def _matches(name: str, wanted: str) -> bool:
+    """Whether a module named `wanted` (q_proj, query_key_value, ...) is this matrix."""
     stem = wanted.lower().removesuffix("_proj")
     others = {
         "qkv": ("query_key_value", "qkv"),
@@ -259,7 +242,7 @@ def _named(name: str, wanted: str) -> bool:
 
 
 def _stored_bytes(folder: Path) -> int:
-    """Bytes of a number in a folder's safetensors, from the first header; 0: not known."""
+    """Bytes per number in a folder's safetensors, from the first header; 0 if unknown."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with file.open("rb") as stream:

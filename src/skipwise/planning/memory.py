@@ -1,14 +1,14 @@
-"""Peak memory of a training run: the phases it goes through, and the one that holds most.
+"""Predict the peak memory of a training run: the phase of the run that needs most.
 
 A run loads the weights, checks one batch (the preflight), and then repeats forward, backward and
-update; each phase is a list of what is held (held.py). On a GPU the peak is the largest sum. On a
-CPU glibc takes blocks under 32 MiB from a heap that does not shrink while later blocks live in it,
-so memory of one phase stays while another has its peak, and that has holes where blocks come and
-go; larger blocks go back at once.
+update; allocations.py lists the tensors of each phase. On a GPU the peak is the largest sum. On a
+CPU, glibc takes blocks below 32 MiB from a heap that cannot shrink while later blocks use it: it
+keeps the memory of earlier phases, and has holes where blocks come and go. Larger blocks are
+returned at once.
 
-Sources: glibc, malloc(3) and mallopt(3): M_MMAP_THRESHOLD grows to the largest block that was
-         freed, at most 32 MiB. Knuth, The Art of Computer Programming 1, section 2.5, fifty-percent
-         rule: a heap in use has half as many holes as blocks.
+Sources: glibc, malloc(3) and mallopt(3): M_MMAP_THRESHOLD grows to the largest freed block, at most
+         32 MiB. Knuth, The Art of Computer Programming 1, section 2.5, fifty-percent rule: a heap
+         in use has half as many holes as blocks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from skipwise.planning.gpus import Gpu
 from skipwise.planning.job import Job
 
 GIB = 2**30
-# Resident memory of a process that has done a step of a model of next to no size: Python, torch
-# 2.13 for CPU, transformers 5.23, peft and what they load (benchmarks/plan_accuracy.py measures it)
+# Resident memory of a process after a step of a tiny model: Python, torch 2.13 for CPU,
+# transformers 5.23, peft and what they load (measured by benchmarks/plan_accuracy.py)
 CPU_RUNTIME = 0.584 * GIB
-LATE_IMPORTS = 0.058 * GIB  # of it: loaded between the imports and the first step
+LATE_IMPORTS = 0.058 * GIB  # the part of it that is loaded after the imports, by the first step
 # CUDA context, cuBLAS workspaces and compiled kernels: 0.5 to 0.8 GiB on A100 and H100 (not
-# measured here: no GPU), and what the caching allocator loses to rounding
+# measured here: no GPU)
 GPU_RUNTIME = 0.8 * GIB
-GPU_FRAGMENTATION = 0.03
+GPU_FRAGMENTATION = 0.03  # the caching allocator's loss to rounding
 _LARGEST_HEAP_BLOCK = 32 << 20
-_HOLES = 0.5  # of what comes and goes in a heap; each as large as a block
+_HOLES = 0.5  # holes per temporary block, each as large as a block
 _LOADED = ("weights", "teacher")
 _LASTING = (*_LOADED, "optimizer")
 _LOGITS = "logits and loss"
@@ -42,11 +42,11 @@ _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
 class Memory:
     """The predicted peak of a device, in bytes."""
 
-    phase: str  # where the peak is
-    parts: dict[str, float]  # kind: bytes, in the peak phase; they sum to total
+    phase: str  # the phase with the peak
+    parts: dict[str, float]  # bytes by kind in this phase; their sum is the total
     total: float
-    phases: dict[str, float]  # of every phase
-    host: float  # CPU memory a node needs for what the engine moves there, all its GPUs together
+    phases: dict[str, float]  # bytes of every phase
+    host: float  # CPU memory of a node that offloading uses, for all its GPUs
 
     @property
     def gib(self) -> float:
@@ -54,13 +54,13 @@ class Memory:
 
 
 def predict_memory(job: Job, *, on_cpu: bool = False, runtime: float | None = None) -> Memory:
-    """The peak memory of a device that runs the job.
+    """The peak memory of one device.
 
     Args:
-        on_cpu: resident memory of the process, instead of a GPU's.
-        runtime: bytes before the model is there; None: as measured for the pinned versions.
+        on_cpu: predict the resident memory of a CPU process, not GPU memory.
+        runtime: bytes before the model is loaded. Defaults to CPU_RUNTIME.
     """
-    found = {name: _placed(job, items) for name, items in _phases(job, on_cpu).items()}
+    found = {name: _sharded(job, items) for name, items in _phases(job, on_cpu).items()}
     if on_cpu:
         return _on_cpu(job, found, CPU_RUNTIME if runtime is None else runtime)
     phases = {}
@@ -78,35 +78,35 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
 
 
 def host_bytes(job: Job) -> float:
-    """CPU memory of a node under zero3-offload, its GPUs together.
+    """CPU memory of a node under zero3-offload, for all its GPUs.
 
-    All weights in bf16, and of what trains float32 weights, gradients and two AdamW states:
-    DeepSpeed's own AdamW runs there, whatever trainer.optim says. And the layers of a teacher.
+    All weights and a teacher's layers in bf16; and for trainable parameters the weights, gradients
+    and two AdamW states in float32, because DeepSpeed's own CPU AdamW runs there.
     """
     if job.engine != "zero3-offload":
         return 0.0
     width = 2.0 if job.bf16 else 4.0
     a = job.architecture
     numbers = a.num_parameters
-    if job.taught_share:
+    if job.distilled_fraction:
         numbers += a.num_parameters - a.embedding - a.head - a.final
     return numbers * width + job.trainable_parameters * (4.0 + 4.0 + 8.0)
 
 
 def _phases(job: Job, on_cpu: bool) -> dict[str, list[Allocation]]:
-    """What each phase holds on one device, before sharding."""
+    """The allocations of each phase on one device, before sharding."""
     a = job.architecture
     tokens, rows = job.tokens, job.batch_size
     weights, gradients = allocations.weights(job), allocations.gradients(job)
-    states = allocations.states(job)
+    states = allocations.optimizer_states(job)
     teacher = allocations.teacher(job)
     layer = max(a.layers, key=lambda layer: layer.size)
     one = allocations.layer_activations(job, layer, tokens, rows)
     copies = allocations.layer_copies(job, layer)
-    moment = allocations.layer_gradients(job, layer, tokens)
+    temporary = allocations.layer_gradients(job, layer, tokens)
     if on_cpu:
-        moment += allocations.lora_temporaries(job, layer, tokens)
-    kept = _kept(job)
+        temporary += allocations.lora_temporaries(job, layer, tokens)
+    saved = _saved_activations(job)
     always = [*weights, *teacher, *states, *allocations.batch(job, on_cpu), *_engine_buffers(job)]
     before = gradients if job.accumulation > 1 else []
     head = [*allocations.head_activations(job, tokens), *allocations.head_copy(job)]
@@ -118,20 +118,18 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Allocation]]:
     return {
         "load": [*_load(job, weights, on_cpu), *teacher],
         "preflight": [*_preflight(job, weights), *teacher],
-        "forward": [*always, *before, *kept, *head, *loss],
-        "loss": [*always, *before, *kept, *head, *back],
-        "backward": [
-            *always, *(before or head_gradient), *kept, *inner, *moment
-        ],
-        "end of backward": [*always, *gradients, *one, *copies, *moment, *tied_gradient],
+        "forward": [*always, *before, *saved, *head, *loss],
+        "loss": [*always, *before, *saved, *head, *back],
+        "backward": [*always, *(before or head_gradient), *saved, *inner, *temporary],
+        "end of backward": [*always, *gradients, *one, *copies, *temporary, *tied_gradient],
         "update": [*always, *gradients, Allocation("optimizer", temporaries, temporaries)],
-    }  # fmt: skip
+    }
 
 
 def _load(job: Job, weights: list[Allocation], on_cpu: bool) -> list[Allocation]:
-    """Weights and, on a CPU, the file they are cast from, which is mapped into memory.
+    """The weights, and on a CPU the memory-mapped file that they are cast from.
 
-    Weights that are not cast stay in the mapped file: there is one copy of them.
+    Weights that need no cast stay in the mapped file, so there is only one copy.
     """
     a = job.architecture
     if not on_cpu or allocations.base_bytes(job) == a.stored_bytes:
@@ -141,11 +139,11 @@ def _load(job: Job, weights: list[Allocation], on_cpu: bool) -> list[Allocation]
 
 
 def _preflight(job: Job, weights: list[Allocation]) -> list[Allocation]:
-    """models.checks.check_batch: the loss of one example, its gradient to the embeddings."""
+    """preflight.batch.check_batch: the loss of one example and its gradient at the embeddings."""
     one = dataclasses.replace(job, batch_size=1)
     return [
         *weights,
-        *_kept(one),
+        *_saved_activations(one),
         *allocations.batch(dataclasses.replace(one, accumulation=1), False),
         *allocations.head_activations(one, one.length),
         *allocations.head_copy(one),
@@ -153,8 +151,8 @@ def _preflight(job: Job, weights: list[Allocation]) -> list[Allocation]:
     ]
 
 
-def _kept(job: Job) -> list[Allocation]:
-    """What all layers keep between the passes."""
+def _saved_activations(job: Job) -> list[Allocation]:
+    """What all layers save between the forward and the backward pass."""
     if job.checkpointing:
         return allocations.checkpoints(job, job.tokens)
     return [
@@ -168,11 +166,11 @@ def _kept(job: Job) -> list[Allocation]:
 
 
 def _engine_buffers(job: Job) -> list[Allocation]:
-    """What the engine holds beside its share: buckets of DDP, weights gathered for a layer."""
+    """The engine's own memory: DDP's buckets, or the weights gathered for a layer."""
     a = job.architecture
     if job.engine == "ddp":
         size = 4.0 * job.trainable_parameters if job.num_gpus > 1 else 0.0
-        return [Allocation("engine", size, size)]  # gradients once more, in buckets to be reduced
+        return [Allocation("engine", size, size)]  # a copy of the gradients, in buckets
     if job.engine == "fsdp2":
         largest = max(layer.size for layer in a.layers)
         outer = a.embedding + a.head
@@ -184,17 +182,15 @@ def _engine_buffers(job: Job) -> list[Allocation]:
     return [Allocation("engine", size, size)]
 
 
-def _placed(job: Job, items: list[Allocation]) -> list[Allocation]:
-    """The items with what is sharded divided, and what is moved to the CPU taken out."""
+def _sharded(job: Job, items: list[Allocation]) -> list[Allocation]:
+    """The items after sharding and offloading."""
     if job.engine == "ddp":
         return items
-    moved = {"weights", "gradients", "optimizer"}
-    if (
-        job.engine == "zero3-offload"
-    ):  # weights and states come back layer by layer: _engine_buffers
-        return [item for item in items if item.kind not in moved]
+    sharded = {"weights", "gradients", "optimizer"}
+    if job.engine == "zero3-offload":  # _engine_buffers has the layers that are on the GPU
+        return [item for item in items if item.kind not in sharded]
     return [
-        dataclasses.replace(item, total=item.total / (job.num_gpus if item.kind in moved else 1))
+        dataclasses.replace(item, total=item.total / (job.num_gpus if item.kind in sharded else 1))
         for item in items
     ]
 
@@ -208,16 +204,16 @@ def _by_kind(items: list[Allocation]) -> dict[str, float]:
 
 
 def _on_cpu(job: Job, found: dict[str, list[Allocation]], runtime: float) -> Memory:
-    """The largest resident memory, with a heap that keeps what it once had."""
+    """The largest resident memory, with a heap that never shrinks."""
     blocks = [
         i.block for items in found.values() for i in items if i.total and i.kind not in _LOADED
     ]
     threshold = max([b for b in blocks if b < _LARGEST_HEAP_BLOCK], default=0.0)
     layers = logits = 0.0
     peak, phase, phases = 0.0, "", {}
-    for name, items in [*found.items(), *list(found.items())[2:]]:  # a second step meets the heap
+    for name, items in [*found.items(), *list(found.items())[2:]]:  # two steps
         small = [i for i in items if i.block <= threshold]
-        # logits are the largest blocks, and fit into no hole that a layer's leave
+        # logits are the largest blocks and do not fit into holes that layers leave
         layers = max(layers, _with_holes([i for i in small if i.kind != _LOGITS]))
         logits = max(logits, _with_holes([i for i in small if i.kind == _LOGITS]))
         heap, mapped = layers + logits, sum(i.total for i in items if i.block > threshold)

@@ -1,4 +1,4 @@
-"""A recipe to a plan: what the run will hold, cost and need, from a config alone."""
+"""Plan a run from its recipe and the model's config: memory, operations, hours, which GPU."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from skipwise.planning.remedies import first_change
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnGpu:
-    """The run on one kind of GPU."""
+class GpuFit:
+    """The run on one model of GPU."""
 
     gpu: Gpu
     memory: Memory
     fits: bool
     hours: float
-    change: str | None  # what to type to make it fit; "": nothing; None: nothing is enough
+    change: str | None  # what to type to make it fit: empty if it fits, None if nothing helps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """The run or its finish, or the full-length run beside it."""
+class TrainingCost:
+    """One column of the plan: a stage of the run, or a full-length run to compare with."""
 
     name: str
     job: Job
@@ -57,36 +57,37 @@ class Plan:
     architecture: Architecture
     job: Job
     memory: Memory
-    sides: tuple[Side, ...]  # the run; full length at as many examples, at as many tokens
-    finish: Side | None  # the run's last part, where it has one
-    gpus: tuple[OnGpu, ...]
-    lengths: tuple[int, ...]  # of the evaluation
+    costs: tuple[TrainingCost, ...]  # first stage; full length with as many examples, or tokens
+    full_length: TrainingCost | None  # the full-length stage, if the recipe has one
+    gpus: tuple[GpuFit, ...]
+    lengths: tuple[int, ...]  # context lengths of the evaluation
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a few steps took (measure.py)."""
+    """The measurements of a few training steps (pipeline/profile.py)."""
 
     on_cpu: bool
     device: str
-    runtime_bytes: int  # resident before the model is there; of a GPU 0
-    peak_bytes: int  # resident memory of the process, or what a GPU's allocator handed out
-    seconds_per_step: float  # of the recipe's global batch
+    runtime_bytes: int  # resident memory before the model is loaded; 0 on a GPU
+    peak_bytes: int  # resident memory of the process, or allocated memory of the GPU
+    seconds_per_step: float  # with the recipe's global batch
     tokens_per_second: float
 
 
 def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> Plan:
-    """The plan of a recipe.
+    """Make the plan of a recipe.
 
     Args:
-        gpu: the only kind to look at; None: all of the table.
+        gpu: the GPU to plan for. Defaults to all GPUs of the table.
 
     Raises:
-        SkipwiseError: the model cannot be extended so, the batch cannot be shared, no training.
+        SkipwiseError: the recipe cannot extend the model, or does not train, or its batch does not
+            divide evenly.
     """
     if num_gpus < 1:
-        raise SkipwiseError("--gpus: 1 or more")
+        raise SkipwiseError(f"--gpus is {num_gpus}: give 1 or more")
     if recipe.training.num_steps < 1:
         raise SkipwiseError("training.num_steps is 0: there is nothing to plan")
     info, architecture = read_model(recipe)
@@ -95,15 +96,14 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
     memory = predict_memory(job)
     rows = []
     for one in (gpu,) if gpu else GPUS:
-        parts = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=one)
-        its = [part for part in parts if part]
-        found = max((predict_memory(part) for part in its), key=lambda m: m.total)
+        stages = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=one)
+        found = max((predict_memory(stage) for stage in stages if stage), key=lambda m: m.total)
         rows.append(
-            OnGpu(
+            GpuFit(
                 gpu=one,
                 memory=found,
                 fits=fits(found, one),
-                hours=sum(flops.hours(part, one) for part in its),
+                hours=sum(flops.hours(stage, one) for stage in stages if stage),
                 change=first_change(recipe, info, architecture, one, num_gpus),
             )
         )
@@ -113,23 +113,23 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
         architecture=architecture,
         job=job,
         memory=memory,
-        sides=_sides(recipe, info, job, memory, num_gpus, gpu),
-        finish=None if last is None else _side("its finish", last),
+        costs=_costs(recipe, info, job, memory, num_gpus, gpu),
+        full_length=None if last is None else _cost("full-length stage", last),
         gpus=tuple(rows),
         lengths=context_lengths(recipe, info.original_length),
         notes=_notes(recipe, architecture, job),
     )
 
 
-def _sides(
+def _costs(
     recipe: Recipe,
     info: ModelInfo,
     job: Job,
     memory: Memory,
     num_gpus: int,
     gpu: Gpu | None,
-) -> tuple[Side, ...]:
-    own = _side(recipe.method, job, memory)
+) -> tuple[TrainingCost, ...]:
+    own = _cost(recipe.method, job, memory)
     if recipe.method == "full":
         return (own,)
     full = dataclasses.replace(
@@ -141,22 +141,19 @@ def _sides(
         distillation=DistillationSettings(weight=0.0),
     )
     long = make_job(full, info, job.architecture, num_gpus=num_gpus, gpu=gpu)
-    same = _side("full, same examples", long)
-    fewer = job.length / long.length
-    return (
-        own,
-        same,
-        dataclasses.replace(
-            same,
-            name="full, same tokens",
-            examples_per_step=same.examples_per_step * fewer,
-            flops_per_step=same.flops_per_step * fewer,
-        ),
+    same_examples = _cost("full, same examples", long)
+    ratio = job.length / long.length
+    same_tokens = dataclasses.replace(
+        same_examples,
+        name="full, same tokens",
+        examples_per_step=same_examples.examples_per_step * ratio,
+        flops_per_step=same_examples.flops_per_step * ratio,
     )
+    return own, same_examples, same_tokens
 
 
-def _side(name: str, job: Job, memory: Memory | None = None) -> Side:
-    return Side(
+def _cost(name: str, job: Job, memory: Memory | None = None) -> TrainingCost:
+    return TrainingCost(
         name=name,
         job=job,
         examples_per_step=job.global_batch_size,
@@ -169,20 +166,20 @@ def _notes(recipe: Recipe, architecture: Architecture, job: Job) -> tuple[str, .
     found = []
     if not architecture.exact:
         found.append(
-            f"{architecture.family} is counted like a Llama of its sizes: parameters and all that "
-            "follows are an estimate"
+            f"{architecture.family} is counted like a Llama of the same size, so all figures are "
+            "estimates"
         )
     if architecture.num_experts:
-        found.append("memory and time of experts depend on their kernels: an estimate")
+        found.append("memory and time of experts are estimates: they depend on the kernels")
     if job.optimizer not in KNOWN_OPTIMIZERS:
-        found.append(f"trainer.optim {job.optimizer} is taken for AdamW: 8 bytes a trained number")
+        found.append(f"trainer.optim={job.optimizer} is unknown and counted like AdamW")
     if recipe.load.dtype == "auto" and not job.bf16:
-        found.append("this GPU has no bf16: the arithmetic is float32")
+        found.append("this GPU has no bf16, so training computes in float32")
     return tuple(found)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for other programs; sizes in bytes unless a key says otherwise."""
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan for `--json`; sizes are in bytes unless the key says otherwise."""
     a, job = plan.architecture, plan.job
     return {
         "family": a.family,
@@ -217,15 +214,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
         ],
         "training": [
             {
-                "name": side.name,
-                "length": side.job.length,
-                "examples_per_step": side.examples_per_step,
-                "tokens_per_step": side.tokens_per_step,
-                "flops_per_step": side.flops_per_step,
-                "num_steps": side.job.num_steps,
-                "memory": side.memory.total,
+                "name": cost.name,
+                "length": cost.job.length,
+                "examples_per_step": cost.examples_per_step,
+                "tokens_per_step": cost.tokens_per_step,
+                "flops_per_step": cost.flops_per_step,
+                "num_steps": cost.job.num_steps,
+                "memory": cost.memory.total,
             }
-            for side in (*plan.sides, *([plan.finish] if plan.finish else []))
+            for cost in (*plan.costs, *([plan.full_length] if plan.full_length else []))
         ],
         "num_steps": job.num_steps,
         "num_tokens": job.num_steps * job.tokens_per_step,

@@ -1,24 +1,20 @@
-"""What to change when a run does not fit, mildest first: a ladder of settings to type.
+"""What to change if a run does not fit in memory: a list of remedies, mildest first.
 
-The first rungs cost nothing but time, the next ones need more GPUs, then less is trained, then the
-weights are rounded or moved, and last the examples get shorter. `next_change` names the next rung
-for a run that met the end of its memory; `first_change` predicts which rung is enough.
+The first remedies cost only time, the next need more GPUs, then fewer parameters train, then the
+weights are quantised or offloaded, and at last the examples get shorter. `next_change` is the next
+remedy for a run that ran out of memory; `first_change` predicts which remedy is enough.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
 from skipwise.config.distillation import distillation_weight, shards
 from skipwise.config.lengths import format_length
-from skipwise.config.recipe import (
-    SHARDED_ENGINES,
-    DistillationSettings,
-    FullLengthSettings,
-    LoRASettings,
-    Recipe,
-)
+from skipwise.config.recipe import SHARDED_ENGINES, FullLengthSettings, LoRASettings, Recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
 from skipwise.planning.architecture import Architecture
@@ -26,23 +22,23 @@ from skipwise.planning.gpus import Gpu
 from skipwise.planning.job import make_jobs
 from skipwise.planning.memory import predict_memory
 
-_MOST_GPUS = 8  # of one machine
-_SHORTEST = 1024  # tokens below which an example teaches little
+_MOST_GPUS = 8  # in one machine
+_SHORTEST = 1024  # tokens; shorter examples teach little
 
-_Step = tuple[str, Recipe, int]  # (what to type, the recipe with it, GPUs)
-_Rung = Callable[[Recipe, int], "_Step | None"]
+_Change = tuple[str, Recipe, int]  # (what to type, the changed recipe, number of GPUs)
+_Remedy = Callable[[Recipe, int], "_Change | None"]  # None if it does not apply
 
 
 def next_change(recipe: Recipe, num_processes: int = 1) -> str | None:
-    """The next setting to type for a run that is out of memory; None: there is none left.
+    """The next setting to type for a run that is out of memory, or None if none is left.
 
     Args:
-        num_processes: that train together; more of them are not asked for.
+        num_processes: of the run; the remedy never asks for more.
     """
-    for rung in (*_RUNGS, _shorter(None)):
-        step = rung(recipe, num_processes)
-        if step is not None and step[2] <= num_processes:
-            return step[0]
+    for remedy in (*_REMEDIES, _shorter_examples(None)):
+        change = remedy(recipe, num_processes)
+        if change is not None and change[2] <= num_processes:
+            return change[0]
     return None
 
 
@@ -53,109 +49,109 @@ def first_change(
     gpu: Gpu,
     num_gpus: int = 1,
 ) -> str | None:
-    """The first setting that makes a run fit, several where one is not enough.
+    """The first setting that makes a run fit, or several if one is not enough.
 
     Returns:
-        what to type, as `--lora trainer.optim=adamw_8bit`; an empty text where the run fits;
-        None where no remedy is enough.
+        What to type, for example `--lora trainer.optim=adamw_8bit`; an empty text if the run fits
+        already; None if all remedies together are not enough.
     """
 
-    def size(recipe: Recipe, num_gpus: int) -> float | None:
+    def size(recipe: Recipe, num_gpus: int) -> float:
         try:
             jobs = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=gpu)
-        except SkipwiseError:  # GPUs that cannot share the batch
-            return None
+        except SkipwiseError:  # the batch does not divide evenly among the GPUs
+            return math.inf
         return max(predict_memory(job).gib for job in jobs if job)
 
-    now = size(recipe, num_gpus)
-    if now is not None and now <= gpu.memory_gib:
+    def fits(recipe: Recipe, num_gpus: int) -> bool:
+        return size(recipe, num_gpus) <= gpu.memory_gib
+
+    if fits(recipe, num_gpus):
         return ""
-    rungs = (*_RUNGS, *[_shorter(info.original_length)] * 4)
-    for rung in rungs:  # one alone
-        step = rung(recipe, num_gpus)
-        found = size(step[1], step[2]) if step else None
-        if step and found is not None and found <= gpu.memory_gib:
-            return step[0]
-    taken: list[_Rung] = []  # several: hill_climb, and leave out what the last ones made needless
-    at: tuple[Recipe, int] = recipe, num_gpus
-    for rung in rungs:
-        step = rung(*at)
-        found = size(step[1], step[2]) if step else None
-        if step is None or found is None or (now is not None and found >= now):
+    remedies = (*_REMEDIES, *[_shorter_examples(info.original_length)] * 4)
+    for remedy in remedies:  # try each alone
+        change = remedy(recipe, num_gpus)
+        if change and fits(*change[1:]):
+            return change[0]
+    applied: list[_Remedy] = []  # combine all that help, then drop those that are not needed
+    at, smallest = (recipe, num_gpus), size(recipe, num_gpus)
+    for remedy in remedies:
+        change = remedy(*at)
+        found = size(*change[1:]) if change else math.inf
+        if change is None or found >= smallest:
             continue
-        taken.append(rung)
-        at, now = (step[1], step[2]), found
+        applied.append(remedy)
+        at, smallest = change[1:], found
         if found <= gpu.memory_gib:
-            return _fewest(taken, recipe, num_gpus, lambda r, n: _within(size(r, n), gpu))
+            return _drop_needless(applied, recipe, num_gpus, fits)
     return None
 
 
-def _within(found: float | None, gpu: Gpu) -> bool:
-    return found is not None and found <= gpu.memory_gib
-
-
-def _fewest(
-    taken: list[_Rung], recipe: Recipe, num_gpus: int, enough: Callable[[Recipe, int], bool]
+def _drop_needless(
+    applied: list[_Remedy], recipe: Recipe, num_gpus: int, fits: Callable[[Recipe, int], bool]
 ) -> str:
-    for rung in list(taken):
-        rest = [other for other in taken if other is not rung]
-        if enough(*_climb(rest, recipe, num_gpus)[1]):
-            taken = rest
-    words, _ = _climb(taken, recipe, num_gpus)
-    return " ".join(words)
+    """What to type for the remedies, without those that the others make needless."""
+    for remedy in list(applied):
+        others = [other for other in applied if other is not remedy]
+        if fits(*_apply(others, recipe, num_gpus)[1]):
+            applied = others
+    return " ".join(_apply(applied, recipe, num_gpus)[0])
 
 
-def _climb(
-    rungs: list[_Rung], recipe: Recipe, num_gpus: int
+def _apply(
+    remedies: list[_Remedy], recipe: Recipe, num_gpus: int
 ) -> tuple[list[str], tuple[Recipe, int]]:
+    """(what to type, the changed recipe and number of GPUs) for several remedies in order."""
     words: list[str] = []
-    for rung in rungs:
-        step = rung(recipe, num_gpus)
-        if step is None:
+    for remedy in remedies:
+        change = remedy(recipe, num_gpus)
+        if change is None:
             continue
-        word, recipe, num_gpus = step
-        stem = word.split("=")[0] if "=" in word else None
-        words = [w for w in words if stem is None or not w.startswith(f"{stem}=")]
+        word, recipe, num_gpus = change
+        key = word.split("=")[0] if "=" in word else None
+        words = [w for w in words if key is None or not w.startswith(f"{key}=")]
         words.append(word)
     return words, (recipe, num_gpus)
 
 
-def _batch(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _set(recipe: Recipe, num_gpus: int, key: str, value: Any) -> _Change:
+    section, name = key.split(".")
+    settings = dataclasses.replace(getattr(recipe, section), **{name: value})
+    word = f"{key}={value}".replace("=True", "=true").replace("=False", "=false")
+    return word, dataclasses.replace(recipe, **{section: settings}), num_gpus
+
+
+def _micro_batch(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.training.micro_batch_size <= 1:
         return None
-    return "training.micro_batch_size=1", _training(recipe, micro_batch_size=1), num_gpus
+    return _set(recipe, num_gpus, "training.micro_batch_size", 1)
 
 
-def _checkpointing(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _checkpointing(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.training.gradient_checkpointing:
         return None
-    changed = _training(recipe, gradient_checkpointing=True)
-    return "training.gradient_checkpointing=true", changed, num_gpus
+    return _set(recipe, num_gpus, "training.gradient_checkpointing", True)
 
 
-def _chunked(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _chunked_loss(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.training.loss != "full":
         return None
-    return "training.loss=chunked", _training(recipe, loss="chunked"), num_gpus
+    return _set(recipe, num_gpus, "training.loss", "chunked")
 
 
-def _untaught(recipe: Recipe, num_gpus: int) -> _Step | None:
-    """Without the copy of the base; under LoRA there is none, unless the engine shards."""
+def _no_distillation(recipe: Recipe, num_gpus: int) -> _Change | None:
+    """Without a copy of the base model, which LoRA does not need unless the engine shards."""
     if recipe.lora is not None and not shards(recipe.engine):
         return None
     if not distillation_weight(recipe)[0]:
         return None
-    return (
-        "distillation.weight=0",
-        dataclasses.replace(recipe, distillation=DistillationSettings(weight=0.0)),
-        num_gpus,
-    )
+    return _set(recipe, num_gpus, "distillation.weight", 0)
 
 
-def _fsdp(number: int) -> _Rung:
+def _shard_over(number: int) -> _Remedy:
     """Shard over this many GPUs."""
 
-    def rung(recipe: Recipe, num_gpus: int) -> _Step | None:
+    def remedy(recipe: Recipe, num_gpus: int) -> _Change | None:
         sharded = recipe.engine in SHARDED_ENGINES
         if number < num_gpus or (number == num_gpus and (sharded or number == 1)):
             return None
@@ -164,38 +160,36 @@ def _fsdp(number: int) -> _Rung:
         changed = recipe if sharded else dataclasses.replace(recipe, engine="fsdp2")
         return " ".join(filter(None, (engine, more))), changed, number
 
-    return rung
+    return remedy
 
 
-def _shard_here(recipe: Recipe, num_gpus: int) -> _Step | None:
-    return _fsdp(num_gpus)(recipe, num_gpus)
+def _shard(recipe: Recipe, num_gpus: int) -> _Change | None:
+    return _shard_over(num_gpus)(recipe, num_gpus)
 
 
-def _lora(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _lora(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.lora is not None:
         return None
     return "--lora", dataclasses.replace(recipe, lora=LoRASettings()), num_gpus
 
 
-def _embeddings(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _freeze_embeddings(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.lora is None or not recipe.lora.train_embeddings:
         return None
-    lora = dataclasses.replace(recipe.lora, train_embeddings=False)
-    return "lora.train_embeddings=false", dataclasses.replace(recipe, lora=lora), num_gpus
+    return _set(recipe, num_gpus, "lora.train_embeddings", False)
 
 
-def _nf4(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _nf4(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.lora is None or recipe.lora.quantization != "none":
         return None
     if recipe.engine.startswith("zero3"):  # DeepSpeed cannot shard quantised weights
         return None
-    lora = dataclasses.replace(recipe.lora, quantization="nf4")
-    return "lora.quantization=nf4", dataclasses.replace(recipe, lora=lora), num_gpus
+    return _set(recipe, num_gpus, "lora.quantization", "nf4")
 
 
-def _eight_bit(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _eight_bit_optimizer(recipe: Recipe, num_gpus: int) -> _Change | None:
     plain = ("adamw_torch", "adamw_torch_fused")
-    if recipe.engine not in ("auto", "ddp"):  # its states are no sharded tensors
+    if recipe.engine not in ("auto", "ddp"):  # its states cannot be sharded
         return None
     if recipe.trainer.get("optim", "adamw_torch") not in plain:
         return None
@@ -203,7 +197,7 @@ def _eight_bit(recipe: Recipe, num_gpus: int) -> _Step | None:
     return "trainer.optim=adamw_8bit", changed, num_gpus
 
 
-def _offload(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _offload(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.engine == "zero3-offload":
         return None
     if recipe.lora is not None and recipe.lora.quantization != "none":
@@ -212,57 +206,48 @@ def _offload(recipe: Recipe, num_gpus: int) -> _Step | None:
     return "--engine zero3-offload", changed, num_gpus
 
 
-def _unfinished(recipe: Recipe, num_gpus: int) -> _Step | None:
-    """Without the full-length finish: of a lower share the memory is the same."""
+def _no_full_length(recipe: Recipe, num_gpus: int) -> _Change | None:
+    """Without the full-length stage: a smaller fraction needs as much memory."""
     if not recipe.full_length.fraction:
         return None
-    return "full_length={}", dataclasses.replace(recipe, full_length=FullLengthSettings()), num_gpus
+    changed = dataclasses.replace(recipe, full_length=FullLengthSettings())
+    return "full_length={}", changed, num_gpus
 
 
-def _unweighted(recipe: Recipe, num_gpus: int) -> _Step | None:
+def _no_key_weights(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.positions.key_weights == "none":
         return None
-    positions = dataclasses.replace(recipe.positions, key_weights="none")
-    changed = dataclasses.replace(recipe, positions=positions)
-    return "positions.key_weights=none", changed, num_gpus
+    return _set(recipe, num_gpus, "positions.key_weights", "none")
 
 
-def _shorter(original_length: int | None) -> _Rung:
-    """Half of the examples' length; of full-length training, PoSE instead."""
+def _shorter_examples(original_length: int | None) -> _Remedy:
+    """Halve the length of the examples, or replace full-length training by PoSE."""
 
-    def rung(recipe: Recipe, num_gpus: int) -> _Step | None:
+    def remedy(recipe: Recipe, num_gpus: int) -> _Change | None:
         if recipe.method == "full":
             return "method=pose", dataclasses.replace(recipe, method="pose"), num_gpus
         length = recipe.train_length or recipe.original_length or original_length
-        if length is None:
-            return "train_length=2k", dataclasses.replace(recipe, train_length=2048), num_gpus
-        if length // 2 < _SHORTEST:
+        if length is not None and length // 2 < _SHORTEST:
             return None
-        changed = dataclasses.replace(recipe, train_length=length // 2)
-        return f"train_length={format_length(length // 2)}", changed, num_gpus
+        half = 2048 if length is None else length // 2
+        changed = dataclasses.replace(recipe, train_length=half)
+        return f"train_length={format_length(half)}", changed, num_gpus
 
-    return rung
-
-
-def _training(recipe: Recipe, **changes: object) -> Recipe:
-    return dataclasses.replace(
-        recipe,
-        training=dataclasses.replace(recipe.training, **changes),  # type: ignore[arg-type]
-    )
+    return remedy
 
 
-_RUNGS: tuple[_Rung, ...] = (
-    _batch,
+_REMEDIES: tuple[_Remedy, ...] = (
+    _micro_batch,
     _checkpointing,
-    _chunked,
-    _untaught,
-    _shard_here,
-    *(_fsdp(number) for number in (2, 4, _MOST_GPUS)),
+    _chunked_loss,
+    _no_distillation,
+    _shard,
+    *(_shard_over(number) for number in (2, 4, _MOST_GPUS)),
     _lora,
-    _embeddings,
+    _freeze_embeddings,
     _nf4,
-    _eight_bit,
+    _eight_bit_optimizer,
     _offload,
-    _unfinished,
-    _unweighted,
+    _no_full_length,
+    _no_key_weights,
 )

@@ -1,6 +1,6 @@
 """Checks on real examples: tokenizer, documents, labels, and the effect of skipped positions.
 
-Shapes:  B = batch, L = tokens of an example
+Shapes:  B = batch, L = tokens per example
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _PROBED = 256  # positions whose logits are compared
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, batch: dict[str, torch.Tensor]) -> Check:
-    """The tokenizer's ids, and those of a real batch, fit the embedding."""
+    """All token ids, of the tokenizer and of a real batch, fit the embedding."""
     largest = max(len(tokenizer) - 1, int(batch["input_ids"].max()))
     fits = largest < vocab_size
-    return Check(
-        name="tokenizer",
-        passed=fits,
-        detail=f"{len(tokenizer):,} tokens in an embedding of {vocab_size:,}"
-        if fits
-        else f"token id {largest:,} is beyond the embedding of {vocab_size:,}: "
-        "this is another model's tokenizer",
-    )
+    detail = f"the embedding of {vocab_size:,} has room for all {len(tokenizer):,} tokens"
+    if not fits:
+        detail = (
+            f"token id {largest:,} is beyond the embedding of {vocab_size:,}: "
+            "this is another model's tokenizer"
+        )
+    numbers = {"largest_token_id": largest, "vocab_size": vocab_size}
+    return Check(name="tokenizer", passed=fits, detail=detail, numbers=numbers)
 
 
 def check_documents(
@@ -39,23 +39,25 @@ def check_documents(
 ) -> Check:
     """There are documents to cut examples from; `left_out` says what was dropped or packed."""
     enough = longest >= train_length
-    found = f"{num_documents:,} with {train_length:,} tokens or more, the longest {longest:,}"
-    found += f"; {left_out}" if left_out else ""
-    found += "" if longest >= target else f"; none reaches {target:,}: far text is never aligned"
+    detail = f"{num_documents:,} have at least {train_length:,} tokens; the longest has {longest:,}"
+    detail += f"; {left_out}" if left_out else ""
+    if longest < target:
+        detail += f"; none reaches {target:,}, so text at that distance is never seen"
+    if not enough:
+        detail = f"the longest has {longest:,} tokens, and an example needs {train_length:,}"
     return Check(
         name="documents",
         passed=enough,
-        detail=found
-        if enough
-        else f"the longest has {longest:,} tokens and an example needs {train_length:,}",
+        detail=detail,
+        numbers={"num_documents": num_documents, "longest": longest},
     )
 
 
 def check_labels(items: list[dict[str, Any]]) -> Check:
-    """A label right after a jump of the text is masked: nothing before it predicts it.
+    """The first label after a gap in the text is masked: the tokens before do not predict it.
 
     Args:
-        items: examples of the data set, `labels` (L,) with the `example` they were cut by.
+        items: examples of the data set, with `labels` (L,) and the `example` that they come from.
     """
     jumps = open_labels = 0
     for item in items:
@@ -63,13 +65,11 @@ def check_labels(items: list[dict[str, Any]]) -> Check:
         firsts = (np.cumsum(example.lengths) - example.lengths)[example.jumps()]
         jumps += len(firsts)
         open_labels += int((item["labels"][firsts] != IGNORE_INDEX).sum())
-    return Check(
-        name="labels",
-        passed=open_labels == 0,
-        detail=f"{jumps} jumps of the text in a batch, the label after each masked"
-        if open_labels == 0
-        else f"{open_labels} labels stand right after a jump of the text: set them to -100",
-    )
+    detail = "the first label after each gap in the text is masked"
+    if open_labels:
+        detail = f"{open_labels} labels come right after a gap in the text: set them to -100"
+    numbers = {"gaps": jumps, "unmasked_labels": open_labels}
+    return Check(name="labels", passed=open_labels == 0, detail=detail, numbers=numbers)
 
 
 def check_batch(
@@ -78,32 +78,32 @@ def check_batch(
     autocast: Callable[..., Any] = nullcontext,
     inner: Any = None,
 ) -> list[Check]:
-    """Chunk 2 learns from chunk 1, and chunk 1 not from chunk 2, on a real batch.
+    """Chunk 2 learns from chunk 1, but chunk 1 does not learn from chunk 2, on a real batch.
 
-    The gradient of the second chunk's loss with respect to the first chunk's embeddings is zero
-    when the mask cuts them off from each other (transformers takes a skip in `position_ids`
-    without a mask for a packed boundary). The other way round it must be zero. Runs in training
-    mode without a cache, as the Trainer does, with gradient checkpointing as configured.
+    The gradient of chunk 2's loss with respect to chunk 1's embeddings is zero if the mask
+    separates the chunks: without a mask, transformers takes a skip in `position_ids` for the
+    boundary of a packed sequence. The opposite gradient must be zero. Runs in training mode without
+    a cache, as the Trainer does, with gradient checkpointing as configured.
 
     Args:
         batch: from the collator; `input_ids`, `labels`, `position_ids` (B, L) and the mask.
-        autocast: gives the context manager to run a forward pass in.
-        inner: the model inside, where `model` is the wrapper that an engine put around it.
+        autocast: makes the context manager for a forward pass.
+        inner: the model inside `model`, if an engine has wrapped it.
     """
-    assert "chunk_ids" not in batch, "a model ignores them: masks.pack_key_weights comes first"
+    assert "chunk_ids" not in batch, "models ignore chunk_ids: call masks.pack_key_weights first"
     inner = model if inner is None else inner
     skips = (batch["position_ids"].diff(dim=1) != 1).float()  # (B, L-1)
     if not bool(skips.any()):
-        detail = "plain positions in this batch: no chunk to cut off"
+        detail = "this batch has no skips, so there is nothing to check"
         return [Check(name="chunks see each other", passed=True, detail=detail)]
-    # the example whose first skip is nearest the middle tells most
+    # the most informative example has its first skip nearest the middle
     first = torch.where(skips.bool().any(1), skips.argmax(1) + 1, 0)
     row = int((first - batch["input_ids"].shape[1] // 2).abs().argmin())
     cut = int(first[row])
     one = _row(batch, row)
     inputs = {k: v for k, v in one.items() if k != "labels"}
     if getattr(inner.config, "output_router_logits", False):
-        inputs["output_router_logits"] = False  # the routers' loss is of all chunks
+        inputs["output_router_logits"] = False  # the routers' loss covers all chunks
     index = torch.arange(one["labels"].shape[1], device=one["labels"].device)
     late_labels = one["labels"].where(index > cut, IGNORE_INDEX)
     early_labels = one["labels"].where(index < cut, IGNORE_INDEX)
@@ -115,25 +115,21 @@ def check_batch(
     leak = float(early[0, cut:].abs().max())
     finite = bool(torch.isfinite(late).all())
     skip = int(one["position_ids"][0, cut] - one["position_ids"][0, cut - 1])
-    learns = Check(
-        name="chunks see each other",
-        passed=finite and seen > 0,
-        detail=f"gradient of chunk 2's loss on chunk 1 up to {seen:.1e} (skip of {skip})"
-        if finite and seen > 0
-        else "chunk 2 gets no gradient from chunk 1: the attention mask cuts them off; send an "
-        "attention_mask of ones with position_ids"
-        if finite
-        else "the gradient is not finite: the weights or the dtype are at fault",
-    )
-    causal = Check(
-        name="no look ahead",
-        passed=leak == 0,
-        detail="chunk 1's loss does not depend on chunk 2"
-        if leak == 0
-        else "chunk 1's loss depends on chunk 2: the attention mask is not causal",
-    )
-    checks = [learns, causal]
-    if finite and seen > 0:
+    learns, numbers = finite and seen > 0, {"largest_gradient": seen, "skip": skip}
+    detail = f"chunk 2 learns from chunk 1 across a skip of {skip:,} positions"
+    if not finite:
+        detail, numbers = "the gradient is not finite: check the weights and the dtype", {}
+    elif not seen:
+        detail = (
+            "chunk 2 gets no gradient from chunk 1: the attention mask separates them; send an "
+            "attention_mask of ones with position_ids"
+        )
+    checks = [Check(name="chunks see each other", passed=learns, detail=detail, numbers=numbers)]
+    detail = "chunk 1's loss does not depend on chunk 2"
+    if leak != 0:
+        detail = "chunk 1's loss depends on chunk 2: the attention mask is not causal"
+    checks.append(Check(name="no look ahead", passed=leak == 0, detail=detail))
+    if learns:
         checks.append(_check_skips(model, inputs, cut, autocast, inner))
     if is_hybrid(inner.config):
         checks.append(_check_sliding(inner.config, batch))
@@ -146,7 +142,7 @@ def _gradient(
     captured: list[torch.Tensor],
     autocast: Callable[..., Any],
 ) -> torch.Tensor:
-    """(1, L, width) of the model's own loss with respect to the embeddings; 0 without labels."""
+    """(1, L, width) gradient of the model's own loss at the embeddings; 0 without labels."""
     captured.clear()
     with autocast():
         loss = model(**inputs, use_cache=False).loss
@@ -157,36 +153,33 @@ def _gradient(
 
 
 def _row(batch: dict[str, Any], row: int) -> dict[str, Any]:
-    """One example of a batch, whose mask may be one for each kind of layer."""
-    return {
-        key: _row(value, row)
-        if isinstance(value, dict)
-        else value
-        if value is None
-        else value[row : row + 1]
-        for key, value in batch.items()
-    }
+    """One example of a batch; the mask may be a dict with one for each layer type."""
+    out = {}
+    for key, value in batch.items():
+        nested = isinstance(value, dict)
+        out[key] = _row(value, row) if nested else None if value is None else value[row : row + 1]
+    return out
 
 
 @torch.no_grad()
 def _check_skips(
     model: Any, inputs: dict[str, Any], cut: int, autocast: Callable[..., Any], inner: Any
 ) -> Check:
-    """What follows a skip depends on how far it is.
+    """The logits after a skip depend on its size.
 
-    Rotary positions are relative: moving all of them changes nothing but rounding, and taking the
-    skips out must change more than that. It does not where a model ignores `position_ids`, or where
-    its full-attention layers have no positions (Cohere 2, EXAONE 4). In float32 where the weights
-    and the attention implementation are, for there rounding is smallest.
+    Rotary positions are relative: shifting all of them changes the logits only by rounding, and
+    removing the skips must change them more. It does not if the model ignores `position_ids`, or if
+    its full-attention layers have no positions (Cohere 2, EXAONE 4). Runs in float32 if the weights
+    and the attention implementation allow it, because rounding is smallest there.
     """
     mixed = (inner.config._attn_implementation or "").startswith(("flash", FLEX)) or any(
         parameter.dtype != torch.float32 for parameter in inner.parameters()
     )
-    if not mixed:  # a mask made for bf16 arithmetic
+    if not mixed:  # the mask was made for bf16
         inputs = {**inputs, "attention_mask": _in_float32(inputs.get("attention_mask"))}
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     length = inputs["position_ids"].shape[1]
-    kept = torch.arange(cut, length, max(1, (length - cut) // _PROBED))  # all would be large
+    kept = torch.arange(cut, length, max(1, (length - cut) // _PROBED))  # to save memory
     sliced = "logits_to_keep" in inspect.signature(type(base).forward).parameters
 
     def logits(positions: torch.Tensor) -> torch.Tensor:
@@ -200,23 +193,23 @@ def _check_skips(
 
     positions = inputs["position_ids"]
     plain = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    further = int((positions - plain)[0, -1])
-    as_it_is = logits(positions)
-    effect = float((logits(plain) - as_it_is).abs().mean())
-    rounding = float((logits(positions + further) - as_it_is).abs().mean())
+    shift = int((positions - plain)[0, -1])
+    skipped = logits(positions)
+    effect = float((logits(plain) - skipped).abs().mean())
+    rounding = float((logits(positions + shift) - skipped).abs().mean())
     takes_effect = effect > 1.5 * rounding
-    return Check(
-        name="skips take effect",
-        passed=takes_effect,
-        detail=f"plain positions change the logits by {effect:.0e} (rounding: {rounding:.0e})"
-        if takes_effect
-        else f"plain positions give the same logits (to {effect:.0e}; rounding: {rounding:.0e}): "
-        "the layers that look far back have no positions to learn, so PoSE would teach nothing",
-    )
+    detail = "the skips change the logits by more than rounding does"
+    if not takes_effect:
+        detail = (
+            "the skips do not change the logits: the layers that look far back have no positions "
+            "to learn, so PoSE would teach nothing"
+        )
+    numbers = {"effect": effect, "rounding": rounding}
+    return Check(name="skips take effect", passed=takes_effect, detail=detail, numbers=numbers)
 
 
 def _in_float32(mask: Any) -> Any:
-    """The mask, or the masks by kind of layer, as float32 where they are additive."""
+    """The mask, or the masks by layer type, in float32 if additive."""
     if isinstance(mask, dict):
         return {kind: _in_float32(one) for kind, one in mask.items()}
     return mask.float() if mask is not None and mask.is_floating_point() else mask
@@ -224,19 +217,20 @@ def _in_float32(mask: Any) -> Any:
 
 def _check_sliding(config: Any, batch: dict[str, Any]) -> Check:
     reach, window = sliding_reach(config, batch), config.sliding_window
-    return Check(
-        name="sliding layers",
-        passed=reach < window,
-        detail=f"see {reach} positions back at most, as in a text"
-        if reach < window
-        else f"see {reach:,} positions back across a skip, and in a text {window - 1:,}: send a "
-        "mask for each kind of layer (models.masks.with_layer_masks)",
-    )
+    detail = "sliding layers see only distances that ordinary text has"
+    if reach >= window:
+        detail = (
+            f"sliding layers see {reach:,} positions back across a skip, but only {window - 1:,} "
+            "in ordinary text: send a mask for each layer type "
+            "(models.attention.masks.with_layer_masks)"
+        )
+    numbers = {"reach": reach, "sliding_window": window}
+    return Check(name="sliding layers", passed=reach < window, detail=detail, numbers=numbers)
 
 
 @contextmanager
 def _embeddings(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Catch the input embeddings of a forward pass as a leaf that gradients can be taken of."""
+    """Capture a forward pass's input embeddings as a leaf, to take gradients at."""
     captured: list[torch.Tensor] = []
 
     def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
-"""The checks that a config decides alone, in a blink: no weights, no torch."""
+"""Checks that need only the config: no weights, no torch, under a second."""
 
 from __future__ import annotations
+
+import math
 
 from skipwise.config.recipe import Recipe
 from skipwise.config.samplers import make_sampler
@@ -13,37 +15,36 @@ from skipwise.pose.rope import Scaling, Unscaled
 
 
 def check_config(info: ModelInfo, scaling: Scaling, target_length: int) -> list[Check]:
-    """What the config decides of any run: the lengths, and what kind of layers there are."""
-    L = info.original_length
-    reach = L * scaling.factor / info.scaling.factor
+    """The lengths, and layers that skips cannot train."""
+    L, factor = info.original_length, scaling.factor
+    reach = L * factor / info.scaling.factor
     fits = target_length > L and abs(reach - target_length) < 1
-    carried = (
-        "" if isinstance(info.scaling, Unscaled) else f", carried on from {info.scaling.factor:g}"
+    detail = (
+        f"the window grows from {L:,} to {target_length:,} tokens, {scaling.name} by {factor:g}"
     )
-    lengths = Check(
-        name="lengths",
-        passed=fits,
-        detail=f"{L:,} to {target_length:,} tokens, {scaling.name} by {scaling.factor:g}{carried}"
-        if fits
-        else f"rope.factor {scaling.factor:g} x {L:,} is {reach:,.0f} tokens, not the target's "
-        f"{target_length:,}: leave rope.factor out",
-    )
-    if not info.recurrent:
-        return [lengths]
-    state = Check(
-        name="recurrent layers",
-        passed=True,
-        detail="skips train the attention layers only; recurrent ones see no longer text than "
-        "before: compare with method=full if they should",
-    )
-    return [lengths, state]
+    if not isinstance(info.scaling, Unscaled):
+        detail += f" of which the model already has {info.scaling.factor:g}"
+    if not fits:
+        detail = (
+            f"rope.factor {factor:g} extends {L:,} tokens to {reach:,.0f}, not to the target of "
+            f"{target_length:,}: leave rope.factor out"
+        )
+    numbers = {"original_length": L, "target_length": target_length, "factor": factor}
+    checks = [Check(name="lengths", passed=fits, detail=detail, numbers=numbers)]
+    if info.recurrent:
+        detail = (
+            "skips train only the attention layers; method=full also shows longer texts to the "
+            "recurrent layers"
+        )
+        checks.append(Check(name="recurrent layers", passed=True, detail=detail))
+    return checks
 
 
 def check_config_alone(recipe: Recipe) -> list[Check]:
-    """All that a folder with nothing but a config.json tells, and what it does not.
+    """Everything that can be checked in a folder that holds only a config.json.
 
     Raises:
-        SkipwiseError: the model cannot be extended as asked.
+        SkipwiseError: the model cannot be extended as the recipe says.
     """
     raw = read_config(recipe.model, recipe.load)
     conversion = conversion_for(raw, recipe.load.text_only)
@@ -53,51 +54,40 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
     scaling = scaling_for(recipe, info)
     changes = config_changes(info, scaling, recipe.target_length)
     inv_freq = scaling.inv_freq(info.rope_theta, info.rotary_dim)
-    checks = [
-        Check(
-            name="model",
-            passed=True,
-            detail=(f"{conversion.source}, to be converted exactly to " if conversion else "")
-            + f"{info.family}, rope_theta {info.rope_theta:,.0f}, "
-            f"{info.rotary_dim // 2} pairs of {info.head_dim} dimensions",
-        ),
-        *check_config(info, scaling, recipe.target_length),
-        Check(
-            name="rope",
-            passed=True,
-            detail=f"slowest pair 1/{1 / inv_freq[-1]:.4g}, attention factor "
-            f"{scaling.attention_factor:.4f}",
-        ),
-        Check(name="attention window", passed=True, detail=_window(info)),
-    ]
+    converted = f"{conversion.source}, converted exactly to " if conversion else ""
+    found = {
+        "model": f"{converted}{info.family}; rope_theta is {info.rope_theta:,.0f}, and RoPE "
+        f"rotates {info.rotary_dim} of a head's {info.head_dim} dimensions",
+        "rope": f"the lowest frequency turns once in {2 * math.pi / inv_freq[-1]:,.0f} tokens; the "
+        f"attention factor is {scaling.attention_factor:.4f}",
+        "attention window": _window(info),
+    }
+    numbers = {
+        "slowest_inv_freq": float(inv_freq[-1]),
+        "attention_factor": float(scaling.attention_factor),
+    }
     if recipe.method != "none":
-        sampler = make_sampler(recipe, info.original_length)
-        checks.append(
-            Check(
-                name="training",
-                passed=True,
-                detail=f"{recipe.method}, {sampler.train_length:,} tokens an example, positions up "
-                f"to {recipe.target_length - 1:,}"
-                + (
-                    "; train_length=8k trains with fewer"
-                    if sampler.train_length > 32768 and recipe.method != "full"
-                    else ""
-                ),
-            )
+        length = make_sampler(recipe, info.original_length).train_length
+        found["training"] = (
+            f"{recipe.method} trains on {length:,} tokens per example, with positions up to "
+            f"{recipe.target_length - 1:,}"
         )
-    keys = ", ".join(f"{key}={value}" for key, value in changes.items() if key != "rope_parameters")
-    written = ", ".join(
-        f"{k}={v}"
-        for k, v in changes["rope_parameters"].items()
-        if k != "long_factor" and k != "short_factor"
-    )
-    checks.append(Check(name="config", passed=True, detail=f"{keys}, rope: {written}"))
-    return checks
+        if length > 32768 and recipe.method != "full":
+            found["training"] += "; train_length=8k uses fewer"
+    rope = changes["rope_parameters"].items()
+    keys = [f"{key}={value}" for key, value in changes.items() if key != "rope_parameters"]
+    keys += [f"{key}={value}" for key, value in rope if key not in ("long_factor", "short_factor")]
+    found["config"] = f"config.json gets {', '.join(keys)}"
+    checks = [
+        Check(name=name, passed=True, detail=detail, numbers=numbers if name == "rope" else {})
+        for name, detail in found.items()
+    ]
+    return [checks[0], *check_config(info, scaling, recipe.target_length), *checks[1:]]
 
 
 def _window(info: ModelInfo) -> str:
     if info.sliding_window is None:
-        return "every layer sees the whole context"
+        return "every layer sees the full context"
     if info.hybrid:
-        return f"sliding layers keep their {info.sliding_window:,} tokens, the full ones see all"
-    return f"sliding_window {info.sliding_window:,} in every layer: it will be taken out"
+        return f"sliding layers keep their {info.sliding_window:,} tokens, full layers see all"
+    return f"every layer has a sliding_window of {info.sliding_window:,}: it will be removed"

@@ -1,4 +1,4 @@
-"""A recipe to transformers' TrainingArguments, with its dtype and gradient accumulation."""
+"""A recipe to transformers' TrainingArguments, and the dtype to train in."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from skipwise.config.batch import accumulation
 from skipwise.config.machine import world_size
-from skipwise.config.recipe import SHARDED_ENGINES, Recipe, TrainingSettings
+from skipwise.config.recipe import SHARDED_ENGINES, Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.models.load import compute_dtype
@@ -112,18 +113,3 @@ def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:
     if recipe.load.dtype == "bfloat16":
         raise SkipwiseError(f"engine: {engine} computes in float32 on a CPU\nleave load.dtype out")
     return torch.float32
-
-
-def accumulation(settings: TrainingSettings, num_processes: int) -> int:
-    """Accumulation steps that make up the global batch on this many devices.
-
-    Raises:
-        SkipwiseError: the devices cannot share the batch.
-    """
-    held = settings.micro_batch_size * num_processes
-    if held == 0 or settings.global_batch_size == 0 or settings.global_batch_size % held:
-        raise SkipwiseError(
-            f"training.global_batch_size {settings.global_batch_size} is not a multiple of "
-            f"training.micro_batch_size {settings.micro_batch_size} x {num_processes} devices"
-        )
-    return settings.global_batch_size // held

@@ -31,11 +31,9 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss, pad
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from skipwise.config.batch import SLICE
 from skipwise.errors import SkipwiseError
 from skipwise.pose.samplers import IGNORE_INDEX
-
-SLICE = 512  # C: at 128k of vocabulary 0.8 GiB in the head (time: benchmarks/loss_memory.py)
-_SMALL = 64 << 20  # bytes of float32 logits up to which slices save nothing worth having
 
 
 @dataclass(kw_only=True)
@@ -74,13 +72,6 @@ class Distillation:
         self._kl.clear()
         self._counts.clear()
         return apart, count
-
-
-def is_chunked(loss: str, batch_size: int, train_length: int, vocab_size: int) -> bool:
-    """What `training.loss` means for a batch: auto cuts where the logits are large."""
-    return loss == "chunked" or (
-        loss == "auto" and batch_size * train_length * vocab_size * 4 > _SMALL
-    )
 
 
 def full_loss_reason(model: Any) -> str:

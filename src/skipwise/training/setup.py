@@ -18,6 +18,7 @@ from accelerate.utils import AutocastKwargs
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from skipwise.config.batch import is_chunked
 from skipwise.config.distillation import shards
 from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe
@@ -40,7 +41,7 @@ from skipwise.training.callbacks import (
     tensorboard_in,
 )
 from skipwise.training.checkpoints import last_checkpoint, num_processes_of, remove_incomplete
-from skipwise.training.chunked_loss import Distillation, chunk_loss, is_chunked
+from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
 from skipwise.training.distributed.engines import (
     check_engine,

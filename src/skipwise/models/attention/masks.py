@@ -1,12 +1,12 @@
-"""Masks of hybrid models under skips: a sliding layer sees no distance that inference never has.
+"""Attention masks under skips: sliding windows in hybrid models, and importance weights.
 
-A hybrid model (Gemma 2 and 3, Cohere 2, Olmo 3, gpt-oss) has layers that look back W tokens beside
-layers that see all. Its window counts tokens, so right after a skip a sliding layer would see the
-tokens before it, at distances up to T that no text ever has there. Here the window counts
-positions: what lies before the skip is further away than W, and hidden, as in so long a text.
-docs/method.md has the measurement that decided this.
+A hybrid model (Gemma 2 and 3, Cohere 2, Olmo 3, gpt-oss) has sliding layers, which see W tokens,
+and full layers. Its sliding window counts tokens, so right after a skip a sliding layer would see
+tokens from before the skip, at distances up to T that it never sees at inference. Here the window
+counts positions, so tokens before the skip are hidden if they are W or more positions away, as in
+a real text of that length. docs/method.md has the measurement behind this choice.
 
-Shapes:  B = batch, L = tokens of an example, W = sliding_window
+Shapes:  B = batch, L = tokens per example, W = sliding_window
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any, TypeGuard
 
 import torch
 
-FLEX = "skipwise_flex"  # the attention of models/attention.py, by its name in transformers
+FLEX = "skipwise_flex"  # the name under which flex.py registers with transformers
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def is_hybrid(config: Any) -> bool:
-    """Whether a model has sliding layers beside full ones."""
-    kinds = set(getattr(config, "layer_types", None) or [])
-    return {_FULL, _SLIDING} <= kinds and bool(getattr(config, "sliding_window", None))
+    """Whether a model has both sliding and full layers."""
+    types = set(getattr(config, "layer_types", None) or [])
+    return {_FULL, _SLIDING} <= types and bool(getattr(config, "sliding_window", None))
 
 
 def with_layer_masks(config: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with a mask for each kind of layer, where the model is hybrid.
+    """The batch with a mask for each layer type if the model is hybrid, else unchanged.
 
     Args:
-        config: of the model as loaded; its attention implementation decides the masks' form.
-        batch: `position_ids` (B, L), and `attention_mask`: ones (B, L), or for the full layers
-            additive (B, 1, L, L) or a carrier.
+        config: of the loaded model; its attention implementation decides the form of the masks.
+        batch: `position_ids` (B, L), and `attention_mask`: ones (B, L), or for the full layers an
+            additive mask (B, 1, L, L) or packed key weights.
     """
     if not is_hybrid(config) or isinstance(batch.get("attention_mask"), dict | None):
         return batch
@@ -60,13 +60,11 @@ def with_layer_masks(config: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_chunk_weights(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The batch with the additive mask of importance weights, made where the batch is.
-
-    Equal to `positions.additive_mask`, from what the collator sends in its stead.
+    """The batch with the additive mask of importance weights, on the batch's device.
 
     Args:
-        batch: with `chunk_ids` and `key_weights` (B, L); without them it stays as it is.
-        dtype: of the arithmetic; the mask is (B, 1, L, L) of it.
+        batch: with `chunk_ids` and `key_weights` (B, L); returned unchanged without them.
+        dtype: of the computation and of the mask (B, 1, L, L).
     """
     if "chunk_ids" not in batch:
         return batch
@@ -81,22 +79,22 @@ def with_chunk_weights(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, A
 
 
 def pack_key_weights(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with `chunk_ids` and `key_weights` in the mask's place, for `models.attention`.
+    """The batch with `chunk_ids` and `key_weights` packed into `attention_mask`, for flex.py.
 
-    (B, 1, 2, L) int32. transformers hands a mask of four dimensions to every layer as it is; and
-    integers, the weights' bits among them, are cast by no engine (FSDP2 and DeepSpeed cast what a
-    model is called with).
+    The mask is (B, 1, 2, L) int32, with the bits of the float weights: transformers passes a 4D
+    mask to every layer unchanged, and FSDP2 and DeepSpeed cast floating-point inputs but not
+    integers.
     """
     if "chunk_ids" not in batch:
         return batch
     batch = dict(batch)
     chunks, weights = batch.pop("chunk_ids"), batch.pop("key_weights")
-    carrier = torch.stack([chunks.int(), weights.float().view(torch.int32)], 1)
-    return {**batch, "attention_mask": carrier[:, None]}
+    packed = torch.stack([chunks.int(), weights.float().view(torch.int32)], 1)
+    return {**batch, "attention_mask": packed[:, None]}
 
 
 def is_packed(mask: Any) -> TypeGuard[torch.Tensor]:
-    """Whether a mask is `pack_key_weights`'s; those of pairs are boolean or additive."""
+    """Whether a mask comes from `pack_key_weights`; other masks are boolean or floating-point."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.dtype == torch.int32
 
 
@@ -114,7 +112,7 @@ def sliding_reach(config: Any, batch: dict[str, Any]) -> int:
     if isinstance(mask, dict):
         visible = mask[_SLIDING][:, 0]
         visible = visible if visible.dtype == torch.bool else visible == 0
-    else:  # the model makes its own, by tokens; an additive one it takes as it is
+    else:  # the model makes its own by token count; it uses an additive mask unchanged
         near = index[:, None] - index < config.sliding_window
         visible = torch.ones_like(near) if mask is not None and mask.dim() == 4 else near
         visible = (visible & (index[:, None] >= index)).expand(len(positions), -1, -1)

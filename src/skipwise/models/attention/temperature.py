@@ -1,18 +1,18 @@
-"""The attention temperature: every attention logit times t, folded into what makes the queries.
+"""The attention temperature: multiply every attention logit by t, in the query weights.
 
     softmax(t q·k / sqrt(d)) = softmax((t q)·k / sqrt(d))        q = W x + b  ->  t W, t b
 
-A model trained among L keys is too flat among T of them, and t > 1 sharpens it. No config has a key
-for that which every runtime reads, and every runtime reads weights. Where a norm follows the
-projection (Qwen 3, Gemma 3, Olmo 2, ...) it would take the factor out again, so its weight gets it.
-A soft cap on the logits (Gemma 2) comes after: t multiplies what is capped. Sinks (gpt-oss) are
-logits as well and are multiplied too. Sliding layers see as many keys as ever and stay as they are.
+Attention trained on L keys is too flat over T keys, and t > 1 sharpens it. No config key for this
+works in every runtime, but every runtime reads weights. A norm after the projection (Qwen 3,
+Gemma 3, Olmo 2, ...) would cancel the factor, so t goes into the norm's weight. A soft cap on the
+logits (Gemma 2) comes later: t multiplies what is capped. Sinks (gpt-oss) are logits and are
+multiplied too. Sliding layers see as many keys as before and do not change.
 
-Which weights these are is told by their names, and names can lie: so the queries, keys and values
-that reach the attention of each layer are compared before and after.
+The weights are found by name. Names can mislead, so the queries, keys and values that reach the
+attention of each layer are compared before and after.
 
-Source: Peng et al. 2024 (YaRN), arXiv 2309.00071, section 3.4, has the same factor in its cos and
-sin; chosen there by length, here after training by measuring (skipwise/temperature.py).
+Source: Peng et al. 2024 (YaRN), arXiv 2309.00071, section 3.4, puts the same factor into cos and
+sin and computes it from the length; here it is measured after training (choose_temperature.py).
 """
 
 from __future__ import annotations
@@ -27,28 +27,21 @@ from torch.overrides import TorchFunctionMode
 from skipwise.errors import SkipwiseError
 
 _FULL = "full_attention"
-_NORMS = ("q_norm", "q_layernorm", "query_layernorm")  # what follows the projection, if anything
-_ALONE = ("q_b_proj", "q_proj")  # q_b_proj: the second half of a projection of low rank
+_NORMS = ("q_norm", "q_layernorm", "query_layernorm")  # after the projection, in some families
+_SEPARATE = ("q_b_proj", "q_proj")  # q_b_proj: the second half of a low-rank projection
 _FUSED = ("qkv_proj", "query_key_value")
 _SDPA = torch.nn.functional.scaled_dot_product_attention
-_PRODUCTS = (
-    _SDPA,
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.bmm,
-    torch.baddbmm,
-)
-_TOKENS = 8  # of the check
+_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm)
+_TOKENS = 8  # length of the text that the check runs on
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QueryWeight:
-    """A parameter of which some rows make queries, and what they were when the model was loaded."""
+    """A parameter with rows that make queries, and their values when the model was loaded."""
 
     parameter: torch.Tensor
-    rows: torch.Tensor | None  # (R,) of its first dimension; None: all
-    offset: float  # what is added to it before it multiplies: 1 in Gemma's norms
+    rows: torch.Tensor | None  # (R,) indices into the first dimension, or None for all rows
+    offset: float  # the layer multiplies by weight + offset: 1 in Gemma's norms
     before: torch.Tensor
 
     @torch.no_grad()
@@ -63,7 +56,7 @@ class QueryWeight:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionLayer:
-    """An attention module, and what makes its queries: nothing where its layer has a window."""
+    """An attention module and its query weights, which are empty for a sliding layer."""
 
     index: int
     module: torch.nn.Module
@@ -75,10 +68,10 @@ class AttentionLayer:
 
 
 class QueryWeights:
-    """What makes a model's queries, as it is now: any temperature can be set, 1 takes it back.
+    """A model's query weights. `set` applies a temperature; 1 restores the loaded weights.
 
     Raises:
-        SkipwiseError: the weights cannot carry a temperature; says why.
+        SkipwiseError: no query weights can absorb a temperature; says why.
     """
 
     def __init__(self, model: Any) -> None:
@@ -87,17 +80,17 @@ class QueryWeights:
 
     def set(self, t: float) -> None:
         if any(parameter.is_meta for parameter in self.model.parameters()):
-            raise _refusal(self.model, "some lie outside the device, by load.device_map")
+            raise _refusal(self.model, "load.device_map keeps some of them off the device")
         for layer in self.layers:
             for weight in layer.weights:
                 weight.set(t)
 
     def check(self, t: float) -> None:
-        """Set t, and compare what reaches the attention of each layer with what did before.
+        """Set t, and compare the inputs of each layer's attention before and after.
 
         Raises:
-            SkipwiseError: the queries of a full layer are not t times what they were, or something
-                else has changed; t is taken back.
+            SkipwiseError: the queries of a full layer are not multiplied by t, or something else
+                changed. The weights are restored.
         """
         calls = _calls(self.model, self.layers)
         self.set(1.0)
@@ -113,20 +106,20 @@ class QueryWeights:
 def fold_temperature(model: Any, t: float) -> None:
     """Multiply every attention logit of the full layers by t, in the model's weights, and check it.
 
-    Exact in float32. Rounding the product to bf16 changes each weight by at most 2^-8 of itself:
-    queries move by 0.16 % of their length, as they do where they are computed in bf16.
+    Exact in float32. Rounding to bf16 changes a weight by at most 2^-8 of its value, and the
+    queries by 0.16 % of their length: as much as computing them in bf16.
 
     Raises:
-        SkipwiseError: the weights cannot carry it: a norm without weights (nanochat), clipped
-            queries (Olmo 1), or an attention that is not known.
+        SkipwiseError: the weights cannot absorb it: a norm without weights (nanochat), clipped
+            queries (Olmo 1), or an unknown kind of attention.
     """
     QueryWeights(model).check(t)
 
 
 def check_foldable(config: Any) -> None:
-    """Refuse a model whose weights cannot carry a temperature, by its structure: no weights needed.
+    """Refuse a model whose weights cannot absorb a temperature, without loading weights.
 
-    A model that brings its own code is not built here: its fold is checked with its weights.
+    A model with custom code is not built here; `fold_temperature` checks it later.
 
     Raises:
         SkipwiseError: as `fold_temperature`.
@@ -144,15 +137,15 @@ def _attention_layers(model: Any) -> list[AttentionLayer]:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "clip_qkv", None) is not None:
         raise _refusal(model, f"its queries are clipped at {config.clip_qkv:g}")
-    kinds = getattr(config, "layer_types", None)
-    full = {i for i in range(config.num_hidden_layers) if kinds is None or kinds[i] == _FULL}
+    types = getattr(config, "layer_types", None)
+    full = {i for i in range(config.num_hidden_layers) if types is None or types[i] == _FULL}
     layers = []
     for name, module in model.named_modules():
         children = dict(module.named_children())
-        made = next((child for child in (*_ALONE, *_FUSED) if child in children), None)
+        projection = next((child for child in (*_SEPARATE, *_FUSED) if child in children), None)
         index = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if made is not None and index is not None:
-            weights = _query_weights(model, module, made) if index in full else []
+        if projection is not None and index is not None:
+            weights = _query_weights(model, module, projection) if index in full else []
             layers.append(AttentionLayer(index=index, module=module, weights=weights))
     missing = full - {layer.index for layer in layers}
     if missing or not full:
@@ -161,14 +154,15 @@ def _attention_layers(model: Any) -> list[AttentionLayer]:
     return layers
 
 
-def _query_weights(model: Any, module: Any, made: str) -> list[QueryWeight]:
+def _query_weights(model: Any, module: Any, projection: str) -> list[QueryWeight]:
     norm = next((n for n in _NORMS if isinstance(getattr(module, n, None), torch.nn.Module)), None)
     rows, offset = None, 0.0
-    source = getattr(module, made if norm is None else norm)
+    source = getattr(module, projection if norm is None else norm)
     if norm is not None:
         offset = _norm_offset(model, norm, source)
-    elif made in _FUSED:
-        rows = _query_rows(model, module, made, source.weight.shape[0]).to(source.weight.device)
+    elif projection in _FUSED:
+        num_rows = source.weight.shape[0]
+        rows = _query_rows(model, module, projection, num_rows).to(source.weight.device)
     found = [
         _query_weight(parameter, rows, offset if name.endswith("weight") else 0.0)
         for name, parameter in source.named_parameters()
@@ -183,28 +177,26 @@ def _query_weight(parameter: Any, rows: torch.Tensor | None, offset: float) -> Q
     return QueryWeight(parameter=parameter, rows=rows, offset=offset, before=before)
 
 
-def _query_rows(model: Any, module: Any, made: str, num_rows: int) -> torch.Tensor:
-    """The rows of a fused projection that make queries: those that begin each of its groups.
+def _query_rows(model: Any, module: Any, projection: str, num_rows: int) -> torch.Tensor:
+    """The rows of a fused projection that make queries: the first rows of each group.
 
-    A group is all of it (Phi 3; Falcon with one key head), the heads that share a key head (newer
-    Falcon), or one head (GPT-NeoX, Persimmon, older Falcon).
+    A group is the full projection (Phi 3; Falcon with one key head), the heads that share a key
+    head (newer Falcon), or one head (GPT-NeoX, Persimmon, older Falcon).
     """
     num_heads = model.config.get_text_config(decoder=True).num_attention_heads
     head_dim = getattr(module, "head_dim", None) or module.head_size
     num_groups = num_heads
-    if made == "qkv_proj":
-        num_groups = 1
-    elif getattr(module, "new_decoder_architecture", False):
+    if getattr(module, "new_decoder_architecture", False):
         num_groups = module.num_kv_heads
-    elif getattr(module, "multi_query", False):
+    elif projection == "qkv_proj" or getattr(module, "multi_query", False):
         num_groups = 1
-    of_group = num_heads // num_groups * head_dim
-    return torch.arange(num_rows).view(num_groups, -1)[:, :of_group].flatten()
+    per_group = num_heads // num_groups * head_dim
+    return torch.arange(num_rows).view(num_groups, -1)[:, :per_group].flatten()
 
 
 @torch.no_grad()
 def _norm_offset(model: Any, name: str, norm: torch.nn.Module) -> float:
-    """0 where a norm multiplies by its weight, 1 where by 1 + weight; tried on a copy."""
+    """0 if a norm multiplies by its weight, 1 if by 1 + weight; measured on a copy."""
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     for parameter in probe.parameters():
@@ -213,7 +205,7 @@ def _norm_offset(model: Any, name: str, norm: torch.nn.Module) -> float:
     if not weights:
         raise _refusal(model, f"its {name} follows the projection and has no weight")
     shape = next(iter(weights.values())).shape
-    states = torch.randn(1, len(weights), *shape, generator=generator)  # a norm a head: StableLM
+    states = torch.randn(1, len(weights), *shape, generator=generator)  # StableLM: one per head
     want = 2 * probe(states)
     before = {n: p.clone() for n, p in probe.named_parameters()}
     for offset in (0.0, 1.0):
@@ -224,8 +216,8 @@ def _norm_offset(model: Any, name: str, norm: torch.nn.Module) -> float:
     raise _refusal(model, f"its {name} is not linear in its weight")
 
 
-class _Operands(TorchFunctionMode):
-    """What goes into the products of two activations: queries and keys first, values second."""
+class _RecordOperands(TorchFunctionMode):
+    """Record what the attention multiplies: queries and keys first, then values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,19 +225,20 @@ class _Operands(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operands = args[:3] if func is _SDPA else args[-2:]
-        activations = func in _PRODUCTS and all(x.dim() > 2 for x in operands)  # no weight matrix
+        is_attention = func is _SDPA or func in _MATMULS
+        activations = is_attention and all(x.dim() > 2 for x in operands)  # no weight matrix
         if activations and len(self.found) < 3:
             self.found += [x.detach() for x in (operands[-1:] if self.found else operands)]
         return func(*args, **(kwargs or {}))
 
 
 def _calls(model: Any, layers: list[AttentionLayer]) -> list[tuple[Any, Any]]:
-    """What each attention module is called with in a forward pass over a few tokens."""
+    """The arguments of each attention module in a forward pass over a few tokens."""
     calls: dict[int, tuple[Any, Any]] = {}
 
-    def record(place: int) -> Any:
+    def record(i: int) -> Any:
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
-            calls[place] = (args, kwargs)
+            calls[i] = (args, kwargs)
 
         return hook
 
@@ -263,28 +256,28 @@ def _calls(model: Any, layers: list[AttentionLayer]) -> list[tuple[Any, Any]]:
         for hook in hooks:
             hook.remove()
     if len(calls) < len(layers):
-        raise _refusal(model, "an attention module of it is not called")
+        raise _refusal(model, "one of its attention modules is not called")
     return [calls[i] for i in range(len(layers))]
 
 
 @torch.no_grad()
 def _operands(layer: AttentionLayer, call: tuple[Any, Any]) -> list[torch.Tensor]:
-    """Queries, keys and values as they reach the attention, after norms and rotation."""
-    with _Operands() as mode:
+    """Queries, keys and values as the attention gets them, after norms and rotation."""
+    with _RecordOperands() as mode:
         layer.module(*call[0], **call[1])
     return mode.found
 
 
 def _difference(old: list[torch.Tensor], new: list[torch.Tensor], t: float) -> str:
-    """What is not as it should be, of queries, keys and values; empty where all is."""
+    """Which of queries, keys and values is wrong; empty if none is."""
     if len(old) != 3 or len(new) != 3:
-        return "no product of queries and keys was seen"
+        return "no product of queries and keys was found"
     names = ("queries are not multiplied by it", "keys change", "values change")
     if t == 1.0:
-        names = ("queries change, and it has a window,", *names[1:])
+        names = ("queries change in spite of a sliding window", *names[1:])
     for name, factor, a, b in zip(names, (t, 1.0, 1.0), old, new, strict=True):
-        most = max(1e-5, 4 * torch.finfo(b.dtype).eps) * float(b.float().abs().max())
-        if not float((factor * a.float() - b.float()).abs().max()) <= most:
+        bound = max(1e-5, 4 * torch.finfo(b.dtype).eps) * float(b.float().abs().max())
+        if not float((factor * a.float() - b.float()).abs().max()) <= bound:
             return name
     return ""
 
@@ -292,6 +285,6 @@ def _difference(old: list[torch.Tensor], new: list[torch.Tensor], t: float) -> s
 def _refusal(model: Any, why: str) -> SkipwiseError:
     family = model.config.get_text_config(decoder=True).model_type
     return SkipwiseError(
-        f"attention_temperature: the weights of this {family} model cannot carry it: {why}\n"
+        f"attention_temperature: the weights of this {family} model cannot absorb it: {why}\n"
         "type attention_temperature=1.0"
     )
