@@ -47,7 +47,7 @@ def test_the_published_positions_are_a_line_of_overrides():
 def test_auto_positions_are_settled_by_the_method(overrides, content, weights):
     recipe = resolve_auto(parse_recipe(BASE, overrides))
     found = recipe.positions
-    assert (found.content, found.weights) == (content, weights)
+    assert (found.content, found.key_weights) == (content, weights)
     assert resolve_auto(recipe) == recipe
     make_sampler(recipe, 8192)
 

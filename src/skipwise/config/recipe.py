@@ -74,7 +74,7 @@ class RopeSettings:
     on, where it has one.
     """
 
-    type: Literal["auto", "linear", "ntk", "yarn", "llama3", "longrope", "dynamic"] = "auto"
+    type: str = "auto"  # of pose.rope.SCALINGS
     factor: float | None = None
     options: dict[str, Any] = field(default_factory=dict)  # beta_fast, low_freq_factor, ...
 
@@ -152,7 +152,7 @@ class Recipe:
     name: str | None = None  # of the run; none given: MODEL-TARGET
     original_length: int | None = None  # none given: what the model's config says
     train_length: int | None = None  # none given: original_length
-    method: Literal["pose", "full", "randpos", "cream", "none"] = "pose"
+    method: str = "pose"  # of pose.samplers.SAMPLERS, or none
     seed: int = 0
     # what spreads training over processes; auto: what the launcher set up, else ddp
     engine: Literal["auto", "ddp", "fsdp2", "zero3", "zero3-offload"] = "auto"
