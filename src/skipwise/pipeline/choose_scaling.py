@@ -31,11 +31,10 @@ from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.load import compute_dtype, load_for_evaluation
 from skipwise.models.prepared import PreparedModel, prepare_model
 from skipwise.pipeline.search_text import longer_length, search_text
-from skipwise.pose.rope import Unscaled
+from skipwise.pose.rope import SCALINGS, Unscaled, scalings_for
 from skipwise.training.checkpoints import last_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
 
-SCALINGS = ("yarn", "llama3", "ntk", "linear")  # the first, unless another is clearly better
 _LEAST_GAIN = 0.01  # nats
 _TEMPERATURES = (1.0, 1.2, 1.4)
 _WINDOWS = 8
@@ -85,7 +84,7 @@ def _measure(prepared: PreparedModel) -> dict[str, Any]:
     """What run.json says: the type, what was measured of each, a line of it."""
     L, T = prepared.info.original_length, prepared.recipe.target_length
     fallback = prepared.scaling.name
-    names = [name for name in SCALINGS if name not in prepared.info.refused_types]
+    names = [n for n in scalings_for(prepared.info.refused_types) if SCALINGS[n].auto_candidate]
     if len(names) < 2:
         return {"type": fallback, "detail": f"{fallback}, the only one that the family takes"}
     spare = prepared.recipe.attention_temperature == "auto" or bool(
