@@ -24,15 +24,7 @@ from skipwise.integrations.collator import PoSECollator
 from skipwise.integrations.preflight_callback import PreflightCallback, finalize_checkpoint
 from skipwise.models.prepared import PreparedModel, prepare_model
 
-_KEYS = (
-    "target_length",
-    "train_length",
-    "original_length",
-    "method",
-    "rope",
-    "positions",
-    "seed",
-)
+_KEYS = ("target_length", "train_length", "original_length", "method", "rope", "positions", "seed")
 _REFUSED = {  # Axolotl keys that set positions of their own
     "sample_packing": "packs records into a row, each with its own positions",
     "batch_flattening": "flattens a batch into a row, each record with its own positions",

@@ -45,11 +45,8 @@ def draw_text(facts: dict[str, Any], train_length: int, target_length: int, widt
     for example in facts["examples"][:8]:
         row = [" "] * width
         for length, start in zip(example["lengths"], example["position_starts"], strict=True):
-            first, last = (
-                start * width // target_length,
-                (start + length - 1) * width // target_length,
-            )
-            for column in range(first, last + 1):
+            end = start + length - 1
+            for column in range(start * width // target_length, end * width // target_length + 1):
                 row[column] = "█"
         chunks = zip(example["lengths"], example["position_starts"], strict=True)
         words = "  ".join(f"{n:,} at {start:,}" for n, start in list(chunks)[:4])

@@ -57,11 +57,8 @@ def rewrite(
     reader = gguf.GGUFReader(file)
     copy = file.with_name(file.name + ".fixed")
     writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
-    kinds = {
-        str: gguf.GGUFValueType.STRING,
-        int: gguf.GGUFValueType.UINT32,
-        float: gguf.GGUFValueType.FLOAT32,
-    }
+    types = gguf.GGUFValueType
+    kinds = {str: types.STRING, int: types.UINT32, float: types.FLOAT32}
     try:
         for name, field in reader.fields.items():
             if name.startswith("GGUF.") or name == "general.architecture" or name in keys:

@@ -160,11 +160,9 @@ def fix_rope_keys(file: Path, folder: Path) -> list[str]:
     return [*changed, *tensors]
 
 
-def _rope_keys(
-    requirements: Requirements, architecture: str
-) -> dict[str, str | int | float | None]:
+def _rope_keys(requirements: Requirements, architecture: str) -> dict[str, Any]:
     """The keys as they should be. None for a key that should be absent."""
-    rope: dict[str, str | int | float | None] = {}
+    rope: dict[str, Any] = {}
     if not requirements.own_keys:
         rope = {"type": None, "factor": None, "original_context_length": None}
         rope |= requirements.scaling.gguf_keys() or {}

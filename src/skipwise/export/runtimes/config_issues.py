@@ -206,16 +206,13 @@ def _lengths(report: FolderReport) -> Iterator[Issue]:
     factor = report.parameters.get("factor") or 1.0
     named = names_length(folder) and report.parameters.get("factor")
     if name == "yarn" and named and length != report.window:
-        beyond = (
-            f", and vLLM has no angles beyond {report.window:,}" if length > report.window else ""
-        )
+        beyond = f", and vLLM has no angles beyond {report.window:,}" * (length > report.window)
         yield Issue(
             name="length",
             runtimes=(VLLM, SGLANG, LLAMA_CPP),
             what=f"yarn reaches {factor:g} x {report.window / factor:,.0f} = {report.window:,} "
-            "tokens "
-            f"and max_position_embeddings is {length:,}: vLLM and SGLang serve that many{beyond}; "
-            "transformers 4.51 to 4.55 take another factor from it",
+            f"tokens and max_position_embeddings is {length:,}: vLLM and SGLang serve that many"
+            f"{beyond}; transformers 4.51 to 4.55 compute another factor from it",
             fix=f"set max_position_embeddings to {report.window}",
         )
     if report.keeps_length:

@@ -36,10 +36,8 @@ def _tokenizer(report: FolderReport) -> Iterator[Issue]:
 
 
 def _generation(report: FolderReport) -> Iterator[Issue]:
-    settings = {
-        "config.json": report.folder.raw,
-        "generation_config.json": report.folder.generation,
-    }
+    folder = report.folder
+    settings = {"config.json": folder.raw, "generation_config.json": folder.generation}
     for file, values in settings.items():
         if values.get("use_cache") is False:
             yield Issue(
@@ -48,7 +46,7 @@ def _generation(report: FolderReport) -> Iterator[Issue]:
                 what=f"use_cache is false in {file}: each new token reads the whole prompt again",
                 fix="set it to true",
             )
-    limit = report.folder.generation.get("max_length")
+    limit = folder.generation.get("max_length")
     if isinstance(limit, int) and limit < report.window:
         yield Issue(
             name="generation length",

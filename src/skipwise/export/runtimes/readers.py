@@ -276,12 +276,8 @@ def _parameters_4(folder: ModelFolder) -> tuple[dict[str, Any], str | None]:
         p |= {"original_max_position_embeddings": top, "factor": folder.length / top}
     elif name == "longrope":
         p["original_max_position_embeddings"] = folder.length
-        error = error or (
-            None
-            if p.get("factor")
-            else "longrope without a factor, and no "
-            "original_max_position_embeddings at the top level"
-        )
+        lacks = "longrope has no factor, and no original_max_position_embeddings at the top level"
+        error = error or (None if p.get("factor") else lacks)
     if name == "llama3" and not p.get("original_max_position_embeddings"):
         error = "llama3 has no original_max_position_embeddings inside rope_scaling"
     if name in _NEEDED and "factor" in _NEEDED[name] and p.get("factor") is None:
