@@ -125,7 +125,7 @@ def _weighted(
     blocks: BlockMask,
     scale: float | None,
 ) -> torch.Tensor:
-    """(B, H, L, D): causal attention with `with_chunk_weights`'s mask on the logits.
+    """(B, H, L, D): causal attention with `positions.additive_mask`'s weights on the logits.
 
     What a later chunk adds, 0 inside a chunk, so that a query sees its own neighbours as they are.
     """

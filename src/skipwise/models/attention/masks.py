@@ -62,7 +62,7 @@ def with_layer_masks(config: Any, batch: dict[str, Any]) -> dict[str, Any]:
 def with_chunk_weights(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The batch with the additive mask of importance weights, made where the batch is.
 
-    The log weight of a chunk's keys is added for the queries of later chunks, 0 within a chunk.
+    Equal to `positions.additive_mask`, from what the collator sends in its stead.
 
     Args:
         batch: with `chunk_ids` and `key_weights` (B, L); without them it stays as it is.
