@@ -122,7 +122,7 @@ FAULTS = {
     ),
     "open labels": (
         lambda b: b.update(labels=b["input_ids"].clone()),
-        "stand open that the collator masks",
+        "that the collator masks are not masked in the batch",
     ),
     "not causal": (
         lambda b: b.update(attention_mask=torch.zeros(len(b["labels"]), 1, L, L)),

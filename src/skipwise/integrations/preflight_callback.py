@@ -237,8 +237,8 @@ def _check_open_labels(
         f"{num_masked:,} masked in {len(rows)} records: prompts, padding, and the first after each "
         "jump of the text"
         if num_open == 0
-        else f"{num_open:,} are not masked that the collator masks, after a jump of the text or in "
-        "a prompt: the trainer makes its own labels after the collator"
+        else f"{num_open:,} that the collator masks are not masked in the batch, after a jump of "
+        "the text or in a prompt: the trainer makes its own labels after the collator"
     )
     return [Check(name="labels", passed=num_open == 0, detail=detail)]
 
