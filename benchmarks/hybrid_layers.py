@@ -24,15 +24,17 @@ from common import write_result
 
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import EvalSettings
+from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import build_corpus
 from skipwise.data.dataset import PoSEDataset
 from skipwise.data.readers import parse_sources
 from skipwise.data.tokenize import tokenize_source
 from skipwise.evaluation.evaluator import evaluate_model
+from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.load import load_model
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.quickstart import make_recipe
-from skipwise.pose.samplers import FullLength, PoSE, additive_mask
+from skipwise.pose.samplers import FullLength, PoSE
 
 BATCH, LEARNING_RATE = 16, 3e-4
 SETTINGS = ["untrained", "skip", "cut", "plain", "cut+weights", "plain+weights", "full-length"]
@@ -146,7 +148,8 @@ def make_masks(
     zeros = torch.zeros(causal.shape)
     full = zeros.masked_fill(~causal, low)
     if weights:
-        full = torch.from_numpy(additive_mask([item["example"] for item in items], low))
+        full = with_chunk_weights(ExampleCollator("importance")(items), torch.float32)
+        full = full["attention_mask"]
     return {
         "full_attention": full,
         "sliding_attention": zeros.masked_fill(~(causal & near), low),

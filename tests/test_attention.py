@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from additive_mask import additive_mask
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from skipwise.config.parse import parse_recipe
@@ -24,7 +25,7 @@ from skipwise.models.attention.masks import (
 from skipwise.models.load import attention_for, mask_reason
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.stages import prepare_run, train_run
-from skipwise.pose.samplers import Example, PoSE, additive_mask
+from skipwise.pose.samplers import Example, PoSE
 from skipwise.preflight.batch import check_batch
 from skipwise.training.callbacks import read_metrics
 from skipwise.training.setup import enable_checkpointing, set_up

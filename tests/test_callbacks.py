@@ -122,7 +122,7 @@ FAULTS = {
     ),
     "open labels": (
         lambda b: b.update(labels=b["input_ids"].clone()),
-        "stand open that the collator masks",
+        "that the collator masks are not masked in the batch",
     ),
     "not causal": (
         lambda b: b.update(attention_mask=torch.zeros(len(b["labels"]), 1, L, L)),
@@ -374,7 +374,7 @@ def test_an_adapter_and_a_base_are_not_finished(tiny, tmp_path):
     with pytest.raises(SkipwiseError, match=r"no config\.json"):
         finalize_checkpoint(tmp_path, T)
     shutil.copytree(tiny, tmp_path / "base")
-    with pytest.raises(SkipwiseError, match="reaches 64 tokens, not 256"):
+    with pytest.raises(SkipwiseError, match="a window of 64 tokens, not 256"):
         finalize_checkpoint(tmp_path / "base", T)
     (tmp_path / "base" / "adapter_config.json").write_text("{}")
     with pytest.raises(SkipwiseError, match="merge_and_unload"):

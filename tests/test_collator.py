@@ -131,10 +131,10 @@ def test_a_short_record_gives_the_loss_that_it_has_alone(tiny):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"text": "words"}, "holds text, and no input_ids"),
+        ({"text": "words"}, "has text, and no input_ids"),
         ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "labels"),
-        ({"input_ids": [[1, 2, 3]]}, "one sequence a record"),
-        ({"input_ids": []}, "one sequence a record"),
+        ({"input_ids": [[1, 2, 3]]}, "one sequence per record"),
+        ({"input_ids": []}, "one sequence per record"),
     ],
 )
 def test_records_that_are_none_say_so(record, said):

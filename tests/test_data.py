@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from additive_mask import additive_mask
 from transformers import AutoTokenizer
 
 from skipwise.data.collator import ExampleCollator
@@ -149,11 +150,12 @@ def test_the_collator_always_sends_a_mask():
     data = dataset_of(corpus_of(store_of(100, 300)))
     plain = ExampleCollator()([data[0], data[1]])
     assert plain["attention_mask"].tolist() == torch.ones(2, L).tolist()
-    later = ExampleCollator("importance", later=True)([data[0], data[1]])
-    assert "position_ids" in later and later["chunk_ids"].shape == later["input_ids"].shape
-    made = with_chunk_weights(later, torch.float32)
+    batch = ExampleCollator("importance")([data[0], data[1]])
+    assert "position_ids" in batch and batch["chunk_ids"].shape == batch["input_ids"].shape
+    made = with_chunk_weights(batch, torch.float32)
     assert set(made) == {"input_ids", "labels", "position_ids", "attention_mask"}
-    weighted = ExampleCollator("importance")([data[0], data[1]])["attention_mask"]
+    low = torch.finfo(torch.bfloat16).min
+    weighted = torch.from_numpy(additive_mask([data[k]["example"] for k in (0, 1)], low))
     assert torch.equal(made["attention_mask"], weighted)
     assert weighted.shape == (2, 1, L, L)
     example = data[0]["example"]

@@ -200,10 +200,10 @@ def test_the_axolotl_plugin_may_read_its_own_yaml_again(plugin, tiny, text_folde
         ({"sample_packing": True}, "set sample_packing: false"),
         ({"batch_flattening": True}, "set batch_flattening: false"),
         ({"use_pose": True}, "Axolotl's own PoSE"),
-        ({"skipwise": {}}, "and no target"),
+        ({"skipwise": {}}, "but no target length"),
         ({"skipwise": {"target_length": T, "data": {}}}, "skipwise.data is set by Axolotl"),
         ({"skipwise": {"target_length": 32}}, "not longer than the model's"),
-        ({"sequence_len": 32}, "cuts the records below train_length 64"),
+        ({"sequence_len": 32}, "cuts records shorter than train_length 64"),
         ({"model_config": {"rope_scaling": {"type": "linear"}}}, "leave it out"),
     ],
 )

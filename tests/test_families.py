@@ -17,7 +17,7 @@ from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.data.collator import ExampleCollator
 from skipwise.evaluation import prefill
 from skipwise.export import hf
-from skipwise.models.attention.masks import with_layer_masks
+from skipwise.models.attention.masks import with_chunk_weights, with_layer_masks
 from skipwise.models.hf_config import defaults
 from skipwise.models.load import load_model
 from skipwise.models.prepared import convert_weights, prepare_model
@@ -282,7 +282,7 @@ def check_sliding_layers(model, batch, data):
     full = torch.zeros(1, 1, L, L).masked_fill(cut | ~causal, low)
     crossing = check_batch(model, {**batch, "attention_mask": {**masks, "full_attention": full}})
     assert not crossing[0].passed, "a sliding layer sees across the skip"
-    weighted = ExampleCollator("importance")(data.items(4))
+    weighted = with_chunk_weights(ExampleCollator("importance")(data.items(4)), torch.float32)
     assert all(c.passed for c in check_batch(model, with_layer_masks(model.config, weighted)))
     by_tokens = {check.name: check.passed for check in check_batch(model, data.probe_batch())}
     assert not by_tokens["sliding layers"]

@@ -15,7 +15,7 @@ gguf = pytest.importorskip("gguf")
 
 from skipwise.errors import SkipwiseError  # noqa: E402
 from skipwise.export.gguf import check_gguf, find_converter, to_gguf  # noqa: E402
-from skipwise.export.gguf.keys import llama_cpp_rope, mend  # noqa: E402
+from skipwise.export.gguf.keys import fix_rope_keys, llama_cpp_rope  # noqa: E402
 from skipwise.models.compatibility import make_portable  # noqa: E402
 from skipwise.pose.rope import make_scaling  # noqa: E402
 
@@ -150,7 +150,7 @@ def test_numbers_are_mended_where_they_stand_and_a_right_file_is_left_alone(
     rescaled(tiny, folder, YARN)
     file = to_gguf(folder, tmp_path / "m.gguf", converter=fake(tmp_path))
     before = file.read_bytes()
-    assert mend(file, folder) == []
+    assert fix_rope_keys(file, folder) == []
     assert file.read_bytes() == before
     for key, wrong in (("rope.scaling.factor", 4.0), ("context_length", L)):
         field = (reader := gguf.GGUFReader(file, "r+")).fields[f"llama.{key}"]
@@ -158,7 +158,7 @@ def test_numbers_are_mended_where_they_stand_and_a_right_file_is_left_alone(
         reader.data.flush()
     failed = {check.name for check in check_gguf(file, folder) if not check.passed}
     assert failed == {"gguf rope", "gguf attention factor", "gguf context length"}
-    assert mend(file, folder) == ["llama.rope.scaling.factor", "llama.context_length"]
+    assert fix_rope_keys(file, folder) == ["llama.rope.scaling.factor", "llama.context_length"]
     assert file.read_bytes() == before
 
 
@@ -168,7 +168,10 @@ def test_a_file_without_its_scaling_is_told_from_the_models(tiny: Path, tmp_path
     file = to_gguf(tmp_path / "plain", tmp_path / "m.gguf", converter=fake(tmp_path))
     checks = {check.name: check for check in check_gguf(file, tmp_path / "model")}
     assert not checks["gguf rope"].passed
-    assert "pair 0 of 8 by 1, and linear by 8 turns it by 0.125" in checks["gguf rope"].detail
+    assert (
+        "1 for the frequency of pair 0 of 8, and linear by 8 has 0.125"
+        in checks["gguf rope"].detail
+    )
     assert checks["gguf context length"].passed
 
 
@@ -205,7 +208,7 @@ def test_the_converter_sees_no_code_and_the_true_length(tiny: Path, tmp_path: Pa
         ("ERROR:hf-to-gguf:Model XForCausalLM is not supported", "a newer llama.cpp"),
         (
             "NotImplementedError: BPE pre-tokenizer was not recognized - update",
-            "cuts texts into words",
+            "split text differently",
         ),
         ("OSError: [Errno 28] No space left on device", "the disk is full"),
         ("KeyError: 'rope'", "failed: KeyError: 'rope'"),
@@ -229,7 +232,7 @@ def test_what_llama_cpp_cannot_compute_is_refused_before_any_work(
     none = tmp_path / "none.py"
     cases = {
         "no dynamic scaling": {"rope_type": "dynamic", "factor": 8.0},
-        "cannot compute llama3 for Qwen2": {
+        "no keys for this llama3 scaling, and takes no table of frequencies for Qwen2": {
             **scaling_of(SCALINGS["llama3"]).to_config(
                 theta=THETA, dim=DIM, original_length=L, target_length=T
             )["rope_parameters"]
@@ -241,7 +244,7 @@ def test_what_llama_cpp_cannot_compute_is_refused_before_any_work(
             "short_factor": [1.0] * 8,
             "long_factor": [2.0] * 8,
         },
-        "cannot compute yarn with these options for Qwen2": {
+        "no keys for this yarn scaling, and takes no table of frequencies for Qwen2": {
             "rope_type": "yarn",
             "factor": 8.0,
             "original_max_position_embeddings": L,
@@ -265,9 +268,9 @@ def test_what_llama_cpp_cannot_compute_is_refused_before_any_work(
     config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
     config |= {"rope_parameters": {"full_attention": yarn, "sliding_attention": sliding}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SkipwiseError, match="would multiply the sliding layers"):
+    with pytest.raises(SkipwiseError, match="would also multiply the sliding layers"):
         to_gguf(folder, tmp_path / "m.gguf", converter=none)
-    with pytest.raises(SkipwiseError, match="'q4' is no type of GGUF file: choose f16"):
+    with pytest.raises(SkipwiseError, match="'q4' is not a GGUF output type: choose f16"):
         to_gguf(tiny, tmp_path / "m.gguf", "q4", converter=none)
 
 
@@ -275,7 +278,7 @@ def test_an_architecture_that_scales_in_its_own_way_is_not_vouched_for(
     tiny: Path, tmp_path: Path
 ) -> None:
     rescaled(tiny, tmp_path / "model", YARN)
-    with pytest.raises(SkipwiseError, match="in a way of its own"):
+    with pytest.raises(SkipwiseError, match="has its own scaling"):
         to_gguf(
             tmp_path / "model", tmp_path / "m.gguf", converter=fake(tmp_path, architecture="grok")
         )
@@ -311,5 +314,5 @@ def test_a_missing_gguf_package_says_what_to_type(
         to_gguf(tiny, tmp_path / "m.gguf", converter=tmp_path)
     (tmp_path / "x.gguf").write_text("not one")
     monkeypatch.undo()
-    with pytest.raises(SkipwiseError, match="not a whole GGUF file"):
+    with pytest.raises(SkipwiseError, match="not a complete GGUF file"):
         check_gguf(tmp_path / "x.gguf", tiny)

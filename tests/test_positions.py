@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from additive_mask import additive_mask
 
 from skipwise.errors import SkipwiseError
 from skipwise.pose.coverage import coverage
-from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos, additive_mask
+from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos
 
 L, T = 16, 64
 SAMPLERS = [
@@ -120,7 +121,7 @@ def test_cream_shows_both_ends_of_the_window_and_its_middle_follows_the_factor()
 def brute_force(sampler):
     """Every cut and every bias of a two-chunk PoSE, each as likely as the others."""
     length, target = sampler.train_length, sampler.target_length
-    cuts = range(1, (length + 1) // 2 + 1 if sampler.cut == "first-half" else length)
+    cuts = range(1, (length + 1) // 2 + 1 if sampler.chunk_lengths == "first-half" else length)
     shown, total = np.zeros(target), 0
     for first in cuts:
         for bias in range(target - length + 1):
@@ -189,7 +190,7 @@ def test_softmax_denominator_of_flat_logits_counts_every_position(sampler):
             lambda: PoSE(
                 train_length=8, target_length=32, num_chunks=3, chunk_lengths="first-half"
             ),
-            "cut=ran",
+            "chunk_lengths=ran",
         ),
         (lambda: PoSE(train_length=8, target_length=32, skips="odd"), "sequential, sorted"),
         (lambda: PoSE(train_length=8, target_length=32, unskipped_fraction=2), "0 .. 1"),

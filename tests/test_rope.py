@@ -11,9 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.rope import NAMES, NTK, Dynamic, LongRoPE, Unscaled, YaRN, make_scaling
+from skipwise.pose.rope import NTK, SCALINGS, Dynamic, LongRoPE, Unscaled, YaRN, make_scaling
 from skipwise.pose.rope_config import from_rope_parameters, with_legacy_rope_keys
 
+NAMES = tuple(SCALINGS)
 L = 4096
 HALF_POWERS = 10.0 ** (-np.arange(8) / 2)  # theta = 1e4, d = 16: 1, 0.316, 0.1, 0.0316, 0.01, ...
 
@@ -214,7 +215,7 @@ def test_what_transformers_4_has_no_words_for_is_left_out():
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: build("yarm"), "default, linear, ntk, yarn, llama3, longrope, dynamic"),
+        (lambda: build("yarm"), "default, yarn, llama3, longrope, ntk, linear, dynamic"),
         (lambda: build("yarn", factor=0.5), "1 or more"),
         (lambda: build("yarn", factor=math.nan), "1 or more"),
         (lambda: make_scaling("default", factor=8, original_length=L), "scales nothing"),
@@ -223,7 +224,7 @@ def test_what_transformers_4_has_no_words_for_is_left_out():
         (lambda: build("yarn", beta_fast="32"), "a number above 0"),
         (lambda: build("yarn", truncate=1), "true or false"),
         (lambda: build("yarn", beta_fast=1, beta_slow=32), "not above beta_slow"),
-        (lambda: YaRN(factor=8.0, original_length=6), "none would be slowed"),
+        (lambda: YaRN(factor=8.0, original_length=6), "none would be interpolated"),
         (lambda: build("llama3", high_freq_factor=1), "not above low_freq_factor"),
         (lambda: build("longrope", long_factor=[1, "8"]), "one number above 0"),
         (lambda: config_of(build("longrope", long_factor=[1, 8])), "2 numbers .* 32 pairs"),

@@ -151,7 +151,7 @@ def test_phi_3_gets_longrope_for_its_config_takes_nothing_else():
     assert isinstance(scaling, LongRoPE) and scaling.trainable
     assert scaled.rope_parameters["rope_type"] == "longrope"
     with pytest.raises(
-        SkipwiseError, match=r"yarn is not taken by the config of phi3\n.*longrope or ntk"
+        SkipwiseError, match=r"config of phi3 does not take rope.type: yarn\n.*longrope or ntk"
     ):
         extend(config, 16384, rope={"type": "yarn"})
 
@@ -159,7 +159,7 @@ def test_phi_3_gets_longrope_for_its_config_takes_nothing_else():
 @pytest.mark.parametrize(
     ("parameters", "recipe", "word"),
     [
-        (LLAMA_31, {"rope": {"type": "yarn"}}, "leave rope.type out: llama3 is carried on"),
+        (LLAMA_31, {"rope": {"type": "yarn"}}, "leave rope.type out: llama3 is extended"),
         (LLAMA_31, {"rope": {"factor": 4}}, "leave rope.factor and rope.options out"),
         ({**QWEN_YARN, "attention_factor": 1.5}, {}, "attention_factor of 1.5"),
     ],

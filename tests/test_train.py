@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from additive_mask import additive_mask
 from safetensors.torch import load_file
 
 from skipwise.cli import main
@@ -316,7 +317,6 @@ def test_an_optimizer_that_would_not_be_used_is_an_error(tiny, text_folder, tmp_
 
 
 def test_masks_of_importance_weights_are_made_a_pass_at_a_time(tiny, text_folder, tmp_path):
-    from skipwise.pose.samplers import additive_mask
     from skipwise.training.setup import set_up
 
     recipe = make_recipe(tiny, text_folder, "positions.key_weights=importance")

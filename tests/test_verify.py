@@ -159,7 +159,7 @@ def test_a_family_whose_rope_llama_cpp_does_not_convert_is_faulted_for_that_alon
     heads = {"head_dim": 64} if family == "gemma" else {}
     (issue,) = verify_folder(exported(tmp_path, family, "yarn", **heads), L).issues
     assert issue.runtimes == ("llama.cpp",) and f"writes no RoPE for {family}" in issue.what
-    assert issue.mend.endswith("--rope-scaling yarn --rope-scale 8 --yarn-orig-ctx 4096")
+    assert issue.fix.endswith("--rope-scaling yarn --rope-scale 8 --yarn-orig-ctx 4096")
 
 
 def test_a_class_that_lists_two_thetas_is_read_with_both(tmp_path):
@@ -174,12 +174,12 @@ def test_a_class_that_lists_two_thetas_is_read_with_both(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_with_whom_it_hits_and_what_mends_it(name, tmp_path):
+def test_a_planted_fault_is_found_with_whom_it_hits_and_its_fix(name, tmp_path):
     changes, fault_name, runtimes, words = FAULTS[name]
     verdict = verify(tmp_path, changes)
     found = [issue for issue in verdict.issues if issue.name == fault_name]
     assert list(runtimes) in [list(issue.runtimes) for issue in found]
-    told = " ".join(f"{issue.what} | {issue.mend}" for issue in found)
+    told = " ".join(f"{issue.what} | {issue.fix}" for issue in found)
     told = told.replace("takes rope_parameters", "rope_parameters")
     for word in words:
         assert word in told
@@ -187,7 +187,7 @@ def test_a_planted_fault_is_found_with_whom_it_hits_and_what_mends_it(name, tmp_
 
 
 @pytest.mark.parametrize(
-    ("files", "name", "mend"),
+    ("files", "name", "fix"),
     [
         ({"tokenizer": {**TOKENIZER, "model_max_length": L}}, "tokenizer length", "32768"),
         (
@@ -195,7 +195,7 @@ def test_a_planted_fault_is_found_with_whom_it_hits_and_what_mends_it(name, tmp_
             "tokenizer class",
             "PreTrainedTokenizerFast",
         ),
-        ({"generation_config": {"max_length": L}}, "generation length", "take max_length out"),
+        ({"generation_config": {"max_length": L}}, "generation length", "remove max_length"),
         ({"generation_config": {"use_cache": False}}, "use_cache", "true"),
         (
             {"model.safetensors.index": {"weight_map": {"a": "model-00001-of-2.safetensors"}}},
@@ -204,9 +204,9 @@ def test_a_planted_fault_is_found_with_whom_it_hits_and_what_mends_it(name, tmp_
         ),
     ],
 )
-def test_a_fault_of_the_files_around_is_found_and_is_the_only_one(files, name, mend, tmp_path):
+def test_a_fault_of_the_files_around_is_found_and_is_the_only_one(files, name, fix, tmp_path):
     (issue,) = verify(tmp_path, both(YARN), **files).issues
-    assert issue.name == name and mend in issue.mend
+    assert issue.name == name and fix in issue.fix
 
 
 def test_the_healthy_neighbours_of_faults_are_well(tmp_path):
@@ -232,7 +232,7 @@ def test_no_case_is_read_differently_by_two_runtimes_without_a_fault(tmp_path):
     for k, (name, changes) in enumerate(CASES.items()):
         verdict = verify(tmp_path / str(k), changes)
         loads = [r for r in verdict.readings if not r.error]
-        same = len(loads) == 5 and all(r.turns_like(loads[0]) for r in loads)
+        same = len(loads) == 5 and all(r.same_rope(loads[0]) for r in loads)
         served = {r.max_length for r in loads if r.runtime in ("vLLM", "SGLang")}
         if name.startswith("phi3 longrope"):  # vLLM serves L unless asked for more: a note
             assert served == {L, T} and any("--max-model-len 32768" in n for n in verdict.notes)
@@ -266,16 +266,16 @@ def test_the_window_is_what_the_config_reaches_where_it_says_so(tmp_path):
         {**CASES["gemma3 without thetas"], "sliding_window": 512},
     ],
 )
-def test_pasting_the_mend_mends(changes, tmp_path):
+def test_pasting_the_fix_fixes(changes, tmp_path):
     (issue,) = verify(tmp_path, changes).issues
-    added = json.loads("{" + issue.mend.removeprefix("add to config.json ") + "}")
+    added = json.loads("{" + issue.fix.removeprefix("add to config.json ") + "}")
     assert verify(tmp_path, {**changes, **added}).well
 
 
 def test_the_original_length_settles_what_a_config_cannot_tell(tmp_path):
     assert verify(tmp_path, both(LINEAR, **AT_L), original_length=L).well
     (issue,) = verify(tmp_path, both(LINEAR), original_length=L).issues
-    assert "serve 262,144" in issue.what and issue.mend.endswith("to 4096")
+    assert "serve 262,144" in issue.what and issue.fix.endswith("to 4096")
     (issue, *_) = verify(tmp_path, both(YARN), original_length=L // 2).issues
     assert "counts from 4,096 tokens, and the model was trained at 2,048" in issue.what
 
@@ -320,13 +320,13 @@ def test_an_adapter_is_read_with_the_rope_of_its_base(tmp_path):
     scaled = write(tmp_path / "scaled", {**BASE, **both(YARN)})
     own = {**BASE, **both(YARN)}
     (issue, *_) = verify_folder(adapter_of(plain, tmp_path / "a")).issues
-    assert issue.name == "adapter" and "it is no scaling, theta 500,000" in issue.what
+    assert issue.name == "adapter" and "is no scaling, theta 500,000" in issue.what
     verdict = verify_folder(adapter_of(plain, tmp_path / "b", own))
     assert verdict.issues[-1].name == "adapter" and verdict.readings[0].rope_type == "default"
-    assert "there it is no scaling" in verdict.issues[-1].what
+    assert "which is no scaling" in verdict.issues[-1].what
     verdict = verify_folder(adapter_of("hub/name", tmp_path / "c", own))
     assert [issue.name for issue in verdict.issues] == ["adapter"]
-    assert "that of the base is not here" in verdict.issues[0].what
+    assert "config is not on this machine" in verdict.issues[0].what
     assert verify_folder(adapter_of(scaled, tmp_path / "d")).well
 
 
@@ -338,7 +338,7 @@ def test_an_adapter_is_read_with_the_rope_of_its_base(tmp_path):
         ("[]", "should map keys to values"),
         (json.dumps({"model_type": "gpt2"}), "without rotary position embeddings"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4}), "neither head_dim nor hidden_size"),
-        (json.dumps({"model_type": "x", "rope_theta": 1e4, "hidden_size": 64}), "not whole"),
+        (json.dumps({"model_type": "x", "rope_theta": 1e4, "hidden_size": 64}), "incomplete"),
         (json.dumps({**BASE, "rope_scaling": "yarn"}), "rope_scaling is 'yarn'"),
     ],
 )
@@ -363,14 +363,14 @@ def test_the_table_has_a_row_for_each_runtime_and_the_mend_of_each_fault(tmp_pat
     assert [row.split("  ")[0] for row in rows] == list(RUNTIMES)
     assert rows[0].split()[2:] == ["yarn", "500,000", "8", "4,096", "1.2079", "32,768"]
     assert rows[1].split()[2:] == ["default", "10,000", "1", "-", "1.0000", "32,768"]
-    assert "FAIL older spelling missing" in text and "mend: add to config.json" in text
+    assert "FAIL older spelling missing" in text and "fix: add to config.json" in text
     assert max(len(line) for line in text.splitlines()) <= 100
-    assert "ok   nothing to mend" in format_verdict(verify(tmp_path, both(YARN)))
+    assert "ok   nothing to fix" in format_verdict(verify(tmp_path, both(YARN)))
 
 
 def test_a_runtime_that_fails_has_its_reason_in_the_table(tmp_path):
     text = format_verdict(verify(tmp_path, CASES["ntk"]))
-    assert "fails: it has no rope_type 'ntk'" in text
+    assert "fails: rope_type 'ntk' is unknown" in text
 
 
 def test_json_has_the_table_and_the_faults(tmp_path):
@@ -378,7 +378,7 @@ def test_json_has_the_table_and_the_faults(tmp_path):
     assert out["well"] is False and out["window"] == T
     assert [r["runtime"] for r in out["readings"]] == list(RUNTIMES)
     assert out["readings"][0]["inv_freq_ends"][0] == pytest.approx(1.0)
-    assert out["faults"][0]["name"] == "older spelling missing" and out["faults"][0]["mend"]
+    assert out["issues"][0]["name"] == "older spelling missing" and out["issues"][0]["fix"]
 
 
 def test_neither_torch_nor_transformers_is_imported(tmp_path):

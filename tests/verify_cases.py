@@ -156,7 +156,7 @@ CASES = {  # name: changes to BASE
 }
 
 RUNTIMES = ("transformers 5", "transformers 4", "vLLM", "SGLang", "llama.cpp")
-FAULTS = {  # name: (changes, name of the fault, whom it hits, words of it and of its mend)
+FAULTS = {  # name: (changes, name of the fault, whom it hits, words of it and of its fix)
     "newer only": (
         newer(YARN),
         "older spelling missing",
@@ -240,13 +240,13 @@ FAULTS = {  # name: (changes, name of the fault, whom it hits, words of it and o
     ),
     "attn_factor": (CASES["attn_factor"], "attention factor", ["SGLang"], ["attn_factor 1.5"]),
     "mscale": (CASES["mscale"], "attention factor", ["llama.cpp"], ["mscale"]),
-    "truncate": (CASES["truncate"], "ramp", ["llama.cpp"], ["truncate False", "whole pairs"]),
-    "betas": (CASES["betas"], "ramp", ["llama.cpp"], ["beta_fast 16.0", "from 32 turns to 1"]),
+    "truncate": (CASES["truncate"], "ramp", ["llama.cpp"], ["truncate False", "rounded to pairs"]),
+    "betas": (CASES["betas"], "ramp", ["llama.cpp"], ["beta_fast 16.0", "from 32 rotations to 1"]),
     "ntk": (
         both({"rope_type": "ntk", "factor": 8.0}),
         "rope_type",
         RUNTIMES,
-        ["known to vLLM alone", f"rope_theta to {5e5 * 8 ** (64 / 62)!r}"],
+        ["only vLLM knows", f"rope_theta to {5e5 * 8 ** (64 / 62)!r}"],
     ),
     "su": (CASES["su"], "rope_type", ["transformers 5", "transformers 4", "SGLang"], ["longrope"]),
     "Phi-3's su": (
@@ -290,7 +290,7 @@ FAULTS = {  # name: (changes, name of the fault, whom it hits, words of it and o
         both(YARN, model_max_length=L),
         "other length",
         ["vLLM"],
-        ["model_max_length 4,096", "serves 4,096 tokens", "take model_max_length out"],
+        ["model_max_length 4,096", "serves 4,096 tokens", "remove model_max_length"],
     ),
     "seq_length": ({**THETA, "seq_length": 2048}, "other length", ["SGLang"], ["seq_length 2,048"]),
     "seq_length in vLLM": (

@@ -151,7 +151,7 @@ def extend(
     dataset = PoSEDataset(
         corpus, sampler, seed=recipe.seed, num_examples=settings.num_steps * batch_size
     )
-    collate = ExampleCollator(recipe.positions.key_weights, later=True)
+    collate = ExampleCollator(recipe.positions.key_weights)
     optimizer = _optimizer(model, settings.learning_rate, settings.weight_decay)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     begun = started = time.monotonic()

@@ -5,8 +5,8 @@ import torch
 from weighted_kernels import carrier_of, reference
 from weighted_model import CANDIDATES, Step, errors, fresh, layout, register, run
 
+from skipwise.data.collator import weights_by_token
 from skipwise.models.attention.masks import with_chunk_weights, with_layer_masks
-from skipwise.pose.samplers import additive_mask
 
 
 def check(name, value, limit):
@@ -24,8 +24,9 @@ def check_formulas():
         qkv, grad = fresh((H, K, D), L, batch, "cpu", torch.float32)
         expected = reference(*qkv, grad, chunks, D**-0.5)
         bias = chunks.bias().masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -9.0)
-        made = torch.from_numpy(additive_mask(chunks.examples, -9.0))
-        check("reference's mask, positions.additive_mask", float((bias - made).abs().max()), 1e-6)
+        made = with_chunk_weights(weights_by_token(chunks.examples), torch.float32)
+        made = made["attention_mask"].clamp(min=-9.0)
+        check("reference's mask, with_chunk_weights", float((bias - made).abs().max()), 1e-6)
         names = ["mask", "features", "pieces plain", "pieces plain host"]
         for name in names:
             for way in (chunks, carrier_of(chunks, host="host" in name)):

@@ -87,7 +87,7 @@ def one(method: str, target: int, steps: int) -> dict[str, float]:
         if method == "full"
         else PoSE(train_length=L, target_length=target, content="aligned")
     )
-    collator = ExampleCollator("importance" if "weighted" in method else "none", later=True)
+    collator = ExampleCollator("importance" if "weighted" in method else "none")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     rng = np.random.default_rng(0)
     before = process_memory("VmRSS")

@@ -191,7 +191,7 @@ def _stepper(
     else:
         dataset = PoSEDataset(corpus, sampler, **numbers)
     weighted = setting.strength > 0 and setting.method in ("pose", "cream") and not full
-    collator = ExampleCollator("importance" if weighted else "none", later=True)
+    collator = ExampleCollator("importance" if weighted else "none")
     device = best_device()
     parameters = [p for p in model.parameters() if p.requires_grad]
     teacher = load_base(dataclasses.replace(setting, rope_off=True)) if setting.distil else None

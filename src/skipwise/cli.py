@@ -17,6 +17,7 @@ from typing import Any
 from skipwise import __version__, commands
 from skipwise.config.machine import is_main_process
 from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.pose.samplers import SAMPLERS
 from skipwise.training.distributed.launcher import FAILED, STOPPED
 
 _KEYS = "any key of the recipe, as training.num_steps=200 rope.type=linear"
@@ -147,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.positions_verb,
         "print and draw training positions and their coverage",
         "skipwise positions --length 8k --to 32k num_chunks=3 skips=sorted",
-        "a key of `positions:`, or method=randpos | full | cream",
+        f"a key of `positions:`, or method={' | '.join(SAMPLERS)}",
     )
     sub.add_argument("--length", default="2k", metavar="L", help="training length (2k)")
     sub.add_argument("--to", default="16k", metavar="T", help="target length (16k)")

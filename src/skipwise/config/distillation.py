@@ -12,6 +12,7 @@ import dataclasses
 from skipwise.config.recipe import SHARDED_ENGINES, DistillationSettings, Recipe
 from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
+from skipwise.pose.samplers import SAMPLERS
 
 WEIGHT = 3.0  # w for auto; measured at 3.4 M parameters and f = 8 (docs/method.md)
 
@@ -34,8 +35,9 @@ def distillation_weight(
         return 0.0, ""
     why, fix = _obstacle(recipe, router_loss, engine or recipe.engine, lacks)
     if asked == "auto":
-        if recipe.method == "cream":
-            return 0.0, "method: cream is a baseline and trains as published"
+        sampler = SAMPLERS.get(recipe.method)
+        if sampler is not None and sampler.has_chunks and sampler.is_baseline:
+            return 0.0, f"method: {recipe.method} is a baseline and trains as published"
         return (0.0, why) if why else (WEIGHT, "")
     if why:
         raise SkipwiseError(
@@ -63,7 +65,8 @@ def in_one_process(recipe: Recipe) -> Recipe:
 
 def _obstacle(recipe: Recipe, router_loss: bool, engine: str, lacks: str) -> tuple[str, str]:
     """(why distillation is not possible, what else to type); both empty if it is."""
-    if recipe.method not in ("pose", "cream") and not is_full_length_stage(recipe):
+    sampler = SAMPLERS.get(recipe.method)
+    if not (sampler is not None and sampler.has_chunks) and not is_full_length_stage(recipe):
         return f"method: {recipe.method} has no first chunk to learn on", ", or method=pose"
     if recipe.lora is not None and recipe.lora.quantization != "none" and shards(engine):
         return (

@@ -14,6 +14,8 @@ import yaml
 from skipwise.config.lengths import parse_length
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
+from skipwise.pose.rope import SCALINGS
+from skipwise.pose.samplers import SAMPLERS
 
 # Keys and values that were renamed before the first release.
 RENAMED_KEYS = {
@@ -154,12 +156,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _build(typing.cast(type, hint), value, where)
     if hint is Any:
         return value
-    if origin is Literal:
-        value = "none" if value is None and "none" in args else value
-        if value not in args:
+    if choices := registered(where) or (args if origin is Literal else ()):
+        value = "none" if value is None and "none" in choices else value
+        if value not in choices:
             if (new := RENAMED_VALUES.get(where, {}).get(value)) is not None:
                 raise SkipwiseError(f"{where}: {value} was renamed: type {where}={new}")
-            raise SkipwiseError(f"{where} is {value!r}: choose one of {', '.join(map(str, args))}")
+            raise SkipwiseError(f"{where} is {value!r}: choose one of {', '.join(choices)}")
         return value
     if origin is tuple:
         items = list(value) if isinstance(value, list | tuple) else [value]
@@ -170,6 +172,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise SkipwiseError(f"{where} is {value!r}: it must map keys to values")
         return value
     return _scalar(hint, value, where)
+
+
+def registered(where: str) -> tuple[str, ...]:
+    """The choices of a key that names a sampler or a RoPE scaling. Empty for other keys."""
+    if where == "rope.type":
+        return ("auto", *(name for name in SCALINGS if name != "default"))
+    return (*SAMPLERS, "none") if where == "method" else ()
 
 
 def _word_or_number(words: Any, value: Any, where: str) -> Any:

@@ -92,7 +92,7 @@ class PositionSettings:
 class RopeSettings:
     """The RoPE scaling, which is the same in training and in the exported model."""
 
-    type: Literal["auto", "linear", "ntk", "yarn", "llama3", "longrope", "dynamic"] = "auto"
+    type: str = "auto"
     """RoPE scaling. For `auto`, `skipwise extend` measures yarn, llama3, ntk and linear on training
     documents before training and takes the best. Without long documents, and in `skipwise train`,
     `auto` is the first of yarn, longrope and ntk that the family supports. A model that is already
@@ -225,7 +225,7 @@ class Recipe:
     """Length L that the model was trained for. The default is what its config says."""
     train_length: int | None = None
     """Tokens per training example. The default is original_length."""
-    method: Literal["pose", "full", "randpos", "cream", "none"] = "pose"
+    method: str = "pose"
     """How positions are chosen: PoSE, or a baseline. `none` rescales RoPE without training."""
     seed: int = 0
     """Random seed of training. Example k depends on the seed and on k alone."""

@@ -21,6 +21,7 @@ from skipwise.config.recipe import (
 )
 from skipwise.config.samplers import resolve_auto
 from skipwise.errors import SkipwiseError
+from skipwise.pose.samplers import SAMPLERS
 
 
 def is_full_length_stage(recipe: Recipe) -> bool:
@@ -89,9 +90,7 @@ def full_length_stage(
     steps = max(1, round(tokens / (G * T)))
     warmup = math.ceil(training.warmup_steps * steps / training.num_steps)
     rate = recipe.full_length.learning_rate
-    taught = (
-        recipe.method == "pose" or recipe.distillation.weight != "auto"
-    )  # baselines: as published
+    taught = not SAMPLERS[recipe.method].is_baseline or recipe.distillation.weight != "auto"
     attention = recipe.load.attn_implementation
     if attention == "flex_attention":  # only for importance weights, which this stage lacks
         attention = "auto"

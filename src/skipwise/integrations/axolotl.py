@@ -1,12 +1,12 @@
 """PoSE in Axolotl, as a plugin: `plugins: [skipwise.integrations.axolotl.SkipwisePlugin]`.
 
-The `skipwise:` section of Axolotl's YAML takes the keys of a recipe that say what is extended and
-how: `target_length`, `train_length`, `original_length`, `method`, `rope`, `positions`. The model is
-loaded into the scaled config, batches come from `PoSECollator`, the preflight runs before the first
-step, the saved folder is made portable. Evaluation keeps Axolotl's collator and plain positions.
+The `skipwise:` section of Axolotl's YAML takes the recipe keys that say what is extended and how:
+`target_length`, `train_length`, `original_length`, `method`, `rope`, `positions`. The model is
+loaded with the scaled config, batches come from `PoSECollator`, the preflight runs before the first
+step, and the saved folder is made portable. Evaluation uses Axolotl's collator and plain positions.
 
 Source: axolotl 0.19.0, `integrations/base.py` (the hooks), `loaders/utils.py` (`model_config:`),
-`core/builders/causal.py` (how a collator and callbacks are asked for)
+`core/builders/causal.py` (how it gets a collator and callbacks)
 """
 
 from __future__ import annotations
@@ -24,30 +24,22 @@ from skipwise.integrations.collator import PoSECollator
 from skipwise.integrations.preflight_callback import PreflightCallback, finalize_checkpoint
 from skipwise.models.prepared import PreparedModel, prepare_model
 
-_KEYS = (
-    "target_length",
-    "train_length",
-    "original_length",
-    "method",
-    "rope",
-    "positions",
-    "seed",
-)
-_REFUSED = {  # keys of Axolotl that make positions of their own
-    "sample_packing": "packs records into a row, each at positions of its own",
-    "batch_flattening": "flattens a batch into a row, each record at positions of its own",
+_KEYS = ("target_length", "train_length", "original_length", "method", "rope", "positions", "seed")
+_REFUSED = {  # Axolotl keys that set positions of their own
+    "sample_packing": "packs records into a row, each with its own positions",
+    "batch_flattening": "flattens a batch into a row, each record with its own positions",
     "use_pose": "is Axolotl's own PoSE",
 }
 
 
 class SkipwiseArgs(BaseModel):
-    """What the plugin adds to Axolotl's YAML."""
+    """The plugin's section in Axolotl's YAML."""
 
     skipwise: dict[str, Any] | None = None
 
 
 class SkipwisePlugin(BasePlugin):
-    """Axolotl's hooks, in the order in which it calls them."""
+    """Axolotl's hooks, in the order of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,15 +50,15 @@ class SkipwisePlugin(BasePlugin):
         return f"{__name__}.SkipwiseArgs"
 
     def register(self, cfg: Any) -> None:
-        """Write the scaled RoPE into the YAML as read, from which Axolotl makes the config.
+        """Write the scaled RoPE into the parsed YAML, from which Axolotl makes the config.
 
         Raises:
-            SkipwiseError: settings that do not fit PoSE, a model that cannot be extended so.
+            SkipwiseError: settings that do not fit PoSE, or a model that cannot be extended.
         """
         section = dict(cfg.get("skipwise") or {})
         if "target_length" not in section:
             raise SkipwiseError(
-                "the YAML has Skipwise's plugin, and no target\n"
+                "the YAML has Skipwise's plugin, but no target length\n"
                 "write skipwise: {target_length: 32768}"
             )
         unknown = [key for key in section if key not in _KEYS]
@@ -83,17 +75,15 @@ class SkipwisePlugin(BasePlugin):
             "trust_remote_code": bool(cfg.get("trust_remote_code")),
         }
         seed = {"seed": cfg["seed"]} if cfg.get("seed") is not None else {}
-        positions = {
-            "key_weights": "none",
-            **(section.get("positions") or {}),
-        }  # its attention: any
+        # key weights need an attention that takes a mask, and Axolotl may use any
+        positions = {"key_weights": "none", **(section.get("positions") or {})}
         tree = {**seed, **section, "positions": positions}
         tree |= {"model": cfg["base_model"], "load": load}
         prepared = prepare_model(parse_recipe(tree))
         if prepared.conversion is not None:
             raise SkipwiseError(
-                f"{cfg['base_model']} has to be converted before it can be rescaled\n"
-                "type skipwise extend for it; Axolotl loads it as it is"
+                f"{cfg['base_model']} must be converted before it can be rescaled, and Axolotl "
+                "loads it unconverted\ntype skipwise extend for it"
             )
         before, after = prepared.config.to_dict(), prepared.scaled.to_dict()
         changes = {k: v for k, v in after.items() if before.get(k) != v}
@@ -110,7 +100,7 @@ class SkipwisePlugin(BasePlugin):
             cfg["sequence_len"] = prepared.recipe.target_length
         if cfg["sequence_len"] < sampler.train_length:
             raise SkipwiseError(
-                f"sequence_len {cfg['sequence_len']:,} cuts the records below train_length "
+                f"sequence_len {cfg['sequence_len']:,} cuts records shorter than train_length "
                 f"{sampler.train_length:,}\nleave it out: it becomes the target length"
             )
         self.prepared = prepared
@@ -126,7 +116,7 @@ class SkipwisePlugin(BasePlugin):
         )
 
     def get_collator_cls_and_kwargs(self, cfg: Any, is_eval: bool = False) -> Any:
-        """A maker of the collator, which Axolotl calls with its tokenizer and its padding."""
+        """A function that Axolotl calls with its tokenizer and padding to make the collator."""
         return None if is_eval else (lambda *args, **kwargs: self.collator, {})
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
@@ -134,14 +124,14 @@ class SkipwisePlugin(BasePlugin):
         return [PreflightCallback(self.collator, info=self.prepared.info)]
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Finish the folder; Axolotl calls this once before it saves the weights, once after."""
+        """Make the folder portable. Axolotl calls this before it saves the weights, and after."""
         assert self.prepared is not None
         folder, target = Path(cfg["output_dir"]), self.prepared.recipe.target_length
         if int(cfg.get("local_rank") or 0) != 0 or not any(folder.glob("*.safetensors")):
             return
         if hasattr(model, "peft_config"):
             print(
-                f"{folder} holds an adapter, which does not carry the rescaled positions: merge it "
+                f"{folder} has an adapter, which does not contain the rescaled RoPE: merge it "
                 "(axolotl merge-lora with merge_method: legacy), then "
                 f"skipwise.finalize_checkpoint('{folder / 'merged'}', {target})",
                 flush=True,

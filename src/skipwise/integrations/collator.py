@@ -1,9 +1,9 @@
 """Tokenised records of any trainer to PoSE batches.
 
-A collator does not know which record of the run it is given, nor does a dataloader worker know what
-the others draw. So the skips of a record are drawn from (seed, epoch, the record's own tokens): the
-same whatever the number of workers, processes and examples in a batch, wherever a run was taken up
-again, and new in every epoch. Two records of one epoch that are equal token for token draw alike.
+A collator does not know the index of a record, and a dataloader worker does not know what other
+workers draw. So the skips of a record are drawn from (seed, epoch, the record's tokens). They do
+not depend on the number of workers, processes and examples in a batch, or on where a run was
+resumed, and they are new in every epoch. Two equal records of one epoch get the same skips.
 
 Shapes:  B = batch, L = train_length, L_x = tokens of a record
 """
@@ -17,33 +17,34 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from skipwise.data.collator import weights_by_token
 from skipwise.errors import SkipwiseError
-from skipwise.models.attention.masks import with_layer_masks
-from skipwise.pose.samplers import IGNORE_INDEX, Example, Sampler, additive_mask
+from skipwise.models.attention.masks import with_chunk_weights, with_layer_masks
+from skipwise.pose.samplers import IGNORE_INDEX, Example, Sampler, check_choice
 
-_TRIES = 256  # draws until an example holds a label, where prompts are masked
+_TRIES = 256  # draws until an example has a label, where prompts are masked
 _MASKS = ("completion_mask", "assistant_masks")  # TRL before 1.0 leaves labels to its collator
 
 
 class PoSECollator:
-    """A data collator that cuts L tokens out of each record and lets their positions skip.
+    """A data collator that takes L tokens from each record and skips positions between chunks.
 
-    A record is a mapping with `input_ids`, and perhaps `attention_mask` (its padding is taken off)
-    and `labels`, which are cut as the tokens are: a prompt masked by -100 stays masked. Of a record
-    with such masks an example is drawn that holds a label. Other keys are left out.
+    A record is a mapping with `input_ids` and optionally `attention_mask` (padding is removed) and
+    `labels`. Labels are cut like the tokens, so a prompt masked by -100 stays masked, and examples
+    of such records are drawn until one has a label. Other keys are left out.
 
-    A record shorter than L keeps its whole text at plain positions, padded on the right. So in a
-    set of short records nothing skips, which `PreflightCallback` reports before the first step.
+    A record shorter than L keeps its full text at positions 0, 1, 2, .., padded on the right. If
+    all records are short, nothing skips: `PreflightCallback` reports this before the first step.
 
     Args:
-        sampler: PoSE, CREAM, RandPos, or FullLength.
-        weights: "importance" sends the additive mask (B, 1, L, L), for sdpa and eager: `skipwise
-            train` alone does without it on a GPU, by an attention that it gives the model.
-        config: of the loaded model; needed where it has sliding layers beside full ones (Gemma 2
-            and 3, Olmo 3, gpt-oss), for a mask for each kind of layer. TRL 1.16 counts tokens by
-            the mask: it fails on these, and logs a num_tokens of nan with "importance".
-        short_records: "plain", or "raise".
-        pad_token_id: what stands behind a short record, masked.
+        sampler: PoSE, CREAM, RandPos, FullLength, or another `Sampler`.
+        key_weights: "importance" sends the additive mask (B, 1, L, L), for sdpa and eager. Only
+            `skipwise train` avoids this mask on a GPU, by setting the model's attention.
+        config: Of the loaded model. Needed if the model has sliding layers beside full ones (Gemma
+            2 and 3, Olmo 3, gpt-oss), which take one mask per layer type. TRL 1.16 counts tokens
+            by the mask: it fails on these, and logs num_tokens as nan with "importance".
+        short_records: "plain" keeps records shorter than L, "raise" makes them an error.
+        pad_token_id: The token that pads short records, masked.
     """
 
     def __init__(
@@ -56,15 +57,11 @@ class PoSECollator:
         short_records: Literal["plain", "raise"] = "plain",
         pad_token_id: int = 0,
     ) -> None:
-        for name, value, choices in (
-            ("key_weights", key_weights, ("none", "importance")),
-            ("short_records", short_records, ("plain", "raise")),
-        ):
-            if value not in choices:
-                raise SkipwiseError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
+        check_choice("key_weights", key_weights, ("none", "importance"))
+        check_choice("short_records", short_records, ("plain", "raise"))
         self.sampler, self.seed, self.key_weights, self.config = sampler, seed, key_weights, config
         self.short_records, self.pad_token_id = short_records, pad_token_id
-        # Shared, for workers that outlive an epoch hold a copy of everything else.
+        # Shared memory: workers that outlive an epoch have a copy of everything else.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     @property
@@ -72,15 +69,15 @@ class PoSECollator:
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew; `PreflightCallback` does it, a loop of one's own has to."""
+        """Draw new skips. `PreflightCallback` calls this; a training loop of your own must too."""
         self._epoch.fill_(epoch)
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`input_ids`, `labels`, `position_ids` (B, L) int64 and the attention mask.
 
         Raises:
-            SkipwiseError: a record without tokens, with columns of different lengths, or, with
-                short_records="raise", shorter than L.
+            SkipwiseError: a record without tokens, with columns of different lengths, or shorter
+                than L with short_records="raise".
         """
         read = [_read(record) for record in records]
         examples = [self.example(tokens, labels) for tokens, labels in read]
@@ -88,7 +85,7 @@ class PoSECollator:
         size = (len(examples), width)
         input_ids = np.full(size, self.pad_token_id, np.int64)
         labels = np.full(size, IGNORE_INDEX, np.int64)
-        positions = np.tile(np.arange(width), (len(examples), 1))  # padding counts on
+        positions = np.tile(np.arange(width), (len(examples), 1))  # padding continues them
         mask = np.zeros(size, np.int64)
         for row, (example, (tokens, targets)) in enumerate(zip(examples, read, strict=True)):
             kept = slice(0, example.num_tokens)
@@ -103,49 +100,40 @@ class PoSECollator:
             "attention_mask": torch.from_numpy(mask),
         }
         if self.key_weights == "importance":
-            # No token looks at the padding behind it, so the mask need not name it.
-            padded = [e if e.num_tokens == width else _plain(width) for e in examples]
-            additive = additive_mask(padded, torch.finfo(torch.bfloat16).min)
-            batch["attention_mask"] = torch.from_numpy(additive)
+            # Padding comes last, where no token attends to it: the mask need not hide it.
+            padded = [e if e.num_tokens == width else Example.contiguous(width) for e in examples]
+            batch = with_chunk_weights({**batch, **weights_by_token(padded)}, torch.float32)
         return batch if self.config is None else with_layer_masks(self.config, batch)
 
     def example(self, tokens: np.ndarray, labels: np.ndarray) -> Example:
-        """Where the tokens of the example stand that this epoch cuts out of a record (L_x,)."""
+        """The example that this epoch takes from a record of L_x tokens."""
         L = self.sampler.train_length
         if len(tokens) < L:
             if self.short_records == "raise":
                 raise SkipwiseError(
                     f"a record of {len(tokens):,} tokens is shorter than train_length {L:,}\n"
-                    'pack the records, take them out, or say short_records="plain"'
+                    'pack the records, remove them, or set short_records="plain"'
                 )
-            return _plain(len(tokens))
+            return Example.contiguous(len(tokens))
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
         rng = np.random.default_rng([self.seed, self.epoch, int.from_bytes(digest, "little")])
         example = self.sampler.sample(rng, len(tokens))
         trained = np.flatnonzero(labels != IGNORE_INDEX)
         if len(trained) in (0, len(labels)):
             return example
-        for _ in range(_TRIES):  # an answer may be short beside its prompt
+        for _ in range(_TRIES):  # an answer may be much shorter than its prompt
             if (example.take(labels)[1][1:] != IGNORE_INDEX).any():
                 return example
             example = self.sampler.sample(rng, len(tokens))
         end = max(L, int(rng.choice(trained)) + 1)
-        return _plain(L, end - L)
-
-
-def _plain(num_tokens: int, text_start: int = 0) -> Example:
-    return Example(
-        lengths=np.array([num_tokens]),
-        position_starts=np.array([0]),
-        text_starts=np.array([text_start]),
-    )
+        return Example.contiguous(L, end - L)
 
 
 def _read(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, labels) of a record, both (L_x,) int64, without its padding."""
     if record.get("input_ids") is None:
         raise SkipwiseError(
-            f"a record holds {', '.join(record) or 'nothing'}, and no input_ids\n"
+            f"a record has {', '.join(record) or 'no keys'}, and no input_ids\n"
             "tokenise the data set first, or let the trainer do it"
         )
     tokens = np.asarray(record["input_ids"], np.int64)
@@ -159,7 +147,7 @@ def _read(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         if column.shape != tokens.shape or tokens.ndim != 1 or len(tokens) == 0:
             raise SkipwiseError(
                 f"a record has input_ids {tokens.shape} and {name} {column.shape}: give one "
-                "number a token, for one sequence a record"
+                "number per token, and one sequence per record"
             )
     if given is None:
         for name in _MASKS:

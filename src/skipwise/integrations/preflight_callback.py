@@ -1,8 +1,8 @@
-"""What another trainer needs of Skipwise beside the collator: the preflight, and a portable folder.
+"""What another trainer needs from Skipwise beside the collator: the preflight, a portable folder.
 
-Most ways to void a PoSE run leave the loss normal: a trainer that drops `position_ids`, a mask that
-is not sent, labels that are made anew, a model that was never rescaled. `PreflightCallback` looks
-at what the trainer has really put together, before its first step.
+Most faults that ruin a PoSE run leave the loss normal: a trainer that drops `position_ids`, a
+missing mask, labels made again, a model that was never rescaled. `PreflightCallback` checks the
+trainer's actual model and batches before the first step.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from skipwise.errors import Check, SkipwiseError, require
@@ -24,27 +25,26 @@ from skipwise.integrations.collator import PoSECollator
 from skipwise.models.compatibility import make_portable
 from skipwise.models.hf_config import complete
 from skipwise.models.model_info import ModelInfo, read_model_info
-from skipwise.pose.rope import Linear, Scaling, YaRN
 from skipwise.pose.samplers import IGNORE_INDEX, FullLength
 from skipwise.preflight.batch import check_batch, check_labels, check_tokenizer
 from skipwise.preflight.model import check_model
 
-_LOOKED_AT = 16  # records of the data set that are collated for the preflight
+_NUM_RECORDS = 16  # of the data set, collated for the preflight
 
 
 class PreflightCallback(TrainerCallback):
     """Skipwise's checks on a trainer's own model and batches, and the collator's epochs.
 
-    When training begins, the first records of the trainer's data set go through its own collator,
-    and the one whose skip is nearest the middle through its model, forward and backward. The first
-    training step shows besides that positions and mask reach the model.
+    When training begins, the first records of the trainer's data set go through its own collator.
+    The batch with the skip nearest its middle then goes through the model, forward and backward.
+    The first training step also shows that positions and mask reach the model.
 
     Args:
-        collator: the run's; its epoch is set here, so that every epoch draws new skips.
-        target_length: T, where the collator is another one.
-        facts: of the model before it was rescaled (`load_scaled` returns them): its frequencies
-            must differ from theirs. Without them the window of the model's config must be T.
-        report: gets each check, on the first process.
+        collator: The run's collator. Its epoch is set here, so that every epoch draws new skips.
+        target_length: T, if the collator is not a `PoSECollator`.
+        info: Of the model before it was rescaled (`load_scaled` returns it), whose frequencies must
+            differ from the model's. By default only the window of the model's config is checked.
+        report: Called with each check, on the main process.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class PreflightCallback(TrainerCallback):
         self.checks += _check_rows(rows, self.collator)
         if all(check.passed for check in self.checks):
             best = min(range(len(rows)), key=lambda i: _distance(rows[i]))
-            row = _to(rows[best], args.device)
+            row = send_to_device(rows[best], args.device)
             tokenizer = kwargs.get("processing_class")
             if hasattr(tokenizer, "__len__"):
                 size = model.get_input_embeddings().num_embeddings
                 self.checks.append(check_tokenizer(tokenizer, size, row))
             self.checks += _check_open_labels(records, rows, self.collator)
             devices = [args.device] if args.device.type == "cuda" else []
-            # The run's own random numbers stay as they are.
+            # The run's random state must not change.
             with torch.random.fork_rng(devices=devices), _without_reentry(model):
                 self.checks += check_batch(model, row, lambda: _autocast(args))
         if state.is_world_process_zero:
@@ -107,36 +107,36 @@ class PreflightCallback(TrainerCallback):
 
 
 def finalize_checkpoint(folder: str | Path, target_length: int) -> Path:
-    """Make a folder that a trainer has saved readable by every stock runtime.
+    """Make a folder saved by a trainer readable by every stock runtime.
 
-    Both spellings of RoPE in its config (transformers 4 reads a transformers 5 checkpoint as
-    unscaled without a word), the cache switched on again, and the tokenizer's length.
+    Writes both spellings of RoPE to its config (transformers 4 silently reads a transformers 5
+    checkpoint as unscaled), turns the cache on again, and sets the tokenizer's length.
 
     Raises:
-        SkipwiseError: a LoRA adapter, or a model whose window is not the target.
+        SkipwiseError: a LoRA adapter, or a model whose window is below the target.
     """
     folder = Path(folder).expanduser()
     if (folder / "adapter_config.json").exists():
         raise SkipwiseError(
-            f"{folder} holds a LoRA adapter, which does not carry the rescaled positions\n"
-            "merge it: trainer.model.merge_and_unload().save_pretrained(FOLDER), and finish that"
+            f"{folder} has a LoRA adapter, which does not contain the rescaled RoPE\n"
+            "merge it: trainer.model.merge_and_unload().save_pretrained(FOLDER), and give FOLDER"
         )
     file = folder / "config.json"
     if not file.is_file():
-        raise SkipwiseError(f"{folder} holds no config.json: save the model there first")
+        raise SkipwiseError(f"{folder} has no config.json: save the model there first")
     config = json.loads(file.read_text(encoding="utf-8"))
     window = _window_of(complete(config), target_length)[1]
     if window < target_length:
         raise SkipwiseError(
-            f"the model in {folder} reaches {window:,} tokens, not {target_length:,}: it was saved "
-            "with the config of its base\nsave the model that was trained, in its scaled config"
+            f"the model in {folder} has a window of {window:,} tokens, not {target_length:,}: it "
+            "was saved with the config of its base\nsave the trained model with its scaled config"
         )
     make_portable(folder, target_length)
     return folder
 
 
 def _check_scaled(model: Any, target_length: int, base: ModelInfo | None) -> list[Check]:
-    """The model's config reaches the target, and the model computes what its config says."""
+    """The config's window is the target, and the model computes what its config says."""
     config = model.config.get_text_config()
     info, window = _window_of(config.to_dict(), target_length)
     dim, scaling = info.rotary_dim, info.scaling
@@ -145,7 +145,7 @@ def _check_scaled(model: Any, target_length: int, base: ModelInfo | None) -> lis
         f"a window of {window:,} tokens, {scaling.name}"
         if reaches
         else f"the model's config has a window of {window:,} tokens, and positions go up to "
-        f"{target_length - 1:,}: load it by skipwise.prepare.load_scaled"
+        f"{target_length - 1:,}: load it by skipwise.models.prepared.load_scaled"
     )
     if reaches and base is not None:
         before = base.scaling.inv_freq(base.rope_theta, base.rotary_dim)
@@ -154,7 +154,7 @@ def _check_scaled(model: Any, target_length: int, base: ModelInfo | None) -> lis
             reaches = False
             detail = (
                 f"the frequencies are those of the base, whose window is "
-                f"{base.original_length:,}: load the model by skipwise.prepare.load_scaled"
+                f"{base.original_length:,}: load the model by skipwise.models.prepared.load_scaled"
             )
     rescaled = Check(name="rescaled", passed=reaches, detail=detail)
     return [rescaled, *check_model(model, config, info, scaling, target_length)]
@@ -162,31 +162,26 @@ def _check_scaled(model: Any, target_length: int, base: ModelInfo | None) -> lis
 
 def _window_of(config: dict[str, Any], target_length: int) -> tuple[ModelInfo, int]:
     """(facts of a config that may be scaled, the window that it states)."""
-    # Weights that were quantised on loading are trained through an adapter.
+    # Weights quantised on loading are trained through an adapter.
     info = read_model_info({**config, "quantization_config": None}, target_length)
-    scaling: Scaling = info.scaling
-    stated = config.get("max_position_embeddings") or target_length
-    if isinstance(scaling, YaRN):
-        return info, round(scaling.factor * scaling.original_length)
-    # Linear's max_position_embeddings is the window before scaling; Skipwise writes it so.
-    return info, round(stated * scaling.factor) if isinstance(scaling, Linear) else stated
+    return info, info.scaling.window(config.get("max_position_embeddings") or target_length)
 
 
 def _collated(dataloader: Any) -> tuple[list[Any], list[dict[str, Any]]]:
-    """(the first records of the trainer's data set, each as a batch of one by its own collator).
+    """(the first records of the trainer's data set, each of them as a batch of one).
 
-    The dataloader itself is not begun: that would draw from the run's random numbers.
+    The dataloader itself is not started, because that would change the run's random state.
     """
     dataset = dataloader.dataset
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        records = [dataset[i] for i in range(min(_LOOKED_AT, len(dataset)))]
+        records = [dataset[i] for i in range(min(_NUM_RECORDS, len(dataset)))]
     else:
-        records = list(itertools.islice(iter(dataset), _LOOKED_AT))
+        records = list(itertools.islice(iter(dataset), _NUM_RECORDS))
     return records, [dict(dataloader.collate_fn([record])) for record in records]
 
 
 def _check_rows(rows: list[dict[str, Any]], collator: PoSECollator | None) -> list[Check]:
-    """The batches hold what is needed, and positions that skip."""
+    """The batches have the needed keys, and positions that skip."""
     name = "positions skip"
     if not rows:
         return [Check(name=name, passed=False, detail="the data set is empty")]
@@ -198,26 +193,26 @@ def _check_rows(rows: list[dict[str, Any]], collator: PoSECollator | None) -> li
         )
         return [Check(name=name, passed=False, detail=detail)]
     num_skipping = sum(_distance(row) < np.inf for row in rows)
-    plain_is_asked = collator is not None and isinstance(collator.sampler, FullLength)
+    may_be_plain = collator is not None and isinstance(collator.sampler, FullLength)
     detail = f"in {num_skipping} of the first {len(rows)} records"
     if not num_skipping:
         longest = max(int(row["input_ids"].shape[1]) for row in rows)
         length = collator.sampler.train_length if collator is not None else 0
-        detail = f"in none of the first {len(rows)} records, so nothing far would be learnt: " + (
+        detail = f"in none of the first {len(rows)} records, so far positions are not trained: " + (
             f"the longest has {longest:,} tokens, and train_length is {length:,}; pack the records "
             "or take a smaller train_length"
             if longest < length
             else "the trainer makes its own position_ids; give it data_collator=PoSECollator(...)"
         )
-    return [Check(name=name, passed=num_skipping > 0 or plain_is_asked, detail=detail)]
+    return [Check(name=name, passed=num_skipping > 0 or may_be_plain, detail=detail)]
 
 
 def _check_open_labels(
     records: list[Any], rows: list[dict[str, Any]], collator: PoSECollator | None
 ) -> list[Check]:
-    """Labels that the text's jumps and the prompts' masks take out are out in the batch, too.
+    """Labels after jumps of the text and in masked prompts are also masked in the batch.
 
-    Where the text jumps is known of Skipwise's own data set and collator only.
+    Only Skipwise's own data set and collator say where the text jumps.
     """
     if collator is None:
         if not all(isinstance(r, dict) and "example" in r for r in records):
@@ -242,14 +237,14 @@ def _check_open_labels(
         f"{num_masked:,} masked in {len(rows)} records: prompts, padding, and the first after each "
         "jump of the text"
         if num_open == 0
-        else f"{num_open:,} stand open that the collator masks, after a jump of the text or in a "
-        "prompt: something makes labels anew after it"
+        else f"{num_open:,} that the collator masks are not masked in the batch, after a jump of "
+        "the text or in a prompt: the trainer makes its own labels after the collator"
     )
     return [Check(name="labels", passed=num_open == 0, detail=detail)]
 
 
 def _distance(row: dict[str, Any]) -> float:
-    """Of the skip nearest the middle of a batch of one; infinite where nothing skips."""
+    """From the middle of a batch of one to its nearest skip; infinite if nothing skips."""
     if row.get("position_ids") is None:
         return np.inf
     positions = row["position_ids"][0]
@@ -258,7 +253,7 @@ def _distance(row: dict[str, Any]) -> float:
 
 
 def _watch_first_step(model: Any) -> None:
-    """Fail in the first training step where positions or mask do not reach the model."""
+    """Fail in the first training step if positions or mask do not reach the model."""
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not module.training:
@@ -267,9 +262,9 @@ def _watch_first_step(model: Any) -> None:
         lost = [k for k in ("position_ids", "attention_mask") if kwargs.get(k) is None]
         if lost:
             raise SkipwiseError(
-                f"{' and '.join(lost)} of the batch did not reach the model: the trainer took "
-                f"{'them' if len(lost) > 1 else 'it'} out, and PoSE would teach nothing\n"
-                "turn off its packing and flattening; else look into its compute_loss"
+                f"{' and '.join(lost)} of the batch did not reach the model: the trainer removed "
+                f"{'them' if len(lost) > 1 else 'it'}, and PoSE would have no effect\n"
+                "turn off its packing and flattening; if that does not help, read its compute_loss"
             )
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
@@ -277,16 +272,16 @@ def _watch_first_step(model: Any) -> None:
 
 @contextmanager
 def _without_reentry(model: Any) -> Iterator[None]:
-    """Gradient checkpointing that gradients can be taken through with respect to the embeddings.
+    """Non-reentrant gradient checkpointing, for gradients with respect to the embeddings.
 
-    The reentrant kind (the default of Axolotl and of peft's QLoRA) refuses that; masks and
-    positions are the same in both.
+    Reentrant checkpointing (the default of Axolotl and of peft's QLoRA) does not allow these; masks
+    and positions are the same in both.
     """
     name = "_gradient_checkpointing_func"
     changed = []
     for module in model.modules():
         function = vars(module).get(name)
-        # torch's own default, where nothing is said, is the reentrant kind
+        # reentrant is torch's default
         if isinstance(function, partial) and function.keywords.get("use_reentrant", True):
             keywords = {**function.keywords, "use_reentrant": False}
             setattr(module, name, partial(function.func, *function.args, **keywords))
@@ -301,15 +296,3 @@ def _without_reentry(model: Any) -> Iterator[None]:
 def _autocast(args: Any) -> Any:
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return torch.autocast(args.device.type, dtype or torch.float32, enabled=dtype is not None)
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on a device; a mask may be one for each kind of layer."""
-    return {
-        key: _to(value, device)
-        if isinstance(value, dict)
-        else value.to(device)
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in batch.items()
-    }

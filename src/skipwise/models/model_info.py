@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.rope import Scaling, Unscaled, YaRN
+from skipwise.pose.rope import Scaling, Unscaled
 from skipwise.pose.rope_config import from_rope_parameters
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -179,28 +179,17 @@ def check_reach(config: Mapping[str, Any], length: int) -> None:
 
 
 def _trained(present: Scaling, stated: int, given: int | None, family: str) -> tuple[Scaling, int]:
-    """(the scaling that the weights were trained with, their window L).
-
-    The meaning of max_position_embeddings depends on the type: the scaled window for llama3 and
-    longrope, the window before or after scaling for yarn, and for linear either (models differ).
-    """
-    if isinstance(present, Unscaled):
-        return present, given or stated
-    if present.name == "dynamic":  # an inference-time scaling of a model trained at L
+    """(the scaling that the weights were trained with, their window L)."""
+    if present.follows_length or (given and given == getattr(present, "original_length", None)):
         return Unscaled(), given or stated
-    before = getattr(present, "original_length", None)
-    if given is not None and given == before:
-        return Unscaled(), given
-    if present.name == "linear" and given is None:
-        reach = round(stated * present.factor)
+    window = present.window(stated)
+    if present.keeps_length and given is None:  # it should be L, and models differ
         raise SkipwiseError(
-            f"this {family} model has linear scaling by {present.factor:g}, and its config does "
-            f"not say whether {stated:,} tokens is the window before or after scaling\n"
-            f"type original_length={stated}, or original_length={reach}: the window it has now"
+            f"this {family} model has {present.name} scaling by {present.factor:g}, and its config "
+            f"does not say whether {stated:,} tokens is the window before or after scaling\n"
+            f"type original_length={stated}, or original_length={window}: the window it has now"
         )
-    if isinstance(present, YaRN):
-        return present, given or round(present.factor * present.original_length)
-    return present, given or stated
+    return present, given or window
 
 
 def _refusal(family: str, positions: str) -> str:

@@ -1,19 +1,18 @@
 """The scaling that a recipe asks for on a model, and the config keys it becomes. No torch.
 
-A model that is scaled already is carried on, not scaled twice: its own scaling goes to the longer
-target, so that at the new end of the window every pair turns as far as it did at the old end.
+A model that is already scaled is not scaled twice: its own scaling is extended to the longer
+target, so that pairs reach the same angles at the end of the new window as at that of the old.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
-from skipwise.pose.rope import Linear, Llama3, Scaling, Unscaled, YaRN, make_scaling
+from skipwise.pose.rope import Scaling, Unscaled, make_scaling, scalings_for
 
 
 def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
@@ -21,7 +20,7 @@ def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
 
     Raises:
         SkipwiseError: the target is not longer, the family does not take the type, the model's own
-            scaling cannot be carried on, the scaling cannot be trained with.
+            scaling cannot be extended, the scaling cannot be trained with.
     """
     L, T = info.original_length, recipe.target_length
     if T <= L:
@@ -29,14 +28,12 @@ def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
             f"the target of {T:,} tokens is not longer than the model's {L:,}: type a longer --to"
         )
     if not isinstance(info.scaling, Unscaled):
-        return _carried_on(recipe, info)
-    name = recipe.rope.type
-    if name == "auto":
-        name = next(n for n in ("yarn", "longrope", "ntk") if n not in info.refused_types)
+        return _extended(recipe, info)
+    taken = scalings_for(info.refused_types)
+    name = taken[0] if recipe.rope.type == "auto" else recipe.rope.type
     if name in info.refused_types:
-        taken = [n for n in ("yarn", "linear", "longrope", "ntk") if n not in info.refused_types]
         raise SkipwiseError(
-            f"rope.type: {name} is not taken by the config of {info.family}\n"
+            f"the config of {info.family} does not take rope.type: {name}\n"
             f"leave it out, or type rope.type={' or '.join(taken)}"
         )
     scaling = make_scaling(
@@ -49,21 +46,21 @@ def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
     )
     if recipe.method != "none" and not scaling.trainable:
         raise SkipwiseError(
-            f"rope.type: {name} depends on the longest position seen so far and cannot "
-            "be trained with\ntype rope.type=yarn, or method=none to use it untrained"
+            f"rope.type: {name} changes its frequencies with the length of the text and cannot be "
+            "trained with\ntype rope.type=yarn, or method=none to use it untrained"
         )
     return scaling
 
 
 def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dict[str, Any]:
-    """The config keys that change, `rope_parameters` being those of the full-attention layers.
+    """The config keys that change; `rope_parameters` are those of the full-attention layers.
 
-    A window that every layer has (Mistral-7B-v0.1) would hide what lies further back: it goes. The
-    windows of layers beside full ones stay, for those layers are local by design.
+    A sliding window in every layer (Mistral-7B-v0.1) would hide tokens further back, so it is
+    removed. In hybrid models the windows stay, because those layers are local by design.
     """
     if isinstance(info.scaling, Unscaled):
         before = info.original_length
-    else:  # the length that the carried scaling counts from
+    else:  # the length that the extended scaling counts from
         before = getattr(scaling, "original_length", None) or round(
             info.original_length / info.scaling.factor
         )
@@ -77,13 +74,13 @@ def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dic
         share = info.rope_parameters["partial_rotary_factor"]
         settings["rope_parameters"]["partial_rotary_factor"] = share
     if info.sliding_window is not None and not info.hybrid:
-        # some classes that list their layers want a number also where no layer is sliding
+        # some classes that list their layers need a number even if no layer is sliding
         settings["sliding_window"] = target_length if info.lists_layers else None
     return settings
 
 
 def scaled_config(config: Any, info: ModelInfo, scaling: Scaling, target_length: int) -> Any:
-    """A copy of transformers' config with the changes in it."""
+    """A copy of transformers' config with these changes."""
     settings = config_changes(info, scaling, target_length)
     scaled = copy.deepcopy(config)
     if info.nested:
@@ -96,40 +93,31 @@ def scaled_config(config: Any, info: ModelInfo, scaling: Scaling, target_length:
             scaled.use_sliding_window = False
         if getattr(scaled, "layer_types", None):
             scaled.layer_types = ["full_attention"] * len(scaled.layer_types)
-    if getattr(scaled, "head_dim", 0) is None:  # the scaled rotary modules do not work it out
+    if getattr(scaled, "head_dim", 0) is None:  # scaled rotary modules do not compute it
         scaled.head_dim = info.head_dim
     return scaled
 
 
-def _carried_on(recipe: Recipe, info: ModelInfo) -> Scaling:
-    """The model's own scaling, reaching T instead of L."""
+def _extended(recipe: Recipe, info: ModelInfo) -> Scaling:
+    """The model's own scaling, extended from L to T."""
     present, rope = info.scaling, recipe.rope
-    further = recipe.target_length / info.original_length
     what = f"this {info.family} model is scaled with {present.name} by {present.factor:g}"
-    if not isinstance(present, Linear | YaRN | Llama3):
+    try:
+        extended = present.extended(info.original_length, recipe.target_length)
+    except SkipwiseError as error:
         before = getattr(present, "original_length", info.original_length)
         raise SkipwiseError(
-            f"{what}, with factors searched for its own length: none are known for a longer one\n"
-            f"extend the model it was made from; or, if that scaling was never trained, type "
-            f"original_length={before}"
-        )
+            f"{what}: {error}\nextend the model it was made from; or, if that scaling was never "
+            f"trained, type original_length={before}"
+        ) from error
     if rope.type not in ("auto", present.name):
         raise SkipwiseError(
-            f"{what}, and its weights know those frequencies: {rope.type} on top would give others"
-            f"\nleave rope.type out: {present.name} is carried on"
+            f"{what} and was trained with those frequencies: {rope.type} on top would change them\n"
+            f"leave rope.type out: {present.name} is extended"
         )
     if rope.factor is not None or rope.options:
         raise SkipwiseError(
-            f"{what}: it is carried on with its own options, by the factor that the lengths give\n"
+            f"{what}: that is extended with its own options, by the factor that the lengths give\n"
             "leave rope.factor and rope.options out"
         )
-    if isinstance(present, YaRN):
-        default = dataclasses.replace(present, attention_factor=None)
-        if present.attention_factor != default.attention_factor:
-            raise SkipwiseError(
-                f"{what} and an attention_factor of {present.attention_factor:g} of its own: what "
-                "it should be at a longer target is not known\nextend the model it was made from"
-            )
-        factor = recipe.target_length / present.original_length
-        return dataclasses.replace(default, factor=factor, attention_factor=None)
-    return dataclasses.replace(present, factor=present.factor * further)
+    return extended

@@ -29,12 +29,11 @@ from skipwise.models.load import compute_dtype, load_for_evaluation
 from skipwise.models.prepared import PreparedModel, rescale
 from skipwise.pipeline.checks import free_memory
 from skipwise.pipeline.search_text import longer_length, search_text
-from skipwise.pose.rope import Unscaled
+from skipwise.pose.rope import SCALINGS, Unscaled, scalings_for
 from skipwise.training.checkpoints import last_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import TrainingData
 
-SCALINGS = ("yarn", "llama3", "ntk", "linear")  # the first, unless another is clearly better
 _LEAST_GAIN = 0.01  # nats
 _TEMPERATURES = (1.0, 1.2, 1.4)
 _WINDOWS = 8
@@ -81,7 +80,7 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
     """The entry of run.json: the chosen type, the measurements of each, and one line of text."""
     L, T = prepared.info.original_length, prepared.recipe.target_length
     fallback = prepared.scaling.name
-    names = [name for name in SCALINGS if name not in prepared.info.refused_types]
+    names = [n for n in scalings_for(prepared.info.refused_types) if SCALINGS[n].auto_candidate]
     if len(names) < 2:
         return {"type": fallback, "detail": f"{fallback}, the only one that the family takes"}
     spare = prepared.recipe.attention_temperature == "auto" or bool(

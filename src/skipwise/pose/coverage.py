@@ -1,4 +1,4 @@
-"""How often each relative distance is seen: exactly for PoSE, by sampling for the others."""
+"""How often each relative distance occurs: exact for PoSE, by sampling for other samplers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from skipwise.pose.samplers import FullLength, PoSE, Sampler
 def coverage(
     sampler: Sampler, *, num_samples: int = 2000, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Probability that one example shows each relative distance.
+    """Probability that one example contains each relative distance.
 
     Exact for PoSE with one or two chunks and for full length, sampled otherwise.
 
     Returns:
-        (T,) float64; entry d is the probability that some two tokens stand d positions apart.
+        (T,) float64; entry d is the probability that two of the tokens are d positions apart.
     """
     if isinstance(sampler, FullLength):
         return np.ones(sampler.target_length)
@@ -34,7 +34,7 @@ def coverage(
 
 
 def _exact_coverage(sampler: PoSE) -> np.ndarray:
-    """Two chunks show 0 .. max(l_0, l_1)-1 inside, u+1 .. u+L-1 across; l_0, u independent."""
+    """Distances 0 .. max(l_0, l_1)-1 inside two chunks, u+1 .. u+L-1 across; l_0, u independent."""
     L, T = sampler.train_length, sampler.target_length
     distance = np.arange(T)
     plain = (distance < L).astype(float)

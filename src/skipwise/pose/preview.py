@@ -1,4 +1,4 @@
-"""Positions for people: examples and coverage as data, and as a picture in text. Numpy only."""
+"""A preview of positions: examples and coverage, as data and as a text picture. Numpy only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def describe_positions(sampler: Sampler, seed: int, num_examples: int = 24) -> dict[str, Any]:
-    """Examples and coverage of relative distances, for the report's picture."""
+    """Examples and coverage of relative distances, for the report's figure."""
     T = sampler.target_length
     examples: list[Example] = [
         sampler.sample(np.random.default_rng([seed, k]), T) for k in range(num_examples)
@@ -34,22 +34,19 @@ def describe_positions(sampler: Sampler, seed: int, num_examples: int = 24) -> d
 
 
 def _shown(example: Example) -> np.ndarray:
-    """Which chunks are recorded: all up to 64, else 64 spread evenly over the example."""
+    """The recorded chunks: all, or 64 spread evenly over the example."""
     num = len(example.lengths)
     return np.unique(np.linspace(0, num - 1, min(num, 64)).round().astype(int))
 
 
 def draw_text(facts: dict[str, Any], train_length: int, target_length: int, width: int = 72) -> str:
-    """Eight examples as bars of their chunks on 0 .. T, and how often each distance is seen."""
+    """Eight examples as bars of their chunks on 0 .. T, and the coverage of each distance."""
     lines = [facts["sampler"], ""]
     for example in facts["examples"][:8]:
         row = [" "] * width
         for length, start in zip(example["lengths"], example["position_starts"], strict=True):
-            first, last = (
-                start * width // target_length,
-                (start + length - 1) * width // target_length,
-            )
-            for column in range(first, last + 1):
+            end = start + length - 1
+            for column in range(start * width // target_length, end * width // target_length + 1):
                 row[column] = "█"
         chunks = zip(example["lengths"], example["position_starts"], strict=True)
         words = "  ".join(f"{n:,} at {start:,}" for n, start in list(chunks)[:4])
@@ -60,7 +57,7 @@ def draw_text(facts: dict[str, Any], train_length: int, target_length: int, widt
     bins = np.minimum(distances * width // target_length, width - 1)
     means = [shares[bins == i].mean() if (bins == i).any() else 0.0 for i in range(width)]
     bars = "".join(_BLOCKS[min(8, int(np.ceil(m * 8)))] for m in means)
-    lines += ["", f"|{bars}|  share of examples that show a relative distance", ""]
+    lines += ["", f"|{bars}|  share of examples that contain a relative distance", ""]
     lines.append("distance      share")
     points = {1, train_length // 2, train_length, target_length // 2, int(target_length * 0.99)}
     for d in sorted(points):

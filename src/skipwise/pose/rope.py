@@ -1,10 +1,9 @@
 """RoPE scalings: the frequencies they give, and the config they become. Numpy only.
 
-Pair j of a rotary embedding turns by theta_j = theta^(-2j/d) for each position; a scaling slows
-pairs down so that angles at T stay where training at L has been. Each class holds one scaling's
-arithmetic and the config that makes transformers (and what reads its configs) compute the same:
-`inv_freq` is what the model turns by at T, `attention_factor` multiplies cos and sin, and a scaling
-that is not `trainable` changes its frequencies with the length of the batch.
+Pair j of a rotary embedding rotates by theta_j = theta^(-2j/d) per position. A scaling lowers these
+frequencies, so that angles at T stay in the range seen in training at L. Each class has one
+scaling's arithmetic, and the config that makes transformers and other runtimes compute the same.
+A new scaling is a subclass of `Scaling`, listed in `SCALINGS`.
 
 Shapes:  d = dim, the rotary dimension (head_dim x partial_rotary_factor); inv_freq is (d/2,)
 Letters: L = original_length, T = target_length, f = factor = T / L
@@ -15,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,87 +22,152 @@ from skipwise.errors import SkipwiseError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unscaled:
-    """RoPE as it was trained; Su et al. 2021, arXiv 2104.09864."""
+class Scaling:
+    """A scaling, and what other modules need to know about it. A subclass overrides what differs.
 
-    name: ClassVar[str] = "default"
-    trainable: ClassVar[bool] = True
-    attention_factor: ClassVar[float] = 1.0
-    factor: float = 1.0
-
-    def inv_freq(self, theta: float, dim: int) -> np.ndarray:
-        return _frequencies(theta, dim)
-
-    def to_config(
-        self, *, theta: float, dim: int, original_length: int, target_length: int
-    ) -> dict[str, Any]:
-        return _config(target_length, rope_type="default", rope_theta=theta)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Linear:
-    """Position interpolation: every pair f times slower; Chen et al. 2023, arXiv 2306.15595."""
-
-    name: ClassVar[str] = "linear"
-    trainable: ClassVar[bool] = True
-    attention_factor: ClassVar[float] = 1.0
-    factor: float
-
-    def inv_freq(self, theta: float, dim: int) -> np.ndarray:
-        return _frequencies(theta, dim) / self.factor
-
-    def to_config(
-        self, *, theta: float, dim: int, original_length: int, target_length: int
-    ) -> dict[str, Any]:
-        """`max_position_embeddings` stays L: vLLM multiplies it by the factor."""
-        return _config(original_length, rope_type="linear", rope_theta=theta, factor=self.factor)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NTK:
-    """NTK-aware: theta' = theta f^(d/(d-2)), so that the slowest pair is f times slower.
-
-    transformers has no type of this name: it is the default one with theta', the way Code Llama's
-    theta was raised (Rozière et al. 2023, arXiv 2308.12950). Source: bloc97 2023, "NTK-Aware Scaled
-    RoPE", r/LocalLLaMA.
+    The fields of a subclass are the options in a recipe, and the keys in `rope_parameters`.
     """
 
-    name: ClassVar[str] = "ntk"
-    trainable: ClassVar[bool] = True
-    attention_factor: ClassVar[float] = 1.0
+    name: ClassVar[str]  # of `rope.type` in a recipe
+    is_rope_type: ClassVar[bool] = True  # also of `rope_type` in configs
+    auto_candidate: ClassVar[bool] = False  # `rope.type: auto` measures it
+    extendable: ClassVar[bool] = False  # a model scaled with it can be scaled further
+    keeps_length: ClassVar[bool] = False  # max_position_embeddings stays L; vLLM multiplies it by f
+    follows_length: ClassVar[bool] = False  # changes with the length of the text: inference only
+    factor_from_lengths: ClassVar[bool] = False  # a config may leave f out
     factor: float
+    attention_factor: ClassVar[float] = 1.0  # multiplies cos and sin
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the frequencies of a short batch are those at T."""
+        return not self.follows_length
 
     def theta(self, theta: float, dim: int) -> float:
-        return theta * self.factor ** (dim / (dim - 2))
+        """The theta that a config states."""
+        return theta
 
     def inv_freq(self, theta: float, dim: int) -> np.ndarray:
+        """(d/2,) float64: the frequencies at T."""
         return _frequencies(self.theta(theta, dim), dim)
 
     def to_config(
         self, *, theta: float, dim: int, original_length: int, target_length: int
     ) -> dict[str, Any]:
-        return _config(target_length, rope_type="default", rope_theta=self.theta(theta, dim))
+        """The keys of a config that change.
+
+        Raises:
+            SkipwiseError: values that do not fit the model.
+        """
+        self.check(dim)
+        parameters = {"rope_type": "default", "rope_theta": self.theta(theta, dim)}
+        if self.is_rope_type:
+            parameters |= {"rope_type": self.name, **self.options()}
+        length = original_length if self.keeps_length else target_length
+        return {"max_position_embeddings": length, "rope_parameters": parameters}
+
+    def options(self) -> dict[str, Any]:
+        """The keys of `rope_parameters` beside type and theta: fields that are not the default."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        options = {k: v for k, v in options.items() if v != getattr(type(self), k, None)}
+        length = options.pop("original_length", None)
+        if length is not None and not self.follows_length:
+            options["original_max_position_embeddings"] = length
+        if options.get("attention_factor") == self.default_attention_factor():
+            del options["attention_factor"]  # which every runtime computes; some read no other
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+    def default_attention_factor(self) -> float:
+        return 1.0
+
+    def check(self, dim: int) -> None:
+        """Raise SkipwiseError if no config of this rotary dimension can have these values."""
+
+    def window(self, stated: int) -> int:
+        """T, of a config with this scaling and `max_position_embeddings: stated`."""
+        return round(stated * self.factor) if self.keeps_length else stated
+
+    def extended(self, window: int, target_length: int) -> Scaling:
+        """This scaling, which reaches `window`, up to a longer target.
+
+        Raises:
+            SkipwiseError: it has no form for a longer window.
+        """
+        if not self.extendable:
+            raise SkipwiseError(
+                "its frequencies were chosen for its own length: none are known for a longer one"
+            )
+        return dataclasses.replace(self, factor=self.factor * (target_length / window))
+
+    def gguf_keys(self) -> dict[str, str | int | float] | None:
+        """llama.cpp's keys under `rope.scaling`. None if it needs a table of frequencies."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class YaRN:
-    """NTK by parts: pairs that turn often over L stay, those that do not turn once are slowed by f.
+class Unscaled(Scaling):
+    """RoPE as it was trained; Su et al. 2021, arXiv 2104.09864."""
 
-    Between beta_fast and beta_slow turns over L lies a linear ramp, and cos and sin are multiplied
-    by 0.1 ln(f) + 1. Source: Peng et al. 2023, arXiv 2309.00071, sections 3.2 to 3.4.
+    name: ClassVar[str] = "default"
+    factor: float = 1.0
+
+    def gguf_keys(self) -> dict[str, str | int | float]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Scaling):
+    """Position interpolation: all frequencies divided by f; Chen et al. 2023, arXiv 2306.15595."""
+
+    name: ClassVar[str] = "linear"
+    auto_candidate: ClassVar[bool] = True
+    extendable: ClassVar[bool] = True
+    keeps_length: ClassVar[bool] = True
+
+    def inv_freq(self, theta: float, dim: int) -> np.ndarray:
+        return _frequencies(theta, dim) / self.factor
+
+    def gguf_keys(self) -> dict[str, str | int | float]:
+        return {"type": "linear", "factor": self.factor}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NTK(Scaling):
+    """NTK-aware: theta' = theta f^(d/(d-2)), which divides the lowest frequency by f.
+
+    A config has it as the default type with theta', the way Code Llama's theta was raised (Rozière
+    et al. 2023, arXiv 2308.12950). Source: bloc97 2023, "NTK-Aware Scaled RoPE", r/LocalLLaMA.
+    """
+
+    name: ClassVar[str] = "ntk"
+    is_rope_type: ClassVar[bool] = False
+    auto_candidate: ClassVar[bool] = True
+
+    def theta(self, theta: float, dim: int) -> float:
+        return theta * self.factor ** (dim / (dim - 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class YaRN(Scaling):
+    """NTK-by-parts: high frequencies are kept, low ones interpolated by f.
+
+    A pair with more than beta_fast rotations over L is kept, one with fewer than beta_slow is
+    interpolated, with a linear ramp between. cos and sin are multiplied by 0.1 ln(f) + 1.
+    Source: Peng et al. 2023, arXiv 2309.00071, sections 3.2 to 3.4.
 
     Raises:
-        SkipwiseError: the ramp is empty or would slow no pair.
+        SkipwiseError: the ramp is empty or would interpolate no pair.
     """
 
     name: ClassVar[str] = "yarn"
-    trainable: ClassVar[bool] = True
-    factor: float
+    auto_candidate: ClassVar[bool] = True
+    extendable: ClassVar[bool] = True
+    factor_from_lengths: ClassVar[bool] = True
     original_length: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    truncate: bool = True  # the ramp's ends at whole pairs, as in the authors' code
-    attention_factor: float = None  # type: ignore[assignment]  # None: 0.1 ln(f) + 1
+    truncate: bool = True  # round the ends of the ramp to pairs, as in the authors' code
+    attention_factor: float = None  # type: ignore[assignment]  # defaults to 0.1 ln(f) + 1
     mscale: float | None = None  # DeepSeek: both set, attention_factor is the ratio of
     mscale_all_dim: float | None = None  # 0.1 mscale ln(f) + 1 and the same of mscale_all_dim
 
@@ -113,15 +177,15 @@ class YaRN:
                 f"beta_fast {self.beta_fast:g} is not above beta_slow {self.beta_slow:g}: "
                 "the ramp falls from the fast pairs to the slow ones, 32 and 1 by default"
             )
-        if self.beta_slow * 2 * math.pi > self.original_length:  # every runtime then scales nothing
+        if self.beta_slow * 2 * math.pi > self.original_length:  # runtimes would scale nothing
             raise SkipwiseError(
-                f"beta_slow {self.beta_slow:g} is more turns than any pair makes in "
-                f"{self.original_length} tokens, so none would be slowed: leave it at 1"
+                f"no pair makes as many as beta_slow {self.beta_slow:g} rotations in "
+                f"{self.original_length} tokens, so none would be interpolated: leave it at 1"
             )
         if self.attention_factor is None:
-            object.__setattr__(self, "attention_factor", self._attention_factor())
+            object.__setattr__(self, "attention_factor", self.default_attention_factor())
 
-    def _attention_factor(self) -> float:
+    def default_attention_factor(self) -> float:
         log = math.log(max(self.factor, 1.0))
         if self.mscale and self.mscale_all_dim:
             return (0.1 * self.mscale * log + 1.0) / (0.1 * self.mscale_all_dim * log + 1.0)
@@ -140,50 +204,46 @@ class YaRN:
         return plain * (1.0 - interpolated) + plain / self.factor * interpolated
 
     def _dimension(self, rotations: float, theta: float, dim: int) -> float:
-        """The pair, as a real number, that turns so many times over L positions."""
+        """The pair, as a real number, that makes so many rotations over L positions."""
         return (
             dim * math.log(self.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
         )
 
-    def to_config(
-        self, *, theta: float, dim: int, original_length: int, target_length: int
-    ) -> dict[str, Any]:
-        """`max_position_embeddings` is f L exactly: transformers 4.51 to 4.55 divide it by L for f.
-
-        `attention_factor` is left out unless it was given: every runtime computes the default one,
-        and vLLM and llama.cpp do not read a given one.
-
-        Raises:
-            SkipwiseError: f L is no whole number of tokens.
-        """
-        reach = round(self.factor * original_length)
-        if reach / original_length != self.factor:
+    def check(self, dim: int) -> None:
+        """f L must be an integer: transformers 4.51 to 4.55 compute f from the two lengths."""
+        L = self.original_length
+        reach = round(self.factor * L)
+        if reach / L != self.factor:
             raise SkipwiseError(
-                f"the RoPE factor {self.factor!r} x {original_length} tokens is "
-                f"{self.factor * original_length!r}, and yarn needs a whole number: leave "
-                f"rope.factor out, or give {reach / original_length!r} for {reach} tokens"
+                f"the RoPE factor {self.factor!r} x {L} tokens is {self.factor * L!r}, and yarn "
+                f"needs a whole number: leave rope.factor out, or give {reach / L!r} for {reach} "
+                "tokens"
             )
-        options = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("factor", "original_length")
-            and getattr(self, field.name) != field.default
-        }
-        if self.attention_factor == self._attention_factor():
-            del options["attention_factor"]
-        return _config(
-            reach,
-            rope_type="yarn",
-            rope_theta=theta,
-            factor=self.factor,
-            original_max_position_embeddings=original_length,
-            **options,
-        )
+
+    def window(self, stated: int) -> int:
+        return round(self.factor * self.original_length)
+
+    def extended(self, window: int, target_length: int) -> YaRN:
+        default = dataclasses.replace(self, attention_factor=None)
+        if self.attention_factor != default.attention_factor:
+            raise SkipwiseError(
+                f"its attention_factor of {self.attention_factor:g} is not the default, so the "
+                "factor for a longer target is not known"
+            )
+        factor = target_length / self.original_length
+        return dataclasses.replace(default, factor=factor, attention_factor=None)
+
+    def gguf_keys(self) -> dict[str, str | int | float] | None:
+        """llama.cpp has the default ramp only."""
+        if (self.beta_fast, self.beta_slow, self.truncate) != (32, 1, True):
+            return None
+        keys = {"type": "yarn", "factor": self.factor}
+        return {**keys, "original_context_length": self.original_length}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3:
-    """Llama 3.1's: long waves slowed by f, short ones kept, a ramp in frequency between them.
+class Llama3(Scaling):
+    """Llama 3.1's: long wavelengths interpolated by f, short ones kept, others blended linearly.
 
     Source: meta-llama/llama-models, `apply_scaling` in models/llama3/model.py.
 
@@ -192,12 +252,11 @@ class Llama3:
     """
 
     name: ClassVar[str] = "llama3"
-    trainable: ClassVar[bool] = True
-    attention_factor: ClassVar[float] = 1.0
-    factor: float
+    auto_candidate: ClassVar[bool] = True
+    extendable: ClassVar[bool] = True
     original_length: int
-    low_freq_factor: float = 1.0  # turns over L up to which a pair is slowed by f
-    high_freq_factor: float = 4.0  # turns over L from which a pair is kept
+    low_freq_factor: float = 1.0  # rotations over L up to which a pair is interpolated by f
+    high_freq_factor: float = 4.0  # rotations over L from which a pair is kept
 
     def __post_init__(self) -> None:
         if self.high_freq_factor <= self.low_freq_factor:
@@ -213,44 +272,35 @@ class Llama3:
         kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
         return plain * kept + plain / self.factor * (1.0 - kept)
 
-    def to_config(
-        self, *, theta: float, dim: int, original_length: int, target_length: int
-    ) -> dict[str, Any]:
-        return _config(
-            target_length,
-            rope_type="llama3",
-            rope_theta=theta,
-            factor=self.factor,
-            original_max_position_embeddings=original_length,
-            low_freq_factor=self.low_freq_factor,
-            high_freq_factor=self.high_freq_factor,
-        )
+    def options(self) -> dict[str, Any]:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        return {**super().options(), "low_freq_factor": low, "high_freq_factor": high}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongRoPE:
-    """A slowing of its own for each pair; Ding et al. 2024, arXiv 2402.13753.
+class LongRoPE(Scaling):
+    """A factor for each pair; Ding et al. 2024, arXiv 2402.13753.
 
-    A model switches from `short_factor` to `long_factor` where a batch goes beyond L. A PoSE batch
-    is short and its positions are not, so training wants one list for both: `short_factor` is
-    `long_factor` unless given, and two that differ are not `trainable`. The authors find theirs by
-    an evolutionary search, which Skipwise does not run; see `make_scaling` for what it takes.
+    A model switches from `short_factor` to `long_factor` when a batch is longer than L. A PoSE
+    batch is short but has far positions, so training needs one list: `short_factor` defaults to
+    `long_factor`, and two different lists are not `trainable`. The authors find theirs by an
+    evolutionary search, which Skipwise does not run; `make_scaling` says what it takes instead.
     """
 
     name: ClassVar[str] = "longrope"
-    factor: float
+    factor_from_lengths: ClassVar[bool] = True
     original_length: int
     long_factor: tuple[float, ...]  # (d/2,)
-    short_factor: tuple[float, ...] = None  # type: ignore[assignment]  # None: long_factor
-    attention_factor: float = None  # type: ignore[assignment]  # None: sqrt(1 + ln f / ln L)
+    short_factor: tuple[float, ...] = None  # type: ignore[assignment]  # defaults to long_factor
+    attention_factor: float = None  # type: ignore[assignment]  # defaults to sqrt(1 + ln f / ln L)
 
     def __post_init__(self) -> None:
         if self.short_factor is None:
             object.__setattr__(self, "short_factor", self.long_factor)
         if self.attention_factor is None:
-            object.__setattr__(self, "attention_factor", self._attention_factor())
+            object.__setattr__(self, "attention_factor", self.default_attention_factor())
 
-    def _attention_factor(self) -> float:
+    def default_attention_factor(self) -> float:
         return math.sqrt(1.0 + math.log(max(self.factor, 1.0)) / math.log(self.original_length))
 
     @property
@@ -258,66 +308,55 @@ class LongRoPE:
         return self.short_factor == self.long_factor
 
     def inv_freq(self, theta: float, dim: int) -> np.ndarray:
-        self._check_pairs(dim)
+        self.check(dim)
         return _frequencies(theta, dim) / np.array(self.long_factor)
 
-    def _check_pairs(self, dim: int) -> None:
+    def check(self, dim: int) -> None:
         for name in ("short_factor", "long_factor"):
             if len(getattr(self, name)) != dim // 2:
                 raise SkipwiseError(
                     f"{name} has {len(getattr(self, name))} numbers and the model has {dim // 2} "
-                    "pairs: give one for each, or leave it out"
+                    "pairs: give one number per pair, or leave it out"
                 )
 
     def to_config(
         self, *, theta: float, dim: int, original_length: int, target_length: int
     ) -> dict[str, Any]:
-        """L also stands at the top level, where transformers 4 looks for it."""
-        self._check_pairs(dim)
-        given = self.attention_factor != self._attention_factor()
-        config = _config(
-            target_length,
-            rope_type="longrope",
-            rope_theta=theta,
-            factor=self.factor,
-            original_max_position_embeddings=original_length,
-            short_factor=list(self.short_factor),
-            long_factor=list(self.long_factor),
-            **({"attention_factor": self.attention_factor} if given else {}),
-        )
+        """L is also at the top level, where transformers 4 reads it."""
+        lengths = {"original_length": original_length, "target_length": target_length}
+        config = super().to_config(theta=theta, dim=dim, **lengths)
         return {**config, "original_max_position_embeddings": original_length}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dynamic:
-    """NTK with the theta that the longest position seen so far asks for: inference only.
+class Dynamic(Scaling):
+    """NTK with a theta that grows with the longest position seen so far: inference only.
 
     Source: emozilla 2023, "Dynamically Scaled RoPE", r/LocalLLaMA.
     """
 
     name: ClassVar[str] = "dynamic"
-    trainable: ClassVar[bool] = False
-    attention_factor: ClassVar[float] = 1.0
-    factor: float
+    keeps_length: ClassVar[bool] = True
+    follows_length: ClassVar[bool] = True
     original_length: int
 
     def inv_freq(self, theta: float, dim: int, length: float | None = None) -> np.ndarray:
-        """After a sequence of `length` tokens, T = f L unless given; up to L, where a loaded model
-        starts, nothing is scaled."""
+        """After a sequence of `length` tokens, by default T = f L. Up to L nothing is scaled."""
         f, L = self.factor, self.original_length
         grown = f * max(f * L if length is None else length, L) / L - (f - 1)
         return _frequencies(theta * grown ** (dim / (dim - 2)), dim)
 
-    def to_config(
-        self, *, theta: float, dim: int, original_length: int, target_length: int
-    ) -> dict[str, Any]:
-        """`max_position_embeddings` stays L: the formula starts from it, and vLLM multiplies it."""
-        return _config(original_length, rope_type="dynamic", rope_theta=theta, factor=self.factor)
+
+# In the order in which `rope.type: auto` prefers them.
+SCALINGS: dict[str, type[Scaling]] = {
+    cls.name: cls for cls in (Unscaled, YaRN, Llama3, LongRoPE, NTK, Linear, Dynamic)
+}
 
 
-Scaling = Unscaled | Linear | NTK | YaRN | Llama3 | LongRoPE | Dynamic
-SCALINGS: dict[str, Any] = {cls.name: cls for cls in get_args(Scaling)}
-NAMES = tuple(SCALINGS)
+def scalings_for(refused: tuple[str, ...] = ()) -> list[str]:
+    """Names of the scalings to extend a model with, the preferred first, without the refused."""
+    usable = [n for n, cls in SCALINGS.items() if cls is not Unscaled and not cls.follows_length]
+    return [name for name in usable if name not in refused]
 
 
 def make_scaling(
@@ -332,16 +371,16 @@ def make_scaling(
     """The scaling of this name.
 
     Args:
-        theta, dim: of the model. longrope without `long_factor` needs them: it then slows each pair
-            by what YaRN slows it by at this factor. That is our choice, not the paper's search.
-        options: `beta_fast`, `low_freq_factor`, ... as in a transformers config; None is unset.
+        theta, dim: Of the model. Needed for longrope without `long_factor`: each pair then gets
+            YaRN's factor. That is our choice, not the paper's search.
+        options: `beta_fast`, `low_freq_factor`, ... as in a transformers config. None is unset.
 
     Raises:
-        SkipwiseError: an unknown name or option, a factor below 1, a value that cannot be.
+        SkipwiseError: an unknown name or option, a factor below 1, an invalid value.
     """
     if name not in SCALINGS:
-        raise SkipwiseError(f"rope.type is {name!r}: choose one of {', '.join(NAMES)}")
-    cls = SCALINGS[name]
+        raise SkipwiseError(f"rope.type is {name!r}: choose one of {', '.join(SCALINGS)}")
+    cls: Any = SCALINGS[name]
     if not _is_number(factor) or factor < 1 or (cls is Unscaled and factor != 1):
         wanted = "1 for default, which scales nothing" if cls is Unscaled else "1 or more"
         raise SkipwiseError(f"the RoPE factor is {factor!r}: give {wanted}")
@@ -360,8 +399,8 @@ def make_scaling(
         if theta is None or dim is None:
             raise SkipwiseError("longrope without long_factor needs the model's theta and dim")
         yarn = YaRN(factor=float(factor), original_length=original_length)
-        slowing = _frequencies(theta, dim) / yarn.inv_freq(theta, dim)
-        given["long_factor"] = tuple(slowing.tolist())
+        factors = _frequencies(theta, dim) / yarn.inv_freq(theta, dim)
+        given["long_factor"] = tuple(factors.tolist())
     return cls(**given)
 
 
@@ -382,13 +421,6 @@ def _option(key: str, value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _config(max_position_embeddings: int, **parameters: Any) -> dict[str, Any]:
-    return {
-        "max_position_embeddings": max_position_embeddings,
-        "rope_parameters": parameters,
-    }
 
 
 def _frequencies(theta: float, dim: int) -> np.ndarray:

@@ -1,12 +1,13 @@
-"""RoPE settings in a config.json: read into a scaling, and written in both spellings."""
+"""The RoPE settings of a config.json: read into a scaling, and written in both spellings."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.rope import NAMES, SCALINGS, Scaling, make_scaling
+from skipwise.pose.rope import SCALINGS, Scaling, make_scaling
 
 
 def from_rope_parameters(
@@ -15,13 +16,13 @@ def from_rope_parameters(
     max_position_embeddings: int,
     original_length: int | None = None,
 ) -> Scaling:
-    """The scaling that an existing config holds; ntk reads as `Unscaled`, its theta' as theta.
+    """The scaling of an existing config. ntk is read as `Unscaled` with theta' as theta.
 
     Args:
-        rope_parameters: as transformers 5 holds them, or the older `rope_scaling`.
-        max_position_embeddings: of the config. It is L where the parameters do not name one, and
-            T in a yarn or longrope config without a factor.
-        original_length: L, where the caller knows better.
+        rope_parameters: As in transformers 5, or the older `rope_scaling`.
+        max_position_embeddings: Of the config. It is L if the parameters have none, and T in a yarn
+            or longrope config without a factor.
+        original_length: L. Defaults to what the config says.
 
     Raises:
         SkipwiseError: parameters per layer type, an unknown type or key, no factor.
@@ -29,36 +30,39 @@ def from_rope_parameters(
     if isinstance(rope_parameters.get("full_attention"), dict):
         raise SkipwiseError("these rope_parameters are per layer type: give those of one type")
     name = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
-    if name not in SCALINGS or name == "ntk":
-        known = ", ".join(known for known in NAMES if known != "ntk")
+    known = {cls.name: cls for cls in SCALINGS.values() if cls.is_rope_type}
+    if name not in known:
         raise SkipwiseError(
-            f"the config's rope_type is {name!r}, which Skipwise cannot compute: it knows {known}"
+            f"the config's rope_type is {name!r}, which Skipwise cannot compute: it knows "
+            f"{', '.join(known)}"
         )
     stored = rope_parameters.get("original_max_position_embeddings")
     length = original_length or stored or max_position_embeddings
-    factor = 1.0 if name == "default" else rope_parameters.get("factor")
-    if factor is None and name in ("yarn", "longrope"):
+    factor: Any = 1.0 if name == "default" else rope_parameters.get("factor")
+    if factor is None and known[name].factor_from_lengths:
         factor = max_position_embeddings / length
     read = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
     read += ("original_max_position_embeddings",)
     options = {key: value for key, value in rope_parameters.items() if key not in read}
-    if factor is None:
-        raise SkipwiseError(f"the config's rope_type is {name} and it has no factor: add it")
-    if name == "longrope" and "long_factor" not in options:
-        raise SkipwiseError("the config's rope_type is longrope and it has no long_factor: add it")
+    given = {"factor": factor, "original_length": length, **options}
+    for field in dataclasses.fields(known[name]):
+        if field.default is dataclasses.MISSING and given.get(field.name) is None:
+            raise SkipwiseError(
+                f"the config's rope_type is {name} and it has no {field.name}: add it"
+            )
     return make_scaling(name, factor=factor, original_length=length, **options)
 
 
 def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with RoPE spelled for transformers 5 and for everything older.
+    """A config.json with the RoPE keys of transformers 5 and the older ones.
 
-    transformers 5 reads and writes `rope_parameters`; transformers 4, vLLM and llama.cpp's
-    converter read `rope_theta` and `rope_scaling`, and take a model without them for unscaled.
-    transformers 5 lets the older spelling win, so the two must say the same.
+    transformers 5 reads and writes `rope_parameters`. transformers 4, vLLM and llama.cpp's
+    converter read `rope_theta` and `rope_scaling`, and load a model without them as unscaled.
+    transformers 5 prefers the older keys, so the two must agree.
 
-    Settings per layer type stay as they are, and are spelled out where transformers 4 had words
-    for them: gemma3_text, and olmo3 with one theta. Elsewhere (also under a `text_config`) no
-    `rope_scaling` is added: transformers 4 cannot load such a model as it was trained.
+    Settings per layer type are kept. The older keys are added if transformers 4 has keys for them:
+    for gemma3_text, and for olmo3 with one theta. Other families, and a model under `text_config`,
+    get no `rope_scaling`: transformers 4 cannot load such a model as it was trained.
     """
     out = copy.deepcopy(config)
     parameters = out.get("rope_parameters") or {}
@@ -83,7 +87,7 @@ def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
         out["rotary_pct"] = parameters.get("partial_rotary_factor", 1.0)
     scaling = {key: value for key, value in parameters.items() if key not in moved}
     scaling["type"] = scaling["rope_type"]  # its name before transformers 4.43
-    # three families refuse other keys in transformers 4; f and L follow from the top level
+    # in transformers 4 three families refuse other keys; f and L follow from the top level
     if family == "phi3" and "attention_factor" not in scaling:
         scaling = {k: v for k, v in scaling.items() if k in ("type", "short_factor", "long_factor")}
     if family in ("olmo", "olmo2") and scaling["type"] in ("linear", "dynamic"):

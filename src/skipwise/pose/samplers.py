@@ -1,8 +1,9 @@
 """Position samplers: simulate a long context inside a short training window.
 
-A sampler decides, for one example, how the window is cut into chunks, at which position each chunk
-stands, and from which stretch of the document its tokens come. Everything is drawn from the `rng`
-it is given, so example k of a run is a pure function of `default_rng([seed, k])`.
+For each example a sampler decides how the window is cut into chunks, at which position each chunk
+starts, and which tokens of the document it holds. All randomness comes from the `rng` argument, so
+example k of a run is a pure function of `default_rng([seed, k])`. A new sampler is a class with the
+attributes of `Sampler`, listed in `SAMPLERS` at the end.
 
 Shapes:  L = train_length,  T = target_length,  N = num_chunks,  L_x = tokens in the document
 Source:  PoSE, Zhu et al. 2024, arXiv 2309.10400, section 3.2; RandPos, Ruoss et al. 2023,
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -24,11 +25,17 @@ IGNORE_INDEX = -100  # the label that transformers' and torch's cross entropy sk
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Where the L tokens of one training example stand, chunk by chunk; all arrays are int64."""
+    """The chunks of one training example of L tokens; all arrays are int64."""
 
     lengths: np.ndarray  # (N,) tokens in each chunk, sum L
     position_starts: np.ndarray  # (N,) position of each chunk's first token, increasing
     text_starts: np.ndarray  # (N,) index in the document of each chunk's first token
+
+    @classmethod
+    def contiguous(cls, num_tokens: int, text_start: int = 0) -> Example:
+        """One chunk at positions 0, 1, 2, .."""
+        length, position, text = (np.array([n]) for n in (num_tokens, 0, text_start))
+        return cls(lengths=length, position_starts=position, text_starts=text)
 
     @property
     def num_tokens(self) -> int:
@@ -39,7 +46,7 @@ class Example:
         return _expand(self.lengths, self.position_starts)
 
     def jumps(self) -> np.ndarray:
-        """(N,) bool: the chunk's text does not go on from the chunk before it."""
+        """(N,) bool: the chunk's text does not continue that of the chunk before it."""
         ends = self.text_starts[:-1] + self.lengths[:-1]
         return np.concatenate([[False], self.text_starts[1:] != ends])
 
@@ -51,10 +58,10 @@ class Example:
 
         Returns:
             `input_ids` and `labels`, both (L,) int64. Labels are not shifted (the model does that);
-            the first label after a jump in the text is -100, for nothing before it predicts it.
+            the first label after a jump in the text is -100, as nothing before it predicts it.
         """
         jumps = self.jumps()
-        if not jumps.any():  # one stretch of text: a slice
+        if not jumps.any():  # contiguous text: a slice
             start = int(self.text_starts[0])
             input_ids = tokens[start : start + self.num_tokens].astype(np.int64)
         elif len(self.lengths) <= 64:
@@ -71,15 +78,15 @@ class Example:
         return input_ids, labels
 
     def chunk_ids(self) -> np.ndarray:
-        """(L,) int64: which chunk each token is in."""
+        """(L,) int64: the index of each token's chunk."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     def log_weights(self) -> np.ndarray:
-        """(N,) float32: what the keys of a chunk weigh when a later chunk looks at them.
+        """(N,) float32: log weight of each chunk's keys for the queries of later chunks.
 
-        The l_i keys of chunk i stand for every position from its start to the next chunk's start,
-        so log((start_{i+1} - start_i) / l_i) on their attention logits gives back the softmax
-        denominator of the full-length sequence in expectation. The last chunk has no later one: 0.
+        The l_i keys of chunk i represent every position from its start to the next chunk's start.
+        Adding log((start_{i+1} - start_i) / l_i) to their attention logits restores the softmax
+        denominator of the full-length sequence in expectation. The last chunk has weight 0.
         """
         weights = np.zeros(len(self.lengths), np.float32)
         weights[:-1] = np.log(np.diff(self.position_starts) / self.lengths[:-1])
@@ -87,7 +94,15 @@ class Example:
 
 
 class Sampler(Protocol):
-    """What the data set needs of a sampler."""
+    """What Skipwise needs of a sampler.
+
+    A sampler is a frozen dataclass. Its fields are the lengths and the keys of a recipe's
+    `positions` that it takes. Other keys of `positions` are errors if they are set.
+    """
+
+    name: ClassVar[str]  # of `method` in a recipe
+    has_chunks: ClassVar[bool]  # runs of consecutive tokens, for key weights and distillation
+    is_baseline: ClassVar[bool]  # trained as published: `auto` adds nothing to it
 
     @property
     def train_length(self) -> int: ...
@@ -98,17 +113,21 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PoSE:
-    """Positional skip-wise sampler: N chunks, each moved on by its own skipping bias.
+    """Positional skip-wise sampler: N chunks, each shifted by its own skipping bias.
 
-    Cut:      `random` is the paper's text (any cut), `first-half` the authors' released code for
-              N = 2 (first chunk of 1 .. (L+1)//2 tokens).
-    Gaps:     `sequential` is the paper's u_i ~ U{u_{i-1} .. T-L}; `sorted` takes N-1 sorted
-              uniforms on 0 .. T-L, which for N > 2 does not pile up at the far end.
-    Content:  `uniform` moves the text on by biases of its own (the paper), `contiguous` reads on
-              without a jump, `aligned` takes the text that stands at the chunk's positions.
-    The paper reads a document from its start. Here the T tokens that the example may read begin at
-    a random place, so that a document longer than T is used whole; up to T tokens that is the same.
+    chunk_lengths:  `random` is the paper's text (any cut), `first-half` the authors' released code
+                    for N = 2 (a first chunk of 1 .. (L+1)//2 tokens).
+    skips:          `sequential` is the paper's u_i ~ U{u_{i-1} .. T-L}. `sorted` takes N-1 sorted
+                    uniforms on 0 .. T-L, which for N > 2 does not pile up at the far end.
+    content:        `uniform` shifts the text by biases of its own (the paper), `contiguous` takes
+                    one text without jumps, `aligned` the text at the chunk's own positions.
+    The paper reads a document from its start. Here the T tokens of which an example reads L have a
+    random start, so that all of a longer document is used. Up to T tokens the two are the same.
     """
+
+    name: ClassVar[str] = "pose"
+    has_chunks: ClassVar[bool] = True
+    is_baseline: ClassVar[bool] = False
 
     train_length: int
     target_length: int
@@ -116,17 +135,17 @@ class PoSE:
     chunk_lengths: Literal["random", "first-half"] = "random"
     skips: Literal["sequential", "sorted"] = "sequential"
     content: Literal["uniform", "contiguous", "aligned"] = "uniform"
-    unskipped_fraction: float = 0.0  # share of examples left at positions 0 .. L-1
+    unskipped_fraction: float = 0.0  # of examples at positions 0 .. L-1
 
     def __post_init__(self) -> None:
         _check_lengths(self.train_length, self.target_length)
-        _check_choice("chunk_lengths", self.chunk_lengths, ("random", "first-half"))
-        _check_choice("skips", self.skips, ("sequential", "sorted"))
-        _check_choice("content", self.content, ("uniform", "contiguous", "aligned"))
+        check_choice("chunk_lengths", self.chunk_lengths, ("random", "first-half"))
+        check_choice("skips", self.skips, ("sequential", "sorted"))
+        check_choice("content", self.content, ("uniform", "contiguous", "aligned"))
         if not 1 <= self.num_chunks <= self.train_length:
             raise SkipwiseError(
-                f"num_chunks is {self.num_chunks}: a window of {self.train_length} tokens is cut "
-                f"into 1 .. {self.train_length} chunks; the paper takes 2"
+                f"num_chunks is {self.num_chunks}: a window of {self.train_length} tokens has "
+                f"1 .. {self.train_length} chunks; the paper takes 2"
             )
         if self.chunk_lengths == "first-half" and self.num_chunks != 2:
             raise SkipwiseError(
@@ -135,7 +154,7 @@ class PoSE:
             )
         if not 0.0 <= self.unskipped_fraction <= 1.0:
             raise SkipwiseError(
-                f"unskipped_fraction is {self.unskipped_fraction}: give a share, 0 .. 1"
+                f"unskipped_fraction is {self.unskipped_fraction}: give a fraction, 0 .. 1"
             )
 
     def sample(self, rng: np.random.Generator, num_tokens: int) -> Example:
@@ -143,7 +162,7 @@ class PoSE:
         L, T = self.train_length, self.target_length
         _check_document(num_tokens, L)
         if self.unskipped_fraction and rng.random() < self.unskipped_fraction:
-            return _plain(rng, L, num_tokens)
+            return Example.contiguous(L, int(rng.integers(num_tokens - L + 1)))
         lengths = self._lengths(rng)
         biases = self._biases(rng, T - L)
         window = min(T, num_tokens)
@@ -185,7 +204,11 @@ class PoSE:
 
 @dataclass(frozen=True, kw_only=True)
 class RandPos:
-    """Baseline: L of the T positions, drawn without replacement and sorted; the text reads on."""
+    """Baseline: L of the T positions, drawn without replacement and sorted; contiguous text."""
+
+    name: ClassVar[str] = "randpos"
+    has_chunks: ClassVar[bool] = False
+    is_baseline: ClassVar[bool] = True
 
     train_length: int
     target_length: int
@@ -207,7 +230,11 @@ class RandPos:
 
 @dataclass(frozen=True, kw_only=True)
 class FullLength:
-    """Baseline: T tokens at plain positions, what PoSE is measured against."""
+    """Baseline: T tokens at positions 0 .. T-1, which PoSE is compared with."""
+
+    name: ClassVar[str] = "full"
+    has_chunks: ClassVar[bool] = False
+    is_baseline: ClassVar[bool] = True
 
     target_length: int
 
@@ -220,19 +247,24 @@ class FullLength:
 
     def sample(self, rng: np.random.Generator, num_tokens: int) -> Example:
         _check_document(num_tokens, self.target_length)
-        return _plain(rng, self.target_length, num_tokens)
+        start = int(rng.integers(num_tokens - self.target_length + 1))
+        return Example.contiguous(self.target_length, start)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CREAM:
-    """Head, middle and tail: the two ends of the window are always shown, the middle moves.
+    """Baseline of three chunks: head and tail at the ends of the window, a middle that moves.
 
-    Head and tail have L//3 or 4f tokens each, by a coin. The middle ends at x L - tail, where x is
-    drawn from a Gaussian cut off to [1, f] and centred on (f+2)/2, so that it follows the factor;
-    its sigma is `sigma` at f = 8 and grows with f. The authors' released code has the centre
-    (f+1)/2 and the sigma 1.5 at every f, and then draws the end evenly from the room below x L,
-    which moves the middle towards the start: at f = 8 to about 3 L.
+    Head and tail have L//3 or 4f tokens each, with equal probability. The middle ends at
+    x L - tail, where x is drawn from a Gaussian truncated to [1, f] and centred on (f+2)/2. Its
+    sigma is `sigma` at f = 8 and grows with f. The authors' released code centres x on (f+1)/2 with
+    sigma 1.5 at every f, and then draws the end uniformly below x L. That moves the middle towards
+    the start: at f = 8 to about 3 L.
     """
+
+    name: ClassVar[str] = "cream"
+    has_chunks: ClassVar[bool] = True
+    is_baseline: ClassVar[bool] = True
 
     train_length: int
     target_length: int
@@ -241,7 +273,7 @@ class CREAM:
 
     def __post_init__(self) -> None:
         _check_lengths(self.train_length, self.target_length)
-        _check_choice("content", self.content, ("contiguous", "aligned"))
+        check_choice("content", self.content, ("contiguous", "aligned"))
         if self.train_length < 9:
             raise SkipwiseError(f"train_length is {self.train_length}: CREAM needs 9 or more")
         if self.sigma <= 0:
@@ -270,24 +302,7 @@ class CREAM:
         )
 
 
-def additive_mask(examples: list[Example], minimum: float) -> np.ndarray:
-    """(B, 1, L, L) float32: causal, with each chunk's log weight on what later chunks see of it.
-
-    `minimum` is what a masked pair gets: the lowest number of the dtype in use.
-    """
-    L = examples[0].num_tokens
-    mask = np.empty((len(examples), 1, L, L), np.float32)
-    future = np.triu(np.ones((L, L), bool), 1)
-    for row, example in enumerate(examples):
-        weights = np.repeat(example.log_weights(), example.lengths)  # (L,) by key
-        out = mask[row, 0]
-        out[:] = weights
-        at = 0
-        for length in example.lengths.tolist():  # own chunk: weight 1
-            out[at : at + length, at : at + length] = 0.0
-            at += length
-        out[future] = minimum
-    return mask
+SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (PoSE, FullLength, RandPos, CREAM)}
 
 
 def _expand(lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -307,13 +322,6 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.cumsum(lengths) - lengths
 
 
-def _plain(rng: np.random.Generator, length: int, num_tokens: int) -> Example:
-    start = int(rng.integers(num_tokens - length + 1))
-    return Example(
-        lengths=np.array([length]), position_starts=np.array([0]), text_starts=np.array([start])
-    )
-
-
 def _check_lengths(train_length: int, target_length: int) -> None:
     if train_length < 2:
         raise SkipwiseError(f"train_length is {train_length}: give 2 tokens or more")
@@ -324,7 +332,7 @@ def _check_lengths(train_length: int, target_length: int) -> None:
         )
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise SkipwiseError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
 

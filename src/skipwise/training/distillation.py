@@ -55,7 +55,7 @@ def make_distillation(
     else:
         teacher = teacher_sharing_weights(model, config)
     collator = ExampleCollator(
-        recipe.positions.key_weights, later=True, base_length=prepared.info.original_length
+        recipe.positions.key_weights, base_length=prepared.info.original_length
     )
     data = dataclasses.replace(data, collator=collator)
     return Distillation(teacher=teacher, weight=weight), data, []

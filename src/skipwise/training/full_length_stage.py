@@ -119,7 +119,7 @@ def make_full_length_stage(
             corpus=corpus,
             sampler=sampler,
             dataset=dataset,
-            collator=ExampleCollator(later=True),
+            collator=ExampleCollator(),
         ),
         run=folder,
         offset=StageOffset(num_steps=first.num_steps, num_tokens=num_tokens),

@@ -1,9 +1,9 @@
-"""A model folder as a GGUF file that llama.cpp reads right: convert, mend the RoPE keys, check.
+"""A model folder as a GGUF file that llama.cpp reads correctly.
 
-asked.py reads what a folder's config.json asks for and refuses what llama.cpp cannot compute;
-convert.py runs llama.cpp's own script; keys.py works out what llama.cpp will compute from a file's
-keys and mends them; file.py reads and rewrites the file; tokenizer.py answers what the script does
-not know of a tokenizer.
+requirements.py reads what a folder's config.json requires, and refuses what llama.cpp cannot
+compute. convert.py runs llama.cpp's own script. keys.py computes what llama.cpp will make of a
+file's RoPE keys, and fixes them. file.py reads and rewrites the file. tokenizer.py names tokenizers
+that the script does not know.
 """
 
 from skipwise.export.gguf.convert import OUTTYPES, find_converter, to_gguf

@@ -1,7 +1,8 @@
-"""Run llama.cpp's converter on a model folder, in a process of its own, and check its file.
+"""Run llama.cpp's converter on a model folder, in a separate process, and check its file.
 
-It sees a copy of the folder's listing without code and with the context's true length. The file is
-moved in place when it is whole and llama.cpp will compute from it what config.json asks for.
+The converter gets the folder's files without code, and a config with the target length. The new
+file replaces the old one only if it is complete and llama.cpp will compute from it what config.json
+requires.
 
 Source: ggml-org/llama.cpp, convert_hf_to_gguf.py and conversion/
 """
@@ -21,14 +22,13 @@ from skipwise.config.run_folder import write_json
 from skipwise.data.tokenize import cache_folder
 from skipwise.errors import SkipwiseError
 from skipwise.export.gguf.file import gguf_package
-from skipwise.export.gguf.keys import check_gguf, mend
+from skipwise.export.gguf.keys import check_gguf, fix_rope_keys
 from skipwise.export.gguf.requirements import Requirements, read_requirements, refuse
 from skipwise.export.gguf.tokenizer import pre_tokenizer, text_ends
-from skipwise.pose.rope import Linear
 
 OUTTYPES = ("f16", "bf16", "q8_0", "f32")
 _SCRIPT = "convert_hf_to_gguf.py"
-_WITHOUT = (".py", ".pyc", ".gguf")  # of the folder: nothing in it is run
+_WITHOUT = (".py", ".pyc", ".gguf")  # not copied: no code of the folder runs
 _NAMED = """
 import runpy, sys
 name, script = sys.argv[1:3]
@@ -42,13 +42,13 @@ runpy.run_path(script, run_name="__main__")
 
 
 def find_converter(given: str | None = None) -> Path:
-    """llama.cpp's converter script: given, in $LLAMA_CPP, on the PATH, or at a usual place.
+    """llama.cpp's converter script: given, in $LLAMA_CPP, on the PATH, or in a usual folder.
 
     Args:
-        given: a checkout of llama.cpp or the script.
+        given: A checkout of llama.cpp, or the script.
 
     Raises:
-        SkipwiseError: it is not there, with what to type.
+        SkipwiseError: it was not found; says what to type.
     """
     for source, place in (("", given), ("$LLAMA_CPP: ", os.environ.get("LLAMA_CPP"))):
         if place:
@@ -57,7 +57,7 @@ def find_converter(given: str | None = None) -> Path:
             if script.is_file() and script.suffix == ".py":
                 return script.resolve()
             raise SkipwiseError(
-                f"{source}{place} holds no {_SCRIPT}\ngive a checkout of llama.cpp, or the script"
+                f"{source}{place} has no {_SCRIPT}\ngive a checkout of llama.cpp, or the script"
             )
     usual = [Path("llama.cpp"), Path("..") / "llama.cpp", Path.home() / "llama.cpp"]
     usual.append(cache_folder() / "llama.cpp")
@@ -78,17 +78,17 @@ def to_gguf(
     """Write an exported model folder as one GGUF file, and check what llama.cpp will compute.
 
     Args:
-        out: replaced whole, and only by a file that passed.
+        out: The file to write. Replaced only by a file that passed the checks.
         outtype: f16, bf16, q8_0 or f32.
-        converter: from `find_converter`.
-        name: of the model, in the file; None: the recipe's, else the folder's.
+        converter: From `find_converter`.
+        name: The model's name in the file. Defaults to the recipe's, else the folder's.
 
     Raises:
         SkipwiseError: llama.cpp does not know the architecture or tokenizer, or cannot compute the
             scaling; the `gguf` package is missing; the disk is full.
     """
     if outtype not in OUTTYPES:
-        raise SkipwiseError(f"{outtype!r} is no type of GGUF file: choose {', '.join(OUTTYPES)}")
+        raise SkipwiseError(f"{outtype!r} is not a GGUF output type: choose {', '.join(OUTTYPES)}")
     gguf_package()  # before minutes of work
     requirements = read_requirements(folder)
     refuse(requirements)
@@ -99,11 +99,11 @@ def to_gguf(
             staged = Path(scratch) / "model"
             _stage(folder, staged, requirements)
             _convert(converter, staged, part, outtype, name or _name(folder))
-        mend(part, folder)
+        fix_rope_keys(part, folder)
         failed = [check for check in check_gguf(part, folder) if not check.passed]
         if failed:
             lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
-            raise SkipwiseError(f"llama.cpp would not compute what {folder} says\n{lines}")
+            raise SkipwiseError(f"llama.cpp would not compute what {folder} requires\n{lines}")
         os.replace(part, out)
     except OSError as error:
         raise SkipwiseError(f"{out} could not be written: {error.strerror}") from error
@@ -113,10 +113,10 @@ def to_gguf(
 
 
 def _stage(folder: Path, staged: Path, requirements: Requirements) -> None:
-    """The folder as the converter should see it: no code, T, and whether texts begin with BOS.
+    """The folder for the converter: without code, with T, and with the tokenizer's BOS setting.
 
-    The converter loads the tokenizer with trust_remote_code, and leaves llama.cpp to its defaults
-    where the tokenizer says nothing: SentencePiece models would get a BOS that training never saw.
+    The converter loads the tokenizer with trust_remote_code. If the tokenizer does not set BOS,
+    llama.cpp uses its own default: SentencePiece models would get a BOS that training never saw.
     """
     staged.mkdir()
     edited = {"config.json", "tokenizer_config.json"}
@@ -128,7 +128,7 @@ def _stage(folder: Path, staged: Path, requirements: Requirements) -> None:
                 shutil.copyfile(path, staged / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("auto_map", None)
-    if isinstance(requirements.scaling, Linear):
+    if requirements.scaling.keeps_length:
         config["max_position_embeddings"] = requirements.target_length
     write_json(staged / "config.json", config)
     file = folder / "tokenizer_config.json"
@@ -153,33 +153,33 @@ def _convert(converter: Path, staged: Path, part: Path, outtype: str, name: str)
 
 
 def _run(arguments: list[str]) -> str | None:
-    """None where it went well, else what it wrote to stderr."""
+    """What it wrote to stderr. None if it succeeded."""
     done = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
-    return (done.stderr or "no word") if done.returncode else None
+    return (done.stderr or "no message") if done.returncode else None
 
 
 def _explain(errors: str, converter: Path) -> str:
     """One to three lines on why the converter failed."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    last = lines[-1] if lines else "no word"
+    last = lines[-1] if lines else "no message"
     if "No module named" in last:
         module = last.split("'")[1].partition(".")[0] if "'" in last else "?"
         names = {"google": "protobuf", "mistral_common": "mistral-common"}
         return f"{converter} needs {module}\ntype pip install {names.get(module, module)}"
     if "pre-tokenizer" in errors:
         return (
-            "llama.cpp does not know how this tokenizer cuts texts into words, and would cut them "
-            "otherwise\nthe safetensors folder serves with vLLM or transformers; SentencePiece "
-            "models (tokenizer.model) and the published byte-level ones convert"
+            "llama.cpp does not know this tokenizer's pre-tokenizer, and would split text "
+            "differently\nserve the safetensors folder with vLLM or transformers; SentencePiece "
+            "models (tokenizer.model) and published byte-level tokenizers convert"
         )
     unknown = [line for line in lines if "not supported" in line]
     if unknown:
         return f"{unknown[-1]}\ntake a newer llama.cpp, or serve the folder with vLLM"
     if "No space left" in errors:
         return "the disk is full: the GGUF file needs 2 bytes a parameter, and q8_0 half of that"
-    return f"{converter.name} failed: {last}\ntry a newer llama.cpp, or type it yourself to see all"
+    return f"{converter.name} failed: {last}\ntry a newer llama.cpp, or run it yourself for more"

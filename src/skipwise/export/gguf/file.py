@@ -1,4 +1,4 @@
-"""Reading a GGUF file, setting numbers in it, and copying it with other keys and tensors."""
+"""Read a GGUF file, set numbers in it, and copy it with other keys and tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skipwise.errors import SkipwiseError
 
 
 def read_file(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(keys, the tokenizer's lists left out; tensors that divide RoPE's frequencies).
+    """(keys without the tokenizer's lists, tensors that divide RoPE's frequencies).
 
     Raises:
         SkipwiseError: not a GGUF file.
@@ -20,7 +20,7 @@ def read_file(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         reader = gguf_package().GGUFReader(file)
     except (OSError, ValueError, IndexError) as error:
-        raise SkipwiseError(f"{file} is not a whole GGUF file: {error}") from error
+        raise SkipwiseError(f"{file} is not a complete GGUF file: {error}") from error
     arrays = gguf_package().GGUFValueType.ARRAY
     keys = {
         name: field.contents()
@@ -36,7 +36,7 @@ def read_file(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def set_numbers(file: Path, values: dict[str, int | float]) -> None:
-    """Set numbers that the file has, where they stand."""
+    """Set numbers of existing keys in place."""
     reader = gguf_package().GGUFReader(file, "r+")
     for key, value in values.items():
         field = reader.fields[key]
@@ -49,19 +49,16 @@ def rewrite(
     keys: dict[str, str | int | float | None],
     tensors: dict[str, np.ndarray],
 ) -> None:
-    """Copy the file with other keys, None removing one, and other float32 tensors.
+    """Copy the file with other keys and other float32 tensors. None removes a key.
 
-    GGUF has no room for a new key in place.
+    A new key cannot be added to a GGUF file in place.
     """
     gguf = gguf_package()
     reader = gguf.GGUFReader(file)
-    copy = file.with_name(file.name + ".mended")
+    copy = file.with_name(file.name + ".fixed")
     writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
-    kinds = {
-        str: gguf.GGUFValueType.STRING,
-        int: gguf.GGUFValueType.UINT32,
-        float: gguf.GGUFValueType.FLOAT32,
-    }
+    types = gguf.GGUFValueType
+    kinds = {str: types.STRING, int: types.UINT32, float: types.FLOAT32}
     try:
         for name, field in reader.fields.items():
             if name.startswith("GGUF.") or name == "general.architecture" or name in keys:

@@ -1,19 +1,19 @@
-"""The RoPE keys of a GGUF file: what llama.cpp will compute from them, and mending them.
+"""The RoPE keys of a GGUF file: what llama.cpp will compute from them, and how to fix them.
 
-Frequencies are worked out from the file's keys the way llama.cpp's C code does, and compared with
-those that config.json asks for.
+Frequencies are computed from the file's keys as in llama.cpp's C code, and compared with those that
+config.json requires.
 
-Relied on, as of the llama.cpp in llama-cpp-python 0.3.36, {arch} the architecture:
+This relies on the llama.cpp in llama-cpp-python 0.3.36; {arch} is the architecture:
 
 src/llama-model.cpp, load_hparams   `{arch}.context_length`; `.rope.freq_base`, 10000; and of
     `.rope.scaling.`: `type`, linear unless given; `factor`, 1; `original_context_length`, the
-    context length; `attn_factor`, 1. `yarn_beta_fast` and its like are read by few architectures,
-    llama not among them: elsewhere the ramp goes from 32 turns to 1, its ends at whole pairs.
+    context length; `attn_factor`, 1. Few architectures read `yarn_beta_fast` and similar keys, and
+    llama does not: there the ramp goes from 32 rotations to 1, with its ends rounded to pairs.
 src/llama-context.cpp, ggml rope_yarn   yarn multiplies cos and sin by attn_factor x
     (1 + 0.1 ln factor) whatever config.json says; other types by attn_factor.
 src/models/llama.cpp   a tensor `rope_freqs.weight` (d/2,) divides each pair's frequency, unless the
-    type is longrope. The converter writes it for llama3; it can hold any fixed frequencies, so
-    what has no keys (yarn with other turns, longrope with one list) is written that way.
+    type is longrope. The converter writes it for llama3, but it can hold any fixed frequencies, so
+    scalings without keys (yarn with another ramp, longrope with one list) are written this way.
 src/models/phi3.cpp   beyond the original context `rope_factors_long.weight` divides them.
 conversion/base.py   max_position_embeddings becomes `context_length`, though linear keeps L there;
     attention_factor becomes `yarn_attn_factor`, which is not read.
@@ -33,45 +33,37 @@ from skipwise.errors import Check
 from skipwise.export.gguf.file import read_file, rewrite, set_numbers
 from skipwise.export.gguf.requirements import Requirements, read_requirements
 from skipwise.export.gguf.tokenizer import text_ends
-from skipwise.pose.rope import Linear, LongRoPE, Unscaled, YaRN
+from skipwise.pose.rope import Unscaled, YaRN
 
 _TABLE = "rope_freqs.weight"
-# these read more keys (yarn_log_multiplier, yarn_beta_fast) or work out the factor on their own
+# these read more keys (yarn_log_multiplier, yarn_beta_fast) or compute the factor themselves
 _OWN_WAY = {"deepseek2", "deepseek32", "deepseek4", "glm-dsa", "grok", "laguna", "mistral3"}
 
 
 def check_gguf(file: Path, folder: Path) -> list[Check]:
-    """What llama.cpp will compute from a GGUF file, against the model folder it was made from.
+    """Compare what llama.cpp will compute from a GGUF file with the model folder it was made from.
 
     Raises:
-        SkipwiseError: not a GGUF file; a folder whose config Skipwise cannot read.
+        SkipwiseError: not a GGUF file, or a folder whose config Skipwise cannot read.
     """
     requirements = read_requirements(folder)
     keys, tables = read_file(file)
     length = keys.get(f"{keys['general.architecture']}.context_length", 0)
     T = requirements.target_length
+    detail = f"{length:,} tokens" + ("" if length == T else f", and the model's is {T:,}")
     checks = [
         _check_frequencies(requirements, keys, tables),
         _check_attention(requirements, keys, tables),
-        Check(
-            name="gguf context length",
-            passed=length == T,
-            detail=f"{length:,} tokens" + ("" if length == T else f", and the model's is {T:,}"),
-        ),
+        Check(name="gguf context length", passed=length == T, detail=detail),
     ]
     ends = text_ends(folder)
     flag = keys.get("tokenizer.ggml.add_bos_token", keys.get("tokenizer.ggml.model") == "llama")
     if "add_bos_token" in ends:
         same = flag == ends["add_bos_token"]
         words = {True: "begins with BOS", False: "begins without BOS"}
-        checks.append(
-            Check(
-                name="gguf tokenizer",
-                passed=same,
-                detail=f"a text {words[flag]}"
-                + ("" if same else f", and in training it {words[not flag]}"),
-            )
-        )
+        detail = f"a text {words[flag]}"
+        detail += "" if same else f", and in training it {words[not flag]}"
+        checks.append(Check(name="gguf tokenizer", passed=same, detail=detail))
     return checks
 
 
@@ -81,8 +73,8 @@ def _check_frequencies(
     name, scaling, architecture = "gguf rope", requirements.scaling, keys["general.architecture"]
     if architecture in _OWN_WAY and not isinstance(scaling, Unscaled):
         detail = (
-            f"llama.cpp scales {architecture} in a way of its own, which Skipwise does not compute:"
-            " compare its answers at full length with transformers'"
+            f"llama.cpp has its own scaling for {architecture}, which Skipwise does not compute: "
+            "compare its answers at full length with those of transformers"
         )
         return Check(name=name, passed=False, detail=detail)
     have, want = llama_cpp_rope(keys, tables)[0], requirements.inv_freq()
@@ -95,14 +87,14 @@ def _check_frequencies(
     found += f", theta {keys.get(f'{architecture}.rope.freq_base', 10000.0):,.0f}"
     found += " and a table" if tables else ""
     worst = int(np.abs(have / want - 1).argmax())
-    if np.allclose(have, want, rtol=1e-5, atol=0):
-        detail = f"{found}: llama.cpp turns every pair as {scaling.name} by {scaling.factor:g} does"
-        return Check(name=name, passed=True, detail=detail)
-    detail = (
-        f"{found}: llama.cpp turns pair {worst} of {len(want)} by {have[worst]:.4g}, and "
-        f"{scaling.name} by {scaling.factor:g} turns it by {want[worst]:.4g}"
+    same, what = np.allclose(have, want, rtol=1e-5, atol=0), f"{scaling.name} by {scaling.factor:g}"
+    detail = f"{found}: llama.cpp has " + (
+        f"the frequencies of {what}"
+        if same
+        else f"{have[worst]:.4g} for the frequency of pair {worst} of {len(want)}, and {what} has "
+        f"{want[worst]:.4g}"
     )
-    return Check(name=name, passed=False, detail=detail)
+    return Check(name=name, passed=same, detail=detail)
 
 
 def _check_attention(
@@ -134,21 +126,15 @@ def llama_cpp_rope(keys: dict[str, Any], tables: dict[str, np.ndarray]) -> tuple
     if kind != "yarn":
         return plain / factor, attention
     length = key("rope.scaling.original_context_length", key("context_length", 0))
-
-    def pair(turns: float) -> float:
-        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = max(0, math.floor(pair(32.0))), min(dim - 1, math.ceil(pair(1.0)))
-    slowed = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0.0, 1.0)
-    mixed = plain * (1 - slowed) + plain / factor * slowed
-    return mixed, attention * (1 + 0.1 * math.log(max(factor, 1.0)))
+    yarn = YaRN(factor=factor, original_length=length)
+    return yarn.inv_freq(theta, dim) / table, attention * yarn.attention_factor
 
 
-def mend(file: Path, folder: Path) -> list[str]:
-    """Put right what the converter wrote of RoPE, in place where numbers suffice.
+def fix_rope_keys(file: Path, folder: Path) -> list[str]:
+    """Correct the RoPE keys that the converter wrote, in place if only numbers change.
 
     Returns:
-        the keys and tensors that were changed.
+        The keys and tensors that were changed.
     """
     requirements = read_requirements(folder)
     keys, tables = read_file(file)
@@ -168,27 +154,18 @@ def mend(file: Path, folder: Path) -> list[str]:
     if numbers == changed and not tensors:
         set_numbers(file, numbers)
     else:
-        # what llama.cpp does not read today would count twice if it read it tomorrow
+        # llama.cpp does not read these today; if it did later, they would apply twice
         unread = [k for k in keys if k.startswith(f"{architecture}.rope.scaling.yarn_")]
         rewrite(file, {**dict.fromkeys(unread), **changed}, tensors)
     return [*changed, *tensors]
 
 
-def _rope_keys(
-    requirements: Requirements, architecture: str
-) -> dict[str, str | int | float | None]:
-    """The keys as they should be; None: not there."""
-    scaling = requirements.scaling
-    rope: dict[str, str | int | float | None]
-    if isinstance(scaling, LongRoPE) and not requirements.by_table:  # phi3's own keys stay
-        rope = {}
-    else:
+def _rope_keys(requirements: Requirements, architecture: str) -> dict[str, Any]:
+    """The keys as they should be. None for a key that should be absent."""
+    rope: dict[str, Any] = {}
+    if not requirements.own_keys:
         rope = {"type": None, "factor": None, "original_context_length": None}
-    if isinstance(scaling, Linear):
-        rope |= {"type": "linear", "factor": scaling.factor}
-    elif isinstance(scaling, YaRN) and not requirements.by_table:
-        rope |= {"type": "yarn", "factor": scaling.factor}
-        rope["original_context_length"] = scaling.original_length
+        rope |= requirements.scaling.gguf_keys() or {}
     factor = requirements.attn_factor
     rope["attn_factor"] = None if abs(factor - 1) < 1e-6 else factor
     wanted = {f"{architecture}.rope.scaling.{key}": value for key, value in rope.items()}
@@ -198,7 +175,7 @@ def _rope_keys(
 
 
 def _table(requirements: Requirements) -> np.ndarray | None:
-    """By what each pair's frequency is divided (d/2,), where only that says it."""
+    """What each pair's frequency is divided by (d/2,), if the file needs a table."""
     if not requirements.by_table:
         return None
     plain = Unscaled().inv_freq(requirements.info.rope_theta, requirements.info.rotary_dim)

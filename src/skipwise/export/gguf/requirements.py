@@ -1,4 +1,4 @@
-"""What a model folder asks for, and whether llama.cpp can compute it."""
+"""What a model folder requires, and whether llama.cpp can compute it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import complete, read_config
 from skipwise.models.model_info import ModelInfo, read_model_info
-from skipwise.pose.rope import LongRoPE, Scaling, YaRN
+from skipwise.pose.rope import SCALINGS, Scaling
 
 _TABLE_CLASSES = {"LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"}  # become llama
+_OWN_KEYS = {("longrope", "Phi3ForCausalLM")}  # llama.cpp's converter writes these itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What the folder's config.json asks for."""
+    """What the folder's config.json requires."""
 
     info: ModelInfo
     architecture: str  # the class's name
@@ -32,20 +33,18 @@ class Requirements:
 
     @property
     def by_table(self) -> bool:
-        """Whether only a table of frequencies says it: llama.cpp has no keys for this scaling."""
-        scaling = self.scaling
-        if isinstance(scaling, YaRN):
-            return (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (32, 1, True)
-        return scaling.name == "llama3" or (
-            isinstance(scaling, LongRoPE) and self.architecture in _TABLE_CLASSES
-        )
+        """Whether llama.cpp has no keys for this scaling and needs a table of frequencies."""
+        return self.scaling.gguf_keys() is None and not self.own_keys
+
+    @property
+    def own_keys(self) -> bool:
+        return (self.scaling.name, self.architecture) in _OWN_KEYS
 
     @property
     def attn_factor(self) -> float:
-        """The key's value: what yarn does not multiply by on its own."""
-        own = 1.0
-        if isinstance(self.scaling, YaRN) and not self.by_table:
-            own += 0.1 * math.log(self.scaling.factor)
+        """The key's value: llama.cpp's yarn multiplies by a factor of its own already."""
+        keys = self.scaling.gguf_keys() or {}
+        own = 1 + 0.1 * math.log(self.scaling.factor) if keys.get("type") == "yarn" else 1.0
         return self.scaling.attention_factor / own
 
     def inv_freq(self) -> np.ndarray:
@@ -56,34 +55,33 @@ def read_requirements(folder: Path) -> Requirements:
     """RoPE and length of a model folder.
 
     Raises:
-        SkipwiseError: no model that Skipwise can read, or dynamic scaling.
+        SkipwiseError: Skipwise cannot read the model, or its scaling follows the text's length.
     """
     raw = read_config(str(folder), ModelSettings())
     config = complete(raw)
     parameters = config.get("rope_parameters") or {}
     parameters = parameters.get("full_attention") or parameters
-    linear = parameters.get("rope_type") == "linear"
+    kind = SCALINGS.get(parameters.get("rope_type", "default"))
+    keeps_length = kind is not None and kind.keeps_length
     stated = config.get("max_position_embeddings") or 0
-    info = read_model_info(
-        config, (stated if linear else 0) or None
-    )  # L, which read_model_info would ask for
-    if info.rope_type == "dynamic":
+    info = read_model_info(config, (stated if keeps_length else 0) or None)
+    if kind is not None and kind.follows_length:
         raise SkipwiseError(
-            "llama.cpp has no dynamic scaling, whose frequencies grow with the text\n"
-            "type rope.type=yarn method=none for one that needs no training either"
+            f"llama.cpp has no {kind.name} scaling, whose frequencies change with the length of "
+            "the text\ntype rope.type=yarn method=none for one that needs no training either"
         )
     recipe = folder / "skipwise_recipe.yaml"
     if recipe.is_file():
         target = load_run_recipe(recipe).target_length
     else:
-        target = round(stated * info.scaling.factor) if linear else info.original_length
+        target = info.scaling.window(stated) if keeps_length else info.original_length
     return Requirements(
         info=info, architecture=(raw.get("architectures") or [""])[0], target_length=target
     )
 
 
 def refuse(requirements: Requirements) -> None:
-    """What llama.cpp cannot compute, before minutes of conversion.
+    """Refuse what llama.cpp cannot compute, before minutes of conversion.
 
     Raises:
         SkipwiseError: why, and what can be converted.
@@ -92,18 +90,16 @@ def refuse(requirements: Requirements) -> None:
     portable = "type rope.type=yarn without options, linear or ntk, which every runtime computes"
     if not scaling.trainable:
         raise SkipwiseError(
-            f"llama.cpp would take {scaling.name}'s short_factor or long_factor by the size of its "
-            f"buffer, and transformers takes them by the length of the text\n{portable}"
+            f"llama.cpp would choose {scaling.name}'s short_factor or long_factor by the size of "
+            f"its buffer, and transformers chooses by the length of the text\n{portable}"
         )
-    if (requirements.by_table and architecture not in _TABLE_CLASSES) or (
-        isinstance(scaling, LongRoPE) and architecture not in {*_TABLE_CLASSES, "Phi3ForCausalLM"}
-    ):
-        special = " with these options" if isinstance(scaling, YaRN) else ""
+    if requirements.by_table and architecture not in _TABLE_CLASSES:
         raise SkipwiseError(
-            f"llama.cpp cannot compute {scaling.name}{special} for {architecture}\n{portable}"
+            f"llama.cpp has no keys for this {scaling.name} scaling, and takes no table of "
+            f"frequencies for {architecture}\n{portable}"
         )
     if requirements.info.nested and abs(requirements.attn_factor - 1) > 1e-6:
         raise SkipwiseError(
-            f"llama.cpp would multiply the sliding layers of {architecture} by the attention "
-            f"factor {scaling.attention_factor:g} too\nleave attention_factor out"
+            f"llama.cpp would also multiply the sliding layers of {architecture} by the attention "
+            f"factor {scaling.attention_factor:g}\nleave attention_factor out"
         )

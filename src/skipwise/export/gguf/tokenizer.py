@@ -1,4 +1,4 @@
-"""What llama.cpp's converter has to be told of a tokenizer."""
+"""What llama.cpp's converter cannot find out about a tokenizer itself."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _REGEX = {  # of a Split in tokenizer.json, and llama.cpp's name for it
 
 
 def text_ends(folder: Path) -> dict[str, bool]:
-    """Whether the tokenizer puts BOS before a text, and EOS behind it."""
+    """Whether the tokenizer puts BOS before a text, and EOS after it."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # of many kinds; the converter says more about what it needs
+    except Exception:  # of many kinds; the converter's own error says more
         return {}
     ids = tokenizer("a")["input_ids"]
     return {
@@ -29,10 +29,10 @@ def text_ends(folder: Path) -> dict[str, bool]:
 
 
 def pre_tokenizer(folder: Path) -> str | None:
-    """llama.cpp's name for the way this byte-level BPE cuts texts; None: none that is known.
+    """llama.cpp's name for the pre-tokenizer of this byte-level BPE. None if it has none.
 
-    The converter knows a tokenizer by a hash of its ids, so one that was trained anew is unknown to
-    it however common its rules are.
+    The converter recognises a tokenizer by a hash of its ids, so it does not know a newly trained
+    tokenizer, however common its rules are.
     """
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -51,5 +51,5 @@ def pre_tokenizer(folder: Path) -> str | None:
         split = before[0]
         if split.get("behavior") == "Isolated" and not split.get("invert"):
             name = _REGEX.get(split.get("pattern", {}).get("Regex", ""))
-    whole_words = bool(model.get("ignore_merges"))  # taken as they are, if the vocabulary has them
+    whole_words = bool(model.get("ignore_merges"))  # words in the vocabulary stay unsplit
     return name if whole_words == (name == "llama-bpe") else None

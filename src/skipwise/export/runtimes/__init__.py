@@ -1,9 +1,9 @@
-"""What each runtime would load from a model's folder, ours or not, and where they differ.
+"""What each runtime would load from any model's folder, and where runtimes differ.
 
 A config.json is enough; neither torch nor transformers is imported.
 
-1. `folder.py` reads the files, 2. `runtimes.py` says what each runtime makes of them,
-3. `faults.py` and `file_faults.py` compare (on a `case.py`), 4. `table.py` prints.
+1. `folder.py` reads the files, 2. `readers.py` says what each runtime makes of them,
+3. `config_issues.py` and `file_issues.py` compare (a `FolderReport`), 4. `table.py` prints.
 """
 
 from skipwise.export.runtimes.folder_report import Issue

@@ -1,6 +1,6 @@
-"""Where runtimes would read a folder differently or wrongly, each with what mends it.
+"""Where runtimes would read a folder differently or wrongly, each with its fix.
 
-A fault is something to mend before the folder is handed over. A note is worth knowing and may stay.
+Fix an issue before you share the folder. A note (in table.py) is only worth knowing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from skipwise.export.runtimes.file_issues import find_file_issues
 from skipwise.export.runtimes.folder import ModelFolder
 from skipwise.export.runtimes.folder_report import ALL, FolderReport, Issue, describe, names_length
 from skipwise.export.runtimes.readers import (
+    KNOWN_TYPES,
     LLAMA_CPP,
     LLAMA_CPP_WITHOUT_ROPE,
     NOT_COMPUTED,
@@ -41,28 +42,28 @@ def find_issues(report: FolderReport) -> tuple[Issue, ...]:
 
 
 def _type(report: FolderReport) -> Iterator[Issue]:
-    """Types that no transformers has, and two names that differ."""
+    """Types that no version of transformers has, and two names that differ."""
     given, name = given_parameters(report.folder), report.rope_type
     if name == "ntk":
-        mend = 'set rope_type to "default" and rope_theta to theta x factor^(d/(d-2))'
+        fix = 'set rope_type to "default" and rope_theta to theta x factor^(d/(d-2))'
         factor, plain = report.parameters.get("factor"), report.readings[VLLM]
         if factor and plain.inv_freq is not None:
             dim = 2 * len(plain.inv_freq)
             theta = plain.rope_theta * factor ** (dim / (dim - 2))
-            mend = f'set rope_type to "default" and rope_theta to {theta!r}, and drop factor'
+            fix = f'set rope_type to "default" and rope_theta to {theta!r}, and remove factor'
         yield Issue(
             name="rope_type",
             runtimes=ALL,
-            what="rope_type ntk is known to vLLM alone, by a formula of its own; transformers and "
-            "SGLang do not load it, llama.cpp drops it without a word",
-            mend=mend,
+            what="only vLLM knows rope_type ntk, with its own formula; transformers and SGLang do "
+            "not load it, and llama.cpp's converter drops it without a warning",
+            fix=fix,
         )
     if name == "su":
         yield Issue(
             name="rope_type",
             runtimes=(T5, T4, SGLANG),
             what="rope_type su is an older name of longrope, and only vLLM and Phi-3 know it",
-            mend='write "longrope"',
+            fix='write "longrope"',
         )
     both = given.get("type"), given.get("rope_type")
     if None not in both and both[0] != both[1] and both != ("su", "longrope"):
@@ -71,12 +72,12 @@ def _type(report: FolderReport) -> Iterator[Issue]:
             runtimes=(T4, VLLM),
             what=f"type is {both[0]} and rope_type {both[1]} in one dictionary: transformers 5 "
             "takes rope_type, transformers 4 type, vLLM neither",
-            mend="make them equal, or take type out",
+            fix="make them equal, or remove type",
         )
 
 
 def _spellings(report: FolderReport) -> Iterator[Issue]:
-    """The older spelling missing beside the newer one, or saying something else."""
+    """The older keys missing beside the newer ones, or different from them."""
     raw, four, reference = report.folder.raw, report.readings[T4], report.reference
     older = raw.get("rope_scaling") or {}
     newer = raw.get("rope_parameters") or {}
@@ -92,8 +93,8 @@ def _spellings(report: FolderReport) -> Iterator[Issue]:
                 what=f"rope_scaling says {_describe(older, keys)}, rope_parameters says "
                 f"{_describe(newer, keys)}: transformers, vLLM and SGLang take rope_scaling, "
                 "llama.cpp's converter takes rope_parameters",
-                mend="delete the wrong one; with both or neither of them right, write the scaling "
-                "that the weights were trained with under both names",
+                fix="delete the wrong one; if neither is right, write the scaling that the weights "
+                "were trained with under both names",
             )
             return
     if top is not None and inside is not None and top != inside:
@@ -102,27 +103,27 @@ def _spellings(report: FolderReport) -> Iterator[Issue]:
             runtimes=(T4,),
             what=f"{theta_key} is {top:,.0f} at the top level, which transformers 4 takes, and "
             f"{inside:,.0f} in rope_parameters; transformers 5 takes {reference.rope_theta:,.0f}",
-            mend=f"set both to the theta that the weights were trained with: the {theta_key} of "
-            "the base, raised only if the method is ntk",
+            fix=f"set both to the theta that the weights were trained with: the {theta_key} of "
+            "the base, changed only by ntk",
         )
     dropped = older and top is None and older.get("rope_theta") is None and inside is not None
     if dropped and inside != reference.rope_theta:
         yield Issue(
             name="two spellings",
             runtimes=ALL,
-            what=f"rope_scaling is there without {theta_key} beside it, so that all but llama.cpp "
-            f"take theta {reference.rope_theta:,.0f} and not the {inside:,.0f} of rope_parameters",
-            mend=f'add "{theta_key}": {inside!r} beside rope_scaling',
+            what=f"rope_scaling has no {theta_key} beside it, so all runtimes but llama.cpp take "
+            f"theta {reference.rope_theta:,.0f} and not the {inside:,.0f} of rope_parameters",
+            fix=f'add "{theta_key}": {inside!r} beside rope_scaling',
         )
         return
-    if not newer or four.error or reference.error or four.turns_like(reference):
+    if not newer or four.error or reference.error or four.same_rope(reference):
         return
     missing = ["rope_scaling"] if reference.rope_type != "default" and not older else []
     missing += [theta_key] if top is None and four.rope_theta != reference.rope_theta else []
     if not missing:
         return
     verb = "is" if len(missing) == 1 else "are"
-    spelled = with_legacy_rope_keys({**raw, "rope_parameters": _whole(report)})
+    spelled = with_legacy_rope_keys({**raw, "rope_parameters": _completed(report)})
     keys = [*missing, "rope_local_base_freq"]
     added = {key: spelled[key] for key in keys if key in spelled and spelled[key] != raw.get(key)}
     added = {k: v for k, v in added.items() if v is not None}
@@ -131,14 +132,14 @@ def _spellings(report: FolderReport) -> Iterator[Issue]:
         runtimes=(T4,),
         what=f"transformers 5 reads {describe(reference)}; transformers 4 reads {describe(four)}: "
         f"{' and '.join(missing)} {verb} missing beside rope_parameters",
-        mend=f"add to config.json {_short(added)}"
+        fix=f"add to config.json {json.dumps(added)[1:-1]}"
         if added
-        else "transformers 4 has no words for it: serve this model with transformers 5",
+        else "transformers 4 has no keys for it: serve this model with transformers 5",
     )
 
 
-def _whole(report: FolderReport) -> dict[str, Any]:
-    """rope_parameters as they stand, with the type and thetas that transformers 5 adds."""
+def _completed(report: FolderReport) -> dict[str, Any]:
+    """rope_parameters with the type and thetas that transformers 5 adds."""
     given = report.folder.raw["rope_parameters"]
     added = {key: report.parameters[key] for key in ("rope_type", "rope_theta")}
     if "full_attention" not in given:
@@ -149,7 +150,7 @@ def _whole(report: FolderReport) -> dict[str, Any]:
 
 
 def _original(report: FolderReport) -> Iterator[Issue]:
-    """original_max_position_embeddings missing, in the wrong place, or another than it was."""
+    """original_max_position_embeddings missing, in the wrong place, or wrong."""
     folder, name = report.folder, report.rope_type
     given = given_parameters(folder)
     if name not in _NAMES_L or not given:
@@ -163,7 +164,7 @@ def _original(report: FolderReport) -> Iterator[Issue]:
                 runtimes=(T4,),
                 what="longrope has no original_max_position_embeddings at the top level, the only "
                 f"place where transformers 4 looks: it counts from {folder.length:,}",
-                mend=f'add "original_max_position_embeddings": '
+                fix=f'add "original_max_position_embeddings": '
                 f"{inside or report.original_length or 'L'} beside max_position_embeddings",
             )
     elif not inside:
@@ -176,8 +177,8 @@ def _original(report: FolderReport) -> Iterator[Issue]:
             what=f"{name} has no original_max_position_embeddings inside: transformers 5, vLLM and "
             f"SGLang count from {top or folder.length:,}, transformers 4: {four}, "
             f"llama.cpp: {f'{top:,}' if top else cpp}",
-            mend=f'add "original_max_position_embeddings": {guess} to rope_parameters and '
-            "rope_scaling, if that is what the weights were trained at",
+            fix=f'add "original_max_position_embeddings": {guess} to rope_parameters and '
+            "rope_scaling, if the weights were trained at that length",
         )
     if inside and top and inside != top and "original_max_position_embeddings" in folder.raw:
         yield Issue(
@@ -186,7 +187,7 @@ def _original(report: FolderReport) -> Iterator[Issue]:
             what=f"original_max_position_embeddings is {top:,} at the top level, where transformers"
             f" 5, vLLM and SGLang look first, and {inside:,} inside, where llama.cpp does, and "
             "transformers 4 for any type but longrope",
-            mend="make them equal",
+            fix="make them equal",
         )
     read = report.reference.original_length
     if report.original_length and read and read != report.original_length and inside:
@@ -195,29 +196,26 @@ def _original(report: FolderReport) -> Iterator[Issue]:
             runtimes=ALL,
             what=f"the config counts from {read:,} tokens, and the model was trained at "
             f"{report.original_length:,}",
-            mend=f"set original_max_position_embeddings to {report.original_length}",
+            fix=f"set original_max_position_embeddings to {report.original_length}",
         )
 
 
 def _lengths(report: FolderReport) -> Iterator[Issue]:
-    """What serves more or less than the window."""
+    """Lengths that make a runtime serve more or less than the window."""
     folder, name, length = report.folder, report.rope_type, report.folder.length
     factor = report.parameters.get("factor") or 1.0
     named = names_length(folder) and report.parameters.get("factor")
     if name == "yarn" and named and length != report.window:
-        beyond = (
-            f", and vLLM has no angles beyond {report.window:,}" if length > report.window else ""
-        )
+        beyond = f", and vLLM has no angles beyond {report.window:,}" * (length > report.window)
         yield Issue(
             name="length",
             runtimes=(VLLM, SGLANG, LLAMA_CPP),
             what=f"yarn reaches {factor:g} x {report.window / factor:,.0f} = {report.window:,} "
-            "tokens "
-            f"and max_position_embeddings is {length:,}: vLLM and SGLang serve that many{beyond}; "
-            "transformers 4.51 to 4.55 take another factor from it",
-            mend=f"set max_position_embeddings to {report.window}",
+            f"tokens and max_position_embeddings is {length:,}: vLLM and SGLang serve that many"
+            f"{beyond}; transformers 4.51 to 4.55 compute another factor from it",
+            fix=f"set max_position_embeddings to {report.window}",
         )
-    if name in ("linear", "dynamic"):
+    if report.keeps_length:
         yield from _multiplied(report, factor)
     for runtime in (VLLM, SGLANG):
         reading, key = report.readings[runtime], _other_length(folder, runtime)
@@ -227,7 +225,7 @@ def _lengths(report: FolderReport) -> Iterator[Issue]:
                 runtimes=(runtime,),
                 what=f"{runtime} takes {key} {folder.raw[key]:,}, not max_position_embeddings "
                 f"{length:,}, and serves {reading.max_length:,} tokens",
-                mend=f"take {key} out of config.json",
+                fix=f"remove {key} from config.json",
             )
 
 
@@ -239,10 +237,10 @@ def _multiplied(report: FolderReport, factor: float) -> Iterator[Issue]:
         yield Issue(
             name="length",
             runtimes=(VLLM, SGLANG),
-            what=f"{name} wants the length before scaling, and max_position_embeddings is "
+            what=f"{name} needs the length before scaling, and max_position_embeddings is "
             f"{length:,}: vLLM and SGLang multiply it by {factor:g} and serve "
             f"{length * factor:,.0f} tokens",
-            mend=f"set max_position_embeddings to {L}",
+            fix=f"set max_position_embeddings to {L}",
         )
     elif not L and factor > 1 and tokens == length:
         yield Issue(
@@ -251,8 +249,8 @@ def _multiplied(report: FolderReport, factor: float) -> Iterator[Issue]:
             what=f"max_position_embeddings and the tokenizer's model_max_length are both "
             f"{length:,}, and vLLM and SGLang multiply the first by {factor:g} ({name}): they "
             f"serve {length * factor:,.0f} tokens",
-            mend=f"if {length:,} is the window with the scaling, set max_position_embeddings to "
-            f"{round(length / factor)}; if it is the one before, set the tokenizer's "
+            fix=f"if {length:,} is the window with the scaling, set max_position_embeddings to "
+            f"{round(length / factor)}; if it is the one before scaling, set the tokenizer's "
             f"model_max_length to {round(length * factor)}",
         )
 
@@ -275,7 +273,7 @@ def _attention(report: FolderReport) -> Iterator[Issue]:
             runtimes=(SGLANG, LLAMA_CPP) if explicit else (LLAMA_CPP,),
             what=f"{name} makes it {A:.4f} for {readers}; {others} and vLLM up to 0.15 "
             f"compute {default:.4f}",
-            mend=f"take it out if the weights were trained with {default:.4f}; if not, GGUF needs "
+            fix=f"remove it if the weights were trained with {default:.4f}; if not, GGUF needs "
             f"{key} = {A / default:.6f} (skipwise export --to gguf writes it)"
             + (f", and SGLang attn_factor = {A / default:.6f}" if explicit else ""),
         )
@@ -283,8 +281,8 @@ def _attention(report: FolderReport) -> Iterator[Issue]:
         yield Issue(
             name="attention factor",
             runtimes=(SGLANG,),
-            what=f"attn_factor {p['attn_factor']:g} is read by SGLang and vLLM up to 0.15 alone",
-            mend="take it out",
+            what=f"only SGLang and vLLM up to 0.15 read attn_factor {p['attn_factor']:g}",
+            fix="remove it",
         )
     ramp = [key for key in ("truncate", "beta_fast", "beta_slow") if p.get(key) is not None]
     cpp = report.readings[LLAMA_CPP]
@@ -292,9 +290,9 @@ def _attention(report: FolderReport) -> Iterator[Issue]:
         yield Issue(
             name="ramp",
             runtimes=(LLAMA_CPP,),
-            what=f"{', '.join(f'{key} {p[key]}' for key in ramp)}: llama.cpp has yarn's ramp "
-            "from 32 turns to 1, its ends at whole pairs",
-            mend=_TO_GGUF,
+            what=f"{', '.join(f'{key} {p[key]}' for key in ramp)}: llama.cpp's yarn ramp goes "
+            "from 32 rotations to 1, with its ends rounded to pairs",
+            fix=_TO_GGUF,
         )
 
 
@@ -306,42 +304,42 @@ def _portable(report: FolderReport) -> Iterator[Issue]:
             name="not portable",
             runtimes=(VLLM, SGLANG, LLAMA_CPP),
             what="dynamic follows the longest position seen in transformers, stays unscaled in "
-            "vLLM, is scaled once and for all in SGLang, and is dropped by llama.cpp",
-            mend="extend with rope.type=yarn, or serve it with transformers",
+            "vLLM, is fixed at the full factor in SGLang, and is dropped by llama.cpp",
+            fix="extend with rope.type=yarn, or serve it with transformers",
         )
-    dropped = not cpp.error and cpp.rope_type == "default"
+    dropped = not cpp.error and cpp.rope_type == "default" and name != "default"
     if folder.family in LLAMA_CPP_WITHOUT_ROPE:
-        if not cpp.turns_like(report.reference):
+        if not cpp.same_rope(report.reference):
             yield Issue(
                 name="not portable",
                 runtimes=(LLAMA_CPP,),
-                what=f"llama.cpp's converter writes no RoPE for {folder.family}: it is theta "
-                f"10,000 there, without scaling, and here {describe(report.reference)}",
-                mend=f"{_TO_GGUF}, or start llama.cpp with {_flags(report.reference)}",
+                what=f"llama.cpp's converter writes no RoPE for {folder.family}: it uses theta "
+                f"10,000 without scaling, and the config has {describe(report.reference)}",
+                fix=f"{_TO_GGUF}, or start llama.cpp with {_flags(report.reference)}",
             )
-    elif name in ("longrope", "llama3") and dropped:
+    elif dropped and name not in ("dynamic", "ntk", "su", "proportional"):
         yield Issue(
             name="not portable",
             runtimes=(LLAMA_CPP,),
-            what=f"llama.cpp's converter drops {name} for {folder.family} without a word",
-            mend=f"{_TO_GGUF} where it can, or extend with rope.type=yarn",
+            what=f"llama.cpp's converter drops {name} for {folder.family} without a warning",
+            fix=f"{_TO_GGUF} if it can, or extend with rope.type=yarn",
         )
     if name == "longrope":
         pair = report.readings[VLLM], report.readings[SGLANG]
-        for r in (r for r in pair if not r.error and not r.turns_like(report.reference)):
+        for r in (r for r in pair if not r.error and not r.same_rope(report.reference)):
             yield Issue(
                 name="not portable",
                 runtimes=(r.runtime,),
                 what=f"{r.runtime} takes longrope's attention factor from the lengths, "
                 f"{r.attention_factor:.4f}, and transformers has "
                 f"{report.reference.attention_factor:.4f}",
-                mend="leave attention_factor out and set factor to max_position_embeddings / "
+                fix="leave attention_factor out and set factor to max_position_embeddings / "
                 "original_max_position_embeddings",
             )
 
 
 def _flags(reading: Reading) -> str:
-    """What llama.cpp takes at its start instead of the keys of a GGUF file."""
+    """llama.cpp's command-line flags in place of the keys of a GGUF file."""
     flags = f"--rope-freq-base {reading.rope_theta:.0f}"
     if reading.rope_type in ("linear", "yarn"):
         flags += f" --rope-scaling {reading.rope_type} --rope-scale {reading.factor:g}"
@@ -367,71 +365,73 @@ def _window(report: FolderReport) -> Iterator[Issue]:
             name="sliding window",
             runtimes=(T5, T4, VLLM, SGLANG),
             what=f"sliding_window is {window:,}{where} in every layer, and the window "
-            f"{report.window:,}: nothing further back is seen",
-            mend='set "sliding_window": null, if the weights were trained without it',
+            f"{report.window:,}: tokens further back are hidden",
+            fix='set "sliding_window": null, if the weights were trained without it',
         )
 
 
 def _unreadable(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
-    """Runtimes that fail, where no check above has said why."""
-    told = {runtime for issue in found for runtime in issue.runtimes}
+    """Runtimes that fail for reasons that no check above has reported."""
+    reported = {runtime for issue in found for runtime in issue.runtimes}
     reasons: dict[str, list[str]] = {}
     for reading in report.readings.values():
-        if reading.error and reading.runtime not in told and not is_new_family(reading):
+        if reading.error and reading.runtime not in reported and not is_new_family(reading):
             reasons.setdefault(reading.error, []).append(reading.runtime)
     for reason, runtimes in reasons.items():
         if reason.startswith("the factor of linear"):
-            mend = f"write {report.parameters['factor']}.0"
+            fix = f"write {report.parameters['factor']}.0"
         elif "head_dim" in reason:
-            mend = f'add "head_dim": {report.folder.head_dim}'
+            fix = f'add "head_dim": {report.folder.head_dim}'
+        elif "unknown" in reason:
+            fix = f"use a runtime that knows it, or write a known type: {', '.join(KNOWN_TYPES)}"
         elif "has no " in reason:
-            mend = "add it, as the model's base or its authors have it"
+            fix = "add it, as the model's base or its authors have it"
         else:
-            mend = "export the model again, or write the scaling that it was trained with"
+            fix = "export the model again, or write the scaling that it was trained with"
         verb = "" if reason.startswith(NOT_COMPUTED) else " cannot load it"
         yield Issue(
             name="does not load",
             runtimes=tuple(runtimes),
             what=f"{', '.join(runtimes)}{verb}: {reason}",
-            mend=mend,
+            fix=fix,
         )
 
 
 def is_new_family(reading: Reading) -> bool:
-    """A family that transformers 4 never had: nothing to mend."""
+    """A family that transformers 4 never had: nothing to fix."""
     return "is not in transformers 4" in (reading.error or "")
 
 
 def _unexplained(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
-    """Any other difference between runtimes: none goes unsaid."""
-    told = {runtime for issue in found for runtime in issue.runtimes}
+    """Any other difference between runtimes."""
+    reported = {runtime for issue in found for runtime in issue.runtimes}
     reference = report.reference
     for runtime, reading in report.readings.items():
-        if runtime in told or reading.error or reference.inv_freq is None:
+        if runtime in reported or reading.error or reference.inv_freq is None:
             continue
-        if not reading.turns_like(reference):
+        if not reading.same_rope(reference):
             yield Issue(
                 name="other frequencies",
                 runtimes=(runtime,),
                 what=f"{runtime} reads {describe(reading)}, transformers 5 {describe(reference)}",
-                mend="make rope_parameters, rope_scaling and rope_theta say the same",
+                fix="make rope_parameters, rope_scaling and rope_theta agree",
             )
         elif (
             runtime in (VLLM, SGLANG)
             and reading.max_length != report.window
-            and report.rope_type != "longrope"  # vLLM stays at L unless asked: a note
+            and report.rope_type != "longrope"  # vLLM serves L by default: a note
         ):
             yield Issue(
                 name="length",
                 runtimes=(runtime,),
                 what=f"{runtime} serves {reading.max_length:,} tokens, the window is "
                 f"{report.window:,}",
-                mend="set max_position_embeddings as the type wants it",
+                fix="set max_position_embeddings as the type needs it",
             )
 
 
 def _differing(family: str, older: dict[str, Any], newer: dict[str, Any]) -> list[str]:
-    """Keys in which two spellings of one scaling differ."""
+    """Keys in which the older and the newer dictionary differ."""
     moved = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
     old = {k: v for k, v in older.items() if k not in moved and v is not None}
     new = {k: v for k, v in newer.items() if k not in moved and v is not None}
@@ -452,13 +452,8 @@ def _describe(p: dict[str, Any], keys: list[str]) -> str:
     return " ".join([name, *([f"({', '.join(shown)})"] if shown else [])])
 
 
-def _short(added: dict[str, Any]) -> str:
-    """JSON to paste, without its braces."""
-    return json.dumps(added)[1:-1]
-
-
 def _other_length(folder: ModelFolder, runtime: str) -> str | None:
-    """The key that a runtime takes instead of max_position_embeddings."""
+    """The key that a runtime reads in place of max_position_embeddings."""
     sglang = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length")
     vllm = ("model_max_length", "seq_length", "max_sequence_length", "max_seq_length", "seq_len")
     if runtime == SGLANG:

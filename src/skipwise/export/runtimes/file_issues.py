@@ -1,4 +1,4 @@
-"""Faults of the files around the config: tokenizer, generation settings, adapters, weights."""
+"""Issues in the files around the config: tokenizer, generation settings, adapters, weights."""
 
 from __future__ import annotations
 
@@ -22,41 +22,38 @@ def _tokenizer(report: FolderReport) -> Iterator[Issue]:
             name="tokenizer class",
             runtimes=(T4,),
             what="tokenizer_class is TokenizersBackend, which transformers 4 does not have",
-            mend='set tokenizer_class to "PreTrainedTokenizerFast" in tokenizer_config.json',
+            fix='set tokenizer_class to "PreTrainedTokenizerFast" in tokenizer_config.json',
         )
-    multiplied = report.rope_type in ("linear", "dynamic") and tokens == report.folder.length
+    multiplied = report.keeps_length and tokens == report.folder.length
     if tokens and tokens < report.window and not (multiplied and not report.original_length):
         yield Issue(
             name="tokenizer length",
             runtimes=(T5, T4),
             what=f"the tokenizer's model_max_length is {tokens:,} and the window "
-            f"{report.window:,}: "
-            "it warns of longer text, and cuts it where truncation=True",
-            mend=f"set model_max_length to {report.window} in tokenizer_config.json",
+            f"{report.window:,}: it warns about longer text, and cuts it with truncation=True",
+            fix=f"set model_max_length to {report.window} in tokenizer_config.json",
         )
 
 
 def _generation(report: FolderReport) -> Iterator[Issue]:
-    settings = {
-        "config.json": report.folder.raw,
-        "generation_config.json": report.folder.generation,
-    }
+    folder = report.folder
+    settings = {"config.json": folder.raw, "generation_config.json": folder.generation}
     for file, values in settings.items():
         if values.get("use_cache") is False:
             yield Issue(
                 name="use_cache",
                 runtimes=(T5, T4),
                 what=f"use_cache is false in {file}: each new token reads the whole prompt again",
-                mend="set it to true",
+                fix="set it to true",
             )
-    limit = report.folder.generation.get("max_length")
+    limit = folder.generation.get("max_length")
     if isinstance(limit, int) and limit < report.window:
         yield Issue(
             name="generation length",
             runtimes=(T5, T4),
             what=f"max_length is {limit:,} in generation_config.json: generate stops there, prompt "
             "included, unless max_new_tokens is given",
-            mend="take max_length out",
+            fix="remove max_length",
         )
 
 
@@ -66,18 +63,18 @@ def _adapter(report: FolderReport) -> Iterator[Issue]:
         return
     name = folder.base or "a base that is not named"
     if folder.own_config is not None and folder.raw == folder.own_config:
-        known = "its config.json is not read for the model, and that of the base is not here"
+        known = "whose config is not on this machine; peft does not read this folder's config.json"
     elif report.rope_type == "default" or folder.own_config is not None:
-        known = f"there it is {describe(report.reference)}"
+        known = f"which is {describe(report.reference)}"
     else:
         return
     yield Issue(
         name="adapter",
         runtimes=ALL,
-        what=f"this is an adapter, and an adapter carries no RoPE: what is loaded is that of "
-        f"{name}, and {known}",
-        mend="merge it (skipwise export, or peft's merge_and_unload) and hand that over, or load "
-        "the base with config= of the scaled config.json",
+        what=f"this is an adapter, which has no RoPE of its own: a runtime loads that of {name}, "
+        f"{known}",
+        fix="merge it (skipwise export, or peft's merge_and_unload) and share the merged model, or "
+        "load the base with config= of the scaled config.json",
     )
 
 
@@ -87,6 +84,6 @@ def _weights(report: FolderReport) -> Iterator[Issue]:
         yield Issue(
             name="weights",
             runtimes=ALL,
-            what=f"the index names {len(missing)} files that are not here, the first {missing[0]}",
-            mend="copy them into the folder",
+            what=f"the index lists {len(missing)} files that the folder lacks, first {missing[0]}",
+            fix="copy them into the folder",
         )

@@ -1,4 +1,4 @@
-"""A model folder as it lies on disk: its JSON files, and what its config class would add.
+"""A model folder on disk: its JSON files, and what its config class would add.
 
 A config.json is enough. No weights are opened, and neither torch nor transformers is imported.
 """
@@ -14,34 +14,34 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import defaults, read_config
 
-_UNSET = 10**12  # a tokenizer without a length of its own says 1e30
+_UNSET = 10**12  # a tokenizer without a length has 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """What the files say, before any runtime reads them."""
+    """The contents of the files, before any runtime reads them."""
 
     path: Path
-    raw: dict[str, Any]  # config.json of the language model, as it stands
-    known: dict[str, Any]  # defaults of its config class in transformers 5; {} for a family unknown
+    raw: dict[str, Any]  # config.json of the language model, unchanged
+    known: dict[str, Any]  # defaults of its config class in transformers 5; {} if it has none
     tokenizer: dict[str, Any] | None  # tokenizer_config.json
     generation: dict[str, Any]  # generation_config.json
-    base: str | None  # what an adapter's folder names as its base
+    base: str | None  # the base model that an adapter's folder names
     own_config: dict[str, Any] | None  # the config.json beside an adapter, which peft does not read
     weights: tuple[str, ...]
-    missing_weights: tuple[str, ...]  # named by an index, and not there
+    missing_weights: tuple[str, ...]  # listed in an index, but not in the folder
 
     @property
     def family(self) -> str:
         return self.raw.get("model_type", "unknown")
 
     def value(self, key: str, default: Any = None) -> Any:
-        """What config.json says, or the config class where it says nothing."""
+        """The value in config.json, or else the config class's default."""
         return self.raw[key] if key in self.raw else self.known.get(key, default)
 
     @property
     def length(self) -> int:
-        """max_position_embeddings, under whichever name."""
+        """max_position_embeddings, under any of its names."""
         names = ("max_position_embeddings", "n_positions", "max_seq_len")
         found = next((self.raw[n] for n in names if self.raw.get(n)), None)
         return found or self.known.get("max_position_embeddings") or 2048
@@ -55,8 +55,8 @@ class ModelFolder:
 
     @property
     def head_dim(self) -> int | None:
-        """Dimensions of a head; None: the config does not say, not even by its width."""
-        if self.raw.get("qk_rope_head_dim"):  # DeepSeek: only this part of a head turns
+        """Dimensions of a head. None if the config does not give it, directly or by its width."""
+        if self.raw.get("qk_rope_head_dim"):  # DeepSeek: only these dimensions rotate
             return self.raw["qk_rope_head_dim"]
         if self.value("head_dim"):
             return self.value("head_dim")
@@ -68,7 +68,7 @@ class ModelFolder:
 
     @property
     def tokenizer_length(self) -> int | None:
-        """The tokenizer's model_max_length; None where it has none."""
+        """The tokenizer's model_max_length. None if it has none."""
         length = (self.tokenizer or {}).get("model_max_length")
         ok = isinstance(length, int | float) and not isinstance(length, bool) and length < _UNSET
         return int(length) if ok and length is not None else None
@@ -93,9 +93,9 @@ def read_folder(path: Path) -> ModelFolder:
         raw = read_config(base, ModelSettings())
     else:
         raise SkipwiseError(
-            f"{path} is an adapter of {base or 'a base that it does not name'}, and what is loaded "
-            "is that base's RoPE, which is not here to read\ngive the base's folder, or merge the "
-            "adapter into it (peft: merge_and_unload) and give that"
+            f"{path} is an adapter of {base or 'a base that it does not name'}. Runtimes load that "
+            "base's RoPE, and its config is not on this machine\ngive the base's folder, or "
+            "merge the adapter into it (peft: merge_and_unload) and give that"
         )
     text = raw.get("text_config")
     if isinstance(text, dict):
@@ -103,7 +103,7 @@ def read_folder(path: Path) -> ModelFolder:
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(raw.get(key), dict | None):
             raise SkipwiseError(
-                f"{path / 'config.json'}: {key} is {raw[key]!r}\ngive a JSON object, or take it out"
+                f"{path / 'config.json'}: {key} is {raw[key]!r}\ngive a JSON object, or remove it"
             )
     folder = ModelFolder(
         path=path,
@@ -131,20 +131,20 @@ def _require_rope(folder: ModelFolder) -> None:
     if folder.head_dim is None:
         raise SkipwiseError(
             f"the config.json of {folder.path} has neither head_dim nor hidden_size and "
-            "num_attention_heads: it is not whole"
+            "num_attention_heads: it is incomplete"
         )
 
 
 def _json(file: Path) -> dict[str, Any] | None:
-    """The object in a file; None: no such file."""
+    """The object in a file. None if there is no such file."""
     if not file.is_file():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SkipwiseError(f"{file} is not JSON: {error}\nmend or remove it") from error
+        raise SkipwiseError(f"{file} is not JSON: {error}\nfix or remove it") from error
     if not isinstance(found, dict):
-        raise SkipwiseError(f"{file} should map keys to values\nmend or remove it")
+        raise SkipwiseError(f"{file} should map keys to values\nfix or remove it")
     return found
 
 
@@ -158,7 +158,7 @@ def _weights(path: Path) -> tuple[str, ...]:
 
 
 def _missing_weights(path: Path) -> tuple[str, ...]:
-    """Shards that an index names and the folder lacks."""
+    """Shards that an index lists and the folder lacks."""
     names: set[str] = set()
     for index in path.glob("*.index.json"):
         names |= set(((_json(index) or {}).get("weight_map") or {}).values())

@@ -1,4 +1,4 @@
-"""What the checks look at, and what they find."""
+"""The input of the checks, `FolderReport`, and what they find, `Issue`."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from skipwise.export.runtimes.readers import (
     parameters_5,
     top_length,
 )
+from skipwise.pose.rope import SCALINGS
 
 ALL = (T5, T4, VLLM, SGLANG, LLAMA_CPP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Issue:
-    """Something to mend."""
+    """Something to fix."""
 
     name: str
     runtimes: tuple[str, ...]  # those that read it wrongly
     what: str
-    mend: str
+    fix: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderReport:
-    """What the checks look at."""
+    """A folder, and what each runtime makes of it."""
 
     folder: ModelFolder
-    readings: dict[str, Reading]  # of each runtime
-    parameters: dict[str, Any]  # as transformers 5 holds them
-    original_length: int | None  # L, where the caller knows it
-    window: int  # T: how far the config reaches, by its own account
+    readings: dict[str, Reading]  # by runtime
+    parameters: dict[str, Any]  # as in transformers 5
+    original_length: int | None  # L, if the caller knows it
+    window: int  # T, as the config states it
+    keeps_length: bool  # max_position_embeddings is L, and vLLM and SGLang multiply it
 
     @property
     def reference(self) -> Reading:
@@ -56,7 +58,9 @@ def make_folder_report(
     p, _ = parameters_5(folder)
     factor = p.get("factor") or 1.0
     window = folder.length
-    if p["rope_type"] in ("linear", "dynamic"):
+    scaling = SCALINGS.get(p["rope_type"])
+    keeps_length = scaling is not None and scaling.keeps_length
+    if keeps_length:
         window = round((original_length or folder.length) * factor)
     elif p["rope_type"] == "yarn" and p.get("factor") and (original_length or names_length(folder)):
         window = round((original_length or p["original_max_position_embeddings"]) * factor)
@@ -66,17 +70,18 @@ def make_folder_report(
         parameters=p,
         original_length=original_length,
         window=window,
+        keeps_length=keeps_length,
     )
 
 
 def names_length(folder: ModelFolder) -> bool:
-    """Whether the config says L, or its class does."""
+    """Whether the config or its class says L."""
     given = given_parameters(folder)
     return not given or bool(given.get("original_max_position_embeddings") or top_length(folder))
 
 
 def describe(reading: Reading) -> str:
-    """yarn x8 of 4,096, theta 10,000."""
+    """For example: yarn x8 of 4,096, theta 10,000."""
     if reading.error:
         return "nothing"
     if reading.rope_type == "default":

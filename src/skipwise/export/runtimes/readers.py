@@ -1,6 +1,6 @@
-"""What each runtime loads from a config: its RoPE, its frequencies, and how far it will go.
+"""What each runtime loads from a config: its RoPE, its frequencies, and its maximum length.
 
-One function a runtime, each read from the code it is named for:
+One function per runtime, each written after this runtime's code:
 
 - transformers 5:  5.23.0, modeling_rope_utils.py and configuration_utils.py
 - transformers 4:  4.57.6, modeling_rope_utils.py and the config classes
@@ -14,28 +14,29 @@ One function a runtime, each read from the code it is named for:
 
 Not modelled: DeepSeek's own yarn in vLLM and SGLang, mrope sections, a model's own code.
 
-Shapes:  d = rotary dimension; inv_freq is (d/2,), as it is at the end of the window
+Shapes:  d = rotary dimension; inv_freq is (d/2,), at the end of the window
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from skipwise.errors import SkipwiseError
 from skipwise.export.runtimes.folder import ModelFolder
 from skipwise.models.hf_config import complete
-from skipwise.pose.rope import LongRoPE, Scaling, Unscaled
+from skipwise.pose.rope import SCALINGS, LongRoPE, Unscaled
 from skipwise.pose.rope_config import from_rope_parameters
 
 T5, T4, VLLM, SGLANG, LLAMA_CPP = "transformers 5", "transformers 4", "vLLM", "SGLang", "llama.cpp"
 
 NOT_COMPUTED = "cannot be computed"
 
-_SCALINGS = {cls.name: cls for cls in get_args(Scaling) if cls.name != "ntk"}
+# Types that transformers 4 and 5, vLLM and SGLang all know; add a new one where a runtime has it.
+KNOWN_TYPES = ("default", "linear", "yarn", "llama3", "longrope", "dynamic")
 _NEEDED = {  # keys without which transformers refuses a type
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -45,10 +46,10 @@ _NEEDED = {  # keys without which transformers refuses a type
 }
 _NOT_MULTIPLIED = ("yarn", "llama3")  # types whose length vLLM does not multiply by a factor
 _TYPES = ("full_attention", "sliding_attention")
-_NOT_COMPUTED = ("proportional",)  # a type of transformers 5 that skipwise.rope does not know
+_NOT_COMPUTED = ("proportional",)  # a type of transformers 5 that pose/rope.py does not have
 _PHI3 = ("phi3", "phi4_multimodal")  # call longrope su or yarn, and keep L at the top level
 _NO_HEAD_DIM = ("mixtral", "minimax")  # classes that leave head_dim at None
-_NEVER_WITHOUT = ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")  # and cannot do without
+_NEVER_WITHOUT = ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")  # classes that always need it
 _LLAMA_CPP_LLAMA3 = (  # converters derived from LlamaModel, and EXAONE's own
     *("llama", "mistral", "mixtral", "smollm3", "arcee", "apertus", "granite", "granitemoe"),
     *("exaone4", "ministral3", "llama4_text", "afmoe", "exaone_moe"),
@@ -77,19 +78,19 @@ class Reading:
     factor: float = 1.0
     original_length: int | None = None  # L, where the type has one
     attention_factor: float = 1.0
-    max_length: int | None = None  # what it serves, or what it takes the model's length for
-    sliding_theta: float | None = None  # of the sliding layers, where RoPE is set per layer type
+    max_length: int | None = None  # what it serves, or the model's length as it reads it
+    sliding_theta: float | None = None  # of the sliding layers, if RoPE is set per layer type
     inv_freq: np.ndarray | None = field(default=None, compare=False, repr=False)  # (d/2,)
     error: str | None = None  # why it does not load
 
     def same_pairs(self, other: Reading) -> bool:
-        """Whether every pair turns as far, to the precision of float32."""
+        """Whether the frequencies are equal to float32 precision."""
         have, want = self.inv_freq, other.inv_freq
         if have is None or want is None or have.shape != want.shape:
             return False
         return np.allclose(have, want, rtol=1e-5, atol=0)
 
-    def turns_like(self, other: Reading) -> bool:
+    def same_rope(self, other: Reading) -> bool:
         """Whether both compute the same cos and sin."""
         return (
             self.same_pairs(other)
@@ -113,7 +114,7 @@ def transformers_5(folder: ModelFolder) -> Reading:
 
 
 def transformers_4(folder: ModelFolder) -> Reading:
-    """Reads `rope_scaling` and `rope_theta` at the top level and knows no `rope_parameters`.
+    """Reads `rope_scaling` and `rope_theta` at the top level, and not `rope_parameters`.
     `type` wins over `rope_type`; longrope takes L from the top level, all others from inside."""
     p, error = _parameters_4(folder)
     if folder.family in _NEW_IN_5.split():
@@ -127,7 +128,7 @@ def transformers_4(folder: ModelFolder) -> Reading:
 
 
 def vllm(folder: ModelFolder) -> Reading:
-    """Loads by transformers 5 and computes its own cos and sin. `dynamic` stays as at L, longrope
+    """Loads with transformers 5 and computes its own cos and sin. `dynamic` stays as at L, longrope
     takes its attention factor from the lengths."""
     p, sliding = parameters_5(folder)
     given = given_parameters(folder)
@@ -142,10 +143,10 @@ def vllm(folder: ModelFolder) -> Reading:
         p = _by_lengths(p)
     length = _vllm_length(folder, p)
     out = _reading(VLLM, folder, p, length, sliding=sliding, error=error)
-    if name == "ntk" and factor:  # its own formula: theta f, and every pair f^(2/d) slower
+    if name == "ntk" and factor:  # its own formula: theta f, and frequencies divided by f^(2/d)
         dim, f = _dim(folder, p), float(factor)
-        slow = Unscaled().inv_freq(p["rope_theta"] * f, dim) / f ** (2 / dim)
-        return dataclasses.replace(out, inv_freq=slow, factor=f)
+        inv_freq = Unscaled().inv_freq(p["rope_theta"] * f, dim) / f ** (2 / dim)
+        return dataclasses.replace(out, inv_freq=inv_freq, factor=f)
     if name == "dynamic" and out.inv_freq is not None:
         plain = Unscaled().inv_freq(p["rope_theta"], _dim(folder, p))
         return dataclasses.replace(out, inv_freq=plain)
@@ -153,7 +154,7 @@ def vllm(folder: ModelFolder) -> Reading:
 
 
 def sglang(folder: ModelFolder) -> Reading:
-    """Loads by transformers 5 and computes its own cos and sin. yarn reads `attn_factor` and not
+    """Loads with transformers 5 and computes its own cos and sin. yarn reads `attn_factor` and not
     `attention_factor`; longrope takes its attention factor from the lengths."""
     p, sliding = parameters_5(folder)
     name, error = p["rope_type"], _refused(folder, p) or _bad_factor(p)
@@ -168,9 +169,9 @@ def sglang(folder: ModelFolder) -> Reading:
 
 
 def llama_cpp(folder: ModelFolder) -> Reading:
-    """Through conversion/base.py, which runs transformers 4.57.6 on the config and then takes
-    `rope_parameters` before `rope_scaling`. yarn has the default attention factor and the default
-    ramp, whatever the config says; some classes do not convert llama3, some no RoPE at all."""
+    """Its conversion/base.py runs transformers 4.57.6 on the config and then prefers
+    `rope_parameters` to `rope_scaling`. yarn has the default attention factor and the default ramp,
+    whatever the config says; some classes do not convert llama3, some no RoPE at all."""
     given = dict(folder.raw.get("rope_parameters") or {})
     older, _ = _parameters_4(folder)
     if "rope_parameters" not in folder.raw:
@@ -183,7 +184,7 @@ def llama_cpp(folder: ModelFolder) -> Reading:
     p.setdefault("original_max_position_embeddings", top_length(folder))
     name, error, scaled = p["rope_type"], None, True
     if name == "yarn" and p.get("factor") and not p["original_max_position_embeddings"]:
-        error = "its converter wants original_max_position_embeddings for yarn"
+        error = "its converter needs original_max_position_embeddings for yarn"
     if name == "llama3":
         p.setdefault("low_freq_factor", 1.0)
         p.setdefault("high_freq_factor", 4.0)
@@ -204,7 +205,7 @@ def llama_cpp(folder: ModelFolder) -> Reading:
     if folder.family in LLAMA_CPP_WITHOUT_ROPE:
         p, scaled = {"rope_theta": 10000.0, "partial_rotary_factor": _partial(folder, {})}, False
         error = None
-    if not scaled:  # it converts all the same, and says nothing of it
+    if not scaled:  # it still converts, without a warning
         p = {k: p[k] for k in ("rope_theta", "partial_rotary_factor") if k in p}
         p["rope_type"] = "default"
     theta = sliding.get("rope_theta", folder.raw.get("rope_local_base_freq"))
@@ -216,7 +217,7 @@ def llama_cpp(folder: ModelFolder) -> Reading:
 
 
 def parameters_5(folder: ModelFolder) -> tuple[dict[str, Any], float | None]:
-    """(rope_parameters of the full layers as transformers 5 holds them, theta of sliding ones)."""
+    """(rope_parameters of the full layers in transformers 5, theta of the sliding ones)."""
     raw = {k: v for k, v in folder.raw.items() if k != "auto_map"}
     p, sliding = complete(raw)["rope_parameters"], None
     if isinstance(p.get("full_attention"), dict):
@@ -232,7 +233,7 @@ def parameters_5(folder: ModelFolder) -> tuple[dict[str, Any], float | None]:
         p["rope_type"] = "su"  # only Phi-3's class knows this older name
     if folder.family in _PHI3 and name in ("su", "yarn"):
         p["rope_type"] = "longrope"
-    if folder.family in _PHI3 and name == "su":  # renamed too late for L to be put inside
+    if folder.family in _PHI3 and name == "su":  # renamed after L is put inside
         keep = "original_max_position_embeddings" in given
         kept = {k: v for k, v in p.items() if k != "original_max_position_embeddings"}
         return p if keep else kept, sliding
@@ -244,7 +245,7 @@ def parameters_5(folder: ModelFolder) -> tuple[dict[str, Any], float | None]:
 
 
 def given_parameters(folder: ModelFolder) -> dict[str, Any]:
-    """The dictionary that transformers 5 takes: the older one where both are there."""
+    """The dictionary that transformers 5 takes: the older one if there are both."""
     p = folder.raw.get("rope_scaling") or folder.raw.get("rope_parameters") or {}
     full = p.get("full_attention")
     return full if isinstance(full, dict) else p
@@ -275,18 +276,14 @@ def _parameters_4(folder: ModelFolder) -> tuple[dict[str, Any], str | None]:
         p |= {"original_max_position_embeddings": top, "factor": folder.length / top}
     elif name == "longrope":
         p["original_max_position_embeddings"] = folder.length
-        error = error or (
-            None
-            if p.get("factor")
-            else "longrope without a factor, and no "
-            "original_max_position_embeddings at the top level"
-        )
+        lacks = "longrope has no factor, and no original_max_position_embeddings at the top level"
+        error = error or (None if p.get("factor") else lacks)
     if name == "llama3" and not p.get("original_max_position_embeddings"):
         error = "llama3 has no original_max_position_embeddings inside rope_scaling"
     if name in _NEEDED and "factor" in _NEEDED[name] and p.get("factor") is None:
         error = f"{name} has no factor"
-    if name not in _SCALINGS:
-        error = error or f"it has no rope_type {name!r}"
+    if name not in KNOWN_TYPES:
+        error = error or f"rope_type {name!r} is unknown"
     return p, error or _lacks(p) or _no_width(folder, p, "mistral")
 
 
@@ -299,7 +296,7 @@ def _reading(
     sliding: float | None = None,
     error: str | None = None,
 ) -> Reading:
-    """The reading of parameters that a runtime takes as they are."""
+    """The reading of parameters that a runtime uses unchanged."""
     name, theta = p["rope_type"], float(p["rope_theta"])
     plain = Reading(
         runtime=runtime,
@@ -309,16 +306,17 @@ def _reading(
         sliding_theta=sliding,
         error=error,
     )
-    if error or name not in _SCALINGS:
+    scaling = SCALINGS.get(name)
+    if error or scaling is None or not scaling.is_rope_type:
         return plain
-    fields = {f.name for f in dataclasses.fields(_SCALINGS[name])}
-    fields |= {"rope_type", "original_max_position_embeddings"}
-    fields -= {"original_max_position_embeddings"} if name == "dynamic" else set()
+    fields = {f.name for f in dataclasses.fields(scaling)} | {"rope_type"}
+    fields |= set() if scaling.follows_length else {"original_max_position_embeddings"}
     chosen = {k: v for k, v in p.items() if k in fields and v is not None}
     try:
         scaling = from_rope_parameters(chosen, max_position_embeddings=folder.length)
         if isinstance(scaling, LongRoPE) and scaling.original_length >= folder.length:
-            scaling = dataclasses.replace(scaling, long_factor=scaling.short_factor)  # never beyond
+            # no text is longer than L
+            scaling = dataclasses.replace(scaling, long_factor=scaling.short_factor)
         inv_freq = scaling.inv_freq(theta, _dim(folder, p))
     except SkipwiseError as failed:
         return dataclasses.replace(plain, error=f"{NOT_COMPUTED}, {str(failed).splitlines()[0]}")
@@ -354,18 +352,18 @@ def _sglang_length(folder: ModelFolder, p: dict[str, Any]) -> int:
 
 
 def _refused(folder: ModelFolder, p: dict[str, Any], *more: str) -> str | None:
-    """Why a config is turned down for its type; `more` are types that the runtime adds."""
+    """Why a runtime refuses a config for its type; `more` are types that only this one knows."""
     name = p["rope_type"]
     if name in folder.known.get("refused_rope_types", ()):
         return f"the config of {folder.family} takes no rope_type {name!r}"
-    if name not in (*_SCALINGS, *_NOT_COMPUTED, *more):
-        return f"it has no rope_type {name!r}"
+    if name not in (*KNOWN_TYPES, *_NOT_COMPUTED, *more):
+        return f"rope_type {name!r} is unknown"
     return _lacks(p)
 
 
 def _bad_factor(p: dict[str, Any]) -> str | None:
-    """vLLM and SGLang go through the factor of linear as a list unless it is a float, and compute
-    with a null of yarn."""
+    """vLLM and SGLang read the factor of linear as a list unless it is a float, and use a yarn
+    factor of null in arithmetic."""
     if p["rope_type"] == "yarn" and p.get("factor") is None:
         return "yarn has no factor"
     if p["rope_type"] == "linear" and isinstance(p.get("factor"), int):
@@ -374,7 +372,7 @@ def _bad_factor(p: dict[str, Any]) -> str | None:
 
 
 def _by_lengths(p: dict[str, Any]) -> dict[str, Any]:
-    """longrope with its attention factor from max_position_embeddings and L."""
+    """longrope with its attention factor computed from max_position_embeddings and L."""
     return {k: v for k, v in p.items() if k not in ("factor", "attention_factor")}
 
 
@@ -384,13 +382,13 @@ def _lacks(p: dict[str, Any]) -> str | None:
 
 
 def top_length(folder: ModelFolder) -> int | None:
-    """L as the config holds it outside the parameters; Phi-3's class has it by default."""
+    """L outside the parameters of the config; Phi-3's class has a default."""
     given = folder.raw.get("original_max_position_embeddings")
     return given or (4096 if folder.family in _PHI3 else None)
 
 
 def _partial(folder: ModelFolder, p: dict[str, Any]) -> float:
-    """Share of a head that turns."""
+    """The fraction of a head that rotates."""
     default = folder.known.get("rope_parameters") or {}
     default = (default.get("full_attention") or default).get("partial_rotary_factor")
     for value in (
@@ -410,7 +408,7 @@ def _dim(folder: ModelFolder, p: dict[str, Any]) -> int:
 
 
 def _no_width(folder: ModelFolder, p: dict[str, Any], *more: str) -> str | None:
-    """head_dim left at None, which three rotary functions take as it is."""
+    """An error if head_dim is None, which three rotary functions use unchecked."""
     if folder.raw.get("head_dim"):
         return None
     needs = p["rope_type"] in ("yarn", "dynamic", "longrope")

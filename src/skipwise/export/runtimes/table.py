@@ -22,7 +22,7 @@ class Verdict:
 
     folder: str
     family: str
-    window: int  # tokens that the config reaches, by its own account
+    window: int  # T, as the config states it
     readings: tuple[Reading, ...]
     issues: tuple[Issue, ...]
     notes: tuple[str, ...]
@@ -36,9 +36,8 @@ def verify_folder(folder: Path, original_length: int | None = None) -> Verdict:
     """What each runtime would load from a model's folder.
 
     Args:
-        folder: with a config.json; weights are not opened.
-        original_length: L, the window before scaling, where it is known. A linear config does not
-            tell it.
+        folder: A folder with a config.json. Weights are not opened.
+        original_length: L, the window before scaling. A linear config does not say it.
 
     Raises:
         SkipwiseError: there is no config to read, or no RoPE in it.
@@ -57,7 +56,7 @@ def verify_folder(folder: Path, original_length: int | None = None) -> Verdict:
 
 
 def format_verdict(verdict: Verdict) -> str:
-    """One row a runtime, then what is to be mended."""
+    """One row per runtime, then what to fix."""
     rows = [_HEADS, *(_row(reading) for reading in verdict.readings)]
     widths = [max(len(row[k]) for row in rows if len(row) > 2 or k == 0) for k in range(7)]
     lines = [f"{verdict.folder}: {verdict.family}, {verdict.window:,} tokens", ""]
@@ -67,16 +66,16 @@ def format_verdict(verdict: Verdict) -> str:
         lines.append("  ".join(cells).rstrip())
     for issue in verdict.issues:
         lines += ["", *_wrapped(f"FAIL {issue.name}: {issue.what}", "     ")]
-        lines += _wrapped(f"     mend: {issue.mend}", "     ")
+        lines += _wrapped(f"     fix: {issue.fix}", "     ")
     for note in verdict.notes:
         lines += ["", *_wrapped(f"note {note}", "     ")]
     if verdict.well:
-        lines += ["", "ok   nothing to mend: every runtime that loads it computes the same"]
+        lines += ["", "ok   nothing to fix: every runtime that loads it computes the same"]
     return "\n".join(lines)
 
 
 def as_json(verdict: Verdict) -> dict[str, Any]:
-    """The same as plain values; `inv_freq` is given by its fastest and slowest pair."""
+    """The same as plain values, with the highest and the lowest frequency of `inv_freq`."""
     out = dataclasses.asdict(dataclasses.replace(verdict, readings=()))
     out["readings"] = [_plain(reading) for reading in verdict.readings]
     return {**out, "well": verdict.well}
@@ -107,29 +106,29 @@ def _row(reading: Reading) -> tuple[str, ...]:
 
 def _notes(report: FolderReport, folder: ModelFolder) -> list[str]:
     out, readings = [], report.readings
-    if report.rope_type in ("linear", "dynamic") and not readings[LLAMA_CPP].error:
+    if report.keeps_length and not readings[LLAMA_CPP].error:
         out.append(
-            f"llama.cpp's own converter writes {folder.length:,} for the length of a "
+            f"llama.cpp's own converter writes {folder.length:,} as the length of a "
             f"{report.rope_type} model, and llama-server serves no more: skipwise export --to gguf "
             f"writes {report.window:,}"
         )
     if report.rope_type == "longrope":
         if readings[VLLM].max_length != folder.length:
-            out.append(f"vLLM serves longrope at L: give it --max-model-len {folder.length}")
+            out.append(f"vLLM serves longrope at L: start it with --max-model-len {folder.length}")
         p = report.parameters
         if p.get("short_factor") != p.get("long_factor"):
-            out.append("transformers changes the frequencies where a batch goes beyond L")
+            out.append("transformers changes the frequencies if a batch is longer than L")
     out += [f"{r.error}: use transformers 5" for r in readings.values() if is_new_family(r)]
     if folder.raw.get("quantization_config"):
         out.append("the weights are quantised, and not every runtime has kernels for them")
     if not folder.weights and folder.base is None:
-        out.append("there are no weights here: this is what the config says of them")
+        out.append("the folder has no weights: this is what its config says")
     if folder.tokenizer is None:
-        out.append("there is no tokenizer_config.json here")
+        out.append("the folder has no tokenizer_config.json")
     if not folder.known:
         out.append(f"{folder.family} is not a family of transformers 5: its defaults are unknown")
     if folder.raw.get("auto_map"):
-        out.append("the model brings its own code, which may read its config otherwise")
+        out.append("the model has its own code, which may read its config differently")
     return out
 
 
