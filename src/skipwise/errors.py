@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""Errors that a user can fix, and the result of one preflight check."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ from dataclasses import dataclass
 
 
 class SkipwiseError(Exception):
-    """What was given, why it fails, what to type: one to three lines, shown without a trace."""
+    """An error in one to three lines: the input, the reason, the fix. Shown without a traceback."""
 
 
 class RunStopped(SkipwiseError):
-    """The user stopped the run; it was saved and goes on when the command is typed again."""
+    """The user stopped the run. It was saved, and the same command resumes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
+    """The result of one preflight check."""
+
     name: str
     passed: bool
-    detail: str  # what was measured, or the mend where it failed
+    detail: str  # what was measured, or how to fix a failure
 
     def __str__(self) -> str:
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
 
 
 def require(checks: list[Check]) -> None:
-    """Stop at failed checks.
+    """Raise if a check failed.
 
     Raises:
-        SkipwiseError: names each of them with its mend.
+        SkipwiseError: lists each failed check and how to fix it.
     """
     failed = [check for check in checks if not check.passed]
     if failed:

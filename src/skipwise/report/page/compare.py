@@ -84,7 +84,7 @@ def read_compared(folders: Sequence[Path]) -> list[Compared]:
     paths = [Path(folder) for folder in folders]
     if len(paths) < 2:
         raise SkipwiseError(
-            "a comparison takes two folders or more: skipwise compare runs/a runs/b"
+            "a comparison needs two or more folders: skipwise report runs/a runs/b"
         )
     if len({path.resolve() for path in paths}) < len(paths):
         raise SkipwiseError(
