@@ -55,9 +55,9 @@ from skipwise.training.distributed.engines import (
     set_fsdp2_mixed_precision,
     unshare_step_counters,
 )
-from skipwise.training.error_hints import explained
+from skipwise.training.error_hints import explain_error
 from skipwise.training.inputs import TrainingData
-from skipwise.training.teacher import place_teacher
+from skipwise.training.teacher import move_teacher
 from skipwise.training.trainer import PoSETrainer
 
 
@@ -96,7 +96,7 @@ def set_up(
     try:
         return _set_up(prepared, data, run, before or StageOffset())
     except Exception as error:
-        known = explained(error, prepared.recipe, run)
+        known = explain_error(error, prepared.recipe, run)
         if known is None:
             raise
         raise known from error
@@ -177,7 +177,7 @@ def _set_up(
     trainer.base_config, trainer.run_folder = config, run
     callback.distillation = distillation
     if distillation is not None and not shards(engine):
-        place_teacher(distillation.teacher, arguments.device)
+        move_teacher(distillation.teacher, arguments.device)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     set_fsdp2_mixed_precision(trainer, dtype)
@@ -273,7 +273,7 @@ def train(
                 raise RunStopped("stopped before the first step\ntype it again") from None
             return
         except Exception as error:
-            known = explained(error, recipe, run)
+            known = explain_error(error, recipe, run)
             if known is None:
                 raise
             raise known from error
