@@ -1,12 +1,13 @@
 """The command line: `skipwise VERB ARGUMENT [key=value ...]`. commands.py runs the verbs.
 
-Results go to stdout, progress to stderr. Exit code 0: done. 2: an error that the user can fix, in
-one to three lines. 75: the run was stopped and saved.
+Results go to stdout, progress to stderr. Exit codes: 0 success, 2 an error in one to three lines,
+75 a run that was stopped and saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import signal
 import sys
@@ -21,9 +22,7 @@ from skipwise.training.distributed.launcher import FAILED, STOPPED
 
 _KEYS = "any recipe key, e.g. training.num_steps=200 rope.type=linear"
 
-_DESCRIPTION = """\
-Extend the context window of a RoPE language model, and measure whether it worked.
-
+_EXAMPLES = """\
 examples:
   skipwise quickstart                                  all steps on a bundled model, in minutes
   skipwise extend ./my-model --to 32k --data ./books   extend your model to 32k tokens
@@ -33,11 +32,19 @@ examples:
   skipwise eval ./my-model --lengths 4k..32k --data ./books     evaluate at each context length
   skipwise export runs/my-model-32k --to hf,gguf       files for transformers, vLLM, llama.cpp
   skipwise export --verify ./any-model                 show what each runtime would load
-"""
-_EPILOG = """\
-A model is a local folder or a name on the Hugging Face Hub. A recipe is a .yaml file.
+
+MODEL is a local folder or a name on the Hugging Face Hub, RECIPE a .yaml file, RUN a run folder.
 Recipe keys can be set on the command line: training.num_steps=200 rope.type=linear
+In the help of a verb, defaults are in parentheses.
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        """Show the epilog, which has the examples, before the options."""
+        parser = copy.copy(self)
+        parser.description, parser.epilog = f"{self.description}\n\n{self.epilog}", None
+        return argparse.ArgumentParser.format_help(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
-        if overrides and not args.takes_overrides:
+        if overrides and not args.takes_settings:
             raise SkipwiseError(f"{overrides[0]}: {args.verb} accepts no key=value settings")
         return args.run(args) or 0
     except RunStopped as stopped:
@@ -79,10 +86,10 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="skipwise",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        description="Extend the context window of a RoPE language model, and measure the result.",
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"skipwise {__version__}")
@@ -96,16 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_verb(
-    verbs: Any, name: str, run: Any, text: str, example: str, overrides: str = ""
+    verbs: Any, name: str, run: Any, text: str, example: str, settings: str = ""
 ) -> argparse.ArgumentParser:
     sub = verbs.add_parser(
         name,
         help=text,
-        description=f"{text[0].upper()}{text[1:]}.\n\nexample:\n  {example}",
-        epilog=f"key=value: {overrides}" if overrides else None,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example:\n  {example}" + (f"\n\nkey=value: {settings}" if settings else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sub.set_defaults(run=run, takes_overrides=bool(overrides))
+    sub.set_defaults(run=run, takes_settings=bool(settings))
     return sub
 
 

@@ -130,7 +130,7 @@ def check_verb(args: argparse.Namespace) -> int:
     else:
         print("\n".join(str(c) for c in checks))
         if config_alone:
-            print("\nnot checked, because there are no weights: the model's outputs, the data")
+            print("\nthere are no weights, so neither the loaded model nor the text was checked")
         elif all(c.passed for c in checks):
             data = " ".join(args.data or ["FOLDER"])
             print(f"\nnext: skipwise extend {args.thing} --to {args.to or 'T'} --data {data}")
@@ -152,8 +152,8 @@ def plan_verb(args: argparse.Namespace) -> None:
         print("measuring three steps ...", file=sys.stderr, flush=True)
         measured = measure(recipe)
     if args.json:
-        taken = {"measured": dataclasses.asdict(measured)} if measured else {}
-        print(json.dumps({**as_json(plan), **taken}, indent=1))
+        measurement = {"measured": dataclasses.asdict(measured)} if measured else {}
+        print(json.dumps({**as_json(plan), **measurement}, indent=1))
     elif measured:
         print(f"\n{format_measured(plan, measured)}")
 

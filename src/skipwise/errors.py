@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and the result of one preflight check."""
+"""Errors that a user can mend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class SkipwiseError(Exception):
 
 
 class RunStopped(SkipwiseError):
-    """The user stopped the run. It was saved, and the same command resumes it."""
+    """The user stopped the run; it was saved and goes on when the command is typed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +19,17 @@ class Check:
 
     name: str
     passed: bool
-    detail: str  # what was measured, or how to fix a failure
+    detail: str  # what was measured, or the mend where it failed
 
     def __str__(self) -> str:
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
 
 
 def require(checks: list[Check]) -> None:
-    """Raise if a check failed.
+    """Stop at failed checks.
 
     Raises:
-        SkipwiseError: lists each failed check and how to fix it.
+        SkipwiseError: names each of them with its mend.
     """
     failed = [check for check in checks if not check.passed]
     if failed:

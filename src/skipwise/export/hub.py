@@ -61,11 +61,9 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
 def describe_upload(upload: Upload) -> str:
     """The list of files that the user confirms."""
     width = max(len(name) for _, name in upload.files)
-    lines = [
-        f"  {name:<{width}}  {_format_size(file.stat().st_size):>9}" for file, name in upload.files
-    ]
-    seen = "private" if upload.private else "public: everyone can read it"
-    lines.insert(0, f"to {HfApi().endpoint}/{upload.repo_id} ({seen})")
+    lines = [f"  {name:<{width}}  {_format_size(f.stat().st_size):>9}" for f, name in upload.files]
+    visibility = "private" if upload.private else "public: everyone can read it"
+    lines.insert(0, f"to {HfApi().endpoint}/{upload.repo_id} ({visibility})")
     lines.append(f"  {'total':<{width}}  {_format_size(upload.num_bytes):>9}")
     return "\n".join(lines)
 

@@ -53,7 +53,7 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     Args:
         place: folder or Hub name of the model, for the loading commands in the card.
     """
-    recipe, facts = run.recipe(), run.metadata()
+    recipe, metadata = run.recipe(), run.metadata()
     base = Path(recipe.model).expanduser()
     copied = base_metadata(recipe.model)
     if base.is_dir():
@@ -61,7 +61,7 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
             if file.is_file() and file.name.lower().startswith(("license", "licence", "notice")):
                 shutil.copyfile(file, run.model / file.name)
     path = run.model / "README.md"
-    text = f"---\n{metadata(run, copied)}\n---\n\n{_body(run, facts, copied, place)}"
+    text = f"---\n{card_metadata(run, copied)}\n---\n\n{_body(run, metadata, copied, place)}"
     write_text(path, text)
     return path
 
@@ -80,9 +80,9 @@ def base_metadata(model: str) -> dict[str, Any]:
     return {key: found[key] for key in _COPIED_KEYS if found.get(key)}
 
 
-def metadata(run: RunFolder, copied: dict[str, Any]) -> str:
+def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     """The YAML at the top of the card."""
-    recipe, facts, rows = run.recipe(), run.metadata(), run.results()
+    recipe, metadata, rows = run.recipe(), run.metadata(), run.results()
     is_folder = Path(recipe.model).expanduser().exists()
     T = recipe.target_length
     results = []
@@ -103,7 +103,7 @@ def metadata(run: RunFolder, copied: dict[str, Any]) -> str:
         )
     data = ModelCardData(
         base_model=None if is_folder else recipe.model,
-        datasets=_hub_datasets(facts) or None,
+        datasets=_hub_datasets(metadata) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "pose", "skipwise", recipe.method],
@@ -114,11 +114,11 @@ def metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     return data.to_yaml(line_break="\n").strip()
 
 
-def _body(run: RunFolder, facts: dict[str, Any], copied: dict[str, Any], place: str) -> str:
+def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], place: str) -> str:
     recipe, rows = run.recipe(), run.results()
-    L, T = facts.get("original_length") or 0, recipe.target_length
-    scaling = facts.get("scaling", recipe.rope.type)
-    name = facts.get("model", {}).get("name", recipe.model)
+    L, T = metadata.get("original_length") or 0, recipe.target_length
+    scaling = metadata.get("scaling", recipe.rope.type)
+    name = metadata.get("model", {}).get("name", recipe.model)
     papers = [_PAPERS["pose"], *([_PAPERS[scaling]] if scaling in _PAPERS else [])]
     license_id = copied.get("license")
     return f"""# {recipe.run_name}
@@ -127,7 +127,7 @@ def _body(run: RunFolder, facts: dict[str, Any], copied: dict[str, Any], place: 
 [PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{scaling}` RoPE
 scaling.
 
-{headline(facts, rows)}
+{headline(metadata, rows)}
 
 ## Measured before and after
 
@@ -140,7 +140,7 @@ length. Passkey and needle are exact match over all depths.
 
 ## How it was made
 
-{_training_summary(recipe, facts)}
+{_training_summary(recipe, metadata)}
 
 ## Limits
 
@@ -196,9 +196,10 @@ def _short_context_results(rows: list[dict[str, Any]], L: int) -> str:
     return f"At the original length of {L:,} tokens: {'; '.join(results)}."
 
 
-def _training_summary(recipe: Any, facts: dict[str, Any]) -> str:
-    training, data = facts.get("training", {}), facts.get("data", {})
-    value = facts.get("temperature", {}).get("value", 1)
+def _training_summary(recipe: Any, metadata: dict[str, Any]) -> str:
+    training, data = metadata.get("training", {}), metadata.get("data", {})
+    selection, L = metadata.get("selection", {}), metadata.get("train_length", 0)
+    value = metadata.get("temperature", {}).get("value", 1)
     temperature = [f"- attention temperature {value:g}, in the query weights"] if value != 1 else []
     if not training:
         return "\n\n".join(["Rescaled without training.", *temperature])
@@ -207,16 +208,15 @@ def _training_summary(recipe: Any, facts: dict[str, Any]) -> str:
         f"- method `{recipe.method}`, {mode}, {training['num_steps']:,} steps of "
         f"{training['tokens_per_step']:,} tokens ({training['num_tokens']:,} in all), learning "
         f"rate {recipe.training.learning_rate:g}",
-        f"- trained on examples of {facts.get('train_length', 0):,} tokens with position indices "
-        f"up to {recipe.target_length:,}",
-        *_full_length_lines(recipe, facts.get("finish", {})),
+        f"- trained on examples of {L:,} tokens with position ids up to {recipe.target_length:,}",
+        *_full_length_lines(recipe, metadata.get("finish", {})),
         f"- {data.get('num_documents', 0):,} documents, {data.get('num_tokens', 0):,} tokens"
-        + (f", from {', '.join(names)}" if (names := _hub_datasets(facts)) else ""),
+        + (f", from {', '.join(names)}" if (names := _hub_datasets(metadata)) else ""),
     ]
-    if (chosen := facts.get("selection", {}).get("chosen")) is not None:
-        lines.append(f"- the checkpoint of step {chosen:,}, chosen by {facts['selection']['by']}")
+    if (chosen := selection.get("chosen")) is not None:
+        lines.append(f"- the checkpoint of step {chosen:,}, chosen by {selection['by']}")
     lines += temperature
-    versions = facts.get("versions", {})
+    versions = metadata.get("versions", {})
     used = [f"{k} {versions[k]}" for k in ("skipwise", "transformers", "torch") if k in versions]
     return "\n".join([*lines, f"- {', '.join(used)}"])
 
@@ -231,9 +231,9 @@ def _full_length_lines(recipe: Any, finish: dict[str, Any]) -> list[str]:
     ]
 
 
-def _hub_datasets(facts: dict[str, Any]) -> list[str]:
+def _hub_datasets(metadata: dict[str, Any]) -> list[str]:
     """Sources that are data sets on the Hub. Local paths stay private."""
-    sources = facts.get("data", {}).get("sources", [])
+    sources = metadata.get("data", {}).get("sources", [])
     return [s for s in sources if s.count("/") == 1 and not Path(s).expanduser().exists()]
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,12 +201,12 @@ def stop_on_signals(trainer: Trainer) -> Iterator[StopCallback]:
 def tensorboard_in(folder: Path) -> Iterator[None]:
     """Set TensorBoard's folder, which the Trainer's constructor reads from the environment."""
     name = "TENSORBOARD_LOGGING_DIR"
-    given = os.environ.get(name)
-    os.environ[name] = given or str(folder)
+    user_folder = os.environ.get(name)
+    os.environ[name] = user_folder or str(folder)
     try:
         yield
     finally:
-        if given is None:
+        if user_folder is None:
             del os.environ[name]
 
 
@@ -216,10 +216,8 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
         return []
     metrics = []
     for line in run.metrics_file.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             metrics.append(json.loads(line))
-        except ValueError:
-            continue
     return metrics
 
 

@@ -2,8 +2,7 @@
 
 A checkpoint has many files, under some engines written by several processes. The last file,
 `complete`, is written when all others exist. A folder without it was interrupted, and is removed
-before training resumes. Old checkpoints are removed after the new one is complete, so there is
-always one to resume from.
+before training resumes. Old checkpoints are removed only after a new one is complete.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ the backbone replaced by its output.
 FSDP2, DeepSpeed, peft) call it as usual, and nothing of it is saved.
 
 With a `Distillation` the model also learns the base model's predictions in the first chunk of each
-example. Text and positions there are those of an ordinary short text, which the base model handles
-well.
+example, where text and positions are those of an ordinary short text.
 
 Shapes:  B = batch, L = tokens per example, V = vocabulary, C = tokens per slice,
          S = tokens of the longest first chunk in the batch
@@ -35,8 +34,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from skipwise.errors import SkipwiseError
 from skipwise.pose.samplers import IGNORE_INDEX
 
-SLICE = 512  # C: 0.8 GiB in the head with a vocabulary of 128k (benchmarks/loss_memory.py)
-_SMALL = 64 << 20  # bytes of float32 logits below which slices save too little
+SLICE = 512  # C: at 128k of vocabulary 0.8 GiB in the head (time: benchmarks/loss_memory.py)
+_SMALL = 64 << 20  # bytes of float32 logits up to which slices save nothing worth having
 
 
 @dataclass(kw_only=True)
@@ -78,7 +77,7 @@ class Distillation:
 
 
 def is_chunked(loss: str, batch_size: int, train_length: int, vocab_size: int) -> bool:
-    """Whether `training.loss` means slices for a batch: `auto` does if the logits are large."""
+    """What `training.loss` means for a batch: auto cuts where the logits are large."""
     return loss == "chunked" or (
         loss == "auto" and batch_size * train_length * vocab_size * 4 > _SMALL
     )

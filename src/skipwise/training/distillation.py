@@ -31,9 +31,7 @@ _PROBED = 256  # tokens of the check: more logits would take too much memory
 def make_distillation(
     prepared: PreparedModel, data: TrainingData, model: Any, dtype: torch.dtype, engine: str
 ) -> tuple[Distillation | None, TrainingData, list[Check]]:
-    """The recipe's distillation, and data whose batches have `first_lengths`.
-
-    If `distillation.weight: auto` turns it off, a check gives the reason.
+    """The recipe's distillation and its data; if `auto` turns it off, a check with the reason.
 
     Args:
         model: the loaded model, before LoRA.

@@ -52,9 +52,8 @@ def load_teacher(
         dtype: dtype of its weights, the compute dtype.
         model: the trained model; the teacher uses its attention implementation.
     """
-    teacher = load_model(
-        source, config, settings, dtype=dtype, attn_implementation=_attention(model)
-    )
+    attention = _attention(model)
+    teacher = load_model(source, config, settings, dtype=dtype, attn_implementation=attention)
     return teacher.requires_grad_(False).eval()
 
 

@@ -231,8 +231,7 @@ def loading(once: bool) -> Iterator[None]:
 def keep_rope_in_float32(model: Any) -> Callable[[], None]:
     """Copy the RoPE frequencies. The returned function restores them in float32.
 
-    DeepSpeed casts all buffers to bf16, and with frequencies in bf16 far positions are silently
-    wrong.
+    DeepSpeed casts all buffers to bf16, and bf16 frequencies make far positions silently wrong.
     """
     copies = [
         (module, name, buffer.detach().float().clone())

@@ -1,9 +1,9 @@
 """The launcher behind `--gpus N`: one training process per GPU of this machine.
 
-Each process gets the environment variables that torchrun sets, so training runs the same under
-torchrun and `accelerate launch`, which also support several machines. This launcher is easier to
-stop: it forwards a signal to every process and waits until all have saved (an elastic launcher
-kills them after 30 seconds), and it passes on exit codes.
+Each process gets torchrun's environment variables, so training is the same under torchrun and
+`accelerate launch`, which also support several machines. This launcher is easier to stop: it
+forwards a signal to every process and waits until all have saved. An elastic launcher kills them
+after 30 seconds.
 """
 
 from __future__ import annotations
