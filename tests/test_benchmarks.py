@@ -389,7 +389,7 @@ def test_all_is_checked_before_anything_is_run(folder: str, tmp_path: Path) -> N
 
 def test_a_missing_harness_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(SkipwiseError, match=r"type pip install 'skipwise\[bench\]'"):
+    with pytest.raises(SkipwiseError, match=r"pip install 'skipwise\[bench\]'"):
         check_benchmarks(["boolq"])
 
 
@@ -417,10 +417,10 @@ def test_a_task_that_says_zero_examples_itself_still_gets_the_suites(
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("task: x\ndoc_to_text: !function evil.run\n", "Python of a task folder is not run"),
+        ("task: x\ndoc_to_text: !function evil.run\n", "Python from a task folder is not run"),
         ("task: x\ninclude: part_yaml\n", "part_yaml has !function"),
         ("task: x\ndoc_to_text: !!python/name:os.system\n", "is not plain YAML"),
-        ("task: x\nclass: evil.run\n", "has class, and code of a task folder is not run"),
+        ("task: x\nclass: evil.run\n", "has class, and code from a task folder is not run"),
         ("task: x\nuse_prompt: 'evil.yaml:p'\n", "has use_prompt"),
         ("group: x\ntask: [{task: y, unsafe_code: true}]\n", "has unsafe_code"),
         ("include: boolq\ndataset_kwargs: {trust_remote_code: true}\n", "has trust_remote_code"),
@@ -429,8 +429,8 @@ def test_a_task_that_says_zero_examples_itself_still_gets_the_suites(
         ("include: boolq\ntask: x\ndataset_path: /tmp\n", "scripts are not run"),
         ("include: boolq\ntask: x\ndataset_path: tasks/scripts\n", "scripts are not run"),
         ("include: boolq\ntask: x\ndataset_path: pandas\n", "neither json, csv"),
-        ("include: ../outside.yaml\ntask: x\n", "is outside of the task folder"),
-        ("include: [boolq]\ntask: x\n", "is not one name"),
+        ("include: ../outside.yaml\ntask: x\n", "is outside the task folder"),
+        ("include: [boolq]\ntask: x\n", "is not a single name"),
         ("include: bolq\ntask: x\n", "is neither a built-in task nor a file"),
         ("include: x.yaml\ntask: x\n", "is neither a built-in task nor a file"),
         ("include: boolq\n", "names no task"),

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import skipwise
 from skipwise.cli import build_parser, main
 
 
@@ -27,6 +28,19 @@ assert not heavy, heavy
 print('light')
 """
     assert run(code).endswith("light\n")
+
+
+def test_every_public_name_can_be_imported():
+    assert "load_scaled" in skipwise.__all__
+    assert all(getattr(skipwise, name) for name in skipwise.__all__)
+
+
+def test_help_shows_the_example_before_the_options(capsys):
+    for arguments in (["--help"], ["eval", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        out = capsys.readouterr().out
+        assert out.index("skipwise eval ./my-model") < out.index("--help")
 
 
 def test_every_verb_has_help_with_an_example_and_at_most_eight_options(capsys):

@@ -39,7 +39,7 @@ from skipwise.training.inputs import dummy_data
 from skipwise.training.teacher import (
     base_config,
     load_teacher,
-    place_teacher,
+    move_teacher,
     teacher_sharing_weights,
 )
 
@@ -247,7 +247,7 @@ def test_under_nf4_the_teacher_is_the_base_in_nf4(tiny):
     model = load_model(str(tiny), prepared.scaled, ModelSettings(), **arguments)
     teacher = teacher_sharing_weights(model, prepared.config)
     model = add_lora(model, settings)
-    place_teacher(teacher, torch.device("cpu"))
+    move_teacher(teacher, torch.device("cpu"))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -282,7 +282,7 @@ def test_the_preflight_fails_where_the_teacher_has_the_scaled_rope(tiny, lora):
     assert ("under LoRA" if lora else "frozen copy") in passed.detail
     wrong = teacher_sharing_weights(model, prepared.scaled)
     failed = check_distillation(Distillation(teacher=wrong, weight=2.0), *rest)
-    assert not failed.passed and "not the base's RoPE" in failed.detail
+    assert not failed.passed and "not have the base model's RoPE" in failed.detail
 
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=4"]])
@@ -298,7 +298,7 @@ def test_the_teacher_has_the_window_that_the_model_has_lost(tmp_path, lora):
     lengths = torch.tensor([L, L])
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
-        lesson = made.read(ids, lengths)
+        lesson = made.run_teacher(ids, lengths)
         assert torch.equal(made.logits(lesson)(lesson[0]), want)
         assert not torch.allclose(want[:, 12:], model(ids).logits[:, 12:], atol=1e-4)
 
@@ -452,7 +452,7 @@ def test_auto_is_three_for_pose_and_nothing_for_a_baseline(tiny):
     recipe = recipe_of(tiny, "distillation.weight=auto")
     assert distillation_weight(recipe, engine="ddp") == (WEIGHT, "") and WEIGHT == 3
     assert distillation_weight(recipe, engine="fsdp of the launcher")[0] == WEIGHT
-    assert distillation_weight(recipe, lacks="leaves out the router's loss")[0] == 0
+    assert distillation_weight(recipe, lacks="omits the router loss")[0] == 0
     assert distillation_weight(recipe, router_loss=True)[0] == 0
     assert distillation_weight(recipe_of(tiny, "distillation.weight=0")) == (0.0, "")
 

@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_engine_is_refused(tmp_path):
     folder.mkdir()
     mark_complete(folder, 4, "zero3")
     assert num_processes_of(folder, "zero3") == 1
-    with pytest.raises(SkipwiseError, match=r"engine zero3.*\ntype --engine zero3"):
+    with pytest.raises(SkipwiseError, match=r"engine zero3.*\npass --engine zero3"):
         num_processes_of(folder, "ddp")
     (folder / "complete").write_text("4\n")  # of version 0.1
     assert num_processes_of(folder, "ddp") == 1
@@ -334,9 +334,9 @@ def test_more_gpus_than_there_are_is_an_error(recipe_file, monkeypatch, capsys):
     assert cli.main(["train", str(recipe_file), "--gpus", "0"]) == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["train", str(recipe_file), "--gpus", "2"]) == 2
-    assert "launcher has started 2" in capsys.readouterr().err
+    assert "launcher has already started 2" in capsys.readouterr().err
     assert cli.main(["extend", str(recipe_file)]) == 2
-    assert "extend starts its processes itself" in capsys.readouterr().err
+    assert "extend starts its own processes" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")

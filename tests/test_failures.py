@@ -8,7 +8,7 @@ import torch
 from skipwise.config.parse import parse_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.training.error_hints import explained, is_out_of_memory
+from skipwise.training.error_hints import explain_error, is_out_of_memory
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "python", "cpu", "cublas"])
 def test_out_of_memory_names_the_next_setting(run, error):
     assert is_out_of_memory(error)
-    said = str(explained(error, make(training={"micro_batch_size": 4}), run))
+    said = str(explain_error(error, make(training={"micro_batch_size": 4}), run))
     assert "out of memory at 4 x" in said and "training.micro_batch_size=1" in said
-    said = str(explained(error, make(training={"gradient_checkpointing": False}), run))
+    said = str(explain_error(error, make(training={"gradient_checkpointing": False}), run))
     assert "training.gradient_checkpointing=true" in said
 
 
@@ -44,9 +44,9 @@ def test_each_step_down_the_ladder_is_another_setting(run):
         {"training": {"micro_batch_size": 1}, "lora": {}},
         {"training": {"micro_batch_size": 1}, "lora": {"train_embeddings": False}},
     ):
-        seen.append(str(explained(error, recipe, run)).splitlines()[1])
+        seen.append(str(explain_error(error, recipe, run)).splitlines()[1])
         recipe = make(**overrides)
-    seen.append(str(explained(error, recipe, run)).splitlines()[1])
+    seen.append(str(explain_error(error, recipe, run)).splitlines()[1])
     assert len(set(seen)) == len(seen), seen
 
 
@@ -68,18 +68,18 @@ KNOWN = [
 @pytest.mark.parametrize(("words", "mend"), KNOWN, ids=[mend for _, mend in KNOWN])
 def test_a_known_failure_says_what_to_type(run, words, mend):
     error = RuntimeError(f"first line\n{words}\n  at frame 1\n  at frame 2")
-    said = explained(error, make(), run)
+    said = explain_error(error, make(), run)
     assert isinstance(said, SkipwiseError)
     assert mend in str(said).splitlines()[1] and words[:40] in str(said)
     assert len(str(said).splitlines()) == 2
 
 
 def test_a_full_disk_says_where_it_goes_on(run):
-    said = str(explained(OSError(errno.ENOSPC, "No space left on device"), make(), run))
-    assert "is full" in said and "none: it starts anew" in said
+    said = str(explain_error(OSError(errno.ENOSPC, "No space left on device"), make(), run))
+    assert "is full" in said and "step 0 (no checkpoint yet)" in said
 
 
 def test_an_unknown_failure_keeps_its_trace(run):
-    assert explained(RuntimeError("some bug"), make(), run) is None
+    assert explain_error(RuntimeError("some bug"), make(), run) is None
     own = SkipwiseError("mine")
-    assert explained(own, make(), run) is own
+    assert explain_error(own, make(), run) is own

@@ -449,7 +449,7 @@ def test_out_of_memory_at_full_length_shows_before_the_first_step(
     monkeypatch.setattr(training_module.PoSETrainer, "training_step", training_step)
     for at, job in enumerate((extend, run_training)):
         run = tmp_path / f"run{at}"
-        with pytest.raises(SkipwiseError, match=r"at 1 x 256 tokens.*full-length finish\n.*--lora"):
+        with pytest.raises(SkipwiseError, match=r"at 1 x 256 tokens.*full-length stage\n.*--lora"):
             job(make_recipe(tiny, text_folder), run)
         assert not read_metrics(RunFolder(run)) and not last_checkpoint(RunFolder(run))
 

@@ -84,7 +84,7 @@ def test_what_all_processes_say_is_said_once(ends, capsys):
 def test_real_processes_get_their_place(tmp_path, capfd):
     with pytest.raises(SkipwiseError, match="process 0 of 2 failed, for the reason above"):
         launch(["train", str(tmp_path / "nowhere")], 2)
-    assert capfd.readouterr().err.count("how far should it reach?") == 1
+    assert capfd.readouterr().err.count("missing target length") == 1
 
 
 def test_accelerates_launcher_for_one_process_is_a_launcher(monkeypatch):

@@ -95,7 +95,7 @@ def test_the_card_says_what_was_measured_and_carries_the_licence_over(run):
     card = write_card(run, "me/long").read_text()
     assert "`base` with its context window extended from 64 to 256 tokens" in card
     assert "| passkey " in card and "perplexity 5.00 before, 5.10 after (+2.0%)" in card
-    assert "`apache-2.0`, that of the base model" in card
+    assert "`apache-2.0`, the license of the base model" in card
     assert "vllm serve me/long --max-model-len 256" in card
     assert "zhu2024pose" in card and "peng2024yarn" in card
     assert (run.model / "LICENSE").read_text() == "the licence"
@@ -142,7 +142,7 @@ def test_a_dry_run_and_an_upload_without_a_yes_send_nothing(run):
     hub = Hub()
     code, out, err = publish(run, hub, "me/long", "--dry-run")
     assert code == 0 and "nothing uploaded" in out and "model.safetensors" in err
-    assert "public: everybody can read it" in err
+    assert "public: everyone can read it" in err
     code, _, err = publish(run, hub, "me/long", typed="y\n")  # no terminal
     assert code == 2 and "--yes" in err
     assert hub.requests == []
@@ -159,8 +159,8 @@ def test_the_question_takes_only_a_yes(run):
     [
         ({}, None, "hf auth login"),
         ({}, "hf_" + "y" * 34, "hf auth login"),
-        ({"may_write": False}, TOKEN, "may not write to me/long"),
-        ({"accepts_card": False}, TOKEN, "does not accept the model card"),
+        ({"may_write": False}, TOKEN, "no write access to me/long"),
+        ({"accepts_card": False}, TOKEN, "rejects the model card"),
     ],
     ids=["no login", "wrong token", "no right", "card"],
 )
@@ -180,12 +180,12 @@ def test_a_hub_that_cannot_be_reached_is_said(run):
 
 
 def test_only_a_sound_export_is_published(run, tmp_path):
-    with pytest.raises(SkipwiseError, match="type USER/NAME"):
+    with pytest.raises(SkipwiseError, match="use USER/NAME"):
         plan_upload(run, "long")
-    with pytest.raises(SkipwiseError, match="no name on the Hub"):
+    with pytest.raises(SkipwiseError, match="not a valid Hub name"):
         plan_upload(run, "me/a b")
     run.update(checks=[{"name": "reload", "passed": False, "detail": ""}])
-    with pytest.raises(SkipwiseError, match="'reload' has failed"):
+    with pytest.raises(SkipwiseError, match="'reload' failed"):
         plan_upload(run, "me/long")
     run.update(exported=False)
     with pytest.raises(SkipwiseError, match="is not exported"):
@@ -194,5 +194,5 @@ def test_only_a_sound_export_is_published(run, tmp_path):
 
 def test_sizes_are_shown_in_units_of_people(run):
     lines = describe_upload(plan_upload(run, "me/long")).splitlines()
-    assert lines[0].endswith("/me/long (public: everybody can read it)")
+    assert lines[0].endswith("/me/long (public: everyone can read it)")
     assert any("model.safetensors" in line and "20.1 kB" in line for line in lines)

@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_compared_is_named(tmp_path):
     out = tmp_path / "all.html"
     with pytest.raises(SkipwiseError, match="given twice"):
         compare_runs([good, good], out)
-    with pytest.raises(SkipwiseError, match="two folders or more"):
+    with pytest.raises(SkipwiseError, match="two or more folders"):
         compare_runs([good], out)
     for text, words in (
         ("[", "is not JSON"),

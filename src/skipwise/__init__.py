@@ -1,6 +1,6 @@
 """Skipwise extends the context window of a RoPE language model by PoSE training.
 
-Only numpy is loaded here; everything that needs torch lives in submodules.
+`import skipwise` loads numpy alone. Names that need torch are imported at their first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from skipwise.pose.samplers import CREAM, Example, FullLength, PoSE, RandPos
 if TYPE_CHECKING:
     from skipwise.integrations.collator import PoSECollator
     from skipwise.integrations.preflight_callback import PreflightCallback, finalize_checkpoint
+    from skipwise.models.prepared import load_scaled
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,12 +26,14 @@ __all__ = [
     "SkipwiseError",
     "coverage",
     "finalize_checkpoint",
+    "load_scaled",
 ]
 
-_LAZY = {  # these load torch
+_LAZY = {  # name: the module that defines it, which imports torch
     "PoSECollator": "integrations.collator",
     "PreflightCallback": "integrations.preflight_callback",
     "finalize_checkpoint": "integrations.preflight_callback",
+    "load_scaled": "models.prepared",
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m skipwise`, which launchers start."""
+"""`python -m skipwise`: the command line, as launchers start it."""
 
 import sys
 

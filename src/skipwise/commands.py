@@ -1,6 +1,6 @@
-"""What the verbs do: options to a recipe, the work, and what is printed of it.
+"""The verbs of the command line: turn options into a recipe, run it, print the result.
 
-Heavy imports stand inside the bodies, so that help and mistakes come at once.
+Heavy imports are inside the functions, so that help and error messages appear at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from skipwise.config.machine import is_main_process, world_size
 from skipwise.errors import SkipwiseError
@@ -21,269 +21,263 @@ from skipwise.training.distributed.launcher import FAILED, launched, num_gpus
 
 if TYPE_CHECKING:
     from skipwise.config.recipe import Recipe
+    from skipwise.config.run_folder import RunFolder
 
 
-def _recipe(given: argparse.Namespace) -> Recipe:
-    """The recipe that the command names: a file, a run's own, or defaults around a model."""
+def _load_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe of a .yaml file or a run folder, or the default recipe of a model."""
     from skipwise.config.parse import load_recipe, load_run_recipe, parse_recipe
     from skipwise.config.run_folder import RunFolder
 
-    data, overrides = given.data, given.overrides
-    path = Path(given.thing).expanduser()
-    options: list[str] = [f"target_length={given.to}"] if given.to else []
+    data, overrides = args.data, args.overrides
+    path = Path(args.thing).expanduser()
+    options: list[str] = [f"target_length={args.to}"] if args.to else []
     options += [f"data.sources={json.dumps(data)}"] if data else []
-    options += ["lora={}"] if given.lora else []
-    options += [f"engine={given.engine}"] if getattr(given, "engine", None) else []
+    options += ["lora={}"] if args.lora else []
+    options += [f"engine={args.engine}"] if getattr(args, "engine", None) else []
     if path.suffix in (".yaml", ".yml"):
         return load_recipe(path, options + overrides)
     run = RunFolder(path)
     if run.recipe_file.exists():
         return load_run_recipe(run.recipe_file, options + overrides)
-    if not given.to and not any(o.startswith("target_length=") for o in overrides):
-        raise SkipwiseError("how far should it reach? type --to 32k")
-    return parse_recipe({"model": given.thing}, options + overrides)
+    if not args.to and not any(o.startswith("target_length=") for o in overrides):
+        raise SkipwiseError("missing target length: pass --to 32k")
+    return parse_recipe({"model": args.thing}, options + overrides)
 
 
-def _command() -> str:
+def _command_line() -> str:
     return shlex.join(["skipwise", *sys.argv[1:]])
 
 
-def _default_out(recipe: Recipe, given: argparse.Namespace) -> Path:
-    if given.out:
-        return Path(given.out)
-    if (Path(getattr(given, "thing", "")) / "recipe.yaml").exists():
-        return Path(given.thing)
+def _out_folder(recipe: Recipe, args: argparse.Namespace) -> Path:
+    if args.out:
+        return Path(args.out)
+    if (Path(getattr(args, "thing", "")) / "recipe.yaml").exists():
+        return Path(args.thing)
     return Path("runs") / recipe.run_name
 
 
-def _finish(run: Any, table: str) -> None:
-    print(table)
+def print_summary(run: RunFolder) -> None:
+    from skipwise.report import format_table
+
+    print(format_table(run.results()))
     print(f"\nmodel   {run.model}\nreport  {run.report / 'index.html'}")
     print(f"\nnext: skipwise eval {run.path} --lengths ..., or load {run.model} with transformers")
 
 
-def quickstart_verb(given: argparse.Namespace) -> int:
-    _quiet()
+def quickstart_verb(args: argparse.Namespace) -> None:
+    _silence_libraries()
     from skipwise.pipeline.extend import extend
     from skipwise.pipeline.quickstart import make_recipe
-    from skipwise.report import format_table
 
-    out = Path(given.out or "runs/quickstart")
-    run = extend(make_recipe(given.overrides), out, command=_command())
-    _finish(run, format_table(run.results()))
-    return 0
+    out = Path(args.out or "runs/quickstart")
+    run = extend(make_recipe(args.overrides), out, command=_command_line())
+    print_summary(run)
 
 
-def extend_verb(given: argparse.Namespace) -> int:
+def extend_verb(args: argparse.Namespace) -> None:
     if launched():
         raise SkipwiseError(
-            "extend starts its processes itself: type skipwise extend ... --gpus N\n"
-            "or accelerate launch -m skipwise train RECIPE, and skipwise extend RUN after it"
+            "extend starts its own processes: run skipwise extend ... --gpus N\n"
+            "or accelerate launch -m skipwise train RECIPE, then skipwise extend RUN"
         )
-    recipe = _recipe(given)
-    _quiet()
+    recipe = _load_recipe(args)
+    _silence_libraries()
     from skipwise.pipeline.extend import extend
-    from skipwise.report import format_table
 
     run = extend(
         recipe,
-        _default_out(recipe, given),
-        command=_command(),
-        num_processes=_num_processes(given, recipe),
+        _out_folder(recipe, args),
+        command=_command_line(),
+        num_processes=_num_processes(args, recipe),
     )
-    _finish(run, format_table(run.results()))
-    return 0
+    print_summary(run)
 
 
-def _num_processes(given: argparse.Namespace, recipe: Recipe) -> int:
-    """Processes to start, 0 for none: training in this one."""
+def _num_processes(args: argparse.Namespace, recipe: Recipe) -> int:
+    """Number of processes to start; 0: train in this process."""
     if launched():
-        if given.gpus is not None:
+        if args.gpus is not None:
             raise SkipwiseError(
-                f"--gpus {given.gpus}: a launcher has started {world_size()} processes "
-                "already\nleave --gpus out, or start skipwise without the launcher"
+                f"--gpus {args.gpus}: a launcher has already started {world_size()} processes\n"
+                "remove --gpus, or run skipwise without the launcher"
             )
         return 0
-    if given.gpus is not None and given.gpus < 1:
-        raise SkipwiseError("--gpus: 1 or more; leave it out for all of this machine")
+    if args.gpus is not None and args.gpus < 1:
+        raise SkipwiseError("--gpus must be 1 or more; the default is all GPUs of this machine")
     from skipwise.config.recipe import SHARDED_ENGINES
 
     found = num_gpus()
-    if given.gpus is not None and 0 < found < given.gpus:
-        raise SkipwiseError(f"--gpus {given.gpus}: this machine has {found}")
-    wanted = given.gpus or max(1, found)
+    if args.gpus is not None and 0 < found < args.gpus:
+        raise SkipwiseError(f"--gpus {args.gpus}: this machine has {found} GPUs")
+    wanted = args.gpus or max(1, found)
     return wanted if wanted > 1 or recipe.engine in SHARDED_ENGINES else 0
 
 
-def check_verb(given: argparse.Namespace) -> int:
+def check_verb(args: argparse.Namespace) -> int:
     from skipwise.models.hf_config import is_config_alone
 
-    recipe = _recipe(given)
+    recipe = _load_recipe(args)
     config_alone = is_config_alone(recipe.model)
     if config_alone:
         from skipwise.preflight.config import check_config_alone as check
     else:
-        _quiet()
+        _silence_libraries()
         from skipwise.pipeline.checks import check
     checks = check(recipe)
-    if given.json:
+    if args.json:
         print(json.dumps([dataclasses.asdict(c) for c in checks], indent=1))
     else:
         print("\n".join(str(c) for c in checks))
         if config_alone:
             print("\nthere are no weights, so neither the loaded model nor the text was checked")
         elif all(c.passed for c in checks):
-            data = " ".join(given.data or ["FOLDER"])
-            print(f"\nnext: skipwise extend {given.thing} --to {given.to or 'T'} --data {data}")
+            data = " ".join(args.data or ["FOLDER"])
+            print(f"\nnext: skipwise extend {args.thing} --to {args.to or 'T'} --data {data}")
     return 0 if all(c.passed for c in checks) else 2
 
 
-def plan_verb(given: argparse.Namespace) -> int:
+def plan_verb(args: argparse.Namespace) -> None:
     from skipwise.planning import find_gpu, format_measured, format_plan, make_plan, plan_to_dict
 
-    recipe = _recipe(given)
-    gpu = find_gpu(given.gpu) if given.gpu else None
-    plan = make_plan(recipe, num_gpus=1 if given.gpus is None else given.gpus, gpu=gpu)
+    recipe = _load_recipe(args)
+    gpu = find_gpu(args.gpu) if args.gpu else None
+    plan = make_plan(recipe, num_gpus=1 if args.gpus is None else args.gpus, gpu=gpu)
     measured = None
-    if not given.json:
+    if not args.json:
         print(format_plan(plan), flush=True)
-    if given.measure:
+    if args.measure:
         from skipwise.pipeline.profile import measure
 
         print("measuring three steps ...", file=sys.stderr, flush=True)
         measured = measure(recipe)
-    if given.json:
-        taken = {"measured": dataclasses.asdict(measured)} if measured else {}
-        print(json.dumps({**plan_to_dict(plan), **taken}, indent=1))
+    if args.json:
+        measurement = {"measured": dataclasses.asdict(measured)} if measured else {}
+        print(json.dumps({**plan_to_dict(plan), **measurement}, indent=1))
     elif measured:
         print(f"\n{format_measured(plan, measured)}")
-    return 0
 
 
-def positions_verb(given: argparse.Namespace) -> int:
+def positions_verb(args: argparse.Namespace) -> None:
     from skipwise.config.lengths import parse_length
     from skipwise.config.parse import parse_recipe
     from skipwise.config.samplers import make_sampler
     from skipwise.pose.preview import describe_positions, draw_text
 
-    L, T = parse_length(given.length), parse_length(given.to)
-    overrides = [o if o.startswith("method=") else f"positions.{o}" for o in given.overrides]
+    L, T = parse_length(args.length), parse_length(args.to)
+    overrides = [o if o.startswith("method=") else f"positions.{o}" for o in args.overrides]
     recipe = parse_recipe({"model": "-", "target_length": T}, overrides)
     sampler = make_sampler(recipe, L)
-    metadata = describe_positions(sampler, given.seed)
-    if given.json:
+    metadata = describe_positions(sampler, args.seed)
+    if args.json:
         print(json.dumps(metadata))
     else:
         print(draw_text(metadata, sampler.train_length, T))
-    if given.draw:
+    if args.draw:
         from skipwise.report import plot_positions
 
         pairs = list(zip(metadata["distances"], metadata["coverage"], strict=True))
         figure = plot_positions(metadata["examples"], pairs, sampler.train_length, T)
         try:
-            figure.savefig(given.draw, dpi=150, bbox_inches="tight")
+            figure.savefig(args.draw, dpi=150, bbox_inches="tight")
         except (OSError, ValueError) as error:
-            raise SkipwiseError(f"{given.draw} could not be written: {error}") from error
-        print(f"wrote {given.draw}", file=sys.stderr)
-    return 0
+            raise SkipwiseError(f"cannot write {args.draw}: {error}") from error
+        print(f"wrote {args.draw}", file=sys.stderr)
 
 
-def train_verb(given: argparse.Namespace) -> int:
-    recipe = _recipe(given)
-    out = _default_out(recipe, given)
-    _quiet()
+def train_verb(args: argparse.Namespace) -> None:
+    recipe = _load_recipe(args)
+    out = _out_folder(recipe, args)
+    _silence_libraries()
     from skipwise.pipeline.stages import launch_training, open_training, prepare_training, train_run
-    from skipwise.training.distributed.engines import Turn
+    from skipwise.training.distributed.engines import main_process_first
 
-    num_processes = _num_processes(given, recipe)
+    num_processes = _num_processes(args, recipe)
     if num_processes:
-        run = open_training(recipe, out, _command(), num_processes)
-        launch_training(run, num_processes, only_check=given.dry_run)
+        run = open_training(recipe, out, _command_line(), num_processes)
+        launch_training(run, num_processes, only_check=args.dry_run)
     else:
-        with Turn(recipe):
-            plan, data, run = prepare_training(recipe, out, _command())
-        train_run(plan, data, run, record=True, only_check=given.dry_run)
+        with main_process_first(recipe):
+            plan, data, run = prepare_training(recipe, out, _command_line())
+        train_run(plan, data, run, record=True, only_check=args.dry_run)
     if is_main_process():
-        if given.dry_run:
-            print("checked, nothing trained")
+        if args.dry_run:
+            print("checks passed, nothing trained")
         else:
             last = run.finish if recipe.full_length.fraction else run
             print(f"trained: {last.checkpoints}\nnext: skipwise export {run.path}")
-    return 0
 
 
-def eval_verb(given: argparse.Namespace) -> int:
+def eval_verb(args: argparse.Namespace) -> None:
     from skipwise.config.lengths import parse_lengths
 
-    lengths = parse_lengths(given.lengths) if given.lengths else []
-    tasks = [t.strip() for t in given.tasks.split(",")] if given.tasks is not None else []
-    limit = [f"eval.limit={given.limit}"] if given.limit is not None else []
-    if given.limit is not None and given.limit < 1:
-        raise SkipwiseError("--limit: 1 document or more; leave it out for all")
-    _quiet()
+    lengths = parse_lengths(args.lengths) if args.lengths else []
+    tasks = [t.strip() for t in args.tasks.split(",")] if args.tasks is not None else []
+    limit = [f"eval.limit={args.limit}"] if args.limit is not None else []
+    if args.limit is not None and args.limit < 1:
+        raise SkipwiseError("--limit must be 1 or more; the default is all documents")
+    _silence_libraries()
     from skipwise.evaluation.run import evaluate
     from skipwise.report import format_table, write_report
 
     rows, run = evaluate(
-        given.thing,
+        args.thing,
         lengths=lengths,
         tasks=tasks,
-        data=given.data or [],
-        baseline=given.baseline,
-        overrides=limit + given.overrides,
-        out=given.out,
-        command=_command(),
+        data=args.data or [],
+        baseline=args.baseline,
+        overrides=limit + args.overrides,
+        out=args.out,
+        command=_command_line(),
     )
     page = write_report(run.path)
-    print(json.dumps(rows, indent=1) if given.json else format_table(rows))
-    where = sys.stderr if given.json else sys.stdout
+    print(json.dumps(rows, indent=1) if args.json else format_table(rows))
+    where = sys.stderr if args.json else sys.stdout
     print(f"\nresults {run.path / 'results.json'}\nreport  {page}", file=where)
-    return 0
 
 
-def report_verb(given: argparse.Namespace) -> int:
+def report_verb(args: argparse.Namespace) -> None:
     from skipwise.config.run_folder import RunFolder
     from skipwise.report import compare_runs, format_table, write_report
 
-    if len(given.things) > 1:
-        page = Path(given.out or "comparison.html")
-        table = compare_runs([Path(thing) for thing in given.things], page)
+    if len(args.things) > 1:
+        page = Path(args.out or "comparison.html")
+        table = compare_runs([Path(thing) for thing in args.things], page)
         print(f"{table}\n\nreport  {page}")
-        return 0
-    if given.out:
-        raise SkipwiseError("--out is for several runs: a run's page is in its report folder")
-    run = RunFolder(given.things[0])
+        return
+    if args.out:
+        raise SkipwiseError("--out needs several runs: the page of one run is in its report folder")
+    run = RunFolder(args.things[0])
     if run.metadata().get("kind") != "evaluation":
         run.recipe()
     page = write_report(run.path)
     print(format_table(run.results()))
     print(f"\nreport  {page}")
-    return 0
 
 
-def export_verb(given: argparse.Namespace) -> int:
-    if given.verify:
-        return _verify(given)
-    kinds = [kind.strip() for kind in given.to.split(",")]
+def export_verb(args: argparse.Namespace) -> int:
+    if args.verify:
+        return _verify_folder(args)
+    kinds = [kind.strip() for kind in args.to.split(",")]
     unknown = [kind for kind in kinds if kind not in ("hf", "gguf", "adapter")]
     if unknown:
         raise SkipwiseError(f"--to {unknown[0]}: choose from hf, gguf, adapter")
-    _quiet()
+    _silence_libraries()
     from skipwise.config.run_folder import RunFolder
     from skipwise.pipeline.stages import export_again
 
-    run = RunFolder(given.thing)
-    for path in export_again(run, kinds, given.outtype, given.llama_cpp):
+    run = RunFolder(args.thing)
+    for path in export_again(run, kinds, args.outtype, args.llama_cpp):
         print(path)
     print(f"next: skipwise eval {run.path}, or skipwise publish {run.path} USER/NAME")
     return 0
 
 
-def _verify(given: argparse.Namespace) -> int:
+def _verify_folder(args: argparse.Namespace) -> int:
     from skipwise.config.run_folder import RunFolder
     from skipwise.export.runtimes import as_json, format_verdict, verify_folder
 
-    folder = Path(given.thing).expanduser()
+    folder = Path(args.thing).expanduser()
     run = RunFolder(folder)
     files = sorted(folder.glob("*.gguf"))
     if run.recipe_file.exists():
@@ -296,7 +290,7 @@ def _verify(given: argparse.Namespace) -> int:
 
         checks += [(file.name, check) for check in check_gguf(file, folder)]
     well = verdict.well and all(check.passed for _, check in checks)
-    if given.json:
+    if args.json:
         found = [{"file": name, **dataclasses.asdict(check)} for name, check in checks]
         print(json.dumps({**as_json(verdict), "gguf": found, "well": well}, indent=1))
     else:
@@ -306,32 +300,29 @@ def _verify(given: argparse.Namespace) -> int:
     return 0 if well else FAILED
 
 
-def publish_verb(given: argparse.Namespace) -> int:
+def publish_verb(args: argparse.Namespace) -> None:
     from skipwise.config.run_folder import RunFolder
     from skipwise.export.hub import confirm, describe_upload, plan_upload, upload_files
     from skipwise.export.model_card import write_card
 
-    run = RunFolder(given.thing)
+    run = RunFolder(args.thing)
     run.recipe()
-    plan_upload(run, given.name, given.private)  # nothing is written where it would be refused
-    write_card(run, given.name)
-    upload = plan_upload(run, given.name, given.private)
+    plan_upload(run, args.name, args.private)  # raises before anything is written
+    write_card(run, args.name)
+    upload = plan_upload(run, args.name, args.private)
     print(describe_upload(upload), file=sys.stderr, flush=True)
-    if given.dry_run:
-        print("nothing uploaded")
-    elif given.yes or confirm(upload):
+    if not args.dry_run and (args.yes or confirm(upload)):
         print(upload_files(upload))
     else:
         print("nothing uploaded")
-    return 0
 
 
-def _quiet() -> None:
-    """Our own progress is enough; warnings stay."""
+def _silence_libraries() -> None:
+    """Hide the progress bars and FutureWarnings of libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not num_gpus():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed complains on stdout
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns on stdout
     for library in ("transformers", "peft", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     from transformers.utils import logging

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class SkipwiseError(Exception):
-    """What was given, why it fails, what to type: one to three lines, shown without a trace."""
+    """An error in one to three lines: the input, the reason, the fix. Shown without a traceback."""
 
 
 class RunStopped(SkipwiseError):
@@ -16,6 +16,8 @@ class RunStopped(SkipwiseError):
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
+    """The result of one preflight check."""
+
     name: str
     passed: bool
     detail: str  # one sentence: what was found, and how to fix it if the check failed

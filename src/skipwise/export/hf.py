@@ -1,8 +1,8 @@
-"""What is handed over: weights, tokenizer, and a config that every stock runtime reads right.
+"""Export for transformers: weights, tokenizer, and a config that every runtime reads correctly.
 
-The config is written in both spellings, for transformers 4 reads a transformers 5 checkpoint as
-unscaled without a word. A fresh process with plain transformers then loads the folder, and its
-logits at the far end of the window must equal those of the model that was saved.
+The config has the RoPE keys of transformers 4 and of transformers 5, because transformers 4 loads a
+transformers 5 checkpoint as unscaled, without a warning. After writing, a new process loads the
+folder with transformers alone. Its logits at both ends of the window must equal the model's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from skipwise.models.prepared import PreparedModel
 
 _TOLERANCE = 1e-4
 _SHARD = "5GB"
-_PROBE = 64  # tokens of the reload check: half at the start of the window, half at its end
+_PROBE = 64  # tokens of the reload check: half at the start of the window, half at the end
 _RELOAD = """
 import sys, numpy, torch
 from transformers import AutoModelForCausalLM
@@ -55,8 +55,8 @@ model = PeftModel.from_pretrained(model, folder).eval()""",
 )
 _ADAPTER = """# An adapter that needs its own config
 
-The adapter was trained on `{base}` with rescaled RoPE, which an adapter does not carry: load the
-base with the `config.json` of this folder. On the base's own config it computes something else.
+The adapter was trained on `{base}` with rescaled RoPE. An adapter does not store RoPE, so load the
+base model with the `config.json` of this folder. With its own config the outputs are wrong.
 
 ```python
 from peft import PeftModel
@@ -68,23 +68,22 @@ model = PeftModel.from_pretrained(base, "FOLDER")
 ```
 """
 _TEMPERATURE = """
-The merged model of this run has an attention temperature ({value}) in its query weights, the base's
-among them, which an adapter cannot change: this one has none, and computes something else at every
-length. Take the merged model to have it.
+The merged model of this run has an attention temperature ({value}) in its query weights. An adapter
+cannot store it, so this adapter gives other outputs than the merged model at every length.
 """
 
 
 def export_model(
     prepared: PreparedModel, run: RunFolder, checkpoint: Path | None, temperature: float = 1.0
 ) -> list[Check]:
-    """Write `model/` from a trained checkpoint and check it in a fresh process.
+    """Write `model/` from a trained checkpoint and check it in a new process.
 
     Args:
-        checkpoint: with the trained weights; None: training has not reached its end.
-        temperature: to fold into the weights.
+        checkpoint: the trained weights. None if training is not complete.
+        temperature: attention temperature to fold into the weights.
 
     Raises:
-        SkipwiseError: training has not reached its end, the weights cannot carry the temperature,
+        SkipwiseError: training is not complete, the temperature cannot be folded into the weights,
             or the disk is full.
     """
     recipe = prepared.recipe
@@ -94,7 +93,7 @@ def export_model(
     if temperature != 1:
         fold_temperature(model, temperature)
     dtype = getattr(prepared.config, "dtype", None) or torch.float32
-    for parameter in model.parameters():  # parameters only: a cast of inv_freq ruins positions
+    for parameter in model.parameters():  # not buffers: inv_freq needs float32
         parameter.data = parameter.data.to(dtype).float()
     probe = _probe(prepared.info.vocab_size, recipe.target_length)
     want = _logits(model, probe)
@@ -109,25 +108,25 @@ def export_model(
         model.save_pretrained(part, max_shard_size=_SHARD)
         save_tokenizer(prepared.tokenizer, prepared.source, part)
         make_portable(part, recipe.target_length)
-        write_text(part / "skipwise_recipe.yaml", dump_recipe(without_places(recipe)))
+        write_text(part / "skipwise_recipe.yaml", dump_recipe(without_local_paths(recipe)))
         shutil.rmtree(run.model, ignore_errors=True)
         os.replace(part, run.model)
     except OSError as error:
-        raise SkipwiseError(f"{run.model} could not be written: {error.strerror}") from error
+        raise SkipwiseError(f"cannot write {run.model}: {error.strerror}") from error
     return [_check_reload(run.model, probe, want)]
 
 
 def export_adapter(prepared: PreparedModel, run: RunFolder, checkpoint: Path | None) -> list[Check]:
-    """Write `adapter/`: LoRA alone, with the base's scaled config, and check it.
+    """Write `adapter/`, the LoRA weights with the scaled config of the base model, and check it.
 
-    An adapter does not carry the change of RoPE: on the plain base it computes something else,
-    without a word. So its folder holds the base's config as it has to be, and says how to load.
+    An adapter does not store the rescaled RoPE: on the base model's own config it silently gives
+    wrong outputs. So the folder also holds the scaled config and a README that says how to load it.
 
     Raises:
-        SkipwiseError: the run trained no adapter, or not to its end.
+        SkipwiseError: the run trained no adapter, or training is not complete.
     """
     if prepared.recipe.lora is None:
-        raise SkipwiseError(f"{run.path} trained all weights: it has no adapter\ntype --to hf")
+        raise SkipwiseError(f"{run.path} trained all weights: it has no adapter\npass --to hf")
     checkpoint = require_trained(run, checkpoint)
     part = run.path / "adapter.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -141,25 +140,25 @@ def export_adapter(prepared: PreparedModel, run: RunFolder, checkpoint: Path | N
         prepared.scaled.save_pretrained(part)
         save_tokenizer(prepared.tokenizer, prepared.source, part)
         make_portable(part, prepared.recipe.target_length)
-        write_text(part / "README.md", _ADAPTER.format(base=base) + _without_temperature(run))
+        write_text(part / "README.md", _ADAPTER.format(base=base) + _temperature_note(run))
         shutil.rmtree(run.adapter, ignore_errors=True)
         os.replace(part, run.adapter)
     except OSError as error:
-        raise SkipwiseError(f"{run.adapter} could not be written: {error.strerror}") from error
+        raise SkipwiseError(f"cannot write {run.adapter}: {error.strerror}") from error
     probe = _probe(prepared.info.vocab_size, prepared.recipe.target_length)
     want = _logits(trained_model(prepared, checkpoint), probe)
     return [_check_reload(run.adapter, probe, want, "reload of the adapter", _RELOAD_ADAPTER)]
 
 
 def require_trained(run: RunFolder, checkpoint: Path | None) -> Path:
-    """The checkpoint, where training has reached its end.
+    """The checkpoint.
 
     Raises:
-        SkipwiseError: it has not.
+        SkipwiseError: it is None, because training is not complete.
     """
     if checkpoint is None:
         raise SkipwiseError(
-            f"{run.path} has not been trained to its end\ntype skipwise train {run.path} to go on"
+            f"training of {run.path} is not complete\nrun skipwise train {run.path} to resume it"
         )
     return checkpoint
 
@@ -170,7 +169,7 @@ def trained_model(
     dtype: torch.dtype = torch.float32,
     device_map: str | None = None,
 ) -> Any:
-    """The model with a checkpoint's weights, LoRA merged; None: untrained but rescaled."""
+    """The rescaled model with the checkpoint's weights, LoRA merged; without one, untrained."""
     recipe = prepared.recipe
     source, settings = prepared.source, prepared.load
     if checkpoint is not None and recipe.lora is None:
@@ -184,15 +183,15 @@ def trained_model(
 
 
 def load_for_scoring(prepared: PreparedModel, checkpoint: Path | None) -> Any:
-    """`trained_model` on the best device, or spread as `load.device_map` says."""
+    """`trained_model` on the best device, or placed by `load.device_map`."""
     settings = prepared.recipe.load
     dtype = compute_dtype(settings)
     model = trained_model(prepared, checkpoint, dtype, settings.device_map)
     return model if settings.device_map is not None else model.to(best_device())
 
 
-def without_places(recipe: Recipe) -> Recipe:
-    """The recipe with local files and folders by their names alone: it is handed to others."""
+def without_local_paths(recipe: Recipe) -> Recipe:
+    """The recipe with local paths cut to file names, for publication."""
 
     def name(value: Any) -> Any:
         if isinstance(value, dict):
@@ -210,15 +209,15 @@ def without_places(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model=name(recipe.model), data=data, eval=settings)
 
 
-def _without_temperature(run: RunFolder) -> str:
-    """What an adapter lacks of the merged model, for its README."""
+def _temperature_note(run: RunFolder) -> str:
+    """For the adapter's README: the merged model's attention temperature, which it lacks."""
     value = run.metadata().get("temperature", {}).get("value", run.recipe().attention_temperature)
-    value = "searched at its export" if value == "auto" else value
+    value = "chosen at export" if value == "auto" else value
     return "" if value == 1 else _TEMPERATURE.format(value=value)
 
 
 def _probe(vocab_size: int, target_length: int) -> np.ndarray:
-    """(2, K) token ids and positions: the two ends of the window, so distances up to T show."""
+    """(2, K) token ids and positions at both ends of the window: distances reach T."""
     half = min(_PROBE, target_length) // 2
     ids = np.random.default_rng(0).integers(3, vocab_size, 2 * half)
     positions = np.concatenate([np.arange(half), np.arange(target_length - half, target_length)])
@@ -234,10 +233,10 @@ def _logits(model: Any, probe: np.ndarray) -> np.ndarray:
 
 
 def fresh_logits(folder: Path, probe: np.ndarray, program: str = _RELOAD) -> np.ndarray:
-    """Logits of the probe (K, V) by plain transformers in a process of its own.
+    """Logits of the probe (K, V), by transformers alone in a new process.
 
     Raises:
-        SkipwiseError: transformers cannot load the folder, or run it; says its last line.
+        SkipwiseError: transformers cannot load or run the folder. Quotes the last line of stderr.
     """
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch) / "probe.npy", Path(scratch) / "logits.npy"
@@ -249,8 +248,8 @@ def fresh_logits(folder: Path, probe: np.ndarray, program: str = _RELOAD) -> np.
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-            raise SkipwiseError(f"plain transformers fails: {last}")
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise SkipwiseError(f"transformers alone fails: {last}")
         return np.load(files[1])
 
 
@@ -266,8 +265,8 @@ def _check_reload(
     return Check(
         name=name,
         passed=error <= _TOLERANCE,
-        detail=f"plain transformers in a fresh process gives the same logits at {positions} "
+        detail=f"transformers alone, in a new process, gives the same logits at {positions} "
         f"(largest difference {error:.0e})"
         if error <= _TOLERANCE
-        else f"plain transformers gives other logits at {positions}: off by {error:.1e}",
+        else f"transformers alone gives different logits at {positions}: off by {error:.1e}",
     )

@@ -1,7 +1,7 @@
-"""An exported run to the Hugging Face Hub: shown first, asked for, then uploaded.
+"""Upload an exported run to the Hugging Face Hub, after the user has confirmed the list of files.
 
-The token is the one of the Hub's own login (`hf auth login`, or HF_TOKEN); it is neither taken as
-an argument nor written anywhere. Nothing is uploaded of a run whose checks have failed.
+The token comes from `hf auth login` or HF_TOKEN. It is never an argument and never written to a
+file. A run with a failed check is not uploaded.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from skipwise.errors import SkipwiseError
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """What would be uploaded, and where to."""
+    """The files to upload and the repository."""
 
     repo_id: str
     private: bool
-    files: list[tuple[Path, str]]  # (file here, its name there)
+    files: list[tuple[Path, str]]  # (local file, its name in the repository)
 
     @property
     def num_bytes(self) -> int:
@@ -33,24 +33,24 @@ class Upload:
 
 
 def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
-    """The files of a run's model, and of its GGUF files where there are some.
+    """The upload of a run's model folder and its GGUF files.
 
     Raises:
-        SkipwiseError: nothing is exported, a check has failed, the name is none of the Hub.
+        SkipwiseError: the run is not exported, a check failed, or the Hub does not allow the name.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise SkipwiseError(f"{repo_id!r} is no name on the Hub: {_line(error)}") from error
+        raise SkipwiseError(f"{repo_id!r} is not a valid Hub name: {_first_line(error)}") from error
     if repo_id.count("/") != 1:
-        raise SkipwiseError(f"{repo_id!r} is no name on the Hub: type USER/NAME")
+        raise SkipwiseError(f"{repo_id!r} is not a valid Hub name: use USER/NAME")
     if not run.metadata().get("exported") or not run.model.is_dir():
-        raise SkipwiseError(f"{run.path} is not exported\ntype skipwise export {run.path}")
+        raise SkipwiseError(f"{run.path} is not exported\nrun skipwise export {run.path}")
     failed = [c["name"] for c in run.metadata().get("checks", []) if not c["passed"]]
     if failed:
         raise SkipwiseError(
-            f"{run.path}: the check {failed[0]!r} has failed, and what is not right is not "
-            f"published\nsee {run.report / 'index.html'}"
+            f"{run.path}: the check {failed[0]!r} failed, so the model is not published\n"
+            f"see {run.report / 'index.html'}"
         )
     found = [file for file in sorted(run.model.rglob("*")) if file.is_file()]
     files = [(file, file.relative_to(run.model).as_posix()) for file in found]
@@ -59,34 +59,34 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
 
 
 def describe_upload(upload: Upload) -> str:
-    """What a person is asked about."""
+    """The list of files that the user confirms."""
     width = max(len(name) for _, name in upload.files)
-    lines = [f"  {name:<{width}}  {_size(file.stat().st_size):>9}" for file, name in upload.files]
-    seen = "private" if upload.private else "public: everybody can read it"
-    lines.insert(0, f"to {HfApi().endpoint}/{upload.repo_id} ({seen})")
-    lines.append(f"  {'in all':<{width}}  {_size(upload.num_bytes):>9}")
+    lines = [f"  {name:<{width}}  {_format_size(f.stat().st_size):>9}" for f, name in upload.files]
+    visibility = "private" if upload.private else "public: everyone can read it"
+    lines.insert(0, f"to {HfApi().endpoint}/{upload.repo_id} ({visibility})")
+    lines.append(f"  {'total':<{width}}  {_format_size(upload.num_bytes):>9}")
     return "\n".join(lines)
 
 
 def confirm(upload: Upload, ask: Any = input) -> bool:
-    """Ask the person at the terminal.
+    """Ask the user for confirmation.
 
     Raises:
-        SkipwiseError: there is nobody to ask.
+        SkipwiseError: stdin is not a terminal.
     """
     if not sys.stdin.isatty() and ask is input:
-        raise SkipwiseError("nobody is there to confirm the upload\ntype --yes")
+        raise SkipwiseError("cannot ask for confirmation: stdin is not a terminal\npass --yes")
     return ask(f"upload {len(upload.files)} files? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def upload_files(upload: Upload) -> str:
-    """Make the repository and upload; files that are there already are not sent again.
+    """Create the repository and upload the files that it does not have yet.
 
     Returns:
-        the address of the model.
+        URL of the model.
 
     Raises:
-        SkipwiseError: not logged in, no right to write there, a card that the Hub turns down, a
+        SkipwiseError: not logged in, no write access, a model card that the Hub rejects, or a
             failed connection.
     """
     api = HfApi()
@@ -94,7 +94,7 @@ def upload_files(upload: Upload) -> str:
         api.whoami()
     except Exception as error:
         raise SkipwiseError(
-            f"the Hub does not know you ({_line(error)})\ntype hf auth login, or set HF_TOKEN"
+            f"not logged in to the Hub ({_first_line(error)})\nrun hf auth login, or set HF_TOKEN"
         ) from error
     try:
         card = next((file for file, name in upload.files if name == "README.md"), None)
@@ -107,27 +107,22 @@ def upload_files(upload: Upload) -> str:
             commit_message="Upload by Skipwise",
         )
     except ValueError as error:
-        raise SkipwiseError(f"the Hub does not accept the model card: {_line(error)}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        if status in (401, 403):
+        raise SkipwiseError(f"the Hub rejects the model card: {_first_line(error)}") from error
+    except (HfHubHTTPError, OSError) as error:
+        response = getattr(error, "response", None)
+        if response is not None and response.status_code in (401, 403):
             raise SkipwiseError(
-                f"your token may not write to {upload.repo_id}\n"
-                "take one with the right to write: https://huggingface.co/settings/tokens"
+                f"your token has no write access to {upload.repo_id}\n"
+                "create a token with write access: https://huggingface.co/settings/tokens"
             ) from error
         raise SkipwiseError(
-            f"the upload to {upload.repo_id} failed: {_line(error)}\n"
-            "type the command again: what is there is not sent again"
-        ) from error
-    except OSError as error:
-        raise SkipwiseError(
-            f"the Hub cannot be reached: {_line(error)}\n"
-            "type the command again: what is there is not sent again"
+            f"the upload to {upload.repo_id} failed: {_first_line(error)}\n"
+            "run the command again: uploaded files are not sent again"
         ) from error
     return str(url)
 
 
-def _size(num_bytes: float) -> str:
+def _format_size(num_bytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -135,5 +130,5 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.2f} GB"
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,7 @@
-"""The model card: what the model is, what was measured, how it was made, how to load it.
+"""The model card: description, results, training settings, how to load the model.
 
-Everything in it comes from the run folder and the base model's own card, of which the licence and
-the language are carried over. The metadata is written by huggingface_hub, in the form that the
-Hub reads.
+The content comes from the run folder. License and language are copied from the base model's card.
+huggingface_hub writes the metadata in the format that the Hub reads.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from skipwise.report import format_table
 from skipwise.report.headline import headline
 from skipwise.report.rows import find
 
-_CARRIED = ("license", "license_name", "license_link", "language")
-_PAPERS = {  # BibTeX of what was used
+_COPIED_KEYS = ("license", "license_name", "license_link", "language")
+_PAPERS = {  # BibTeX of the methods
     "pose": (
         "@inproceedings{zhu2024pose,\n"
         "  title={PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise "
@@ -49,26 +48,26 @@ _PAPERS = {  # BibTeX of what was used
 
 
 def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
-    """README.md in the run's model folder, and the base's licence files beside it.
+    """Write README.md into the run's model folder and copy the base model's license files there.
 
     Args:
-        place: where a reader will find the model, for the commands that load it.
+        place: folder or Hub name of the model, for the loading commands in the card.
     """
-    recipe, facts = run.recipe(), run.metadata()
+    recipe, metadata = run.recipe(), run.metadata()
     base = Path(recipe.model).expanduser()
-    carried = base_metadata(recipe.model)
+    copied = base_metadata(recipe.model)
     if base.is_dir():
         for file in sorted(base.iterdir()):
             if file.is_file() and file.name.lower().startswith(("license", "licence", "notice")):
                 shutil.copyfile(file, run.model / file.name)
     path = run.model / "README.md"
-    text = f"---\n{metadata(run, carried)}\n---\n\n{_body(run, facts, carried, place)}"
+    text = f"---\n{card_metadata(run, copied)}\n---\n\n{_body(run, metadata, copied, place)}"
     write_text(path, text)
     return path
 
 
 def base_metadata(model: str) -> dict[str, Any]:
-    """The base model's licence and language, from its card in its folder or on the hub."""
+    """License and language from the base model's card, in its folder or on the Hub."""
     folder = Path(model).expanduser()
     try:
         if folder.exists():
@@ -76,14 +75,14 @@ def base_metadata(model: str) -> dict[str, Any]:
         else:
             card = ModelCard.load(model)
         found = card.data.to_dict()
-    except Exception:  # no card, no network, broken YAML: then nothing is known of it
+    except Exception:  # no card, no network or broken YAML
         return {}
-    return {key: found[key] for key in _CARRIED if found.get(key)}
+    return {key: found[key] for key in _COPIED_KEYS if found.get(key)}
 
 
-def metadata(run: RunFolder, carried: dict[str, Any]) -> str:
+def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     """The YAML at the top of the card."""
-    recipe, facts, rows = run.recipe(), run.metadata(), run.results()
+    recipe, metadata, rows = run.recipe(), run.metadata(), run.results()
     is_folder = Path(recipe.model).expanduser().exists()
     T = recipe.target_length
     results = []
@@ -104,51 +103,51 @@ def metadata(run: RunFolder, carried: dict[str, Any]) -> str:
         )
     data = ModelCardData(
         base_model=None if is_folder else recipe.model,
-        datasets=_hub_datasets(facts) or None,
+        datasets=_hub_datasets(metadata) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "pose", "skipwise", recipe.method],
         model_name=recipe.run_name if results else None,
         eval_results=results or None,
-        **carried,
+        **copied,
     )
     return data.to_yaml(line_break="\n").strip()
 
 
-def _body(run: RunFolder, facts: dict[str, Any], carried: dict[str, Any], place: str) -> str:
+def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], place: str) -> str:
     recipe, rows = run.recipe(), run.results()
-    L, T = facts.get("original_length") or 0, recipe.target_length
-    scaling = facts.get("scaling", recipe.rope.type)
-    name = facts.get("model", {}).get("name", recipe.model)
+    L, T = metadata.get("original_length") or 0, recipe.target_length
+    scaling = metadata.get("scaling", recipe.rope.type)
+    name = metadata.get("model", {}).get("name", recipe.model)
     papers = [_PAPERS["pose"], *([_PAPERS[scaling]] if scaling in _PAPERS else [])]
-    licence = carried.get("license")
+    license_id = copied.get("license")
     return f"""# {recipe.run_name}
 
 `{name}` with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
 [PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{scaling}` RoPE
 scaling.
 
-{headline(facts, rows)}
+{headline(metadata, rows)}
 
 ## Measured before and after
 
 {format_table(rows)}
 
-95 % intervals in brackets. Perplexity is on the same target tokens at every context length;
-passkey and needle are exact matches over all depths.
+95 % intervals are in brackets. Perplexity is measured on the same target tokens at every context
+length. Passkey and needle are exact match over all depths.
 
-{_short(rows, L)}
+{_short_context_results(rows, L)}
 
 ## How it was made
 
-{_made(recipe, facts)}
+{_training_summary(recipe, metadata)}
 
 ## Limits
 
-- Finding a passkey and a low perplexity show that the window works, not that the model reasons
-  over all of it: test it on your task.
-- What was not measured above is not known; beyond {T:,} tokens nothing is promised.
-- Knowledge, biases and safety are the base model's.
+- Passkey retrieval and low perplexity show that the model uses the window, not that it can reason
+  over all of it. Test it on your task.
+- Nothing is claimed beyond {T:,} tokens, or for tasks that are not listed above.
+- Knowledge, biases and safety are those of the base model.
 
 ## How to load it
 
@@ -165,12 +164,12 @@ python -m sglang.launch_server --model-path {place} --context-length {T}
 llama-server -m MODEL.gguf -c {T}
 ```
 
-No code of Skipwise is needed: the scaling is in `config.json`, in the spellings of transformers 5
-and 4. The recipe is in `skipwise_recipe.yaml`.
+Skipwise is not needed to load it: `config.json` holds the scaling, with the keys of transformers 5
+and of transformers 4. The recipe is in `skipwise_recipe.yaml`.
 
-## Licence
+## License
 
-{f"`{licence}`, that of the base model." if licence else "That of the base model."}
+{f"`{license_id}`, the" if license_id else "The"} license of the base model.
 
 ## Citation
 
@@ -180,49 +179,49 @@ and 4. The recipe is in `skipwise_recipe.yaml`.
 """
 
 
-def _short(rows: list[dict[str, Any]], L: int) -> str:
-    """What the extension did to contexts that the base could read already."""
-    said = []
+def _short_context_results(rows: list[dict[str, Any]], L: int) -> str:
+    """Results at the original context length L, before and after."""
+    results = []
     for task in ("perplexity", "passkey", "needle"):
         before, after = find(rows, "before", task, L), find(rows, "after", task, L)
         if not before or not after or before.get("value") is None or after.get("value") is None:
             continue
         old, new = float(before["value"]), float(after["value"])
         if task == "perplexity":
-            said.append(f"perplexity {old:.2f} before, {new:.2f} after ({new / old - 1:+.1%})")
+            results.append(f"perplexity {old:.2f} before, {new:.2f} after ({new / old - 1:+.1%})")
         else:
-            said.append(f"{task} {old:.0%} before, {new:.0%} after")
-    if not said:
-        return "What the extension costs at short length was not measured."
-    return f"At the original length of {L:,} tokens: {'; '.join(said)}."
+            results.append(f"{task} {old:.0%} before, {new:.0%} after")
+    if not results:
+        return "The effect on short contexts was not measured."
+    return f"At the original length of {L:,} tokens: {'; '.join(results)}."
 
 
-def _made(recipe: Any, facts: dict[str, Any]) -> str:
-    training, data = facts.get("training", {}), facts.get("data", {})
-    value = facts.get("temperature", {}).get("value", 1)
-    sharper = [f"- attention temperature {value:g}, in the query weights"] if value != 1 else []
+def _training_summary(recipe: Any, metadata: dict[str, Any]) -> str:
+    training, data = metadata.get("training", {}), metadata.get("data", {})
+    selection, L = metadata.get("selection", {}), metadata.get("train_length", 0)
+    value = metadata.get("temperature", {}).get("value", 1)
+    temperature = [f"- attention temperature {value:g}, in the query weights"] if value != 1 else []
     if not training:
-        return "\n".join(["Rescaled without training.", *(["", *sharper] if sharper else [])])
+        return "\n\n".join(["Rescaled without training.", *temperature])
     mode = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}[training["mode"]]
     lines = [
         f"- method `{recipe.method}`, {mode}, {training['num_steps']:,} steps of "
         f"{training['tokens_per_step']:,} tokens ({training['num_tokens']:,} in all), learning "
         f"rate {recipe.training.learning_rate:g}",
-        f"- trained on examples of {facts.get('train_length', 0):,} tokens with position indices "
-        f"up to {recipe.target_length:,}",
-        *_finish(recipe, facts.get("finish", {})),
+        f"- trained on examples of {L:,} tokens with position ids up to {recipe.target_length:,}",
+        *_full_length_lines(recipe, metadata.get("finish", {})),
         f"- {data.get('num_documents', 0):,} documents, {data.get('num_tokens', 0):,} tokens"
-        + (f", from {', '.join(names)}" if (names := _hub_datasets(facts)) else ""),
+        + (f", from {', '.join(names)}" if (names := _hub_datasets(metadata)) else ""),
     ]
-    if (chosen := facts.get("selection", {}).get("chosen")) is not None:
-        lines.append(f"- the checkpoint of step {chosen:,}, chosen by {facts['selection']['by']}")
-    lines += sharper
-    versions = facts.get("versions", {})
-    told = [f"{k} {versions[k]}" for k in ("skipwise", "transformers", "torch") if k in versions]
-    return "\n".join([*lines, f"- {', '.join(told)}"])
+    if (chosen := selection.get("chosen")) is not None:
+        lines.append(f"- the checkpoint of step {chosen:,}, chosen by {selection['by']}")
+    lines += temperature
+    versions = metadata.get("versions", {})
+    used = [f"{k} {versions[k]}" for k in ("skipwise", "transformers", "torch") if k in versions]
+    return "\n".join([*lines, f"- {', '.join(used)}"])
 
 
-def _finish(recipe: Any, finish: dict[str, Any]) -> list[str]:
+def _full_length_lines(recipe: Any, finish: dict[str, Any]) -> list[str]:
     if finish.get("seconds") is None:
         return []
     return [
@@ -232,9 +231,9 @@ def _finish(recipe: Any, finish: dict[str, Any]) -> list[str]:
     ]
 
 
-def _hub_datasets(facts: dict[str, Any]) -> list[str]:
-    """Sources that are data sets of the hub; local paths are nobody's business."""
-    sources = facts.get("data", {}).get("sources", [])
+def _hub_datasets(metadata: dict[str, Any]) -> list[str]:
+    """Sources that are data sets on the Hub. Local paths stay private."""
+    sources = metadata.get("data", {}).get("sources", [])
     return [s for s in sources if s.count("/") == 1 and not Path(s).expanduser().exists()]
 
 

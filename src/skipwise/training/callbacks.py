@@ -1,7 +1,7 @@
-"""What training writes into the run folder, and how a signal stops it.
+"""Trainer callbacks: metrics and checkpoints in the run folder, and stopping on a signal.
 
-`RunCallback` writes metrics and progress, marks complete checkpoints and stops at a loss that is
-not finite. `StopCallback` saves and stops after the step in which Ctrl-C or SIGTERM arrived.
+`RunCallback` writes metrics and progress, marks complete checkpoints, and raises if the loss is not
+finite. `StopCallback` saves and stops after the step in which Ctrl-C or SIGTERM arrived.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,15 @@ from skipwise.training.chunked_loss import Distillation
 
 @dataclass(frozen=True, kw_only=True)
 class StageOffset:
-    """What a run has trained before this part of it: its metrics go on from there."""
+    """Steps and tokens of earlier stages; metrics continue from these counts."""
 
     num_steps: int = 0
     num_tokens: int = 0
-    checkpoint: Path | None = None  # whose weights this part begins with; None: the base's
+    checkpoint: Path | None = None  # initial weights of this stage; None: the base model's
 
 
 class RunCallback(TrainerCallback):
-    """The run folder's side of training: metrics, progress, whole checkpoints, finite loss."""
+    """Writes metrics and progress, marks complete checkpoints, checks that the loss is finite."""
 
     def __init__(
         self,
@@ -52,15 +52,15 @@ class RunCallback(TrainerCallback):
         train_length: int,
         engine: str,
         config: Any,
-        before: StageOffset | None = None,
+        offset: StageOffset | None = None,
     ) -> None:
         self.run, self.recipe, self.train_length = run, recipe, train_length
-        self.before = before or StageOffset()
+        self.offset = offset or StageOffset()
         self.phase = "finish" if is_full_length_stage(recipe) else "train"
         self.distillation: Distillation | None = None
-        self.engine, self.config = engine, config  # config: of the model inside any wrapper
-        self.preflight: Callable[[], None] = lambda: None  # once the model is wrapped
-        self.write_down: Callable[[], None] = lambda: None  # before the last checkpoint is whole
+        self.engine, self.config = engine, config  # config of the model, without wrappers
+        self.preflight: Callable[[], None] = lambda: None  # runs once the model is wrapped
+        self.write_down: Callable[[], None] = lambda: None  # before the last checkpoint is marked
         self.bar: tqdm | None = None
         self.started = 0.0
         self.seconds_before = 0.0
@@ -69,7 +69,7 @@ class RunCallback(TrainerCallback):
         self.preflight()
         if not state.is_world_process_zero:
             return
-        done = self.before.num_steps + state.global_step
+        done = self.offset.num_steps + state.global_step
         kept = [m for m in read_metrics(self.run) if m["step"] <= done]
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         write_text(self.run.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
@@ -95,26 +95,26 @@ class RunCallback(TrainerCallback):
         loss = logs["loss"]
         if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):
             what = "loss" if not math.isfinite(loss) else "gradient"
+            section = "full_length" if self.phase == "finish" else "training"
             raise SkipwiseError(
-                f"the {what} is not finite at step {state.global_step}; the newest checkpoint is "
+                f"the {what} is not finite at step {state.global_step}; the run can resume from "
                 f"{resume_point(self.run)}\n"
-                f"try {'finish' if self.phase == 'finish' else 'training'}.learning_rate="
-                f"{args.learning_rate / 4:g}, "
-                "more training.warmup_steps, or load.dtype=float32, with another --out"
+                f"set {section}.learning_rate={args.learning_rate / 4:g}, more "
+                "training.warmup_steps, or load.dtype=float32, with another --out"
             )
-        taught = self._divergence(args)
+        divergence = self._divergence(args)
         if not state.is_world_process_zero:
             return
         tokens = state.global_step * examples_per_step(args) * self.train_length
         metrics = {
-            "step": self.before.num_steps + state.global_step,
+            "step": self.offset.num_steps + state.global_step,
             "loss": loss,
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
-            "num_tokens": self.before.num_tokens + tokens,
+            "num_tokens": self.offset.num_tokens + tokens,
             "seconds": round(self.seconds_before + time.monotonic() - self.started, 3),
             **({"phase": self.phase} if self.phase == "finish" else {}),
-            **taught,
+            **divergence,
         }
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -122,14 +122,14 @@ class RunCallback(TrainerCallback):
             self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def _divergence(self, args: Any) -> dict[str, float]:
-        """The mean of KL(base || model) over the step's taught tokens, of all processes."""
+        """Mean KL(base || model) over the step's distilled tokens, over all processes."""
         if self.distillation is None:
             return {}
         sums = torch.tensor(self.distillation.take_divergence(), device=args.device)
         if world_size() > 1:
             torch.distributed.all_reduce(sums)
-        apart, count = sums.tolist()
-        return {"distillation": apart / count}
+        divergence, count = sums.tolist()
+        return {"distillation": divergence / count}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -139,20 +139,20 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if world_size() > 1:
-            torch.distributed.barrier()  # every process has written its part
+            torch.distributed.barrier()  # every process has written its files
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if not (folder / "config.json").exists():  # of an adapter: its base's, as scaled
+            if not (folder / "config.json").exists():  # LoRA: the scaled config of the base
                 self.config.save_pretrained(folder)
             make_portable(folder, self.recipe.target_length)
             if self.recipe.export.checkpoint != "last":
-                step = self.before.num_steps + state.global_step
+                step = self.offset.num_steps + state.global_step
                 keep_candidate(folder, self.run.candidates / f"step-{step}")
             if state.global_step >= args.max_steps:
-                self.write_down()  # a kill after the mark would leave the run without it
+                self.write_down()  # a kill after the mark would lose it
             mark_complete(folder, state.global_step, self.engine)
         if world_size() > 1:
-            torch.distributed.barrier()  # none ends, and has the others killed, before that
+            torch.distributed.barrier()  # a process that ends first has the others killed
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -160,7 +160,7 @@ class RunCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """Save and leave after the step in which a signal came, to any of the processes."""
+    """Save and stop after the step in which any process received a signal."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -187,7 +187,7 @@ def stop_on_signals(trainer: Trainer) -> Iterator[StopCallback]:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.asked = True
-        print("\nstopping after this step, and saving ...", file=sys.stderr, flush=True)
+        print("\nstopping after this step, saving a checkpoint ...", file=sys.stderr, flush=True)
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -199,37 +199,35 @@ def stop_on_signals(trainer: Trainer) -> Iterator[StopCallback]:
 
 @contextmanager
 def tensorboard_in(folder: Path) -> Iterator[None]:
-    """TensorBoard's folder, which a Trainer reads from the environment when it is made."""
+    """Set TensorBoard's folder, which the Trainer's constructor reads from the environment."""
     name = "TENSORBOARD_LOGGING_DIR"
-    given = os.environ.get(name)
-    os.environ[name] = given or str(folder)
+    user_folder = os.environ.get(name)
+    os.environ[name] = user_folder or str(folder)
     try:
         yield
     finally:
-        if given is None:
+        if user_folder is None:
             del os.environ[name]
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    """The lines of metrics.jsonl, without a last line that a kill cut off."""
     if not run.metrics_file.exists():
         return []
     metrics = []
     for line in run.metrics_file.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             metrics.append(json.loads(line))
-        except ValueError:
-            continue
     return metrics
 
 
 def peak_memory_gib() -> float:
-    """Peak memory so far: of the accelerator where there is one, else of this process."""
+    """Peak memory so far, of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return process_memory("VmHWM") / 2**30
 
 
 def examples_per_step(arguments: TrainingArguments) -> int:
-    held = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return held * arguments.world_size
+    per_process = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return per_process * arguments.world_size

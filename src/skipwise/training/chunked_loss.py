@@ -1,20 +1,20 @@
-"""Next-token loss of which the logits never stand whole.
+"""Next-token loss computed in slices, without materializing all logits.
 
-Logits of 8,192 tokens and a vocabulary of 128k take 4 GiB in float32, and a plain loss holds them
-about three times: more than a model's activations under gradient checkpointing. Here the model's
-backbone runs once, and its head on a slice of the hidden states at a time, each slice's logits
-being dropped and computed again in the backward pass. What stands between hidden states and logits
-differs by family (soft-capping in Gemma 2, a scale in Cohere and Granite), so it is not written
-down again here: the model's own forward runs on each slice, with the backbone's output put in.
+With 8,192 tokens and a vocabulary of 128k, float32 logits take 4 GiB, and a plain loss holds about
+three copies: more than the activations under gradient checkpointing. Here the backbone runs once.
+Then the head runs on one slice of hidden states at a time; each slice's logits are dropped after
+use and computed again in the backward pass. Some families change the logits (soft-capping in
+Gemma 2, a scale in Cohere and Granite). So each slice goes through the model's own `forward`, with
+the backbone replaced by its output.
 
-It replaces `forward` on the one loaded model, as accelerate does for autocast: wrappers (DDP,
-FSDP2, DeepSpeed, peft) call it like the plain one, and nothing of it is saved.
+`chunk_loss` replaces `forward` on the loaded model, as accelerate does for autocast. Wrappers (DDP,
+FSDP2, DeepSpeed, peft) call it as usual, and nothing of it is saved.
 
-With a `Distillation` the model also learns what its base says of the first chunk of each example:
-there positions and text are those of an ordinary short text, so the base is right as it was.
+With a `Distillation` the model also learns the base model's predictions in the first chunk of each
+example, where text and positions are those of an ordinary short text.
 
-Shapes:  B = batch, L = tokens of an example, V = vocabulary, C = tokens of a slice,
-         S = tokens of the longest first chunk of the batch
+Shapes:  B = batch, L = tokens per example, V = vocabulary, C = tokens per slice,
+         S = tokens of the longest first chunk in the batch
 Source:  distillation by KL(teacher || student), Hinton et al. 2015, arXiv 1503.02531
 """
 
@@ -38,16 +38,16 @@ from skipwise.pose.samplers import IGNORE_INDEX
 
 @dataclass(kw_only=True)
 class Distillation:
-    """A teacher of the first chunks, and what the model was apart from it since last asked."""
+    """The teacher of the first chunks, and the KL divergence summed since `take_divergence`."""
 
-    teacher: Any  # the base (models/teacher.py), in evaluation mode, no part of the model
-    weight: float  # w, of the divergence at a taught token beside the loss at a label
-    _kl: list[torch.Tensor] = field(default_factory=list)  # sums over taught tokens
+    teacher: Any  # the base model (teacher.py), in eval mode, not a submodule of the model
+    weight: float  # w, of the divergence per distilled token, relative to the loss per label
+    _kl: list[torch.Tensor] = field(default_factory=list)  # sums over distilled tokens
     _counts: list[torch.Tensor] = field(default_factory=list)
 
     @torch.no_grad()
-    def read(self, input_ids: torch.Tensor, first_lengths: torch.Tensor) -> Any:
-        """What the teacher's backbone makes of the first S tokens, at positions 0 .. S-1."""
+    def run_teacher(self, input_ids: torch.Tensor, first_lengths: torch.Tensor) -> Any:
+        """Output of the teacher's backbone for the first S tokens, at positions 0 .. S-1."""
         ids = input_ids[:, : int(first_lengths.max())]
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.teacher._modules[self.teacher.base_model_prefix](
@@ -58,72 +58,71 @@ class Distillation:
         )
 
     def logits(self, output: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        """From what `read` gave, what makes logits (B, C, V) of a slice of its states."""
+        """The function from a slice of the states in `run_teacher`'s output to logits (B, C, V)."""
         head = self.teacher.get_output_embeddings()
-        return torch.no_grad()(_head_of(self.teacher, self.teacher.forward, output, head))
+        return torch.no_grad()(_logits_function(self.teacher, self.teacher.forward, output, head))
 
-    def add(self, apart: torch.Tensor, count: torch.Tensor) -> None:
-        self._kl.append(apart)
+    def add(self, divergence: torch.Tensor, count: torch.Tensor) -> None:
+        self._kl.append(divergence)
         self._counts.append(count)
 
     def take_divergence(self) -> tuple[float, float]:
-        """(sum of KL(teacher || model), taught tokens) of the passes since it was last taken."""
-        apart, count = (float(sum(found)) for found in (self._kl, self._counts))
+        """(sum of KL(teacher || model), number of distilled tokens) since the last call."""
+        divergence, count = (float(sum(values)) for values in (self._kl, self._counts))
         self._kl.clear()
         self._counts.clear()
-        return apart, count
+        return divergence, count
 
 
 def full_loss_reason(model: Any) -> str:
-    """Why a model's loss cannot be computed in slices; "": it can."""
+    """Why a model's loss cannot be computed in slices; "" if it can."""
     if getattr(model.config, "output_router_logits", False):
-        return "leaves out the router's loss (output_router_logits) of this model"
+        return "omits this model's router loss (output_router_logits)"
     if model.base_model_prefix not in model._modules or model.get_output_embeddings() is None:
-        return f"finds no head of its own behind a backbone in {type(model).__name__}"
+        return f"finds no output head after a backbone in {type(model).__name__}"
     return ""
 
 
 def chunk_loss(model: Any, distillation: Distillation | None = None) -> None:
-    """Make the model compute its loss in slices whenever it is given labels.
+    """Make the model compute its loss in slices whenever it gets labels.
 
-    With labels the output holds `loss` alone; without them `forward` is the plain one. As in
-    transformers, `num_items_in_batch` divides the sum of the loss; without it the mean is taken.
+    With labels the output holds `loss` alone. Without labels `forward` is unchanged. As in
+    transformers, `num_items_in_batch` divides the summed loss; without it the loss is the mean.
 
     Args:
-        distillation: adds w KL(teacher || model) at the first tokens of each example, as many as
-            the batch's `first_lengths` (B,) say; a batch without them is not taught.
+        distillation: adds w KL(teacher || model) at the first `first_lengths` (B,) tokens of each
+            example. A batch without `first_lengths` is not distilled.
 
     Raises:
-        SkipwiseError: the model adds another loss to its own (experts with a router loss), or
-            keeps its backbone where it cannot be found.
+        SkipwiseError: the model adds a router loss, or its backbone or head cannot be found.
     """
-    if why := full_loss_reason(model):
-        raise SkipwiseError(f"training.loss: chunked {why}\ntype training.loss=full")
-    plain, name = model.forward, model.base_model_prefix
+    if reason := full_loss_reason(model):
+        raise SkipwiseError(f"training.loss: chunked {reason}\nset training.loss=full")
+    original, name = model.forward, model.base_model_prefix
 
     def forward(
         self: Any, *args: Any, labels: Any = None, first_lengths: Any = None, **kwargs: Any
     ) -> Any:
         if labels is None:
-            return plain(*args, **kwargs)
+            return original(*args, **kwargs)
         count = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("return_dict", None)  # peft sends it
-        lesson = None
+        teacher = None
         if distillation is not None and first_lengths is not None:
-            base = distillation.read(kwargs["input_ids"], first_lengths)
-            lesson = _TeacherTargets(distillation, base, first_lengths)
+            states = distillation.run_teacher(kwargs["input_ids"], first_lengths)
+            teacher = _TeacherTargets(distillation, states, first_lengths)
         output = self._modules[name](*args, **kwargs)
         head = self.get_output_embeddings()
-        bare, own = head.forward, "forward" in vars(head)
-        # The head is called once, for a sharded one is gathered around its call.
-        head.forward = lambda hidden: _in_slices(
-            _head_of(self, plain, output, head, bare), hidden, labels, lesson
+        head_forward, patched = head.forward, "forward" in vars(head)
+        # One call of the head: a sharded head is gathered once per call.
+        head.forward = lambda hidden: _sliced_loss(
+            _logits_function(self, original, output, head, head_forward), hidden, labels, teacher
         )
         try:
             total = head(output[0])
         finally:
-            if own:
-                head.forward = bare
+            if patched:
+                head.forward = head_forward
             else:
                 del head.forward
         if count is None:
@@ -134,12 +133,12 @@ def chunk_loss(model: Any, distillation: Distillation | None = None) -> None:
     model.forward = MethodType(forward, model)
 
 
-class _StandIn(torch.nn.Module):
-    """Stands in a module's place with another forward; everything else is the module's own."""
+class _ForwardProxy(torch.nn.Module):
+    """A module with another `forward`. All other attributes are those of the original module."""
 
     def __init__(self, module: Any, forward: Callable[..., Any]) -> None:
         super().__init__()
-        object.__setattr__(self, "module", module)  # not as a child: names and hooks stay its own
+        object.__setattr__(self, "module", module)  # not as a submodule
         self.forward = forward
 
     def __getattr__(self, name: str) -> Any:
@@ -150,7 +149,7 @@ class _StandIn(torch.nn.Module):
 
 
 class _TeacherTargets:
-    """What the teacher says of a batch, a slice of tokens at a time."""
+    """The teacher's predictions for a batch, one slice of tokens at a time."""
 
     def __init__(self, distillation: Distillation, output: Any, first_lengths: torch.Tensor):
         self.distillation, self.first_lengths = distillation, first_lengths
@@ -158,87 +157,86 @@ class _TeacherTargets:
         self.logits = distillation.logits(output)
 
     def divergence(self, ours: torch.Tensor, start: int) -> torch.Tensor:
-        """The sum of KL(teacher || model) over the taught tokens among C.
+        """The sum of KL(teacher || model) over those of the C tokens that are in the first chunk.
 
-        The prediction at token i is taught where that token is in the first chunk: it needs no
-        token behind i.
+        The prediction at token i uses no later token, so only i itself must be in the first chunk.
 
         Args:
             ours: (B, C, V) log-probabilities of the model.
-            start: the first of the C tokens.
+            start: index of the first of the C tokens.
         """
         states = self.states[:, start : start + ours.shape[1]]
         size = states.shape[1]
         theirs = log_softmax(self.logits(states).float(), -1)
-        apart = kl_div(ours[:, :size], theirs, reduction="none", log_target=True).sum(-1)
-        index = torch.arange(start, start + size, device=apart.device)
-        return apart.where(index < self.first_lengths[:, None], 0.0).sum()
+        divergence = kl_div(ours[:, :size], theirs, reduction="none", log_target=True).sum(-1)
+        index = torch.arange(start, start + size, device=divergence.device)
+        return divergence.where(index < self.first_lengths[:, None], 0.0).sum()
 
 
-def _in_slices(
+def _sliced_loss(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    lesson: _TeacherTargets | None,
+    teacher: _TeacherTargets | None,
 ) -> torch.Tensor:
-    """The sum of the loss over all labels, the head on C tokens at a time.
+    """The loss summed over all labels; the head runs on C tokens at a time.
 
     Args:
-        head: logits (B, C, V) of a slice of hidden states.
-        hidden: (B, L, width) what the backbone gave, as the head gets it.
+        head: function from a slice of hidden states to logits (B, C, V).
+        hidden: (B, L, width) input of the head.
     """
-    targets = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(hidden.device)  # of each position
+    targets = pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].to(hidden.device)
 
     def loss(
-        states: torch.Tensor, wanted: torch.Tensor, start: int
+        states: torch.Tensor, target: torch.Tensor, start: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ours = log_softmax(head(states).float(), -1)
         rows = ours.view(-1, ours.shape[-1])
-        total = nll_loss(rows, wanted.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
-        if lesson is None or start >= lesson.states.shape[1]:
+        total = nll_loss(rows, target.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+        if teacher is None or start >= teacher.states.shape[1]:
             return total, None
-        apart = lesson.divergence(ours, start)
-        return total + lesson.distillation.weight * apart, apart.detach()
+        divergence = teacher.divergence(ours, start)
+        return total + teacher.distillation.weight * divergence, divergence.detach()
 
     step = max(1, SLICE // hidden.shape[0])
     starts = range(0, hidden.shape[1], step)
     slices = zip(hidden.split(step, 1), targets.split(step, 1), starts, strict=True)
-    parts: list[Any] = [
+    losses: list[Any] = [
         checkpoint(loss, *each, use_reentrant=False, preserve_rng_state=False) for each in slices
     ]
-    if lesson is not None:
-        apart = torch.stack([apart for _, apart in parts if apart is not None]).sum()
-        lesson.distillation.add(apart, lesson.first_lengths.sum())
-    return torch.stack([total for total, _ in parts]).sum()
+    if teacher is not None:
+        divergence = torch.stack([kl for _, kl in losses if kl is not None]).sum()
+        teacher.distillation.add(divergence, teacher.first_lengths.sum())
+    return torch.stack([total for total, _ in losses]).sum()
 
 
-def _head_of(
+def _logits_function(
     model: Any,
-    plain: Callable[..., Any],
+    forward: Callable[..., Any],
     output: Any,
     head: Any,
-    bare: Callable[..., Any] | None = None,
+    head_forward: Callable[..., Any] | None = None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What stands between hidden states and logits in a model, for a slice of states (B, C, width).
+    """The function from hidden states (B, C, width) to logits that the model itself computes.
 
     Args:
-        plain: the model's own forward.
-        output: all that the backbone gave.
-        bare: the head's own forward, without what a wrapper hooks around it.
+        forward: the model's original `forward`.
+        output: the full output of the backbone.
+        head_forward: the head's original `forward`. Defaults to the current one.
     """
     name = model.base_model_prefix
-    parent, leaf = _place(model, head)
-    own = bare or head.forward
+    parent, leaf = _parent_of(model, head)
+    forward_of_head = head_forward or head.forward
 
     def logits(states: torch.Tensor) -> torch.Tensor:
-        shown = copy.copy(output)
-        shown["last_hidden_state"] = states
+        sliced = copy.copy(output)
+        sliced["last_hidden_state"] = states
         backbone = model._modules[name]
-        model._modules[name] = _StandIn(backbone, lambda *args, **kwargs: shown)
-        parent._modules[leaf] = _StandIn(head, own)
+        model._modules[name] = _ForwardProxy(backbone, lambda *args, **kwargs: sliced)
+        parent._modules[leaf] = _ForwardProxy(head, forward_of_head)
         try:
             ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-            return plain(input_ids=ids, use_cache=False).logits
+            return forward(input_ids=ids, use_cache=False).logits
         finally:
             model._modules[name] = backbone
             parent._modules[leaf] = head
@@ -246,10 +244,10 @@ def _head_of(
     return logits
 
 
-def _place(model: Any, head: Any) -> tuple[Any, str]:
-    """(the module that holds the head, its name there)."""
+def _parent_of(model: Any, head: Any) -> tuple[Any, str]:
+    """(the module that contains the head, the head's name in it)."""
     for parent in model.modules():
         for leaf, child in parent._modules.items():
             if child is head:
                 return parent, leaf
-    raise AssertionError("the head is no part of the model")
+    raise AssertionError("the head is not a submodule of the model")

@@ -1,4 +1,4 @@
-"""The teacher of a run: made, and checked before the first step."""
+"""Build the teacher for self-distillation, and check it before the first step."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from skipwise.training.teacher import (
 )
 
 _CHECK = "distillation"
-_PROBED = 256  # tokens of the check: logits of all would be large
+_PROBED = 256  # tokens of the check: more logits would take too much memory
 
 
 def make_distillation(
     prepared: PreparedModel, data: TrainingData, model: Any, dtype: torch.dtype, engine: str
 ) -> tuple[Distillation | None, TrainingData, list[Check]]:
-    """What the recipe asks for, with data that says what is taught; or why auto asks for nothing.
+    """The recipe's distillation and its data; if `auto` turns it off, a check with the reason.
 
     Args:
-        model: as loaded, without LoRA.
-        dtype: of the arithmetic.
+        model: the loaded model, before LoRA.
+        dtype: compute dtype.
 
     Raises:
-        SkipwiseError: the recipe asks for what cannot be done; the teacher cannot be made.
+        SkipwiseError: the recipe's distillation is not supported, or the teacher cannot be built.
     """
     recipe = prepared.recipe
-    weight, why = distillation_weight(recipe, engine=engine, lacks=full_loss_reason(model))
+    weight, reason = distillation_weight(recipe, engine=engine, lacks=full_loss_reason(model))
     if not weight:
-        return None, data, [Check(name=_CHECK, passed=True, detail=f"none: {why}")] if why else []
+        none = Check(name=_CHECK, passed=True, detail=f"none: {reason}")
+        return None, data, [none] if reason else []
     config = base_config(prepared.config, prepared.info)
     if shards(engine):
         offload = engine == "zero3-offload"
@@ -70,38 +71,38 @@ def check_distillation(
     engine: str,
     autocast: Callable[..., Any] = nullcontext,
 ) -> Check:
-    """The teacher has the base's RoPE, and in a lesson it says what it says when called plainly."""
+    """Check the teacher's RoPE, and its logits in distillation against those of a plain call."""
     teacher = distillation.teacher
     rope = check_rope(teacher, prepared.info, prepared.info.scaling)
     if not rope.passed:
-        detail = f"the teacher has not the base's RoPE: {rope.detail}"
+        detail = f"the teacher does not have the base model's RoPE: {rope.detail}"
         return Check(name=_CHECK, passed=False, detail=detail)
     lengths = first_lengths.clamp(max=_PROBED)
     size = int(lengths.max())
     with autocast():
-        output = distillation.read(input_ids, lengths)
-        lesson = distillation.logits(output)(output[0]).float()
-        plain = teacher(input_ids[:, :size]).logits.float()
-    apart = float((lesson - plain).abs().max())
-    close = apart <= 1e-2 * float(plain.abs().max())  # other kernels, in bf16
-    if shards(engine):  # and the same in every process, by the same kernels
-        first = lesson.clone()
+        output = distillation.run_teacher(input_ids, lengths)
+        logits = distillation.logits(output)(output[0]).float()
+        expected = teacher(input_ids[:, :size]).logits.float()
+    error = float((logits - expected).abs().max())
+    close = error <= 1e-2 * float(expected.abs().max())  # bf16, and other kernels
+    if shards(engine):  # every process must get the same logits, because the kernels are the same
+        first = logits.clone()
         torch.distributed.broadcast(first, 0)
-        between = (lesson - first).abs().max()
+        between = (logits - first).abs().max()
         torch.distributed.all_reduce(between, torch.distributed.ReduceOp.MAX)
         exact = output[0].dtype == torch.float32
-        close = close and float(between) <= (1e-4 if exact else 1e-2) * float(plain.abs().max())
-        apart = max(apart, float(between))
+        close = close and float(between) <= (1e-4 if exact else 1e-2) * float(expected.abs().max())
+        error = max(error, float(between))
     weights = "a frozen copy" if prepared.recipe.lora is None else "those under LoRA"
     if shards(engine):
-        held = list(teacher.parameters())
-        count = sum(isinstance(p, DTensor) for p in held)
-        weights = f"a frozen copy, {count} of its {len(held)} tensors sharded"
+        parameters = list(teacher.parameters())
+        count = sum(isinstance(p, DTensor) for p in parameters)
+        weights = f"a frozen copy, {count} of its {len(parameters)} tensors sharded"
     return Check(
         name=_CHECK,
         passed=close,
         detail=f"w = {distillation.weight:g} by the base's weights, {weights}; its logits on "
-        f"{size} tokens of a first chunk are the base's own to {apart:.0e}"
+        f"{size} tokens of a first chunk equal the base's to {error:.0e}"
         if close
-        else f"in a lesson the teacher's logits differ from its own by {apart:.1e}",
+        else f"the teacher's logits in distillation are off by {error:.1e} from a plain call",
     )

@@ -56,9 +56,9 @@ from skipwise.training.distributed.engines import (
     set_fsdp2_mixed_precision,
     unshare_step_counters,
 )
-from skipwise.training.error_hints import explained
+from skipwise.training.error_hints import explain_error
 from skipwise.training.inputs import TrainingData
-from skipwise.training.teacher import place_teacher
+from skipwise.training.teacher import move_teacher
 from skipwise.training.trainer import PoSETrainer
 
 
@@ -172,7 +172,7 @@ def set_up(
     try:
         return _set_up(prepared, data, run, offset or StageOffset())
     except Exception as error:
-        known = explained(error, prepared.recipe, run)
+        known = explain_error(error, prepared.recipe, run)
         if known is None:
             raise
         raise known from error
@@ -198,7 +198,7 @@ def _set_up(
     callback.distillation = distillation
     trainer = _make_trainer(peft_model, model.config, arguments, prepared, data, run, callback)
     if distillation is not None and not shards(engine.name):
-        place_teacher(distillation.teacher, arguments.device)
+        move_teacher(distillation.teacher, arguments.device)
     set_fsdp2_mixed_precision(trainer, engine.dtype)
     preflight = Preflight(
         prepared=prepared,
@@ -359,7 +359,7 @@ def train(
                 raise RunStopped("stopped before the first step\ntype it again") from None
             return
         except Exception as error:
-            known = explained(error, recipe, run)
+            known = explain_error(error, recipe, run)
             if known is None:
                 raise
             raise known from error

@@ -1,13 +1,13 @@
-"""The base model as it was, the teacher of self-distillation (loss.py), beside the one that trains.
+"""The teacher of self-distillation: the base model without rescaling, beside the trained model.
 
-Full fine-tuning changes every weight, so the teacher is loaded once more. Under LoRA the base's
-weights stay as they are: the teacher is built anew from the base's own config, with its own RoPE,
-windows and scales, around the very same tensors, and takes no memory. It has neither adapters nor
-trained copies of norms and embeddings, for peft puts those into the model that trains alone.
+Full fine-tuning changes every weight, so the teacher is loaded separately. LoRA leaves the base
+weights unchanged, so the teacher is a second model around the same tensors, with the base's own
+config (RoPE, windows, scales). It takes no extra memory. It has no adapters and no trained copies
+of norms and embeddings, because peft adds those to the trained model alone.
 
-An engine that shards the model takes its tensors away and gives them back a layer at a time, so
-there the teacher has weights of its own, under LoRA too, and is sharded by FSDP2 whatever the
-engine is: layer by layer, with the embedding and the head whole in every process.
+An engine that shards the model frees its tensors and gathers one layer at a time. There the teacher
+has its own weights, under LoRA too. FSDP2 shards it layer by layer under every engine, with the
+embedding and the head complete in every process. See chunked_loss.py for the loss.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from skipwise.pose.rope import Unscaled
 def base_config(config: Any, info: ModelInfo) -> Any:
     """The config with the RoPE that the weights were trained with.
 
-    That is the config as it is, but where `original_length` says that its scaling never was.
+    It is the config unchanged, unless `original_length` says that its scaling was never trained.
     """
     rope = config.rope_parameters
     rope = rope["full_attention"] if info.nested else rope
@@ -45,14 +45,15 @@ def base_config(config: Any, info: ModelInfo) -> Any:
 def load_teacher(
     source: str, config: Any, settings: ModelSettings, dtype: torch.dtype, model: Any
 ) -> Any:
-    """The base loaded once more, frozen; raises as `load_model`.
+    """Load the base model again, frozen. Raises what `load_model` raises.
 
     Args:
-        config: the base's own.
-        dtype: of its weights: that of the arithmetic.
-        model: the one that trains, whose attention implementation it gets.
+        config: the base model's own config.
+        dtype: dtype of its weights, the compute dtype.
+        model: the trained model; the teacher uses its attention implementation.
     """
-    teacher = load_model(source, config, settings, dtype=dtype, attn_implementation=_kernel(model))
+    attention = _attention(model)
+    teacher = load_model(source, config, settings, dtype=dtype, attn_implementation=attention)
     return teacher.requires_grad_(False).eval()
 
 
@@ -64,22 +65,22 @@ def load_sharded_teacher(
     model: Any,
     offload: bool = False,
 ) -> Any:
-    """The base loaded by the first process, its layers sharded over all; as `load_teacher`.
+    """`load_teacher` on the main process, with the layers sharded over all processes.
 
     Args:
-        offload: keep the layers on the CPU between their passes.
+        offload: keep the layers on the CPU when they are not in use.
     """
     from accelerate import init_empty_weights
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     device = best_device()
-    with _outside_zero():
+    with _without_zero3_init():
         if is_main_process():
             teacher = load_teacher(source, config, settings, dtype, model)
         else:
             config = copy.deepcopy(config)
-            config._attn_implementation = _kernel(model)
+            config._attn_implementation = _attention(model)
             with init_empty_weights(include_buffers=False):
                 teacher = type(model)(config).requires_grad_(False).eval()
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -87,18 +88,18 @@ def load_sharded_teacher(
     layers = set(teacher._no_split_modules or ())
     inside_first = reversed(list(teacher.modules()))
     for layer in [m for m in inside_first if type(m).__name__ in layers]:
-        _hand_out(layer, device)
+        _broadcast_from_main(layer, device)
         fully_shard(layer, mesh=mesh, offload_policy=policy)
-        # Each is the root of its own sharding. A root would stay whole after a forward pass, and
-        # be gathered on a stream of its own, whose memory no other can use.
+        # Each layer is its own FSDP root. A root stays gathered after a forward pass, and gathers
+        # on its own CUDA stream, whose memory other streams cannot use.
         layer.register_forward_pre_hook(lambda layer, *_: layer.unshard(), prepend=True)
         layer.register_forward_hook(lambda layer, *_: layer.reshard())
-    _hand_out(teacher, device)
+    _broadcast_from_main(teacher, device)
     return teacher
 
 
-def _hand_out(module: Any, device: torch.device) -> None:
-    """Give every process the first one's parameters, where not sharded yet, and buffers."""
+def _broadcast_from_main(module: Any, device: torch.device) -> None:
+    """Broadcast the main process's buffers and its parameters that are not sharded yet."""
     from torch.distributed import broadcast, broadcast_object_list
     from torch.distributed.tensor import DTensor
 
@@ -107,53 +108,53 @@ def _hand_out(module: Any, device: torch.device) -> None:
     found |= dict(module.named_buffers(remove_duplicate=False))
     info = [[(name, x.shape, x.dtype, id(x)) for name, x in found.items()]]
     broadcast_object_list(info, device=device)
-    whole: dict[int, torch.Tensor] = {}  # by the first process's tensor: some are tied
-    for name, shape, dtype, of in info[0]:
-        if of not in whole:
+    received: dict[int, torch.Tensor] = {}  # by id on the main process: some tensors are tied
+    for name, shape, dtype, key in info[0]:
+        if key not in received:
             value = torch.empty(shape, dtype=dtype, device=device)
             if is_main_process():
                 value.copy_(found[name])
             broadcast(value, 0)
-            held = name in parameters
-            whole[of] = torch.nn.Parameter(value, requires_grad=False) if held else value
+            is_parameter = name in parameters
+            received[key] = torch.nn.Parameter(value, False) if is_parameter else value
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
-        (owner._parameters if name in parameters else owner._buffers)[leaf] = whole[of]
+        (owner._parameters if name in parameters else owner._buffers)[leaf] = received[key]
 
 
 @contextmanager
-def _outside_zero() -> Iterator[None]:
-    """Load whole weights where transformers would have DeepSpeed part them."""
+def _without_zero3_init() -> Iterator[None]:
+    """Load complete weights where transformers would let DeepSpeed partition them."""
     from transformers.integrations import deepspeed
 
-    held = deepspeed._hf_deepspeed_config_weak_ref  # no public name reads it
+    config = deepspeed._hf_deepspeed_config_weak_ref  # no public name reads it
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = held
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def teacher_sharing_weights(model: Any, config: Any) -> Any:
-    """A model of another config around the weights of a loaded one, before LoRA goes into that.
+    """A model with another config around the weights of a loaded model, before LoRA is added.
 
     Args:
-        config: the base's own.
+        config: the base model's own config.
 
     Raises:
-        SkipwiseError: a weight of the one has no place in the other.
+        SkipwiseError: the loaded model lacks a weight.
     """
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(config)
-    config._attn_implementation = _kernel(model)
+    config._attn_implementation = _attention(model)
     with init_empty_weights(include_buffers=False):
         teacher = type(model)(config)
     found = dict(model.named_modules())
     for name, module in list(teacher.named_modules()):
         own = found.get(name)
         if own is not None and type(own) is not type(module) and own._parameters:
-            parent, _, leaf = name.rpartition(".")  # a quantised layer keeps more than its weight
+            parent, _, leaf = name.rpartition(".")  # a quantized layer has more than a weight
             teacher.get_submodule(parent)._modules[leaf] = own
             continue
         for kind in ("_parameters", "_buffers"):
@@ -161,17 +162,17 @@ def teacher_sharing_weights(model: Any, config: Any) -> Any:
             for key in mine:
                 if key not in module._non_persistent_buffers_set and key in theirs:
                     mine[key] = theirs[key]
-    lacking = [name for name, tensor in teacher.state_dict().items() if tensor.is_meta]
-    if lacking:
+    missing = [name for name, tensor in teacher.state_dict().items() if tensor.is_meta]
+    if missing:
         raise SkipwiseError(
-            f"distillation.weight: the base cannot be built around the loaded weights, which "
-            f"have no {lacking[0]}\ntype distillation.weight=0"
+            f"distillation.weight: the teacher cannot use the loaded weights, which have no "
+            f"{missing[0]}\nset distillation.weight=0"
         )
     return teacher.eval()
 
 
-def place_teacher(teacher: Any, device: torch.device) -> None:
-    """To the device of the model; weights that are the model's own are there already."""
+def move_teacher(teacher: Any, device: torch.device) -> None:
+    """Move the teacher to a device. Weights shared with the model are there already."""
     for parameter in teacher.parameters():
         if parameter.device != device:
             parameter.data = parameter.data.to(device)
@@ -180,7 +181,7 @@ def place_teacher(teacher: Any, device: torch.device) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def _kernel(model: Any) -> str:
-    """The attention implementation beside a model's; without importance weights flex is sdpa."""
+def _attention(model: Any) -> str:
+    """The teacher's attention implementation: the model's, or sdpa for flex_attention."""
     used = model.config._attn_implementation
     return "sdpa" if used == FLEX else used

@@ -1,7 +1,7 @@
-"""The Trainer as Skipwise uses it, and what it tells the run folder.
+"""The transformers Trainer with sequential data, PoSE's attention masks, and safe checkpoints.
 
-It reads the data set in the order of the example numbers, so what a step sees depends neither on
-the number of processes nor on where a run was taken up again.
+It reads the data set in order of the example numbers. So the examples of a step depend neither on
+the number of processes nor on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from skipwise.training.checkpoints import check_disk_space, checkpoint_bytes, la
 
 
 class PoSETrainer(Trainer):
-    """The Trainer, reading the data set in the order of the example numbers."""
+    """The Trainer, reading the data set in order of the example numbers."""
 
-    base_config: Any = None  # of the model inside any wrapper
+    base_config: Any = None  # config of the model, without peft or other wrappers
     run_folder: RunFolder
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -38,12 +38,12 @@ class PoSETrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         if self.base_config._attn_implementation == FLEX:
-            inputs = pack_key_weights(inputs)  # first, for DeepSpeed's casts the weights
+            inputs = pack_key_weights(inputs)  # before DeepSpeed casts them to bf16
         inputs = with_chunk_weights(super()._prepare_inputs(inputs), dtype)
         return with_layer_masks(self.base_config, inputs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Without its config.json: it is read as one of no family, which both spellings break."""
+        """Hide config.json: the Trainer would read it as a generic config and fail on its keys."""
         with tempfile.TemporaryDirectory() as view:
             for file in Path(resume_from_checkpoint).resolve().iterdir():
                 if file.name != "config.json":
@@ -53,7 +53,7 @@ class PoSETrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.run_folder.recipe_file.exists():
             raise SkipwiseError(
-                f"{self.run_folder.path} was removed while it trained: nothing can be saved there"
+                f"{self.run_folder.path} was removed during training: cannot save a checkpoint"
             )
         last = last_checkpoint(self.run_folder)
         check_disk_space(self.run_folder, checkpoint_bytes(self.model, self.optimizer, last))

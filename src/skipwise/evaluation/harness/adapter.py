@@ -1,6 +1,6 @@
-"""lm-evaluation-harness held at arm's length: the model as it sees it, and what it may not do.
+"""The adapter to lm-evaluation-harness: wraps a model for it and stops it from running remote code.
 
-Everything here depends on the insides of lm_eval 0.4.13; `benchmarks` uses its public face.
+Everything here depends on internals of lm_eval 0.4.13. `benchmarks` uses its public API.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skipwise.errors import SkipwiseError
 
 
 def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) -> Any:
-    """The harness's view of a loaded model."""
+    """A loaded model as the harness's `HFLM`, which also counts truncated prompts."""
     from lm_eval.models import huggingface
 
     base: Any = huggingface.HFLM
@@ -30,7 +30,7 @@ def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) ->
         num_truncated = 0
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            room = self.max_length + 1  # the last token is only predicted
+            room = self.max_length + 1  # the last token is predicted, not read
             self.num_truncated += sum(len(start) + len(end) > room for _, start, end in requests)
             quiet = disable_tqdm or not sys.stderr.isatty()
             return super()._loglikelihood_tokens(requests, quiet, override_bs)
@@ -43,36 +43,36 @@ def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) ->
 
         def _model_call(self, inps, attn_mask=None, labels=None):
             with torch.no_grad():
-                return self.model(inps, use_cache=False).logits  # a cache would only take memory
+                return self.model(inps, use_cache=False).logits  # a KV cache would only use memory
 
     return Model(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
+        tokenizer=copy.deepcopy(tokenizer),  # lm-eval adds a padding token
         backend="causal",
         batch_size=batch_size,
         max_length=max_length,
-        # lm-eval sums log-probabilities in the dtype they come in: bfloat16 rounds -80 to 0.5
+        # lm-eval sums log-probabilities in their own dtype: bfloat16 rounds -80 to 0.5
         softmax_dtype="float32",
     )
 
 
 @contextlib.contextmanager
 def guarded(model: Any = None) -> Iterator[list[str]]:
-    """Inside, nothing of a file is run and stdout stays clean; afterwards all is as before.
+    """Block scripts and templates that run code, send stdout to stderr, restore all state at exit.
 
     Yields:
-        names of the metric scripts that were asked for and refused.
+        names of the metric scripts that were requested and refused.
     """
     try:
         import evaluate
         import lm_eval.utils
     except ImportError as error:
         raise SkipwiseError(
-            f"benchmarks need lm-eval ({first_line(error)}): type pip install 'skipwise[bench]'"
+            f"benchmarks need lm-eval ({first_line(error)}): pip install 'skipwise[bench]'"
         ) from error
     from jinja2.sandbox import SandboxedEnvironment
 
-    # a metric that is no mean would fork a process a CPU, each with the CUDA context
+    # otherwise a metric that is not a mean forks one process per CPU, each with the CUDA context
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     refused: list[str] = []
 
@@ -93,8 +93,8 @@ def guarded(model: Any = None) -> Iterator[list[str]]:
         with (
             contextlib.redirect_stdout(sys.stderr),
             torch.random.fork_rng(cuda),
-            _swapped(evaluate, "load", refuse),  # it runs a script of the hub
-            _swapped(lm_eval.utils, "env", sandbox),  # a template of lm-eval reaches all of Python
+            _patched(evaluate, "load", refuse),  # it runs scripts from the hub
+            _patched(lm_eval.utils, "env", sandbox),  # lm-eval templates can run Python
         ):
             yield refused
     finally:
@@ -106,7 +106,7 @@ def guarded(model: Any = None) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -120,4 +120,4 @@ def first_line(error: Exception) -> str:
 
 
 def script_refusal(metric: str) -> str:
-    return f"the metric {metric} is a script of the hub, and scripts are not run: take another task"
+    return f"the metric {metric} is a hub script, and scripts are not run: use another task"

@@ -1,14 +1,14 @@
-"""A folder of benchmark tasks: the YAML of lm-evaluation-harness, without anything that runs.
+"""A folder of benchmark tasks in the YAML format of lm-evaluation-harness, without executable code.
 
-    task: boolq                       # the name; of a built-in task, it takes its place
+    task: boolq                       # the name; it replaces a built-in task of the same name
     include: boolq                    # prompt, target and metrics of that built-in task
-    dataset_path: json                # or csv, parquet, text, or owner/name of a hub
+    dataset_path: json                # or csv, parquet, text, or owner/name on the hub
     dataset_kwargs: {data_files: {train: train.jsonl, validation: questions.jsonl}}
 
-Paths of data are relative to the YAML file. `include` names one built-in task or one file of the
-folder; a task without it is written out, as the harness's guide to new tasks describes. The
-harness itself would import Python through `!function` and scripts through a handful of keys: a
-file that has one is refused. Functions of the harness's own tasks come with `include`.
+Data paths are relative to the YAML file. `include` names one built-in task or one file of the
+folder. A task without it defines everything itself, as in the harness's guide to new tasks. In the
+harness, `!function` imports Python and some keys run scripts: a file that has one is refused.
+Functions of the harness's own tasks come with `include`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import yaml
 from skipwise.errors import SkipwiseError
 
 _RUNS_CODE = ("class", "custom_dataset", "trust_remote_code", "unsafe_code", "use_prompt")
-_FORMATS = ("json", "csv", "parquet", "text")  # others of datasets unpickle, or read scripts
+_FORMATS = ("json", "csv", "parquet", "text")  # other loaders of datasets unpickle or run scripts
 
 
 def read_folder(folder: str, built_in: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Checked configs of a folder's tasks and groups, with absolute paths.
 
     Args:
-        built_in: the harness's own tasks by name; entries with `yaml_path`.
+        built_in: the harness's own tasks by name, entries with `yaml_path`.
 
     Raises:
-        SkipwiseError: no folder, no task, a name twice, a file that is no YAML or would run code.
+        SkipwiseError: no folder, no task, a duplicate name, or a file that is not YAML or has code.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -43,39 +43,39 @@ def read_folder(folder: str, built_in: Mapping[str, Any]) -> list[dict[str, Any]
         config = _read(path, root, built_in, ())
         name = config.get("group") or config.get("task")
         if name is None and "include" not in config:
-            continue  # a template of other files
+            continue  # a template that other files include
         if not isinstance(name, str):
-            raise SkipwiseError(f"{path} names no task: give it a line task: NAME")
+            raise SkipwiseError(f"{path} names no task: add a line task: NAME")
         if name in configs:
             raise SkipwiseError(f"{path} defines {name}, as another file of {folder} does")
         configs[name] = config
     if not configs:
-        raise SkipwiseError(f"eval.task_folder={folder} has no task: it needs files *.yaml")
+        raise SkipwiseError(f"eval.task_folder={folder} has no task: it needs *.yaml files")
     return list(configs.values())
 
 
 def _read(
     path: Path, root: Path, built_in: Mapping[str, Any], seen: tuple[Path, ...]
 ) -> dict[str, Any]:
-    """A file with what it includes of the folder; an include of a built-in task stays one."""
+    """A file with its includes from the folder resolved. A built-in task stays an include."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         if "!function" in str(error):
             raise SkipwiseError(
-                f"{path} has !function, and Python of a task folder is not run; functions of a "
+                f"{path} has !function, and Python from a task folder is not run; functions of a "
                 "built-in task come with include: NAME"
             ) from error
         problem = str(getattr(error, "problem", None) or error).splitlines()[0]
         raise SkipwiseError(f"{path} is not plain YAML: {problem}") from error
     if not isinstance(config, dict):
-        raise SkipwiseError(f"{path} is not a task: it needs lines KEY: VALUE")
+        raise SkipwiseError(f"{path} is not a task: it needs KEY: VALUE lines")
     _check(config, path)
     if "include" not in config:
         return config
     include = config.pop("include")
     if not isinstance(include, str):
-        raise SkipwiseError(f"{path}: include: {include} is not one name")
+        raise SkipwiseError(f"{path}: include: {include} is not a single name")
     target = (path.parent / include).resolve()
     if not target.is_file() and getattr(built_in.get(include), "yaml_path", None):
         target = Path(built_in[include].yaml_path).resolve()
@@ -83,30 +83,30 @@ def _read(
         raise SkipwiseError(f"{path}: include: {include} is neither a built-in task nor a file")
     if target.is_relative_to(root):
         return {**_read(target, root, built_in, (*seen, path)), **config}
-    if not target.is_relative_to(_own_tasks()):
-        raise SkipwiseError(f"{path}: include: {include} is outside of the task folder")
+    if not target.is_relative_to(_harness_tasks()):
+        raise SkipwiseError(f"{path}: include: {include} is outside the task folder")
     return {"include": str(target), **config}
 
 
-def _own_tasks() -> Path:
+def _harness_tasks() -> Path:
     import lm_eval.tasks
 
     return Path(str(lm_eval.tasks.__file__)).resolve().parent
 
 
 def _check(config: dict[str, Any], path: Path) -> None:
-    """Refuse what would run code; make paths of data absolute, in place."""
+    """Refuse keys that run code, and make data paths absolute, in place."""
     of_hub = "/" in str(config.get("dataset_path", ""))
     for some in _dicts(config):
         for key in _RUNS_CODE:
             if some.get(key):
-                raise SkipwiseError(f"{path} has {key}, and code of a task folder is not run")
+                raise SkipwiseError(f"{path} has {key}, and code from a task folder is not run")
         data = some.get("dataset_path", "json")
         hub_name = isinstance(data, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.py)", data)
         if data not in _FORMATS and (not hub_name or Path(data).exists()):
             raise SkipwiseError(
-                f"{path}: dataset_path: {data} is neither {', '.join(_FORMATS)} nor owner/name of "
-                "a hub, and data set scripts are not run"
+                f"{path}: dataset_path: {data} is neither {', '.join(_FORMATS)} nor owner/name on "
+                "the hub, and data set scripts are not run"
             )
         if "data_files" in some and not of_hub:
             some["data_files"] = _absolute(some["data_files"], path.parent)

@@ -83,9 +83,7 @@ def read_compared(folders: Sequence[Path]) -> list[Compared]:
     """The folders with their rows and labels that differ."""
     paths = [Path(folder) for folder in folders]
     if len(paths) < 2:
-        raise SkipwiseError(
-            "a comparison takes two folders or more: skipwise compare runs/a runs/b"
-        )
+        raise SkipwiseError("a comparison needs two or more folders: skipwise report runs/a runs/b")
     if len({path.resolve() for path in paths}) < len(paths):
         raise SkipwiseError(
             f"a folder is given twice: {' '.join(map(str, paths))}; name each one once"

@@ -1,13 +1,13 @@
-"""Engines: what spreads training over processes. DDP, FSDP2 and DeepSpeed ZeRO-3, by accelerate.
+"""Engines, which distribute training over processes: DDP, FSDP2 and DeepSpeed ZeRO-3.
 
-A launcher (`--gpus N`, `accelerate launch`, torchrun) starts the processes; the recipe's `engine`
-says what they do, through the TrainingArguments made here from the JSON files of this folder. With
-`engine: auto` an accelerate configuration that chose FSDP or DeepSpeed is left as it is.
+A launcher (`--gpus N`, `accelerate launch`, torchrun) starts the processes. The recipe's `engine`
+sets their TrainingArguments, from the JSON files in this folder; accelerate does the rest. With
+`engine: auto`, an accelerate configuration with FSDP or DeepSpeed is used as it is.
 
                 weights   gradients   optimizer     on the GPU
-ddp             whole     whole       whole         everything
+ddp             full      full        full          everything
 fsdp2, zero3    sharded   sharded     sharded       everything
-zero3-offload   sharded   sharded     sharded       what a layer needs while it runs
+zero3-offload   sharded   sharded     sharded       the layer that runs
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import SHARDED_ENGINES, LoRASettings, Recipe
 from skipwise.errors import Check, SkipwiseError
 
-_OURS = "SKIPWISE_DEEPSPEED"  # in the environment: `init_cpu_backend` has set what a launcher sets
+_OURS = "SKIPWISE_DEEPSPEED"  # set if init_cpu_backend, not a launcher, chose DeepSpeed
 _KINDS = {"fsdp2": "fsdp", "zero3": "deepspeed", "zero3-offload": "deepspeed"}
-_WAIT = timedelta(days=2)  # for the process that tokenizes
+_WAIT = timedelta(days=2)  # for the process that tokenizes the data
 
 
 def engine_of(recipe: Recipe) -> str:
-    """ddp, fsdp2, zero3, zero3-offload, `one process`, or what the launcher has chosen.
+    """ddp, fsdp2, zero3, zero3-offload, `one process`, or the launcher's engine.
 
     Raises:
-        SkipwiseError: the launcher's configuration chose another one than the recipe; the engine
-            needs a launcher, or a package that is not installed.
+        SkipwiseError: the launcher's configuration and the recipe disagree, or the engine needs a
+            launcher or a package that is not installed.
     """
     launched = _launcher_engine()
     if recipe.engine == "auto":
         if launched is not None:
             return f"{launched} of the launcher"
-        return _plain()
+        return _unsharded()
     if launched is not None and launched != _KINDS.get(recipe.engine):
         raise SkipwiseError(
             f"the recipe says engine: {recipe.engine} and the launcher's configuration {launched}\n"
-            "type engine=auto to take the launcher's, or launch without a configuration"
+            "set engine=auto to use the launcher's, or launch without a configuration"
         )
     if recipe.engine.startswith("zero3") and importlib.util.find_spec("deepspeed") is None:
         raise SkipwiseError(
             f"engine: {recipe.engine} needs DeepSpeed\n"
-            "pip install 'skipwise[deepspeed]', or type --engine fsdp2"
+            "pip install 'skipwise[deepspeed]', or pass --engine fsdp2"
         )
     if recipe.engine in SHARDED_ENGINES and "WORLD_SIZE" not in os.environ:
         raise SkipwiseError(
             f"engine: {recipe.engine} shards the model over processes that a launcher starts\n"
-            "type --gpus N, or start it with accelerate launch or torchrun"
+            "pass --gpus N, or use accelerate launch or torchrun"
         )
-    return _plain() if recipe.engine == "ddp" else recipe.engine
+    return _unsharded() if recipe.engine == "ddp" else recipe.engine
 
 
 def is_kind(engine: str, kind: str) -> bool:
-    """Whether an engine is of `fsdp` or `deepspeed`, the launcher's choice among them."""
+    """Whether an engine is of kind `fsdp` or `deepspeed`, also if the launcher chose it."""
     return _KINDS.get(engine, engine).startswith(kind)
 
 
@@ -75,7 +75,7 @@ def engine_arguments(
     """The TrainingArguments of an engine.
 
     Args:
-        respread: go on from a checkpoint that `convert_to_universal_checkpoint` has prepared.
+        respread: resume from a checkpoint that `convert_to_universal_checkpoint` converted.
         load_once: see `cpu_ram_efficient_loading`.
     """
     values: dict[str, Any] = {}
@@ -84,10 +84,10 @@ def engine_arguments(
         if cpu:
             values["ddp_backend"] = "gloo"
     elif engine == "fsdp2":
-        config = {**_shipped(engine), "cpu_ram_efficient_loading": load_once}
+        config = {**_config(engine), "cpu_ram_efficient_loading": load_once}
         values.update(fsdp=True, fsdp_config=config)
     elif engine in SHARDED_ENGINES:
-        values["deepspeed"] = _shipped(engine)
+        values["deepspeed"] = _config(engine)
         if respread:
             values["deepspeed"]["checkpoint"] = {"load_universal": True}
     if engine in SHARDED_ENGINES and cpu:
@@ -96,10 +96,10 @@ def engine_arguments(
 
 
 def init_cpu_backend(engine: str, cpu: bool) -> None:
-    """What has to be done before TrainingArguments are made: on GPUs nothing, they do it.
+    """Set up FSDP or DeepSpeed on CPUs, before TrainingArguments exist. On GPUs do nothing.
 
-    On a CPU accelerate would run DDP where FSDP was asked for, and DeepSpeed takes it for a GPU
-    machine; so their state is made by hand here. It lets a recipe for many GPUs be tried anywhere.
+    On CPUs accelerate replaces FSDP by DDP, and DeepSpeed expects GPUs. The state is set by hand,
+    so that a recipe for many GPUs can be tried on any machine.
     """
     if not cpu or engine not in SHARDED_ENGINES:
         return
@@ -107,28 +107,28 @@ def init_cpu_backend(engine: str, cpu: bool) -> None:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
-    AcceleratorState._reset_state()  # of an earlier Trainer in this process
+    AcceleratorState._reset_state()  # left by an earlier Trainer in this process
     if engine == "fsdp2":
         state = PartialState(cpu=True)
-        # A private attribute, and the only way: accelerate has no FSDP on CPUs.
+        # accelerate has no public way to use FSDP on CPUs
         state._shared_state["distributed_type"] = DistributedType.MULTI_XPU
         return
     os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true", **{_OURS: "1"})
     import deepspeed.ops
 
-    # a kernel for shared memory that is compiled at first use, for more than a minute
+    # a shared memory kernel that takes more than a minute to compile at first use
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     PartialState(backend="gloo")
 
 
 def convert_to_universal_checkpoint(checkpoint: Path) -> None:
-    """Make a DeepSpeed checkpoint readable for another number of processes than wrote it.
+    """Convert a DeepSpeed checkpoint so that another number of processes can resume from it.
 
-    Its optimizer lies there in as many parts as processes; DeepSpeed's own converter joins them to
-    a "universal checkpoint" beside them.
+    Each process wrote its own optimizer shard. DeepSpeed's converter merges the shards into a
+    "universal checkpoint" in the same folder.
 
     Raises:
-        SkipwiseError: the converter failed; says its last line.
+        SkipwiseError: the converter failed. Quotes the last line of stderr.
     """
     if is_main_process() and not (checkpoint / "latest_universal").exists():
         step = (checkpoint / "latest").read_text(encoding="utf-8").strip()
@@ -143,20 +143,20 @@ def convert_to_universal_checkpoint(checkpoint: Path) -> None:
             text=True,
         )
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise SkipwiseError(
-                f"{checkpoint} cannot be spread over {world_size()} processes: {last}\n"
-                "go on with as many processes as wrote it"
+                f"{checkpoint} cannot be converted for {world_size()} processes: {last}\n"
+                "resume with as many processes as wrote it"
             )
     if world_size() > 1:
         torch.distributed.barrier()
 
 
 def unshare_step_counters(trainer: Any) -> None:
-    """Give each of DeepSpeed's parameter groups its own step count, after a conversion.
+    """Give each of DeepSpeed's parameter groups its own step counter, after a conversion.
 
-    Its loader (0.19) hands all of them the same tensor, which then counts every step once a group,
-    and Adam's bias correction is off.
+    DeepSpeed 0.19 loads one shared tensor into all groups. It would count each step once per group,
+    and Adam's bias correction would be wrong.
     """
     for state in trainer.model_wrapped.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):
@@ -164,10 +164,9 @@ def unshare_step_counters(trainer: Any) -> None:
 
 
 def set_fsdp2_mixed_precision(trainer: Any, dtype: torch.dtype) -> None:
-    """FSDP2's mixed precision as other trainers have it.
+    """Reduce gradients in float32 and leave the model's outputs uncast.
 
-    accelerate sums gradients over the GPUs in bf16, and casts what the model returns, the loss
-    among it, to bf16.
+    accelerate's default reduces gradients in bf16 and casts the outputs, with the loss, to bf16.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.fsdp_version != 2 or dtype == torch.float32:
@@ -180,7 +179,7 @@ def set_fsdp2_mixed_precision(trainer: Any, dtype: torch.dtype) -> None:
 
 
 def check_engine(engine: str, trainer: Any) -> Check:
-    """The wrapped model is what was asked for: accelerate has ways to fall back silently."""
+    """Check that the engine wraps the model: accelerate can fall back silently."""
     wrapped, inner = trainer.model_wrapped, trainer.model
     parameters = [p for p in inner.parameters() if p.requires_grad]
     if is_kind(engine, "fsdp"):
@@ -193,23 +192,22 @@ def check_engine(engine: str, trainer: Any) -> Check:
         is_ddp = isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
         sharded = len(parameters) if is_ddp else 0
     passed = sharded == len(parameters)
-    done = "sharded" if engine != "ddp" else "in step"
+    done = "sharded" if engine != "ddp" else "synchronized"
     return Check(
         name="engine",
         passed=passed,
         detail=f"{engine} over {world_size()} processes, all {sharded} trained tensors {done}"
         if passed
-        else f"{engine} was asked for, and {len(parameters) - sharded} of {len(parameters)} "
-        f"trained tensors are not {done}",
+        else f"{engine}: {len(parameters) - sharded} of {len(parameters)} trained tensors are not "
+        f"{done}",
     )
 
 
 def cpu_ram_efficient_loading(engine: str, lora: LoRASettings | None, tied: bool) -> bool:
-    """Whether the first process of a machine loads the weights, and hands them on when it shards
-    them: else every process holds the whole model in memory while it loads.
+    """Whether only local rank 0 loads the weights and broadcasts the shards.
 
-    FSDP2 can, but for quantised weights, and for a tied embedding that trains beside LoRA, which
-    accelerate ties anew (1.15: KeyError).
+    Otherwise every rank holds the full model while loading. FSDP2 supports it, except for quantized
+    weights, and for a tied embedding that trains beside LoRA (KeyError in accelerate 1.15).
     """
     if lora is not None and (lora.quantization != "none" or (tied and lora.train_embeddings)):
         return False
@@ -218,7 +216,7 @@ def cpu_ram_efficient_loading(engine: str, lora: LoRASettings | None, tied: bool
 
 @contextmanager
 def loading(once: bool) -> Iterator[None]:
-    """What transformers looks for to load weights in the first process alone."""
+    """Set the variable that makes transformers load weights on local rank 0 alone."""
     name = "ACCELERATE_USE_FSDP"
     if not once or name in os.environ:
         yield
@@ -231,12 +229,11 @@ def loading(once: bool) -> Iterator[None]:
 
 
 def keep_rope_in_float32(model: Any) -> Callable[[], None]:
-    """Take copies of the RoPE frequencies; the function returned puts them back in float32.
+    """Copy the RoPE frequencies. The returned function restores them in float32.
 
-    DeepSpeed casts a whole model to bf16, its buffers among it, and frequencies in bf16 ruin far
-    positions without a word.
+    DeepSpeed casts all buffers to bf16, and bf16 frequencies make far positions silently wrong.
     """
-    kept = [
+    copies = [
         (module, name, buffer.detach().float().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
@@ -244,65 +241,58 @@ def keep_rope_in_float32(model: Any) -> Callable[[], None]:
     ]
 
     def restore() -> None:
-        for module, name, exact in kept:
-            now = module._buffers[name]
-            if now.dtype != torch.float32:
-                module._buffers[name] = exact.to(now.device)
+        for module, name, inv_freq in copies:
+            buffer = module._buffers[name]
+            if buffer.dtype != torch.float32:
+                module._buffers[name] = inv_freq.to(buffer.device)
 
     return restore
 
 
-class Turn:
-    """The first process first, then the others, and none goes on before all are done.
+@contextmanager
+def main_process_first(recipe: Recipe) -> Iterator[None]:
+    """Run on the main process first, then on the others; wait for all.
 
-    With barriers of their own, for what is done (tokenizing, on each machine) may take longer than
-    any step of training, after which the training's own communication gives up. A process that
-    fails ends, and with it the others. Alone there is nothing to wait for.
+    The barriers have a process group of their own, because the work (tokenizing) may take longer
+    than the timeout of the training's group. If a process fails, it ends, and the others with it.
     """
+    group = _waiting_group(recipe) if world_size() > 1 else None
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.group: Any = None
-        if world_size() == 1:
-            return
-        import torch.distributed as dist
+    def wait() -> None:
+        if group is not None:
+            torch.distributed.barrier(group=group)
 
-        init_cpu_backend(engine_of(recipe), on_cpu())
-        if not dist.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            seconds = int(recipe.trainer.get("ddp_timeout", 1800))  # the Trainer takes this group
-            dist.init_process_group(
-                "gloo" if on_cpu() else "nccl", timeout=timedelta(seconds=seconds)
-            )
-        self.group = dist.new_group(backend="gloo", timeout=_WAIT)
+    if not is_main_process():
+        wait()
+    yield
+    if is_main_process():
+        wait()
+    wait()
 
-    def __enter__(self) -> Turn:
-        if not is_main_process():
-            self._wait()
-        return self
 
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is None:
-            if is_main_process():
-                self._wait()
-            self._wait()
+def _waiting_group(recipe: Recipe) -> Any:
+    import torch.distributed as dist
 
-    def _wait(self) -> None:
-        if self.group is not None:
-            torch.distributed.barrier(group=self.group)
+    init_cpu_backend(engine_of(recipe), on_cpu())
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        seconds = int(recipe.trainer.get("ddp_timeout", 1800))  # the Trainer will use this group
+        dist.init_process_group("gloo" if on_cpu() else "nccl", timeout=timedelta(seconds=seconds))
+    return dist.new_group(backend="gloo", timeout=_WAIT)
 
 
 def on_cpu() -> bool:
-    """Whether this machine has no GPU to train on."""
+    """Whether this machine has no GPU for training."""
     return not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
-def _plain() -> str:
+def _unsharded() -> str:
     return "ddp" if world_size() > 1 else "one process"
 
 
 def _launcher_engine() -> str | None:
-    """What an accelerate configuration has chosen, by the environment it gives its processes."""
+    """The engine of an accelerate configuration, from its environment variables."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return None if _OURS in os.environ else "deepspeed"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -310,5 +300,5 @@ def _launcher_engine() -> str | None:
     return None
 
 
-def _shipped(engine: str) -> dict[str, Any]:
+def _config(engine: str) -> dict[str, Any]:
     return json.loads(Path(__file__).with_name(f"{engine}.json").read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""Several processes on this machine: what `--gpus N` starts, one process for each GPU.
+"""The launcher behind `--gpus N`: one training process per GPU of this machine.
 
-Each gets the environment that torchrun would give it, so the code in them is the same under
-`accelerate launch` and torchrun. Those are for several machines; on one machine this is simpler to
-stop: a signal goes to every process, which then save what they have for as long as it takes (an
-elastic launcher kills them after 30 seconds), and exit codes come through.
+Each process gets torchrun's environment variables, so training is the same under torchrun and
+`accelerate launch`, which also support several machines. This launcher is easier to stop: it
+forwards a signal to every process and waits until all have saved. An elastic launcher kills them
+after 30 seconds.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ from typing import Any
 
 from skipwise.errors import RunStopped, SkipwiseError
 
-STOPPED = 75  # EX_TEMPFAIL, try again later: the exit code of a run that was stopped and saved
-FAILED = 2  # of a failure that was told in words
-_GRACE = 5.0  # seconds for the others to fail by themselves, with their own words
+STOPPED = 75  # exit code of a run that was stopped and saved: EX_TEMPFAIL, try again later
+FAILED = 2  # exit code of a failure with an error message
+_GRACE = 5.0  # seconds for the other processes to fail with their own messages
 
 
 def launched() -> bool:
-    """Whether a launcher started this process; accelerate's for one process sets no WORLD_SIZE."""
+    """Whether a launcher started this process. accelerate sets no WORLD_SIZE for one process."""
     return "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def launch(arguments: list[str], num_processes: int) -> None:
-    """Run `skipwise ARGUMENTS` in several processes, until the last one has ended.
+    """Run `skipwise ARGUMENTS` in several processes and wait for all of them.
 
     Raises:
-        RunStopped: all of them were stopped and have saved.
-        SkipwiseError: one of them failed; its last words are on stderr.
+        RunStopped: all processes were stopped and have saved.
+        SkipwiseError: a process failed. The end of its output is on stderr.
     """
     with tempfile.TemporaryDirectory(prefix="skipwise-") as logs, ExitStack() as files:
         processes = []
         for rank, environment in enumerate(_environments(num_processes)):
             log: Any = None
-            if rank:  # the first one speaks; of the others only what ends them is of interest
+            if rank:  # stderr of rank 0 goes to the terminal, of the others to a log
                 log = files.enter_context((Path(logs) / f"{rank}.log").open("wb"))
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "skipwise", *arguments],
                     env=environment,
-                    stdout=log or subprocess.DEVNULL,  # results are the caller's to print
+                    stdout=log or subprocess.DEVNULL,  # the caller prints results
                     stderr=log,
-                    start_new_session=True,  # Ctrl-C in the terminal comes to this process alone
+                    start_new_session=True,  # Ctrl-C reaches only this process
                     preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
             )
-        with _passed_on(processes) as signals:
+        with _forward_signals(processes) as signals:
             failed = _wait(processes, signals)
         if failed is None:
             if signals or any(process.returncode == STOPPED for process in processes):
-                raise RunStopped("stopped and saved; type the same command again to go on")
+                raise RunStopped("stopped and saved; run the same command again to continue")
             return
         if processes[failed].returncode == processes[0].returncode == FAILED:
-            failed = 0  # it has spoken, and the others say the same
+            failed = 0  # its message is on stderr, and the others have the same
         code = processes[failed].returncode
         log = Path(logs) / f"{failed}.log"
         if log.exists():
@@ -75,14 +75,14 @@ def launch(arguments: list[str], num_processes: int) -> None:
         if code == -signal.SIGKILL:
             raise SkipwiseError(
                 f"process {failed} of {num_processes} was killed (signal 9), most often because "
-                "this machine's memory is full\ntype fewer --gpus, or see skipwise plan RECIPE"
+                "the machine is out of memory\nuse fewer --gpus, or see skipwise plan RECIPE"
             )
         what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise SkipwiseError(f"process {failed} of {num_processes} failed: {what}")
 
 
 def num_gpus() -> int:
-    """GPUs of this machine that may be used, without loading torch."""
+    """The number of visible GPUs of this machine, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
@@ -110,43 +110,43 @@ def _environments(num_processes: int) -> list[dict[str, str]]:
 
 
 def _wait(processes: list[Any], signals: list[int]) -> int | None:
-    """The number of the process that failed first, when all have ended; None: none did."""
+    """Wait for all processes. The rank that failed first, or None."""
     failed, since = None, None
     while any(process.poll() is None for process in processes):
         if failed is None:
             failed = _first_failure(processes, signals)
-        gone = failed is not None or any(process.poll() == STOPPED for process in processes)
-        since = since or (time.monotonic() if gone else None)
+        ended = failed is not None or any(process.poll() == STOPPED for process in processes)
+        since = since or (time.monotonic() if ended else None)
         if since is not None and time.monotonic() - since > (_GRACE if failed is not None else 60):
-            for process in processes:  # they wait for the one that is gone
+            for process in processes:  # they wait for the one that ended
                 process.kill()
         time.sleep(0.05)
     return _first_failure(processes, signals) if failed is None else failed
 
 
 def _first_failure(processes: list[Any], signals: list[int]) -> int | None:
-    """A process that was ended by the signal handed on to it has not failed."""
+    """The rank that failed first, or None. A process ended by a forwarded signal has not failed."""
     fine = (None, 0, STOPPED, *(-number for number in signals))
     codes = [process.poll() for process in processes]
     failed = [i for i, code in enumerate(codes) if code not in fine]
-    # one that was killed is the cause of those that fail in words at the same moment
+    # a killed process is the cause of others that fail with a message at the same moment
     return min(failed, key=lambda i: ((codes[i] or 0) >= 0, i), default=None)
 
 
 @contextmanager
-def _passed_on(processes: list[Any]) -> Iterator[list[int]]:
-    """Hand on SIGINT and SIGTERM to every process, as often as they come; gives those that came."""
-    came: list[int] = []
+def _forward_signals(processes: list[Any]) -> Iterator[list[int]]:
+    """Forward SIGINT and SIGTERM to every process. Yields the list of received signals."""
+    received: list[int] = []
 
-    def hand_on(number: int, frame: Any) -> None:
-        came.append(number)
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    old = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield received
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -156,5 +156,5 @@ def _passed_on(processes: list[Any]) -> Iterator[list[int]]:
 
 
 def _die_with_parent() -> None:
-    """A launcher that is killed takes its processes with it (Linux: PR_SET_PDEATHSIG)."""
+    """Kill this process when the launcher dies (Linux: PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
