@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-gguf study study-smoke families check clean
+.PHONY: install quickstart test test-gguf study study-smoke families reference docs check clean
 
 install: $(STAMP)
 
@@ -37,6 +37,14 @@ families: $(STAMP)
 	$(BIN)/python tools/make_config_defaults.py
 	WRITE_FAMILIES=1 $(BIN)/python -m pytest tests/test_families.py
 
+reference: $(STAMP) # docs/recipe.md, docs/cli.md, docs/combinations.md
+	$(BIN)/python tools/make_reference.py
+	$(BIN)/python tools/make_combinations.py
+
+docs: $(STAMP) # the documentation site, into site/
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +53,4 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist site src/*.egg-info

@@ -315,8 +315,8 @@ def set_up_run(tiny, text_folder, folder, *overrides):
     recipe = parse_recipe(tree, list(overrides))
     prepared = prepare_model(recipe)
     run = open_run(folder, recipe, "test")
-    data = prepare_run(prepared, run)
-    return set_up(prepared, data, run), (prepared, data, run)
+    inputs = prepare_run(prepared, run)
+    return set_up(prepared, inputs.data, run), (prepared, inputs, run)
 
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=2"]], ids=["full", "lora"])

@@ -200,7 +200,7 @@ def test_a_model_that_was_not_rescaled_is_caught(tiny, tmp_path, window):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.config.max_position_embeddings = window
     collator = PoSECollator(POSE)
-    callback = PreflightCallback(collator, facts=loaded(tiny)[2], report=lambda check: None)
+    callback = PreflightCallback(collator, info=loaded(tiny)[2], report=lambda check: None)
     said = stopped(make_trainer(model, make_records(), collator, callback, tmp_path))
     assert ("a window of 64 tokens" if window == L else "frequencies are those of the base") in said
 

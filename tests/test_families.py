@@ -261,7 +261,7 @@ def check_guards(family, prepared):
     """The preflight passes, and fails where the mask is dropped."""
     model = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32)
     data = dummy_data(prepared)
-    data.collator.weights = "none"  # a model makes its own mask of ones
+    data.collator.key_weights = "none"  # a model makes its own mask of ones
     batch = with_layer_masks(model.config, data.probe_batch())
     checks = check_model(model, model.config, prepared.info, prepared.scaling, T)
     checks += check_batch(model, batch)

@@ -63,8 +63,8 @@ def make_recipe(tiny, text_folder, *overrides):
 def run_training(recipe, folder):
     prepared = prepare_model(recipe)
     run = open_run(folder, recipe, "test")
-    data = prepare_run(prepared, run)
-    train_run(prepared, data, run)
+    inputs = prepare_run(prepared, run)
+    train_run(prepared, inputs, run)
     return run
 
 
@@ -465,8 +465,8 @@ def test_a_dry_run_tries_a_step_and_trains_nothing(tiny, text_folder, tmp_path, 
     out = tmp_path / "run"
     assert main(["train", str(tmp_path / "r.yaml"), "--out", str(out), "--dry-run"]) == 0
     said = capsys.readouterr().err
-    assert "ok   finish, step: tried: a pass of 256 tokens" in said
-    assert "ok   finish, text: 11 documents of 256 tokens or more, 4 examples" in said
+    assert "ok   full-length step: tried: a pass of 256 tokens" in said
+    assert "ok   full-length text: 11 documents of 256 tokens or more, 4 examples" in said
     assert not read_metrics(RunFolder(out)) and last_checkpoint(RunFolder(out)) is None
     assert last_checkpoint(RunFolder(out).finish) is None
 
@@ -484,7 +484,7 @@ def test_the_whole_job_hands_over_what_the_finish_made(tiny, text_folder, tmp_pa
     steps = [c["step"] for c in facts["selection"]["candidates"]]
     assert steps == [2, 4, 6, 8, 10, 12]  # of both parts
     names = {check["name"] for check in facts["checks"] if check["passed"]}
-    assert {"finish, text", "finish, step", "chunks see each other"} <= names
+    assert {"full-length text", "full-length step", "chunks see each other"} <= names
     page = (run.report / "index.html").read_text()
     assert "From step 9 on examples have full length" in page
     assert "Then 34 % of all tokens at full length" in page

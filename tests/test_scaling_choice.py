@@ -13,7 +13,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.models import load
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline import choose_scaling as scaling_module
-from skipwise.pipeline.choose_scaling import choose_scaling, with_choice
+from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
 from skipwise.pipeline.stages import export_again
 from skipwise.training.checkpoints import mark_complete
 
@@ -63,7 +63,7 @@ def test_the_lowest_loss_is_taken_stored_and_not_measured_again(made, monkeypatc
     facts = json.loads((run.path / "run.json").read_text())["rope_choice"]
     assert facts["type"] == "llama3" and len(facts["measured"]) == 4
     assert choose_scaling(prepared, run).scaling.name == "llama3" and len(asked) == 4
-    assert with_choice(run.recipe(), run).rope.type == "llama3"
+    assert with_chosen_scaling(prepared, run).recipe.rope.type == "llama3"
 
 
 def test_a_gain_within_the_noise_leaves_yarn(made, monkeypatch):
@@ -90,7 +90,7 @@ def test_what_the_train_verb_has_trained_unmeasured_is_not_rescaled(made, monkey
     folder.mkdir(parents=True)
     mark_complete(folder, 4, "one process")
     assert choose_scaling(prepared, run).scaling.name == "yarn" and not asked
-    assert with_choice(run.recipe(), run).rope.type == "yarn"
+    assert with_chosen_scaling(prepared, run).recipe.rope.type == "yarn"
 
 
 def test_the_target_is_measured_where_it_is_no_doubling(made, monkeypatch):

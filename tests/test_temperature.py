@@ -201,7 +201,7 @@ def test_the_recipe_takes_auto_or_a_number_above_0():
     def parse(*overrides):
         return parse_recipe({"model": "m", "target_length": 8}, list(overrides))
 
-    assert parse().temperature == "auto"
+    assert parse().attention_temperature == "auto"
     for value, want in (("auto", "auto"), ("1.15", 1.15), ("1", 1.0), ("'1.2'", 1.2)):
         recipe = parse(f"attention_temperature={value}")
         assert recipe.attention_temperature == want and isinstance(

@@ -51,8 +51,8 @@ def make_recipe(tiny, text_folder, *overrides):
 def run_training(recipe, folder):
     prepared = prepare_model(recipe)
     run = open_run(folder, recipe, "test")
-    data = prepare_run(prepared, run)
-    train_run(prepared, data, run)
+    inputs = prepare_run(prepared, run)
+    train_run(prepared, inputs, run)
     return run
 
 
@@ -183,15 +183,15 @@ def test_a_run_killed_in_the_middle_ends_with_bit_identical_weights(
 def test_a_folder_that_another_process_trains_into_is_left_alone(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "training.num_steps=1")
     prepared, run = prepare_model(recipe), open_run(tmp_path / "run", recipe, "test")
-    data = prepare_run(prepared, run)
+    inputs = prepare_run(prepared, run)
     half = run.checkpoints / "checkpoint-3"  # as the other writes it
     half.mkdir(parents=True)
     with run.training_lock():
-        check_run(prepared, data, run)  # of the same command, typed again
+        check_run(prepared, inputs, run)  # of the same command, typed again
         with pytest.raises(SkipwiseError, match="another process is training into"):
-            train_run(prepared, data, run)
+            train_run(prepared, inputs, run)
     assert half.exists() and last_checkpoint(run) is None
-    train_run(prepared, data, run)
+    train_run(prepared, inputs, run)
     assert not half.exists() and last_checkpoint(run).name == "checkpoint-1"
 
 
@@ -261,11 +261,11 @@ def test_a_failed_check_stops_the_run_before_it_starts(tiny, text_folder, tmp_pa
     recipe = make_recipe(tiny, text_folder, "positions.key_weights=none")
     prepared = prepare_model(recipe)
     run = open_run(tmp_path / "run", recipe, "test")
-    data = prepare_run(prepared, run)
+    inputs = prepare_run(prepared, run)
     with pytest.raises(SkipwiseError, match="chunk 2 gets no gradient from chunk 1"):
-        check_run(prepared, data, run)
+        check_run(prepared, inputs, run)
     with pytest.raises(SkipwiseError, match="chunk 2 gets no gradient from chunk 1"):
-        train_run(prepared, data, run)
+        train_run(prepared, inputs, run)
     assert not read_metrics(run)
     failed = [c for c in run.metadata()["checks"] if not c["passed"]]
     assert [c["name"] for c in failed] == ["chunks see each other"]
@@ -322,13 +322,13 @@ def test_masks_of_importance_weights_are_made_a_pass_at_a_time(tiny, text_folder
     recipe = make_recipe(tiny, text_folder, "positions.key_weights=importance")
     prepared = prepare_model(recipe)
     run = open_run(tmp_path / "run", recipe, "test")
-    data = prepare_run(prepared, run)
-    training = set_up(prepared, data, run)
+    inputs = prepare_run(prepared, run)
+    training = set_up(prepared, inputs.data, run)
     assert all(check.passed for check in training.checks)
     fetched = next(iter(training.trainer.get_train_dataloader()))  # a whole step's are held
     assert all(tensor.dim() <= 2 for tensor in fetched.values())
     made = training.trainer._prepare_inputs(fetched)["attention_mask"]
-    want = additive_mask([data.dataset[k]["example"] for k in range(2)], made.min().item())
+    want = additive_mask([inputs.data.dataset[k]["example"] for k in range(2)], made.min().item())
     assert torch.allclose(made.float(), torch.from_numpy(want), rtol=1e-2)
 
 

@@ -21,17 +21,25 @@ SHARDED_ENGINES = ("fsdp2", "zero3", "zero3-offload")  # of `engine`: they split
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """How the model is loaded; `model` itself, a folder or a hub name, stands at the top."""
+    """How the model is loaded. `model` itself, a folder or a hub name, is a top-level key."""
 
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: hardware
+    """Branch, tag or commit on the Hugging Face Hub. The default is its main branch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the arithmetic. `auto` is bfloat16 where the hardware has it, else float32."""
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = "auto"
-    use_safetensors: bool = True  # false: .bin, read with weights_only
-    text_only: bool = False  # of a multimodal wrapper: extend its text model, leave the rest
+    """Attention kernel. `auto` trains importance weights with flex_attention on an NVIDIA GPU, and
+    everything else with transformers' default, usually sdpa. Measured: docs/method.md."""
+    use_safetensors: bool = True
+    """`false` reads `.bin` weights instead of safetensors, with torch's `weights_only`."""
+    text_only: bool = False
+    """Extend only the text model of a multimodal model and drop its other components."""
     trust_remote_code: bool = False
-    device_map: str | None = None  # of an evaluation: auto spreads the layers over the GPUs
+    """Run Python code that the model brings with it. Read that code first."""
+    device_map: str | None = None
+    """Passed to transformers in an evaluation; `auto` spreads the layers over all GPUs."""
 
     def of_own_folder(self) -> ModelSettings:
         """The same for a folder that Skipwise wrote: safetensors, no revision, one model."""
@@ -40,124 +48,193 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
-    """LoRA; norms and embeddings train as well, which LongLoRA (2309.12307) found necessary."""
+    """LoRA through peft; `lora: {}` turns it on. Norms and embeddings train as well."""
 
     rank: int = 16
+    """Rank of the adapter matrices. Measured: research/study."""
     alpha: int = 32
+    """LoRA's scaling numerator: the adapter's output is multiplied by alpha / rank."""
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()  # none given: every linear layer but the head
+    """Dropout probability on the adapter's input."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the modules that get an adapter. The default is every linear layer but the head."""
     train_norms: bool = True
+    """Also train the norm layers in full. LongLoRA (arXiv 2309.12307), section 3.3."""
     train_embeddings: bool = True
-    quantization: Literal["none", "nf4"] = "none"  # of the frozen weights: nf4 is QLoRA
+    """Also train the input embeddings in full. LongLoRA (arXiv 2309.12307), section 3.3."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Precision of the frozen weights: `nf4` is QLoRA and needs `skipwise[qlora]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionSettings:
-    """The sampler of `method: pose`, and `key_weights`, which holds for cream as well.
-
-    What auto becomes, and why, stands at `resolve_auto`.
-    """
+    """The sampler of `method: pose`. `content` and `key_weights` apply to `cream` as well."""
 
     num_chunks: int = 2
+    """Number of chunks N that a training example is cut into. PoSE, section 4.1."""
     chunk_lengths: Literal["random", "first-half"] = "random"
+    """`random` cuts anywhere; `first-half` cuts in the first half, as the authors' code does.
+    Measured: research/study."""
     skips: Literal["sequential", "sorted"] = "sequential"
+    """How skips are drawn: `sequential` is the paper's rule, `sorted` sorts uniform draws."""
     content: Literal["auto", "uniform", "contiguous", "aligned"] = "auto"
+    """Which text a chunk shows; `aligned` is the text at its positions. `auto` is `aligned` for
+    pose, `contiguous` for cream, `uniform` for other methods. Measured: research/study."""
     unskipped_fraction: float = 0.0
+    """Fraction of the examples that keep positions 0 .. L-1. Measured: research/study."""
     key_weights: Literal["auto", "none", "importance"] = "auto"
+    """`importance` weights each key by the positions that its chunk represents. `auto` is
+    `importance` for pose with two or more chunks, unless FlashAttention is set; otherwise `none`.
+    Measured: research/study."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSettings:
-    """The scaling; `factor` follows from the lengths unless it is given.
-
-    auto: yarn, longrope where the family takes nothing else, and the model's own scaling, carried
-    on, where it has one.
-    """
+    """The RoPE scaling, which is the same in training and in the exported model."""
 
     type: Literal["auto", "linear", "ntk", "yarn", "llama3", "longrope", "dynamic"] = "auto"
+    """RoPE scaling. For `auto`, `skipwise extend` measures yarn, llama3, ntk and linear on training
+    documents before training and takes the best. Without long documents, and in `skipwise train`,
+    `auto` is the first of yarn, longrope and ntk that the family supports. A model that is already
+    scaled keeps its own type. Measured: research/study."""
     factor: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # beta_fast, low_freq_factor, ...
+    """Scaling factor. The default is target_length / original_length."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the scaling as in a transformers config: beta_fast, low_freq_factor, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    sources: tuple[Any, ...] = ()  # paths, hub names, or {path, weight, split, text_field, ...}
+    """The text to train on and to evaluate on."""
+
+    sources: tuple[Any, ...] = ()
+    """Files, folders, hub data sets, or mappings {path, weight, text_field, max_tokens, split}."""
     text_field: str = "text"
-    short_documents: Literal["drop", "pack"] = "drop"  # those under train_length
+    """Column or JSON key that holds the text."""
+    short_documents: Literal["drop", "pack"] = "drop"
+    """Documents shorter than train_length are dropped, or packed into longer ones."""
     on_bad_record: Literal["skip", "stop"] = "skip"
-    num_proc: int | None = None  # tokenizer processes; none given: one a core for large texts
-    eval_sources: tuple[Any, ...] = ()  # none given: a few documents are held out of `sources`
+    """Skip records that cannot be read and report them, or stop at the first one."""
+    num_proc: int | None = None
+    """Tokenizer processes. The default is one per core for 256 MiB of text or more, else one."""
+    eval_sources: tuple[Any, ...] = ()
+    """Text for the evaluation. By default a few documents are held out of `sources`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
+    """Steps, batch and optimizer. Further arguments of transformers go into `trainer`."""
+
     num_steps: int = 1000
-    global_batch_size: int = 64  # examples a step, over all devices and accumulation
-    micro_batch_size: int = 1  # examples a device holds at once
+    """Optimizer steps. PoSE, section 4.1."""
+    global_batch_size: int = 64
+    """Examples per step, over all devices and accumulation steps. PoSE, section 4.1."""
+    micro_batch_size: int = 1
+    """Examples per device and forward pass; the rest of the batch is accumulated."""
     learning_rate: float = 2e-5
+    """Peak learning rate. PoSE, section 4.1."""
     warmup_steps: int = 10
+    """Steps of linear warm-up. PoSE, section 4.1."""
     lr_scheduler: str = "linear"
+    """Name of a transformers learning rate schedule: linear, cosine, constant_with_warmup, ..."""
     weight_decay: float = 0.0
+    """AdamW weight decay."""
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = True
-    loss: Literal["auto", "full", "chunked"] = "auto"  # auto: chunked where logits are large
+    """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
+    loss: Literal["auto", "full", "chunked"] = "auto"
+    """`chunked` never materializes the full logits tensor. `auto` is `chunked` where float32
+    logits exceed 64 MiB, else `full`. Measured: docs/scaling.md."""
     save_steps: int = 100
+    """Steps between checkpoints."""
     save_total_limit: int = 2
+    """Newest checkpoints to keep, at least 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings:
-    """Learning from the base model on the first chunk of each example (distillation.py)."""
+    """Self-distillation: the model learns from its base on the first chunk of each example."""
 
-    weight: Literal["auto"] | float = "auto"  # w of KL(base || model) at each token; 0: none
+    weight: Literal["auto"] | float = "auto"
+    """Weight w of KL(base || model) per token; 0 is off. `auto` is 3 for pose and 0 for other
+    methods or where it is not possible, with the reason. Measured: research/study."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullLengthSettings:
-    """The last stage of training, at the target length and plain positions (stages.py)."""
+    """An optional last stage of training at the target length, with positions that do not skip."""
 
-    fraction: float = 0.0  # of training.num_steps x global_batch_size x L tokens; 0: none
-    learning_rate: float | None = None  # none given: a third of training's (study.md); falls to 0
+    fraction: float = 0.0
+    """Fraction of the training tokens spent in this stage; 0 is off. Measured: research/study."""
+    learning_rate: float | None = None
+    """Peak learning rate of this stage. The default is a third of `training.learning_rate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    # perplexity, passkey, needle, ruler or one of its tasks, short-benchmarks, a task of lm-eval
+    """What is measured before and after training, and on how many samples."""
+
     tasks: tuple[str, ...] = ("perplexity", "passkey", "needle", "ruler")
-    context_lengths: tuple[int, ...] = ()  # none given: original length and its doublings to T
-    perplexity_windows: int = 32  # of T tokens
-    perplexity_stride: int | None = None  # none given: half the shortest length, at most 512
-    passkey_samples: int = 50  # a length, spread over the depths
-    needle_samples: int = 100  # a length, spread over the depths
-    needles_per_haystack: int = 10  # asked one after the other; 1: the passkey's, in real text
+    """Tasks: these four, a single RULER task, short-benchmarks, or any lm-eval task."""
+    context_lengths: tuple[int, ...] = ()
+    """Lengths in tokens. The default is original_length, its doublings, and target_length."""
+    perplexity_windows: int = 32
+    """Windows of target_length tokens that perplexity is averaged over."""
+    perplexity_stride: int | None = None
+    """Target tokens per window. The default is half the shortest length, at most 512."""
+    passkey_samples: int = 50
+    """Passkey prompts per length, spread over the depths."""
+    needle_samples: int = 100
+    """Needle questions per length, spread over the depths."""
+    needles_per_haystack: int = 10
+    """Needles in one haystack, asked one after the other; 1 hides a passkey in real text."""
     num_depths: int = 10
-    ruler_samples: int = 20  # a task and length
-    limit: int | None = None  # documents of a task of lm-eval; none given: all
-    task_folder: str | None = None  # of tasks for lm-eval beside its own
-    batch_tokens: int = 16384  # tokens a forward pass of the evaluation holds at once
+    """Depths at which passkeys and needles are placed."""
+    ruler_samples: int = 20
+    """Prompts per RULER task and length."""
+    limit: int | None = None
+    """Documents per lm-eval task. The default is all of them."""
+    task_folder: str | None = None
+    """Folder with lm-eval tasks of your own, in YAML. By default there is none."""
+    batch_tokens: int = 16384
+    """Tokens per forward pass of the evaluation."""
     seed: int = 0
+    """Random seed of the evaluation's prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """Which saved checkpoint becomes the model: the last one, or the best at a task."""
+    """What is exported after training."""
 
     checkpoint: Literal["last", "needle", "passkey", "perplexity"] = "last"
+    """The checkpoint to export: the last one, or the best at this task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """Everything that decides a run."""
+
     model: str
+    """Folder or hub name of the model to extend."""
     target_length: int
-    name: str | None = None  # of the run; none given: MODEL-TARGET
-    original_length: int | None = None  # none given: what the model's config says
-    train_length: int | None = None  # none given: original_length
+    """Context length T to reach, in tokens: 32768 or 32k."""
+    name: str | None = None
+    """Name of the run. The default is MODEL-TARGET, as in `my-model-32k`."""
+    original_length: int | None = None
+    """Length L that the model was trained for. The default is what its config says."""
+    train_length: int | None = None
+    """Tokens per training example. The default is original_length."""
     method: Literal["pose", "full", "randpos", "cream", "none"] = "pose"
+    """How positions are chosen: PoSE, or a baseline. `none` rescales RoPE without training."""
     seed: int = 0
-    # what spreads training over processes; auto: what the launcher set up, else ddp
+    """Random seed of training. Example k depends on the seed and on k alone."""
     engine: Literal["auto", "ddp", "fsdp2", "zero3", "zero3-offload"] = "auto"
-    # multiplies every attention logit, in the weights, after training; auto: searched at T
+    """How training is distributed. `auto` is what the launcher set up, else ddp on several GPUs."""
     attention_temperature: Literal["auto"] | float = "auto"
+    """Factor on every attention logit, folded into the exported weights; 1.0 is off. `auto`
+    searches it after training for the lowest perplexity at target_length. Measured: research/study.
+    """
     load: ModelSettings = ModelSettings()
     lora: LoRASettings | None = None
     rope: RopeSettings = RopeSettings()
@@ -168,7 +245,8 @@ class Recipe:
     full_length: FullLengthSettings = FullLengthSettings()
     eval: EvalSettings = EvalSettings()
     export: ExportSettings = ExportSettings()
-    trainer: dict[str, Any] = field(default_factory=dict)  # further TrainingArguments
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of transformers' TrainingArguments, such as report_to."""
 
     @property
     def run_name(self) -> str:

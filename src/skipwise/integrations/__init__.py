@@ -1,0 +1,1 @@
+"""PoSE in other trainers: a collator, a preflight callback, a plugin for Axolotl."""

@@ -31,14 +31,14 @@ from skipwise.pose.rope import Scaling
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedModel:
-    """What a recipe makes of a model, before any weight is loaded."""
+    """A model as a recipe will extend it, before any weights are loaded."""
 
     recipe: Recipe
-    source: str  # where the weights are: the recipe's model, or what it was converted to
-    conversion: Conversion | None  # that `convert_weights` has to do, or has done
+    source: str  # folder or hub name of the weights: the recipe's model, or its conversion
+    conversion: Conversion | None  # see `convert_weights`
     raw: dict[str, Any]  # config.json of the recipe's model
-    config: Any  # as it is
-    scaled: Any  # as it will be
+    config: Any  # transformers config before rescaling
+    scaled: Any  # transformers config after rescaling
     info: ModelInfo
     scaling: Scaling
     tokenizer: Any
@@ -51,9 +51,9 @@ class PreparedModel:
 
 
 def prepare_model(recipe: Recipe) -> PreparedModel:
-    """Read the config, choose the scaling, and build the config to come.
+    """Read the config, choose the scaling, and build the scaled config.
 
-    What can be wrong with the recipe itself is found here, before anything is written.
+    Mistakes in the recipe itself are found here, before anything is written.
 
     Raises:
         SkipwiseError: the model cannot be extended as asked.
@@ -93,8 +93,21 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
     )
 
 
+def rescale(prepared: PreparedModel, rope_type: str) -> PreparedModel:
+    """The same model with another scaling; nothing is read again.
+
+    Raises:
+        SkipwiseError: the model does not take this scaling.
+    """
+    recipe = prepared.recipe
+    recipe = dataclasses.replace(recipe, rope=dataclasses.replace(recipe.rope, type=rope_type))
+    scaling = scaling_for(recipe, prepared.info)
+    scaled = scaled_config(prepared.config, prepared.info, scaling, recipe.target_length)
+    return dataclasses.replace(prepared, recipe=recipe, scaling=scaling, scaled=scaled)
+
+
 def convert_weights(prepared: PreparedModel, folder: Path) -> PreparedModel:
-    """The plan with weights that transformers loads: converted into the folder where they must be.
+    """The model with weights that transformers loads, converted into the folder where necessary.
 
     Raises:
         SkipwiseError: the weights cannot be converted.
@@ -115,16 +128,16 @@ def convert_weights(prepared: PreparedModel, folder: Path) -> PreparedModel:
 def load_scaled(
     model: str, target_length: int, *, rope_type: str = "auto", dtype: Any = None
 ) -> tuple[Any, Any, ModelInfo]:
-    """A model with its window rescaled to a target, for a training loop of one's own.
+    """Load a model with its window rescaled to a target length, for your own training loop.
 
     Args:
-        dtype: of the weights; None: float32.
+        dtype: dtype of the weights. Defaults to float32.
 
     Returns:
-        the model with its weights, its tokenizer, and its facts (`original_length` and others).
+        the model with its weights, its tokenizer, and its `ModelInfo` (`original_length` etc.).
 
     Raises:
-        SkipwiseError: the model cannot be extended so.
+        SkipwiseError: the model cannot be extended to this length or with this scaling.
     """
     tree = {"model": model, "target_length": target_length, "rope": {"type": rope_type}}
     prepared = prepare_model(parse_recipe(tree))

@@ -19,6 +19,7 @@ from skipwise.config.machine import is_main_process
 from skipwise.config.parse import dump_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.config.stages import full_length_stage
 from skipwise.errors import Check, require
 from skipwise.evaluation.run import evaluation_documents
 from skipwise.models.load import compute_dtype, load_model
@@ -26,21 +27,45 @@ from skipwise.models.lora import num_parameters
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
+from skipwise.training.arguments import accumulation
 from skipwise.training.full_length_stage import (
+    RunInputs,
     check_long_text,
     check_step,
     first_stage_model,
     is_checked,
-    make_full_length_stage,
+    make_inputs,
 )
-from skipwise.training.inputs import TrainingData, check_data, dummy_data, load_training_data
+from skipwise.training.inputs import check_data, dummy_data, find_sources, load_training_data
 from skipwise.training.setup import set_up
 
 
-def check(recipe: Recipe) -> list[Check]:
-    """The preflight alone, on the recipe's text, or on random tokens where it names none.
+def validate(recipe: Recipe, num_processes: int = 1, *, trained: bool = False) -> PreparedModel:
+    """Find every mistake that shows without weights and text, before anything is written.
 
-    In this process, whatever the recipe's engine: that is for `skipwise train --dry-run`.
+    Args:
+        num_processes: number of training processes.
+        trained: whether training is done, so that its batch is fixed.
+
+    Returns:
+        the model, prepared once for the whole run.
+
+    Raises:
+        SkipwiseError: what is wrong, and what to type.
+    """
+    prepared = prepare_model(recipe)
+    accumulation(recipe.training, num_processes)
+    if not trained:
+        full_length_stage(prepared.recipe, prepared.info.original_length, num_processes)
+    find_sources(recipe)
+    return prepared
+
+
+def check(recipe: Recipe) -> list[Check]:
+    """The preflight alone, on the recipe's text, or on random tokens where it names no text.
+
+    It runs in this process, whatever engine the recipe names. `skipwise train --dry-run` checks
+    under the engine.
     """
     recipe = in_one_process(recipe)
     prepared = prepare_model(recipe)
@@ -49,77 +74,72 @@ def check(recipe: Recipe) -> list[Check]:
         write_text(run.recipe_file, dump_recipe(recipe))
         prepared = convert_weights(prepared, run.converted)
         if recipe.method == "none":
-            data = None
+            inputs = None
         elif recipe.data.sources:
-            data = load_training_data(prepared, run)
+            inputs = make_inputs(prepared, load_training_data(prepared, run), run)
         else:
-            data = dummy_data(prepared)
-        checks, _ = _preflight(prepared, data, run)
+            inputs = make_inputs(prepared, dummy_data(prepared), run)
+        checks, _ = _preflight(prepared, inputs, run)
     return checks
 
 
-def check_run(prepared: PreparedModel, data: TrainingData | None, run: RunFolder) -> None:
-    """The preflight of a run; its lines go to stderr and to run.json.
+def check_run(prepared: PreparedModel, inputs: RunInputs | None, run: RunFolder) -> None:
+    """The preflight of a run, printed to stderr and written to run.json.
 
     Raises:
         SkipwiseError: a check failed.
     """
-    checks, num_parameters = _preflight(prepared, data, run)
+    checks, num_parameters = _preflight(prepared, inputs, run)
     record_checks(run, checks)
     if num_parameters:
         run.update(model={**run.metadata().get("model", {}), "num_parameters": num_parameters})
     require(checks)
 
 
-def check_texts(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, num_processes: int = 0
-) -> None:
-    """The part of the preflight that needs no model.
+def check_texts(prepared: PreparedModel, inputs: RunInputs, run: RunFolder) -> None:
+    """The checks that need no model.
 
     Raises:
         SkipwiseError: a check failed.
     """
-    checks = _text_checks(prepared, data, run, num_processes)
+    checks = _text_checks(prepared, inputs, run)
     record_checks(run, checks)
     require(checks)
 
 
-def _text_checks(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, num_processes: int = 0
-) -> list[Check]:
-    checks = check_data(
-        prepared, data, evaluation_documents(prepared.recipe, prepared.tokenizer, run)
-    )
-    finish = make_full_length_stage(prepared, data, run, num_processes)
-    return checks if finish is None else [*checks, check_long_text(finish)]
+def _text_checks(prepared: PreparedModel, inputs: RunInputs, run: RunFolder) -> list[Check]:
+    held_out = evaluation_documents(prepared.recipe, prepared.tokenizer, run)
+    checks = check_data(prepared, inputs.data, held_out)
+    stage = inputs.full_length
+    return checks if stage is None else [*checks, check_long_text(stage)]
 
 
 def _preflight(
-    prepared: PreparedModel, data: TrainingData | None, run: RunFolder
+    prepared: PreparedModel, inputs: RunInputs | None, run: RunFolder
 ) -> tuple[list[Check], int | None]:
-    """All checks, and the number of parameters; what fails without weights stops before them."""
+    """All checks and the number of parameters. Weights are loaded only if the first checks pass."""
     recipe, T = prepared.recipe, prepared.recipe.target_length
-    if data is None:
+    if inputs is None:
         checks = check_config(prepared.info, prepared.scaling, T)
         model: Any = load_model(
             prepared.source, prepared.scaled, prepared.load, dtype=compute_dtype(recipe.load)
         )
         checks += check_model(model, prepared.scaled, prepared.info, prepared.scaling, T)
     elif recipe.data.sources:
-        checks = _text_checks(prepared, data, run)
+        checks = _text_checks(prepared, inputs, run)
     else:
         checks = check_config(prepared.info, prepared.scaling, T)
     if not all(check.passed for check in checks):
         return checks, None
-    if data is not None:
-        training = set_up(first_stage_model(prepared), data, run)
+    if inputs is not None:
+        training = set_up(first_stage_model(prepared), inputs.data, run)
         checks += training.checks
         count = training.num_parameters
         del training
-        finish = make_full_length_stage(prepared, data, run)
-        if finish is not None and all(c.passed for c in checks) and not is_checked(finish, run):
+        stage = inputs.full_length
+        if stage is not None and all(c.passed for c in checks) and not is_checked(stage, run):
             free_memory()
-            checks.append(check_step(finish, run))
+            checks.append(check_step(stage, run))
     else:
         count = num_parameters(model)
         del model

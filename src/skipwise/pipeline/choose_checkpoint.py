@@ -1,20 +1,17 @@
-"""Checkpoint choice: later checkpoints can be worse at retrieval, so a few are measured.
+"""`export.checkpoint`: measure the saved checkpoints after training, and export the best one.
 
-While training, the weights of every saved checkpoint are kept beside it (as links: they take no
-room until the checkpoint is removed). After training a small fixed set is asked of each, and the
-best is exported; of equals the latest.
+Later checkpoints can be worse at retrieval. During training the weights of every saved checkpoint
+are hard-linked into `candidates/`, which takes no disk space until the checkpoint is removed. After
+training each candidate is measured on a small fixed set. The latest wins among equals.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from skipwise.config.recipe import EvalSettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
@@ -25,9 +22,10 @@ from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
 from skipwise.evaluation.tasks.prompts import haystack_words
 from skipwise.export.hf import load_for_scoring
 from skipwise.models.prepared import PreparedModel
+from skipwise.pipeline.checks import free_memory
 from skipwise.training.checkpoints import trained_checkpoint
 
-_TRIALS = 20  # a length
+_TRIALS = 20  # at each length
 _WINDOWS = 16
 _TASKS = {"needle": "needle", "passkey": "passkey", "perplexity": "perplexity"}
 
@@ -35,11 +33,11 @@ _TASKS = {"needle": "needle", "passkey": "passkey", "perplexity": "perplexity"}
 def check_selection(
     recipe: Recipe, documents: list[Any], tokenizer: Any, original_length: int
 ) -> None:
-    """Refuse a choice that could not be made, before training.
+    """Check before training that candidates can be measured after it.
 
     Raises:
-        SkipwiseError: it needs text to hide needles in or to predict, and there is none; no prompt
-            fits the lengths.
+        SkipwiseError: the task needs evaluation text and there is none, or no prompt fits the
+            context lengths.
     """
     by = recipe.export.checkpoint
     if by in ("needle", "perplexity"):
@@ -65,9 +63,9 @@ def check_selection(
 
 
 def chosen_checkpoint(prepared: PreparedModel, run: RunFolder) -> Path | None:
-    """The folder of the weights to export; None where training has not reached its end.
+    """The folder of the weights to export; None where training has not reached its last step.
 
-    Measures the candidates that were not measured yet, and removes those not chosen.
+    Candidates without a score are measured. Those not chosen are removed.
     """
     recipe = prepared.recipe
     finished = trained_checkpoint(run, recipe)
@@ -78,8 +76,8 @@ def chosen_checkpoint(prepared: PreparedModel, run: RunFolder) -> Path | None:
     }
     higher = recipe.export.checkpoint != "perplexity"
     found = run.metadata().get("selection", {}).get("chosen")
-    whole = (f for f in run.candidates.glob("step-*") if f.suffix != ".part")  # a kill leaves those
-    folders = {int(f.name.split("-")[1]): f for f in whole}
+    complete = (f for f in run.candidates.glob("step-*") if f.suffix != ".part")
+    folders = {int(f.name.split("-")[1]): f for f in complete}
     if found is not None and found in folders:
         return folders[found]
     if not folders:
@@ -116,7 +114,7 @@ def _record(
 
 
 def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
-    """Mean over the two longest lengths of a small fixed set; of perplexity, at the target."""
+    """The mean score at the two longest lengths, or the perplexity at the target length."""
     recipe = prepared.recipe
     lengths = list(context_lengths(recipe, prepared.info.original_length))[-2:]
     settings = dataclasses.replace(
@@ -126,7 +124,7 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
         needle_samples=_TRIALS,
         perplexity_windows=_WINDOWS,
         batch_tokens=recipe.eval.batch_tokens,
-        seed=recipe.eval.seed + 1,  # not the questions of the evaluation that follows
+        seed=recipe.eval.seed + 1,  # other questions than the evaluation asks
     )
 
     def load() -> Any:
@@ -135,9 +133,7 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
     documents = evaluation_documents(recipe, prepared.tokenizer, run)
     eval_model = EvalModel(label=folder.name, load=load, tokenizer=prepared.tokenizer)
     rows = evaluate_model(eval_model, Texts(documents=documents), lengths, settings, progress=False)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     if recipe.export.checkpoint == "perplexity":
         rows = [r for r in rows if r["metric"] == "perplexity"][-1:]
         value = rows[0]["value"] if rows else None

@@ -1,25 +1,22 @@
-"""`rope.type: auto`: which scaling reads this model's long texts best before it is trained.
+"""`rope.type: auto`: choose the scaling with the lowest loss on long documents before training.
 
-Forward passes only, on a few training documents: each scaling that the family takes is put on the
-base model, and the mean loss over the context lengths L, 2L, .. c is measured at a few attention
-temperatures (where `temperature: auto` will search one after training), with a few passkeys at c.
-The lowest is taken, if it is lower than YaRN's by a hundredth of a nat. docs/study.md: at f = 8 the
-order of the scalings untrained was their order after training.
+Forward passes on a few training documents. Each scaling that the family takes is applied to the
+base model. The mean loss over the context lengths L, 2L, .. c is measured at a few attention
+temperatures (if `attention_temperature` is auto), and a few passkeys at c. The lowest loss wins if
+it is at least 0.01 nats below YaRN's. Study: at f = 8 the untrained scalings ranked as they did
+after training.
 
-Shapes:  c = the longest context measured: T, or less where the text is short
+Shapes:  c = the longest measured context: T, or less where the documents are short
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
@@ -29,11 +26,13 @@ from skipwise.evaluation.tasks.passkey import passkey_trials
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.load import compute_dtype, load_for_evaluation
-from skipwise.models.prepared import PreparedModel, prepare_model
+from skipwise.models.prepared import PreparedModel, rescale
+from skipwise.pipeline.checks import free_memory
 from skipwise.pipeline.search_text import longer_length, search_text
 from skipwise.pose.rope import Unscaled
 from skipwise.training.checkpoints import last_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
+from skipwise.training.inputs import TrainingData
 
 SCALINGS = ("yarn", "llama3", "ntk", "linear")  # the first, unless another is clearly better
 _LEAST_GAIN = 0.01  # nats
@@ -43,46 +42,43 @@ _TRIALS = 10  # passkeys
 _TOO_HIGH = 700.0  # nats
 
 
-def with_choice(recipe: Recipe, run: RunFolder) -> Recipe:
-    """The recipe with the scaling that was chosen in this run, if one was."""
+def with_chosen_scaling(prepared: PreparedModel, run: RunFolder) -> PreparedModel:
+    """The model with the scaling that this run chose before, if it did."""
     chosen = run.metadata().get("rope_choice", {}).get("type")
-    if recipe.rope.type != "auto" or chosen is None:
-        return recipe
-    return dataclasses.replace(recipe, rope=dataclasses.replace(recipe.rope, type=chosen))
+    if prepared.recipe.rope.type != "auto" or chosen is None:
+        return prepared
+    return rescale(prepared, chosen)
 
 
-def choose_scaling(prepared: PreparedModel, run: RunFolder) -> PreparedModel:
-    """The plan with a scaling for `rope.type: auto`, measured once; else the plan as it is.
+def choose_scaling(
+    prepared: PreparedModel, run: RunFolder, data: TrainingData | None = None
+) -> PreparedModel:
+    """The model with a measured scaling where `rope.type` is auto. Measured once in a run.
 
-    A model that is scaled already keeps its scaling. Where `skipwise train` alone has trained, it
-    was with the first that the family takes, and so it is where the text is too short to tell.
+    A model that is scaled already keeps its scaling. A run that `skipwise train` has trained keeps
+    the scaling it was trained with: the first one that the family takes. That one is also the
+    choice where the text is too short to measure.
+
+    Args:
+        data: training data that are loaded already.
     """
     recipe = prepared.recipe
     if recipe.rope.type != "auto" or not isinstance(prepared.info.scaling, Unscaled):
         return prepared
     if "rope_choice" not in run.metadata():
         trained = last_checkpoint(run) is not None
-        run.update(rope_choice=_as_trained(prepared) if trained else _measure(prepared))
+        run.update(rope_choice=_as_trained(prepared) if trained else _measure(prepared, data))
         print(f"  rope: {run.metadata()['rope_choice']['detail']}", file=sys.stderr, flush=True)
-    chosen = prepare_model(with_choice(recipe, run))
-    return dataclasses.replace(
-        prepared, recipe=chosen.recipe, scaled=_tied(chosen, prepared), scaling=chosen.scaling
-    )
+    return with_chosen_scaling(prepared, run)
 
 
 def _as_trained(prepared: PreparedModel) -> dict[str, Any]:
     name = prepared.scaling.name
-    return {"type": name, "detail": f"{name}, with which it was trained unmeasured"}
+    return {"type": name, "detail": f"{name}, not measured: training had started with it"}
 
 
-def _tied(chosen: PreparedModel, prepared: PreparedModel) -> Any:
-    """The chosen config, with what was learned when the weights were made ready."""
-    chosen.scaled.tie_word_embeddings = prepared.scaled.tie_word_embeddings
-    return chosen.scaled
-
-
-def _measure(prepared: PreparedModel) -> dict[str, Any]:
-    """What run.json says: the type, what was measured of each, a line of it."""
+def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[str, Any]:
+    """The entry of run.json: the chosen type, the measurements of each, and one line of text."""
     L, T = prepared.info.original_length, prepared.recipe.target_length
     fallback = prepared.scaling.name
     names = [name for name in SCALINGS if name not in prepared.info.refused_types]
@@ -91,9 +87,9 @@ def _measure(prepared: PreparedModel) -> dict[str, Any]:
     spare = prepared.recipe.attention_temperature == "auto" or bool(
         prepared.recipe.data.eval_sources
     )
-    if prepared.recipe.method == "none" and not spare:  # all the text is what is measured with
+    if prepared.recipe.method == "none" and not spare:  # the evaluation reads all of the text
         return {"type": fallback, "detail": f"{fallback}, not measured: no text to spare"}
-    lengths, read, _ = search_text(prepared)
+    lengths, read, _ = search_text(prepared, data)
     c, chosen = longer_length(lengths, L, T)
     if not c:
         longest = max(lengths, default=0)
@@ -105,7 +101,7 @@ def _measure(prepared: PreparedModel) -> dict[str, Any]:
     for name in names:
         try:
             rows.append(_of_one(prepared, name, documents, contexts))
-        except Exception as error:  # the model does not take it, or there is no room to measure
+        except Exception as error:  # the model does not take it, or out of memory
             if not isinstance(error, SkipwiseError) and not is_out_of_memory(error):
                 raise
             left_out[name] = str(error).partition("\n")[0]
@@ -131,14 +127,12 @@ def _measure(prepared: PreparedModel) -> dict[str, Any]:
 def _of_one(
     prepared: PreparedModel, name: str, documents: Sequence[np.ndarray], contexts: list[int]
 ) -> dict[str, Any]:
-    """One scaling at the temperature that suits it.
+    """Measure one scaling at its best temperature.
 
     Raises:
         SkipwiseError: the model does not take it.
     """
-    recipe = prepared.recipe
-    rope = dataclasses.replace(recipe.rope, type=name)
-    scaled = _tied(prepare_model(dataclasses.replace(recipe, rope=rope)), prepared)
+    recipe, scaled = prepared.recipe, rescale(prepared, name).scaled
     batch_tokens = recipe.eval.batch_tokens
     dtype = compute_dtype(recipe.load)
     model = load_for_evaluation(prepared.source, scaled, prepared.load, dtype=dtype)
@@ -151,7 +145,7 @@ def _of_one(
             found = perplexity(
                 model, documents, contexts, num_windows=_WINDOWS, batch_tokens=batch_tokens
             )
-            values = [row["value"] for row in found]  # None: too high to be written
+            values = [row["value"] for row in found]  # None: too high to print
             loss = float(np.mean([_TOO_HIGH if v is None else math.log(v) for v in values]))
             tried.append({"type": name, "temperature": t, "loss": loss, "perplexity": values})
         best = min(tried, key=lambda row: row["loss"])
@@ -164,13 +158,11 @@ def _of_one(
         return {**best, "passkeys": sum(right), "num_passkeys": len(right)}
     finally:
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def _queries(recipe: Recipe, model: Any) -> QueryWeights | None:
-    """What sets the temperature; None where none will be searched, or none can be set."""
+    """Sets the attention temperature; None if none will be searched or the model takes none."""
     if recipe.attention_temperature != "auto":
         return None
     try:

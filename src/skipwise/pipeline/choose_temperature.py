@@ -1,16 +1,16 @@
-"""The search of the attention temperature: forward passes only, after training, before export.
+"""`attention_temperature: auto`: search the temperature after training, before the export.
 
-Going up from 1, the perplexity of the same target tokens is measured with T and with L tokens of
-context. The temperature with the lowest at T is taken among those that cost at most 1 % at L; where
-it gains next to nothing it stays 1. Retrieval at T gains more by it (docs/study.md). The text is of
-the training documents: what the report shows is measured on others.
+Forward passes only. The temperature rises from 1, and the perplexity of the same target tokens is
+measured with c and with L tokens of context. The best temperature has the lowest perplexity at c
+among those that raise the perplexity at L by at most 1 %. It stays 1 where it gains less than
+0.2 %. Retrieval at T gains more than perplexity does (see the study). The text comes from training
+documents; the report measures on other documents.
 
-Shapes:  c = the longer context: T, or less where the text is short
+Shapes:  c = the longer context: T, or less where the documents are short
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from skipwise.config.machine import is_main_process
 from skipwise.config.run_folder import RunFolder
@@ -28,14 +27,15 @@ from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.export.hf import load_for_scoring, require_trained
 from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.prepared import PreparedModel
+from skipwise.pipeline.checks import free_memory
 from skipwise.pipeline.search_text import longer_length, num_windows, search_text
 from skipwise.training.error_hints import is_out_of_memory
-from skipwise.training.inputs import text_changed
+from skipwise.training.inputs import TrainingData, text_changed
 
-GRID = tuple(round(1 + 0.05 * i, 2) for i in range(9))  # 1 to 1.4; far coarser than bf16 rounding
+GRID = tuple(round(1 + 0.05 * i, 2) for i in range(9))  # 1 to 1.4, far coarser than bf16 rounding
 _MOST_COST = 0.01  # rise of the perplexity at L
 _LEAST_GAIN = 0.002  # fall of the perplexity at c
-_NOT_NOW = "not searched: "  # for a reason that may pass
+_NOT_NOW = "not searched: "  # prefix of reasons that may be temporary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +47,33 @@ class Candidate:
     far: float  # with c tokens
 
 
-def chosen_temperature(prepared: PreparedModel, run: RunFolder, checkpoint: Path | None) -> float:
-    """The temperature to export with: the recipe's number, or the result of a search, made once.
+def chosen_temperature(
+    prepared: PreparedModel,
+    run: RunFolder,
+    checkpoint: Path | None,
+    data: TrainingData | None = None,
+) -> float:
+    """The temperature of the exported model: the recipe's number, or the result of one search.
 
-    A search that could not be made is tried again at the next export. Where that changes the
-    temperature, what was measured of the exported model is forgotten: it is another model.
+    A search that failed is repeated at the next export. If the temperature changes then, results
+    of the exported model are deleted, because it is another model.
+
+    Args:
+        data: training data that are loaded already.
 
     Raises:
-        SkipwiseError: training has not reached its end.
+        SkipwiseError: training has not reached its last step.
     """
     asked = prepared.recipe.attention_temperature
     if asked != "auto":
         if asked != 1:
-            run.update(temperature={"value": asked, "detail": "as the recipe says"})
+            run.update(temperature={"value": asked, "detail": "given in the recipe"})
         return asked
     found = run.metadata().get("temperature")
     if found is None or found["detail"].startswith(_NOT_NOW):
         if prepared.recipe.method != "none":
             require_trained(run, checkpoint)
-        before, found = found, _search_of_run(prepared, run, checkpoint)
+        before, found = found, _search_of_run(prepared, run, checkpoint, data)
         if before is not None and before["value"] != found["value"] and is_main_process():
             with run.lock():
                 run.write_results([row for row in run.results() if row["model"] != "after"])
@@ -82,15 +90,15 @@ def search_temperature(
     *,
     batch_tokens: int = 16384,
 ) -> tuple[float, list[Candidate]]:
-    """The temperature with the lowest perplexity at the longer length, and what was tried.
+    """The temperature with the lowest perplexity at the longer length, and all candidates.
 
-    The model is as it was afterwards.
+    The model is unchanged afterwards.
 
     Args:
-        documents: token ids, of the longer length or more.
+        documents: token ids, each of at least the longer length.
 
     Raises:
-        SkipwiseError: the model's weights cannot carry a temperature.
+        SkipwiseError: a temperature cannot be folded into the model's weights.
     """
     weights = QueryWeights(model)
     weights.check(GRID[-1])
@@ -114,7 +122,7 @@ def search_temperature(
 
 
 def hill_climb(measure: Callable[[float], Candidate]) -> tuple[float, list[Candidate]]:
-    """Up the grid while the perplexity at c falls and that at L has not risen too far."""
+    """Walk up the grid while the perplexity at c falls and that at L rises by at most 1 %."""
     plain = best = measure(GRID[0])
     tried = [plain]
     for t in GRID[1:]:
@@ -127,12 +135,12 @@ def hill_climb(measure: Callable[[float], Candidate]) -> tuple[float, list[Candi
 
 
 def _search_of_run(
-    prepared: PreparedModel, run: RunFolder, checkpoint: Path | None
+    prepared: PreparedModel, run: RunFolder, checkpoint: Path | None, data: TrainingData | None
 ) -> dict[str, Any]:
-    """What run.json says of the search, or why there was none: then it is 1."""
+    """The entry of run.json: the temperature with its measurements, or 1 with the reason."""
     recipe, L = prepared.recipe, prepared.info.original_length
-    lengths, read, digest = search_text(prepared)
-    if text_changed(run, digest):  # it may be what the evaluation reads
+    lengths, read, digest = search_text(prepared, data)
+    if text_changed(run, digest):  # it may contain evaluation documents
         return {"value": 1.0, "detail": f"{_NOT_NOW}the text has changed since training"}
     c, chosen = longer_length(lengths, L, recipe.target_length)
     if not c:
@@ -147,7 +155,7 @@ def _search_of_run(
             value, tried = search_temperature(
                 model, documents, L, c, batch_tokens=recipe.eval.batch_tokens
             )
-        except SkipwiseError as refused:  # auto: nothing was promised
+        except SkipwiseError as refused:  # auto may fall back to 1
             detail = str(refused).partition("\n")[0].removeprefix("attention_temperature: ")
             return {"value": 1.0, "detail": detail}
     except Exception as error:
@@ -156,9 +164,7 @@ def _search_of_run(
         return {"value": 1.0, "detail": f"{_NOT_NOW}there is no memory to measure with"}
     finally:
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     return {
         "value": value,
         "detail": _describe(value, tried, L, c, len(documents)),
@@ -176,7 +182,7 @@ def _search_of_run(
 
 
 def _describe(value: float, tried: list[Candidate], L: int, c: int, num_documents: int) -> str:
-    """The perplexities at 1 and at what was chosen; where nothing was, at what came nearest."""
+    """The perplexities at 1 and at the chosen temperature, or at the next one if 1 was chosen."""
     rows = {one.temperature: one for one in tried}
     plain, shown = tried[0], rows[value] if value != 1 else tried[1]
     instead = "" if value != 1 else f" with {shown.temperature:g}, which does not pay"

@@ -1,8 +1,8 @@
-"""A few real training steps in a process of their own: what they take, beside the prediction.
+"""`skipwise plan --measure`: the memory and time of a few real training steps.
 
-The steps go the way of `skipwise train`, on the recipe's text or on random tokens, in a temporary
-run folder. A folder with nothing but a config.json gets random weights. The process is a new one,
-so that the peak is its own; the one that asks loads neither torch nor transformers.
+The steps run as in `skipwise train`, on the recipe's text or on random tokens, in a temporary run
+folder. A folder that holds only a config.json gets random weights. The steps run in a new process,
+so that its peak memory is theirs. The calling process loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import is_config_alone
 from skipwise.planning.plan import Measured
 
-_STEPS = 3  # the first has no optimizer states yet, and is the slowest
+_STEPS = 3  # the first one is the slowest: it creates the optimizer states
 
 
 def measure(recipe: Recipe) -> Measured:
     """Run the steps.
 
     Raises:
-        SkipwiseError: they failed; with the last lines that they said.
+        SkipwiseError: the steps failed. It quotes their last lines of output.
     """
     with tempfile.TemporaryDirectory(prefix="skipwise-measure-") as name:
         folder = Path(name)
@@ -49,10 +49,7 @@ def measure(recipe: Recipe) -> Measured:
 
 
 def _shortened(recipe: Recipe) -> Recipe:
-    """The same step, with at most two of its passes: more of them hold no more, and take longer.
-
-    One process: an engine that shards needs several.
-    """
+    """The same step in one process, with at most two micro-batches: more need no more memory."""
     recipe = in_one_process(recipe)
     training = recipe.training
     passes = min(2, max(1, training.global_batch_size // max(1, training.micro_batch_size)))
@@ -70,23 +67,22 @@ def _shortened(recipe: Recipe) -> Recipe:
 
 def _run(task: str, *arguments: Path) -> None:
     command = [sys.executable, "-m", "skipwise.pipeline.profile", task, *map(str, arguments)]
-    # a process must not take the memory of the one that starts it for its own
+    # the new process must not take itself for a member of a launched group
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return
-    said = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    told = [line.removeprefix("skipwise: ") for line in said if line.startswith("skipwise: ")]
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    errors = [line.removeprefix("skipwise: ") for line in lines if line.startswith("skipwise: ")]
     if done.returncode in (-9, 137):
-        raise SkipwiseError("the steps were killed: this machine's memory is full")
-    after = said[said.index(f"skipwise: {told[-1]}") + 1 :][:2] if told else []
-    raise SkipwiseError(
-        "\n".join(["measuring failed: " + (told or said or ["no word"])[-1], *after])
-    )
+        raise SkipwiseError("the steps were killed: this machine ran out of memory")
+    after = lines[lines.index(f"skipwise: {errors[-1]}") + 1 :][:2] if errors else []
+    reason = (errors or lines or ["no output"])[-1]
+    raise SkipwiseError("\n".join([f"measuring failed: {reason}", *after]))
 
 
 def _steps(folder: Path) -> None:
-    """In the process of its own: train, and write down what it took."""
+    """In the new process: train, and write down memory and time."""
     import torch
 
     import skipwise.pipeline.extend
@@ -96,7 +92,7 @@ def _steps(folder: Path) -> None:
     from skipwise.training.inputs import dummy_data, load_training_data
     from skipwise.training.setup import set_up, train
 
-    assert skipwise.pipeline.extend  # what a run of its own loads besides
+    assert skipwise.pipeline.extend  # a run loads these modules as well
     runtime = process_memory("VmRSS")
     recipe = load_recipe(folder / "recipe.yaml")
     run = RunFolder(folder / "run")
@@ -128,7 +124,7 @@ def _steps(folder: Path) -> None:
 
 
 def _make(source: Path, folder: Path) -> None:
-    """Random weights for a config, and a tokenizer where it has none."""
+    """Random weights for a config, and a tokenizer if the folder has none."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -13,25 +13,25 @@ import numpy as np
 
 from skipwise.evaluation.run import documents_for_search
 from skipwise.models.prepared import PreparedModel
-from skipwise.training.inputs import load_training_data
+from skipwise.training.inputs import TrainingData, load_training_data
 
-_TARGETS = 2048  # tokens that a perplexity is of, at least
-
-
-_WINDOWS = 8  # at least
+_TARGETS = 2048  # least number of target tokens of a perplexity
+_WINDOWS = 8  # least number of windows
 
 
 def longer_length(
     lengths: np.ndarray, original_length: int, target_length: int
 ) -> tuple[int, np.ndarray]:
-    """(c, documents to search on): T, or half of it and so on, where the text has enough windows.
+    """The longer context c, and the documents to search on.
+
+    c is T, or T/2, T/4 and so on: the longest for which the text has enough windows.
 
     Args:
         lengths: (n,) tokens of each document.
 
     Returns:
-        c, 0 where there is too little text; and indices of documents of c tokens or more, spread
-        evenly.
+        c, or 0 where there is too little text; indices of evenly spaced documents of at least c
+        tokens.
     """
     wanted, c = num_windows(original_length), target_length
     while c > original_length:
@@ -43,12 +43,23 @@ def longer_length(
     return 0, np.array([], int)
 
 
-def search_text(prepared: PreparedModel) -> tuple[np.ndarray, Callable[[int], np.ndarray], str]:
-    """Lengths of the documents to search on, what reads one, and the digest of training data."""
+def search_text(
+    prepared: PreparedModel, data: TrainingData | None = None
+) -> tuple[np.ndarray, Callable[[int], np.ndarray], str]:
+    """The documents to search on.
+
+    Args:
+        data: training data that are loaded already. Loaded here by default.
+
+    Returns:
+        (n,) document lengths in tokens; a function from an index to its tokens; the digest of the
+        training data.
+    """
     if prepared.recipe.method == "none":
         documents = documents_for_search(prepared.recipe, prepared.tokenizer)
         return np.array([len(d) for d in documents], int), lambda i: documents[i], ""
-    data = load_training_data(prepared, None, progress=False)
+    if data is None:
+        data = load_training_data(prepared, None, progress=False)
     corpus = data.corpus
     ends = np.cumsum([len(group) for group in corpus.lengths])
 
@@ -60,7 +71,7 @@ def search_text(prepared: PreparedModel) -> tuple[np.ndarray, Callable[[int], np
 
 
 def _stride(original_length: int) -> int:
-    """Targets of a window, as `perplexity` has it where none are given."""
+    """Target tokens of a window: the default of `perplexity`."""
     return max(1, min(original_length // 2, 512))
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, open_run
-from skipwise.config.stages import full_length_stage
 from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation.evaluator import Texts, evaluate_model
 from skipwise.evaluation.run import evaluation_documents, make_eval_model
@@ -17,28 +17,27 @@ from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model
 from skipwise.export.model_card import write_card
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
-from skipwise.pipeline.checks import check_texts, free_memory, record_checks
+from skipwise.pipeline.checks import check_texts, free_memory, record_checks, validate
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
-from skipwise.pipeline.choose_scaling import choose_scaling, with_choice
+from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
 from skipwise.pipeline.choose_temperature import chosen_temperature
 from skipwise.pose.preview import describe_positions
 from skipwise.report import format_table, write_report
-from skipwise.training.arguments import accumulation
 from skipwise.training.checkpoints import finished_checkpoint, trained_checkpoint
 from skipwise.training.distributed.launcher import launch
 from skipwise.training.full_length_stage import (
+    RunInputs,
     check_step,
     first_stage_model,
     full_length_metadata,
     is_checked,
-    make_full_length_stage,
+    make_inputs,
     release,
     train_full_length,
 )
 from skipwise.training.inputs import (
     TrainingData,
     data_metadata,
-    find_sources,
     load_training_data,
     text_changed,
 )
@@ -46,12 +45,16 @@ from skipwise.training.setup import set_up, train
 
 
 def prepare_run(
-    prepared: PreparedModel, run: RunFolder, num_processes: int = 0
-) -> TrainingData | None:
-    """Tokens and examples, written down in run.json; None where nothing is trained.
+    prepared: PreparedModel,
+    run: RunFolder,
+    data: TrainingData | None = None,
+    num_processes: int = 0,
+) -> RunInputs | None:
+    """What the run trains on, with its description in run.json; None where nothing is trained.
 
     Args:
-        num_processes: that will train; 0: as many as run now.
+        data: training data that are loaded already. Loaded here by default.
+        num_processes: number of training processes. Defaults to those that run now.
     """
     recipe = prepared.recipe
     model: dict[str, Any] = {"name": Path(recipe.model).name, "family": prepared.info.family}
@@ -66,38 +69,36 @@ def prepare_run(
         "scaling": prepared.scaling.name,
         "reproduce": [run.metadata().get("command", ""), f"skipwise report {run.path}"],
     }
-    data = None
+    inputs = None
     if recipe.method != "none":
-        data = load_training_data(prepared, run)
+        data = load_training_data(prepared, run) if data is None else data
         documents = evaluation_documents(recipe, prepared.tokenizer, run)
         check_selection(recipe, documents, prepared.tokenizer, prepared.info.original_length)
         metadata["train_length"] = data.sampler.train_length
         metadata["positions"] = describe_positions(data.sampler, recipe.seed)
-        if not text_changed(run, data.digest):  # else it is trained, and stays as it was
+        if text_changed(run, data.digest):  # only after training: what was written stays
+            inputs = RunInputs(data=data, full_length=None)
+        else:
+            inputs = make_inputs(prepared, data, run, num_processes)
             metadata["data"] = data_metadata(prepared, data, len(documents))
-            if (finish := make_full_length_stage(prepared, data, run, num_processes)) is not None:
-                metadata["finish"] = {
-                    **run.metadata().get("finish", {}),
-                    **full_length_metadata(finish),
-                }
+            if inputs.full_length is not None:
+                found = full_length_metadata(inputs.full_length)
+                metadata["finish"] = {**run.metadata().get("finish", {}), **found}
     if torch.cuda.is_available():
         gpu = {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
         metadata["machine"] = {**run.metadata().get("machine", {}), **gpu}
     run.update(**metadata)
-    return data
+    return inputs
 
 
 def open_training(recipe: Recipe, out: str | Path, command: str, num_processes: int) -> RunFolder:
-    """The run folder of a training that other processes will do; mistakes show here, once."""
-    accumulation(recipe.training, num_processes)
-    prepared = prepare_model(recipe)
-    full_length_stage(prepared.recipe, prepared.info.original_length, num_processes)
-    find_sources(recipe)
+    """The run folder of a training that other processes will do, after one validation here."""
+    validate(recipe, num_processes)
     return open_run(out, recipe, command)
 
 
 def launch_training(run: RunFolder, num_processes: int, only_check: bool = False) -> None:
-    """Train, or check, in processes of their own; those that evaluate hold no GPU memory then.
+    """Train, or only check, in new processes, so that this one holds no GPU memory meanwhile.
 
     Raises:
         SkipwiseError: a process failed. RunStopped: stopped and saved.
@@ -110,18 +111,17 @@ def launch_training(run: RunFolder, num_processes: int, only_check: bool = False
 
 def prepare_training(
     recipe: Recipe, out: str | Path, command: str
-) -> tuple[PreparedModel, TrainingData, RunFolder]:
+) -> tuple[PreparedModel, RunInputs, RunFolder]:
     """What the train verb needs, in each of its processes."""
-    prepare_model(recipe)  # mistakes show before anything is written
-    find_sources(recipe)
+    prepared = validate(recipe, world_size())
     if recipe.method == "none":
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
     run = open_run(out, recipe, command)
-    prepared = convert_weights(prepare_model(with_choice(recipe, run)), run.converted)
-    data = prepare_run(prepared, run)
-    assert data is not None
-    check_texts(prepared, data, run)
-    return prepared, data, run
+    prepared = with_chosen_scaling(convert_weights(prepared, run.converted), run)
+    inputs = prepare_run(prepared, run)
+    assert inputs is not None
+    check_texts(prepared, inputs, run)
+    return prepared, inputs, run
 
 
 def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
@@ -147,39 +147,39 @@ def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
 
 def train_run(
     prepared: PreparedModel,
-    data: TrainingData | None,
+    inputs: RunInputs | None,
     run: RunFolder,
     *,
     record: bool = False,
     only_check: bool = False,
 ) -> None:
-    """Train from the newest checkpoint to the end, if that is not done.
+    """Train every stage to its last step, from the last checkpoint on.
 
     Args:
         record: write the preflight down, where `check_run` has not.
-        only_check: stop after it.
+        only_check: stop after the preflight.
 
     Raises:
-        SkipwiseError: another process trains into the folder; and as `train.train`.
+        SkipwiseError: another process trains in this folder; and as `setup.train`.
         RunStopped: the user stopped it.
     """
-    if data is None or trained_checkpoint(run, prepared.recipe):
+    if inputs is None or trained_checkpoint(run, prepared.recipe):
         return
     with run.training_lock():
-        _train_parts(prepared, data, run, record, only_check)
+        _train_stages(prepared, inputs, run, record, only_check)
 
 
-def _train_parts(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, record: bool, only_check: bool
+def _train_stages(
+    prepared: PreparedModel, inputs: RunInputs, run: RunFolder, record: bool, only_check: bool
 ) -> None:
-    finish = make_full_length_stage(prepared, data, run)
-    if finish is not None and (only_check or not is_checked(finish, run)):
-        record_checks(run, [check_step(finish, run)])
+    full_length = inputs.full_length
+    if full_length is not None and (only_check or not is_checked(full_length, run)):
+        record_checks(run, [check_step(full_length, run)])
         free_memory()
     first = first_stage_model(prepared)
-    begun = finish is not None and finish.begun
+    begun = full_length is not None and full_length.begun
     if not begun and not finished_checkpoint(run, first.recipe.training.num_steps):
-        training = set_up(first, data, run)
+        training = set_up(first, inputs.data, run)
         count = training.num_parameters
 
         def write_down(checks: list[Check]) -> None:
@@ -188,25 +188,29 @@ def _train_parts(
 
         arguments: dict[str, Any] = {"record": write_down} if record else {}
         train(training, run, first.recipe, only_check=only_check, **arguments)
-        if finish is not None:
+        if full_length is not None:
             release(training)
         del training
         free_memory()
-    if finish is not None and not only_check:
-        train_full_length(finish, run)
+    if full_length is not None and not only_check:
+        train_full_length(full_length, run)
         free_memory()
 
 
-def export_run(prepared: PreparedModel, run: RunFolder) -> None:
+def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | None = None) -> None:
     """Write and check `model/`, if that is not done.
 
+    Args:
+        data: training data that are loaded already.
+
     Raises:
-        SkipwiseError: the folder does not give the same logits in plain transformers.
+        SkipwiseError: plain transformers computes other logits from the folder.
     """
     if run.metadata().get("exported") and run.model.is_dir():
         return
     checkpoint = chosen_checkpoint(prepared, run)
-    checks = export_model(prepared, run, checkpoint, chosen_temperature(prepared, run, checkpoint))
+    temperature = chosen_temperature(prepared, run, checkpoint, data)
+    checks = export_model(prepared, run, checkpoint, temperature)
     record_checks(run, checks)
     require(checks)
     run.update(exported=True)
@@ -215,17 +219,17 @@ def export_run(prepared: PreparedModel, run: RunFolder) -> None:
 def export_again(
     run: RunFolder, kinds: list[str], outtype: str = "f16", llama_cpp: str | None = None
 ) -> list[Path]:
-    """Write what is asked for anew: the folder (`hf`), GGUF (`gguf`), the `adapter` alone.
+    """Export a run again: the model folder (`hf`), a GGUF file (`gguf`), the `adapter` alone.
 
     Returns:
-        what was written.
+        the paths that were written.
 
     Raises:
-        SkipwiseError: the run is not trained, a check failed, no converter for GGUF.
+        SkipwiseError: the run is not trained, a check failed, no GGUF converter was found.
     """
     if outtype not in OUTTYPES:
         raise SkipwiseError(f"--outtype {outtype}: choose from {', '.join(OUTTYPES)}")
-    converter = find_converter(llama_cpp) if "gguf" in kinds else None  # before anything is done
+    converter = find_converter(llama_cpp) if "gguf" in kinds else None  # before anything is written
     recipe, written = run.recipe(), []
     model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
     if model_too or "adapter" in kinds:
@@ -250,7 +254,7 @@ def export_again(
 
 
 def report_run(run: RunFolder) -> str:
-    """The page, the model card, and the table, which is returned."""
+    """Write the page and the model card; returns the table."""
     table = format_table(run.results())
     write_report(run.path)
     if run.model.is_dir():

@@ -1,0 +1,1 @@
+"""Checks that find what would waste a run, before its first step."""

@@ -32,7 +32,7 @@ _OWNED = {
     "activation_checkpointing": "training.gradient_checkpointing",
     "save_steps": "training.save_steps",
     "save_total_limit": "training.save_total_limit",
-    "logging_steps": "nothing: every step is written down",
+    "logging_steps": "nothing: every step is logged",
     "seed": "seed",
     "bf16": "load.dtype",
     "fp16": "load.dtype",
@@ -54,8 +54,8 @@ def training_arguments(
         engine_options: further arguments of `engine_arguments`.
 
     Raises:
-        SkipwiseError: a key that Skipwise sets itself, or one that TrainingArguments lacks; a
-            global batch that the devices cannot share.
+        SkipwiseError: a key that Skipwise sets itself or that TrainingArguments does not have, or
+            a global batch that the devices cannot share.
     """
     known = {f.name for f in fields(TrainingArguments)}
     for key in recipe.trainer:
@@ -67,7 +67,7 @@ def training_arguments(
             )
     if engine == "zero3-offload" and "optim" in recipe.trainer:
         raise SkipwiseError(
-            "trainer.optim: engine zero3-offload has an optimizer of its own, for the CPU\n"
+            "trainer.optim: engine zero3-offload has its own optimizer, on the CPU\n"
             "leave it out, or type --engine zero3"
         )
     settings = recipe.training
@@ -89,7 +89,7 @@ def training_arguments(
         "use_cpu": on_cpu(),
         "remove_unused_columns": False,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # it would hide a loss that is not finite
+        "logging_nan_inf_filter": False,  # the filter would hide a loss that is not finite
         "disable_tqdm": True,
         "log_level_replica": "error",
         "dataloader_pin_memory": not on_cpu(),
@@ -99,14 +99,14 @@ def training_arguments(
     try:
         return TrainingArguments(**{**values, **recipe.trainer})
     except (ValueError, ImportError, TypeError) as error:
-        raise SkipwiseError(f"the training settings do not fit: {error}") from error
+        raise SkipwiseError(f"transformers refuses the training settings: {error}") from error
 
 
 def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:
-    """The arithmetic's dtype; float32 where a sharding engine is tried without a GPU.
+    """The dtype of the arithmetic: float32 under a sharding engine without a GPU.
 
     Raises:
-        SkipwiseError: bfloat16 was asked for there, which transformers refuses.
+        SkipwiseError: bfloat16 under such an engine, which transformers refuses.
     """
     if not (on_cpu() and engine in SHARDED_ENGINES):
         return compute_dtype(recipe.load)

@@ -1,9 +1,9 @@
-"""The finish: the last share of a run's tokens at full length, from the weights that PoSE has made.
+"""The stage at full length: a last fraction of the training tokens, with examples of T tokens.
 
-It is training like any other, by `train.set_up` and `train.train`, on a recipe, data and a folder
-of its own: `finish/` in the run folder, which keeps its checkpoints, while metrics and candidates
-go on in the run's. It is the only part that holds activations of T tokens, so a step of it is
-tried, and thrown away, before the first step of the run.
+It is training like any other, by `setup.set_up` and `setup.train`, with its own recipe, data and
+folder: `finish/` in the run folder, which holds its checkpoints. Its metrics and candidates go to
+the run's own files. Only this stage holds activations of T tokens, so one step of it is tried, and
+discarded, before the run takes its first step.
 
 Letters: T = target_length
 """
@@ -38,17 +38,17 @@ from skipwise.training.distributed.engines import engine_of
 from skipwise.training.inputs import TrainingData
 from skipwise.training.setup import Training, set_up, train
 
-_SEED = 1 << 40  # added to the recipe's: other documents in another order than before the finish
+_SEED = 1 << 40  # added to the recipe's: other documents, in another order than in the first stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finish:
-    """The last part of a run's training: what `set_up` needs, and what came before it."""
+class FullLengthStage:
+    """What `set_up` needs for the stage, and what earlier stages have trained."""
 
-    prepared: PreparedModel  # its recipe is the finish's own
+    prepared: PreparedModel  # with the recipe of this stage
     data: TrainingData
     run: RunFolder  # its own folder
-    before: StageOffset
+    offset: StageOffset
 
     @property
     def recipe(self) -> Recipe:
@@ -59,22 +59,30 @@ class Finish:
         return last_checkpoint(self.run) is not None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """What a run trains on: the data of its first stage, and its stage at full length, if any."""
+
+    data: TrainingData
+    full_length: FullLengthStage | None
+
+
 def first_stage_model(prepared: PreparedModel) -> PreparedModel:
-    """The plan of what is trained before the finish."""
+    """The model with the recipe of the first stage."""
     return dataclasses.replace(prepared, recipe=first_stage(prepared.recipe))
 
 
 def make_full_length_stage(
     prepared: PreparedModel, data: TrainingData, run: RunFolder, num_processes: int = 0
-) -> Finish | None:
-    """The finish that the recipe asks for; None: none.
+) -> FullLengthStage | None:
+    """The stage at full length, or None where the recipe asks for none.
 
     Args:
-        num_processes: that will train; 0: as many as run now.
+        num_processes: number of training processes. Defaults to those that run now.
 
     Raises:
-        SkipwiseError: no document has T tokens; a share that is no step; processes that cannot
-            share the batch of a finish that was begun.
+        SkipwiseError: no document has T tokens; the fraction is less than one step; the processes
+            cannot share the batch of a stage that has started.
     """
     folder, L = run.finish, prepared.info.original_length
     batch = None
@@ -87,13 +95,13 @@ def make_full_length_stage(
     T = recipe.target_length
     corpus = data.corpus.longer(T)
     if corpus is None:
-        mend = "give longer texts, or type full_length={}"
+        hint = "give longer texts, or type full_length={}"
         if data.corpus.short_documents == "drop" and data.corpus.num_short:
-            mend += f", or data.short_documents=pack, which joins the {data.corpus.num_short:,} "
-            mend += f"below {data.sampler.train_length:,} tokens"
+            hint += f", or data.short_documents=pack, which joins the {data.corpus.num_short:,} "
+            hint += f"below {data.sampler.train_length:,} tokens"
         raise SkipwiseError(
             f"full_length.fraction: {recipe.full_length.fraction:g} needs documents of {T:,} "
-            f"tokens, and the longest to train on has {data.corpus.longest:,}\n{mend}"
+            f"tokens, and the longest to train on has {data.corpus.longest:,}\n{hint}"
         )
     sampler = FullLength(target_length=T)
     settings = recipe.training
@@ -104,7 +112,7 @@ def make_full_length_stage(
         num_examples=settings.num_steps * settings.global_batch_size,
     )
     num_tokens = first.num_steps * first.global_batch_size * data.sampler.train_length
-    return Finish(
+    return FullLengthStage(
         prepared=dataclasses.replace(prepared, recipe=recipe),
         data=dataclasses.replace(
             data,
@@ -114,116 +122,125 @@ def make_full_length_stage(
             collator=ExampleCollator(later=True),
         ),
         run=folder,
-        before=StageOffset(num_steps=first.num_steps, num_tokens=num_tokens),
+        offset=StageOffset(num_steps=first.num_steps, num_tokens=num_tokens),
     )
 
 
-def check_long_text(finish: Finish) -> Check:
+def make_inputs(
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, num_processes: int = 0
+) -> RunInputs:
+    """The data with the stage at full length; arguments as `make_full_length_stage` has them."""
+    return RunInputs(
+        data=data, full_length=make_full_length_stage(prepared, data, run, num_processes)
+    )
+
+
+def check_long_text(stage: FullLengthStage) -> Check:
     """How much text of T tokens there is, and how often the stage reads it."""
-    T, wanted = finish.recipe.target_length, len(finish.data.dataset)
-    lengths = np.concatenate(finish.data.corpus.lengths)
+    T, wanted = stage.recipe.target_length, len(stage.data.dataset)
+    lengths = np.concatenate(stage.data.corpus.lengths)
     different = int((lengths // T).sum())
     detail = f"{len(lengths):,} documents of {T:,} tokens or more, {wanted:,} examples of them"
     if wanted > different:
-        detail += f": each stretch of text is read about {wanted / different:.2g} times"
-    return Check(name="finish, text", passed=True, detail=detail)
+        detail += f"; each stretch of text is read about {wanted / different:.2g} times"
+    return Check(name="full-length text", passed=True, detail=detail)
 
 
-def check_step(finish: Finish, run: RunFolder) -> Check:
-    """Whether a step of the finish runs: a real one, of two passes, with base weights, not kept.
+def check_step(stage: FullLengthStage, run: RunFolder) -> Check:
+    """Try a step of two passes with the base weights; it is not saved.
 
     Raises:
-        SkipwiseError: it does not, out of memory among the reasons.
+        SkipwiseError: the step fails, for example out of memory.
         RunStopped: the user stopped it.
     """
-    settings = finish.recipe.training
+    settings = stage.recipe.training
     passes = min(2, settings.global_batch_size // world_size())
     settings = dataclasses.replace(
         settings, num_steps=1, global_batch_size=passes * world_size(), warmup_steps=0
     )
     recipe = dataclasses.replace(
-        finish.recipe,
+        stage.recipe,
         training=settings,
-        trainer={**finish.recipe.trainer, "report_to": "none"},
+        trainer={**stage.recipe.trainer, "report_to": "none"},
     )
-    with _scratch(finish.run.path / "trial") as scratch:
-        training = set_up(dataclasses.replace(finish.prepared, recipe=recipe), finish.data, scratch)
+    with _scratch(stage.run.path / "trial") as scratch:
+        training = set_up(dataclasses.replace(stage.prepared, recipe=recipe), stage.data, scratch)
         training.trainer.add_callback(_Unsaved())
         try:
             train(training, scratch, recipe)
         except RunStopped:
             raise RunStopped("stopped before the first step\ntype it again") from None
         release(training)
-    length, said = finish.recipe.target_length, "2 passes" if passes == 2 else "a pass"
-    run.update(finish={**run.metadata().get("finish", {}), "checked_on": place(finish.recipe)})
+    length, said = stage.recipe.target_length, "2 passes" if passes == 2 else "a pass"
+    run.update(finish={**run.metadata().get("finish", {}), "checked_on": place(stage.recipe)})
     return Check(
-        name="finish, step",
+        name="full-length step",
         passed=True,
         detail=f"tried: {said} of {length:,} tokens a process, and an update, "
         f"{peak_memory_gib():.2f} GiB at the peak",
     )
 
 
-def is_checked(finish: Finish, run: RunFolder) -> bool:
+def is_checked(stage: FullLengthStage, run: RunFolder) -> bool:
     """Whether a step was tried on a machine like this one."""
-    return run.metadata().get("finish", {}).get("checked_on") == place(finish.recipe)
+    return run.metadata().get("finish", {}).get("checked_on") == place(stage.recipe)
 
 
-def train_full_length(finish: Finish, run: RunFolder) -> None:
-    """Train it to its end, and write into the run's run.json what it took.
+def train_full_length(stage: FullLengthStage, run: RunFolder) -> None:
+    """Train the stage to its last step, and write its metadata into the run's run.json.
 
     Raises:
-        SkipwiseError, RunStopped: as `train.train`.
+        SkipwiseError, RunStopped: as `setup.train`.
     """
     if is_main_process():
-        finish.run.path.mkdir(parents=True, exist_ok=True)
-        write_text(finish.run.recipe_file, dump_recipe(finish.recipe))
-    checkpoint = finished_checkpoint(run, finish.before.num_steps)
-    assert checkpoint is not None or finish.begun, "what comes before the finish is not trained"
+        stage.run.path.mkdir(parents=True, exist_ok=True)
+        write_text(stage.run.recipe_file, dump_recipe(stage.recipe))
+    checkpoint = finished_checkpoint(run, stage.offset.num_steps)
+    assert checkpoint is not None or stage.begun, "the first stage is not trained"
 
     def write_down(taken: dict[str, Any]) -> None:  # its seconds are those of the whole curve
-        before = run.metadata().get("training", {}).get("seconds") or 0.0
-        taken = {**taken, "seconds": round(taken["seconds"] - before, 3)}
+        earlier = run.metadata().get("training", {}).get("seconds") or 0.0
+        taken = {**taken, "seconds": round(taken["seconds"] - earlier, 3)}
         run.update(
-            finish={**run.metadata().get("finish", {}), **full_length_metadata(finish), **taken}
+            finish={**run.metadata().get("finish", {}), **full_length_metadata(stage), **taken}
         )
 
-    before = dataclasses.replace(finish.before, checkpoint=checkpoint)
-    training = set_up(finish.prepared, finish.data, finish.run, before)
-    train(training, finish.run, finish.recipe, write_down=write_down)
+    offset = dataclasses.replace(stage.offset, checkpoint=checkpoint)
+    training = set_up(stage.prepared, stage.data, stage.run, offset)
+    train(training, stage.run, stage.recipe, write_down=write_down)
     release(training)
 
 
-def full_length_metadata(finish: Finish) -> dict[str, Any]:
-    """What run.json says of it before it is trained."""
-    settings, T = finish.recipe.training, finish.recipe.target_length
+def full_length_metadata(stage: FullLengthStage) -> dict[str, Any]:
+    """What run.json says about the stage before it is trained."""
+    settings, T = stage.recipe.training, stage.recipe.target_length
     examples = settings.num_steps * settings.global_batch_size
     return {
-        "share": finish.recipe.full_length.fraction,
+        "share": stage.recipe.full_length.fraction,
         "learning_rate": settings.learning_rate,
         "num_steps": settings.num_steps,
         "batch_size": settings.global_batch_size,
         "tokens_per_step": settings.global_batch_size * T,
         "num_tokens": examples * T,
-        "num_documents": finish.data.corpus.num_documents,
+        "num_documents": stage.data.corpus.num_documents,
     }
 
 
 def place(recipe: Recipe) -> str:
-    """The kind of machine that trains, as far as memory goes."""
+    """The kind of machine that trains, as far as memory is concerned."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return f"{world_size()} x {device}, {engine_of(recipe)}"
 
 
 def release(training: Training) -> None:
-    """Let go of what a Trainer's accelerator holds: another one follows in this process."""
+    """Free what a Trainer's accelerator holds, because another Trainer follows in this process."""
     trainer: Any = training.trainer
     trainer.accelerator.free_memory()
 
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[RunFolder]:
-    """A folder that the processes share, and that is gone afterwards."""
+    """A folder that all processes share and that is removed afterwards."""
     if is_main_process():
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -237,7 +254,7 @@ def _scratch(path: Path) -> Iterator[RunFolder]:
 
 
 class _Unsaved(TrainerCallback):
-    """No checkpoint of the step that is tried."""
+    """Saves no checkpoint of the trial step."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = False

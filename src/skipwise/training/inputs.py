@@ -1,4 +1,4 @@
-"""A recipe to what training needs: facts, scaled config, tokens, examples, and their checks."""
+"""From a recipe to training data: sources, tokens, examples, held-out documents, their checks."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ from skipwise.preflight.batch import check_documents, check_labels
 from skipwise.preflight.config import check_config
 from skipwise.training.checkpoints import last_checkpoint, trained_checkpoint
 
-_NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe names none
+_NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe has no data.eval_sources
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
+    """Documents, and the examples that a sampler cuts from them."""
+
     corpus: Corpus
     sampler: Sampler
     dataset: PoSEDataset
     collator: ExampleCollator
     num_bad_records: int
     bad_records: list[str]
-    digest: str  # of the sources' tokens
+    digest: str  # hash of all tokens of the sources
 
     def items(self, size: int) -> list[dict[str, Any]]:
         """The first examples of the run."""
         return [self.dataset[k] for k in range(min(size, len(self.dataset)))]
 
     def probe_batch(self) -> dict[str, Any]:
-        """One example of the run as a batch: of the first, the one cut nearest its middle."""
+        """A batch of one example: among the first 16, the one with a cut closest to its middle."""
 
         def distance(item: dict[str, Any]) -> float:
             starts, lengths = item["example"].position_starts, item["example"].lengths
@@ -56,10 +58,10 @@ class TrainingData:
 
 
 def find_sources(recipe: Recipe) -> list[Source]:
-    """The sources of the recipe's text.
+    """The text sources of the recipe.
 
     Raises:
-        SkipwiseError: there are none, or one that does not exist.
+        SkipwiseError: the recipe names none, or one does not exist.
     """
     settings = recipe.data
     if recipe.method != "none" and not settings.sources:
@@ -71,10 +73,14 @@ def find_sources(recipe: Recipe) -> list[Source]:
 def load_training_data(
     prepared: PreparedModel, run: RunFolder | None, progress: bool = True
 ) -> TrainingData:
-    """Tokenize the sources and make the data set; documents held out are written to the run folder.
+    """Tokenize the sources, hold out documents, and build the data set.
+
+    Args:
+        run: gets the held-out documents, as `eval_documents.jsonl`.
 
     Raises:
-        SkipwiseError: no sources, nothing readable, no document long enough.
+        SkipwiseError: no sources, no readable text, no document long enough, or text that changed
+            since the run started to train on it.
     """
     recipe = prepared.recipe
     settings = recipe.data
@@ -94,8 +100,8 @@ def load_training_data(
     changed = False if run is None else text_changed(run, digest)
     if run is not None and changed and not trained_checkpoint(run, recipe):
         raise SkipwiseError(
-            f"the text has changed since {run.path} began to train on it\n"
-            "put it back as it was, or type another --out to begin anew"
+            f"the text has changed since {run.path} started to train on it\n"
+            "restore the old text, or type another --out to start again"
         )
     corpus = build_corpus(
         stores,
@@ -126,7 +132,7 @@ def load_training_data(
 
 
 def dummy_data(prepared: PreparedModel) -> TrainingData:
-    """Examples from random token ids, to check a model where no text is given."""
+    """Examples of random token ids, to check a model without text."""
     recipe = prepared.recipe
     sampler = make_sampler(recipe, prepared.info.original_length)
     rng = np.random.default_rng(recipe.seed)
@@ -148,7 +154,7 @@ def dummy_data(prepared: PreparedModel) -> TrainingData:
 def check_data(
     prepared: PreparedModel, data: TrainingData, held_out: list[np.ndarray]
 ) -> list[Check]:
-    """The checks that need no model: lengths, documents, labels, evaluation kept apart."""
+    """The checks that need no model: lengths, documents, held-out text, labels."""
     items = data.items(16)
     corpus, T = data.corpus, prepared.recipe.target_length
     left_out = []
@@ -156,7 +162,7 @@ def check_data(
         done = "dropped" if corpus.short_documents == "drop" else "packed"
         left_out.append(f"{corpus.num_short:,} shorter ones {done}")
     if data.num_bad_records:
-        left_out.append(f"{data.num_bad_records:,} records not readable ({data.bad_records[0]})")
+        left_out.append(f"{data.num_bad_records:,} unreadable records ({data.bad_records[0]})")
     return [
         *check_config(prepared.info, prepared.scaling, T),
         check_documents(
@@ -172,7 +178,7 @@ def check_data(
 
 
 def data_metadata(prepared: PreparedModel, data: TrainingData, num_eval: int) -> dict[str, Any]:
-    """What run.json says of the data."""
+    """The entry of run.json about the data."""
     sources = prepared.recipe.data.sources
     return {
         "sources": [s["path"] if isinstance(s, dict) else str(s) for s in sources],
@@ -188,22 +194,23 @@ def data_metadata(prepared: PreparedModel, data: TrainingData, num_eval: int) ->
 
 
 def text_changed(run: RunFolder, digest: str) -> bool:
-    """Whether a run that has checkpoints was trained on other text so far."""
+    """Whether the run has checkpoints that were trained on other text."""
     begun = last_checkpoint(run) or last_checkpoint(run.finish)
     return begun is not None and run.metadata().get("data", {}).get("digest", digest) != digest
 
 
 def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: int) -> Check:
-    """No evaluation document is trained on, told by its first tokens."""
+    """Check that no evaluation document is trained on, by comparing first tokens."""
     name = "evaluation text"
     usable = sum(len(tokens) >= target_length for tokens in held_out)
     seen = corpus.count_copies(held_out)
     if seen:
-        detail = f"{seen} of its documents are trained on as well: take them out of data.sources"
+        detail = f"{seen} of its documents are also trained on: remove them from data.sources"
     elif not held_out:
-        detail = "none long enough to hold out: perplexity is not measured (data.eval_sources=...)"
+        detail = "no document is long enough to hold out, so perplexity is not measured: "
+        detail += "set data.eval_sources=..."
     else:
-        detail = f"{len(held_out)} documents apart from training, {usable} of the full length"
+        detail = f"{len(held_out)} held-out documents, {usable} of at least the target length"
     return Check(name=name, passed=not seen, detail=detail)
 
 

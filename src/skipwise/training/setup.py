@@ -1,8 +1,8 @@
-"""A recipe to a trained checkpoint, on transformers.Trainer.
+"""From a recipe to a trained checkpoint, on transformers.Trainer.
 
-Skipwise owns the data set, the collator, the loss in slices and the preflight; the Trainer does the
-rest, under the recipe's engine. A run that was killed goes on where its newest whole checkpoint
-stands and ends with the same weights.
+Reading order: `set_up` (engine, model, LoRA, Trainer, preflight), then `train`. Skipwise owns the
+data set, the collator, the chunked loss and the preflight. The Trainer does the rest, under the
+recipe's engine. A killed run resumes at its last complete checkpoint and ends with equal weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from skipwise.config.batch import is_chunked
@@ -41,7 +41,7 @@ from skipwise.training.callbacks import (
     tensorboard_in,
 )
 from skipwise.training.checkpoints import last_checkpoint, num_processes_of, remove_incomplete
-from skipwise.training.chunked_loss import chunk_loss
+from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
 from skipwise.training.distributed.engines import (
     check_engine,
@@ -63,20 +63,95 @@ from skipwise.training.trainer import PoSETrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """A Trainer that is ready to start, with what the preflight said of it.
+class Engine:
+    """What the engine of a run decides before the model is loaded."""
 
-    Under an engine that shards the model the preflight needs the wrapped model, which is there when
-    training begins: `checks` grows then.
+    name: str  # see `engine_of`
+    dtype: torch.dtype  # of the arithmetic
+    resume_from: Path | None
+    converted: bool  # resume_from was saved by another number of processes, under DeepSpeed
+    load_once: bool  # the first process of a machine loads the weights and broadcasts the shards
+
+    @property
+    def deepspeed(self) -> bool:
+        return is_kind(self.name, "deepspeed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """The checks of a Trainer that is ready to start.
+
+    An engine that wraps the model does so when training begins. `check_wrapped` then repeats the
+    checks on the wrapped model and replaces those of the same names.
     """
+
+    prepared: PreparedModel
+    trainer: PoSETrainer
+    model: Any  # without LoRA and without the engine's wrapper
+    engine: Engine
+    distillation: Distillation | None
+    batch: dict[str, torch.Tensor]
+    restore_rope: Callable[[], None]
+    checks: list[Check]  # grows
+
+    @property
+    def one_process(self) -> bool:
+        return world_size() == 1 and self.engine.name == "one process"
+
+    def check_model(self) -> list[Check]:
+        prepared, T = self.prepared, self.prepared.recipe.target_length
+        return check_model(self.model, self.model.config, prepared.info, prepared.scaling, T)
+
+    def check_batch(self, wrapped: Any) -> list[Check]:
+        """Gradients and skipped positions on a real batch, and the teacher's logits."""
+        autocast = nullcontext if self.engine.deepspeed else self.trainer.accelerator.autocast
+        inputs = self.trainer._prepare_inputs(self.batch)
+        first_lengths = inputs.pop("first_lengths", None)  # chunk 2 learns by its own loss
+        checks = check_batch(wrapped, inputs, autocast, self.trainer.model)
+        if self.distillation is not None:
+            taught = (inputs["input_ids"], first_lengths)
+            checks.append(
+                check_distillation(
+                    self.distillation, self.prepared, *taught, self.engine.name, autocast
+                )
+            )
+        return checks
+
+    def check_before_training(self) -> None:
+        """What can be checked on a model that no engine has wrapped."""
+        vocab_size = self.prepared.info.vocab_size
+        self.checks.append(check_tokenizer(self.prepared.tokenizer, vocab_size, self.batch))
+        if self.one_process or self.engine.name == "ddp":
+            self.checks.extend(self.check_batch(self.trainer.model))
+
+    def check_wrapped(self) -> None:
+        """The rest, on the model as the engine trains it; nothing is left in one process."""
+        if self.one_process:
+            return
+        self.restore_rope()
+        if self.engine.converted:
+            unshare_step_counters(self.trainer)
+        again = [check_engine(self.engine.name, self.trainer), *self.check_model()]
+        if self.engine.name != "ddp":
+            again += self.check_batch(self.trainer.model_wrapped)
+        names = {check.name for check in again}
+        self.checks[:] = [check for check in self.checks if check.name not in names] + again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A Trainer that is ready to start, with its preflight."""
 
     trainer: PoSETrainer
     callback: RunCallback
-    check_wrapped: Callable[[], None] | None  # the rest of the preflight, where it is needed
-    checks: list[Check]
+    preflight: Preflight
     resume_from: Path | None
     train_length: int
     num_parameters: int
+
+    @property
+    def checks(self) -> list[Check]:
+        return self.preflight.checks
 
 
 class _Checked(Exception):
@@ -84,18 +159,18 @@ class _Checked(Exception):
 
 
 def set_up(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, before: StageOffset | None = None
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, offset: StageOffset | None = None
 ) -> Training:
     """Load the model into a Trainer and run the preflight on it.
 
     Args:
-        before: of a part that comes after another one: what that has trained.
+        offset: what earlier stages have trained. Defaults to nothing.
 
     Raises:
-        SkipwiseError: settings that do not fit each other, weights that cannot be loaded.
+        SkipwiseError: settings that contradict each other, weights that cannot be loaded.
     """
     try:
-        return _set_up(prepared, data, run, before or StageOffset())
+        return _set_up(prepared, data, run, offset or StageOffset())
     except Exception as error:
         known = explained(error, prepared.recipe, run)
         if known is None:
@@ -104,71 +179,122 @@ def set_up(
 
 
 def _set_up(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, before: StageOffset
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, offset: StageOffset
 ) -> Training:
     recipe = prepared.recipe
     set_seed(recipe.seed)
-    engine = engine_of(recipe)
-    dtype = training_dtype(recipe, engine)
-    init_cpu_backend(engine, on_cpu())
-    deepspeed = is_kind(engine, "deepspeed")
-    resume_from = last_checkpoint(run)
-    respread = False
-    if resume_from is not None:
-        respread = num_processes_of(resume_from, engine) != world_size() and deepspeed
-        if respread:
-            convert_to_universal_checkpoint(resume_from)
-    once = cpu_ram_efficient_loading(engine, recipe.lora, prepared.info.tied_embeddings)
-    once = once and not has_persistent_buffers(
-        prepared.scaled, prepared.load
-    )  # accelerate 1.15: AttributeError
-    arguments = training_arguments(
-        recipe, run, dtype, engine, engine_options={"respread": respread, "load_once": once}
+    engine = _start_engine(prepared, run)
+    options = {"respread": engine.converted, "load_once": engine.load_once}
+    arguments = training_arguments(recipe, run, engine.dtype, engine.name, options)
+    model = _load_base(prepared, engine, offset)
+    num_base_parameters, train_length = num_parameters(model), data.sampler.train_length
+    scaled = check_model(model, model.config, prepared.info, prepared.scaling, recipe.target_length)
+    kernel = check_kernel(recipe.load, recipe.positions.key_weights, model.config)
+    distillation, data, taught = make_distillation(prepared, data, model, engine.dtype, engine.name)
+    if distillation is not None or cuts_loss(recipe, train_length, prepared.info.vocab_size):
+        chunk_loss(model, distillation)
+    peft_model = _prepare_for_training(model, recipe, engine, offset)
+    callback = RunCallback(run, recipe, train_length, engine.name, model.config, offset)
+    callback.distillation = distillation
+    trainer = _make_trainer(peft_model, model.config, arguments, prepared, data, run, callback)
+    if distillation is not None and not shards(engine.name):
+        place_teacher(distillation.teacher, arguments.device)
+    set_fsdp2_mixed_precision(trainer, engine.dtype)
+    preflight = Preflight(
+        prepared=prepared,
+        trainer=trainer,
+        model=model,
+        engine=engine,
+        distillation=distillation,
+        batch=data.probe_batch(),
+        restore_rope=keep_rope_in_float32(model),
+        checks=[*scaled, *kernel, *taught],
     )
-    quantization = quantization_for(recipe.lora, dtype, engine)
-    weights = recipe.positions.key_weights
-    attention = attention_for(recipe.load, weights, prepared.info.hybrid, prepared.scaled)
+    preflight.check_before_training()
+    return Training(
+        trainer=trainer,
+        callback=callback,
+        preflight=preflight,
+        resume_from=engine.resume_from,
+        train_length=train_length,
+        num_parameters=num_base_parameters,
+    )
+
+
+def _start_engine(prepared: PreparedModel, run: RunFolder) -> Engine:
+    """Start the engine's backend, and convert a checkpoint that other processes have saved."""
+    recipe = prepared.recipe
+    name = engine_of(recipe)
+    dtype = training_dtype(recipe, name)
+    init_cpu_backend(name, on_cpu())
+    resume_from, converted = last_checkpoint(run), False
+    if resume_from is not None:
+        saved_by = num_processes_of(resume_from, name)
+        converted = saved_by != world_size() and is_kind(name, "deepspeed")
+        if converted:
+            convert_to_universal_checkpoint(resume_from)
+    load_once = cpu_ram_efficient_loading(name, recipe.lora, prepared.info.tied_embeddings)
+    if load_once and has_persistent_buffers(prepared.scaled, prepared.load):
+        load_once = False  # accelerate 1.15: AttributeError
+    return Engine(
+        name=name, dtype=dtype, resume_from=resume_from, converted=converted, load_once=load_once
+    )
+
+
+def _load_base(prepared: PreparedModel, engine: Engine, offset: StageOffset) -> Any:
+    """The scaled model with its weights; those of an earlier stage where it trained all of them."""
+    recipe = prepared.recipe
     source, load = prepared.source, prepared.load
-    if before.checkpoint is not None and recipe.lora is None:
-        source, load = str(before.checkpoint), recipe.load.of_own_folder()
-    with loading(once):
+    if offset.checkpoint is not None and recipe.lora is None:
+        source, load = str(offset.checkpoint), recipe.load.of_own_folder()
+    key_weights = recipe.positions.key_weights
+    # Trained weights are kept in float32 and computed in bf16. A frozen base is bf16 itself, and
+    # DeepSpeed keeps a float32 copy of its own.
+    in_float32 = recipe.lora is None and not engine.deepspeed
+    quantization = quantization_for(recipe.lora, engine.dtype, engine.name)
+    attention = attention_for(recipe.load, key_weights, prepared.info.hybrid, prepared.scaled)
+    with loading(engine.load_once):
         model = load_model(
             source,
             prepared.scaled,
             load,
-            # What trains is kept in float32 and computed in bf16; a frozen base is bf16 itself,
-            # and DeepSpeed keeps a float32 copy of its own.
-            dtype=torch.float32 if recipe.lora is None and not deepspeed else dtype,
+            dtype=torch.float32 if in_float32 else engine.dtype,
             attn_implementation=attention,
             quantization=quantization,
         )
-    config, count = model.config, num_parameters(model)
-    config.use_cache = False
+    model.config.use_cache = False
     for name in prepared.conversion.frozen if prepared.conversion else ():
         model.get_parameter(name).requires_grad_(False)
-    settings, train_length = recipe.training, data.sampler.train_length
+    return model
 
-    def of_model() -> list[Check]:
-        return check_model(model, config, prepared.info, prepared.scaling, recipe.target_length)
 
-    checks = of_model() + check_kernel(recipe.load, weights, config)
-    distillation, data, said = make_distillation(prepared, data, model, dtype, engine)
-    checks += said
-    if distillation is not None or cuts_loss(recipe, train_length, prepared.info.vocab_size):
-        chunk_loss(model, distillation)
-    whole = model
+def _prepare_for_training(model: Any, recipe: Recipe, engine: Engine, offset: StageOffset) -> Any:
+    """The model with LoRA and gradient checkpointing, as the recipe has them."""
+    peft_model = model
+    checkpointing = recipe.training.gradient_checkpointing
     if recipe.lora is not None:
-        whole = add_lora(model, recipe.lora, cast=not deepspeed)
-        if before.checkpoint is not None:
-            load_adapter(whole, before.checkpoint)
-        if settings.gradient_checkpointing:
-            whole.enable_input_require_grads()
-    if settings.gradient_checkpointing:
-        enable_checkpointing(whole)
-    callback = RunCallback(run, recipe, train_length, engine, config, before)
+        peft_model = add_lora(model, recipe.lora, cast=not engine.deepspeed)
+        if offset.checkpoint is not None:
+            load_adapter(peft_model, offset.checkpoint)
+        if checkpointing:
+            peft_model.enable_input_require_grads()
+    if checkpointing:
+        enable_checkpointing(peft_model)
+    return peft_model
+
+
+def _make_trainer(
+    model: Any,
+    config: Any,
+    arguments: TrainingArguments,
+    prepared: PreparedModel,
+    data: TrainingData,
+    run: RunFolder,
+    callback: RunCallback,
+) -> PoSETrainer:
     with tensorboard_in(run.path / "tensorboard"):
         trainer = PoSETrainer(
-            model=whole,
+            model=model,
             args=arguments,
             train_dataset=data.dataset,
             data_collator=data.collator,
@@ -176,53 +302,12 @@ def _set_up(
             callbacks=[callback, StopCallback()],
         )
     trainer.base_config, trainer.run_folder = config, run
-    callback.distillation = distillation
-    if distillation is not None and not shards(engine):
-        place_teacher(distillation.teacher, arguments.device)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    set_fsdp2_mixed_precision(trainer, dtype)
     # Autocast would keep a bf16 copy of every weight through a forward pass, and use each once.
     accelerator: Any = trainer.accelerator
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-    batch = data.probe_batch()
-    checks.append(check_tokenizer(prepared.tokenizer, prepared.info.vocab_size, batch))
-    restore_rope = keep_rope_in_float32(model)
-
-    def of_batch(wrapped: Any) -> list[Check]:
-        autocast = nullcontext if deepspeed else trainer.accelerator.autocast
-        inputs = trainer._prepare_inputs(batch)
-        first_lengths = inputs.pop("first_lengths", None)  # chunk 2 learns by its own loss
-        found = check_batch(wrapped, inputs, autocast, trainer.model)
-        if distillation is not None:
-            ids = inputs["input_ids"]
-            found.append(
-                check_distillation(distillation, prepared, ids, first_lengths, engine, autocast)
-            )
-        return found
-
-    def of_wrapped() -> None:
-        restore_rope()
-        if respread:
-            unshare_step_counters(trainer)
-        again = [check_engine(engine, trainer), *of_model()]
-        if engine != "ddp":
-            again += of_batch(trainer.model_wrapped)
-        names = {check.name for check in again}
-        checks[:] = [check for check in checks if check.name not in names] + again
-
-    alone = world_size() == 1 and engine == "one process"
-    if alone or engine == "ddp":
-        checks += of_batch(trainer.model)
-    return Training(
-        trainer=trainer,
-        callback=callback,
-        check_wrapped=None if alone else of_wrapped,
-        checks=checks,
-        resume_from=resume_from,
-        train_length=train_length,
-        num_parameters=count,
-    )
+    return trainer
 
 
 def train(
@@ -237,29 +322,29 @@ def train(
     """Train to the end, or to the point where the user stops it.
 
     Args:
-        record: gets the checks when all are there, before the first step.
-        only_check: end there.
-        write_down: gets what training took, before its last checkpoint counts; None: run.json does.
+        record: is called with all checks before the first step.
+        only_check: stop before the first step.
+        write_down: is called with `training_metadata` before the last checkpoint is marked
+            complete. Defaults to writing it into run.json.
 
     Raises:
         RunStopped: Ctrl-C or SIGTERM; a checkpoint was written.
         SkipwiseError: a failed check, a loss that is not finite, a full disk, out of memory.
     """
-    trainer, check_wrapped = training.trainer, training.check_wrapped
+    trainer = training.trainer
 
     def preflight() -> None:
-        if check_wrapped is not None:
-            check_wrapped()
+        training.preflight.check_wrapped()
         record(training.checks)
         require(training.checks)
         if only_check:
             raise _Checked
 
-    def taken() -> None:
+    def write_metadata() -> None:
         metadata = training_metadata(training, run, recipe)
         run.update(training=metadata) if write_down is None else write_down(metadata)
 
-    training.callback.preflight, training.callback.write_down = preflight, taken
+    training.callback.preflight, training.callback.write_down = preflight, write_metadata
     remove_incomplete(run)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -282,14 +367,14 @@ def train(
     if step < last:
         raise RunStopped(
             f"stopped at step {step} of {last}, saved in {run.checkpoints}\n"
-            "type the same command again to go on"
+            "type the same command again to continue"
         )
     if stop.asked:
         raise RunStopped(f"stopped after the last step, saved in {run.checkpoints}")
 
 
 def training_metadata(training: Training, run: RunFolder, recipe: Recipe) -> dict[str, Any]:
-    """What run.json says of a training that has come to its end."""
+    """What run.json says about training that has reached its last step."""
     trainer, lora = training.trainer, recipe.lora
     tokens_per_step = examples_per_step(trainer.args) * training.train_length
     return {

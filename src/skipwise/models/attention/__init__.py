@@ -1,0 +1,1 @@
+"""Attention with key weights, masks of hybrid models, and the attention temperature."""

@@ -1,4 +1,4 @@
-"""The quickstart: a bundled base model of 256 tokens, extended to 2,048 on the text at hand."""
+"""The quickstart: extend the bundled model from 256 to 2,048 tokens on Python's own source."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NUM_PASSKEYS = 1000  # a run of 240 steps shows 960
 
 
 def make_recipe(overrides: list[str] | None = None) -> Recipe:
-    """The quickstart's recipe, with model and text put into the cache folder.
+    """The quickstart's recipe, with its model and its text in the cache folder.
 
-    The text is the standard library's source of this interpreter, three quarters of the examples,
-    and passkey prompts, one quarter; it is written once.
+    Three quarters of the examples come from the source of this interpreter's standard library, one
+    quarter are passkey prompts. The text is written once.
     """
     from transformers import AutoTokenizer
 
@@ -39,19 +39,21 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
         num_passkeys=_NUM_PASSKEYS,
     )
     sources = [(texts / "source.jsonl", 3), (texts / "passkeys.jsonl", 1)]
-    listed = ", ".join(f"{{path: {_short(path)}, weight: {weight}}}" for path, weight in sources)
+    listed = ", ".join(
+        f"{{path: {_with_tilde(path)}, weight: {weight}}}" for path, weight in sources
+    )
     return load_recipe(
         Path(__file__).with_name("recipe.yaml"),
         [
-            f"model={_short(model)}",
+            f"model={_with_tilde(model)}",
             f"data.sources=[{listed}]",
-            f"data.eval_sources=[{_short(texts / 'evaluation.jsonl')}]",
+            f"data.eval_sources=[{_with_tilde(texts / 'evaluation.jsonl')}]",
             *(overrides or []),
         ],
     )
 
 
-def _short(path: Path) -> str:
-    """With ~ for the home folder, so that a recipe that is shown does not tell whose it is."""
+def _with_tilde(path: Path) -> str:
+    """The path with ~ for the home folder, so that a recipe shows no user name."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

@@ -1,8 +1,8 @@
-"""The quickstart's text: the standard library's source of the interpreter that is running.
+"""The quickstart's text: the standard library's source of the running Python.
 
-Modules are split by name, so that a module kept for evaluation is kept out of the base model's
-training and out of the extension on every Python version. A share of passkey prompts of exactly
-the training length keeps the skill that the evaluation looks at.
+Modules are split by name: on every Python version the same modules are kept for evaluation, out of
+the base model's training and out of the extension. Passkey prompts of exactly the training length
+preserve the retrieval that the evaluation measures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2t
 
 
 def modules() -> Iterator[tuple[str, str]]:
-    """(module name, source) of the standard library, in the order of the names."""
+    """(module name, source) of the standard library, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -35,16 +35,16 @@ def modules() -> Iterator[tuple[str, str]]:
 
 
 def held_out(module: str) -> bool:
-    """Whether a module is kept for evaluation: one in eight, by its name alone."""
+    """Whether a module is kept for evaluation: one in eight, decided by its name."""
     return zlib.crc32(module.encode()) % 8 == 0
 
 
 def passkey_document(
     tokenizer: Any, length: int, rng: np.random.Generator, sources: list[str]
 ) -> str:
-    """A passkey prompt with its answer that is exactly `length` tokens long.
+    """A passkey prompt with its answer, exactly `length` tokens long.
 
-    The filler is the evaluation's sentences half of the time, else lines of the `sources`.
+    Half of the prompts use the evaluation's filler, the others lines of the `sources`.
     """
     while True:
         if rng.random() < 0.5:
