@@ -195,7 +195,7 @@ def test_check_of_a_config_alone_knows_the_conversion(tmp_path, capsys):
     config = {**BAICHUAN, "vocab_size": 125696, "z_loss_weight": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["check", str(tmp_path), "--to", "1k"]) == 0
-    assert "Baichuan2-7B, to be converted exactly to llama" in capsys.readouterr().out
+    assert "Baichuan2-7B, converted exactly to llama" in capsys.readouterr().out
 
 
 def test_load_scaled_converts_for_a_loop_of_ones_own(gptj, tmp_path):
