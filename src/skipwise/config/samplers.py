@@ -18,15 +18,15 @@ def resolve_auto(recipe: Recipe) -> Recipe:
     research/study has the measurements.
     """
     positions = recipe.positions
-    sampler: Any = SAMPLERS.get(recipe.method)
-    ours = sampler is not None and not sampler.is_baseline
+    sampler = SAMPLERS.get(recipe.method)
+    ours = not getattr(sampler, "is_baseline", True)
     if positions.content == "auto":
         content = "aligned" if ours else getattr(sampler, "content", "uniform")
         positions = dataclasses.replace(positions, content=content)
     if positions.key_weights == "auto":
         masked = recipe.load.attn_implementation not in ("flash_attention_2", "flash_attention_3")
-        weighted = ours and sampler.has_chunks and positions.num_chunks > 1 and masked
-        weights = "importance" if weighted else "none"
+        chunks = getattr(sampler, "has_chunks", False) and positions.num_chunks > 1
+        weights = "importance" if ours and chunks and masked else "none"
         positions = dataclasses.replace(positions, key_weights=weights)
     return dataclasses.replace(recipe, positions=positions)
 

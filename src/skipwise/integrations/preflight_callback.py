@@ -77,7 +77,7 @@ class PreflightCallback(TrainerCallback):
         self.checks += _check_rows(rows, self.collator)
         if all(check.passed for check in self.checks):
             best = min(range(len(rows)), key=lambda i: _distance(rows[i]))
-            row = send_to_device(rows[best], args.device)
+            row = dict(send_to_device(rows[best], args.device))
             tokenizer = kwargs.get("processing_class")
             if hasattr(tokenizer, "__len__"):
                 size = model.get_input_embeddings().num_embeddings

@@ -63,7 +63,7 @@ class Scaling:
         parameters = {"rope_type": "default", "rope_theta": self.theta(theta, dim)}
         if self.is_rope_type:
             parameters |= {"rope_type": self.name, **self.options()}
-        length = original_length if self.keeps_length else target_length
+        length = original_length if self.keeps_length else self.window(target_length)
         return {"max_position_embeddings": length, "rope_parameters": parameters}
 
     def options(self) -> dict[str, Any]:

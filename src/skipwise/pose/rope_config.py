@@ -38,19 +38,19 @@ def from_rope_parameters(
         )
     stored = rope_parameters.get("original_max_position_embeddings")
     length = original_length or stored or max_position_embeddings
-    factor: Any = 1.0 if name == "default" else rope_parameters.get("factor")
+    factor = 1.0 if name == "default" else rope_parameters.get("factor")
     if factor is None and known[name].factor_from_lengths:
         factor = max_position_embeddings / length
     read = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
     read += ("original_max_position_embeddings",)
     options = {key: value for key, value in rope_parameters.items() if key not in read}
-    given = {"factor": factor, "original_length": length, **options}
+    given: dict[str, Any] = {"factor": factor, "original_length": length, **options}
     for field in dataclasses.fields(known[name]):
         if field.default is dataclasses.MISSING and given.get(field.name) is None:
             raise SkipwiseError(
                 f"the config's rope_type is {name} and it has no {field.name}: add it"
             )
-    return make_scaling(name, factor=factor, original_length=length, **options)
+    return make_scaling(name, **given)
 
 
 def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
