@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
+sys.path.insert(0, str(ROOT / "research" / "study"))
 
 import figures  # noqa: E402
 import settings  # noqa: E402
@@ -20,7 +20,7 @@ from skipwise.pose.samplers import PoSE  # noqa: E402
 
 
 def test_the_page_shows_the_newest_results():
-    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    page = figures.PAGE.read_text(encoding="utf-8")
     assert figures.filled(page) == page
     for name in figures.tables():
         assert page.count(f"<!-- {name} -->") == 1

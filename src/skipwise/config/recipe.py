@@ -117,7 +117,7 @@ class FullLengthSettings:
     """The last stage of training, at the target length and plain positions (stages.py)."""
 
     fraction: float = 0.0  # of training.num_steps x global_batch_size x L tokens; 0: none
-    learning_rate: float | None = None  # none given: a third of training's (study.md); falls to 0
+    learning_rate: float | None = None  # default: training's / 3 (research/study); falls to 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos, Sampler
 def resolve_auto(recipe: Recipe) -> Recipe:
     """The recipe with the auto of `positions` decided, by its method.
 
-    PoSE: text that stands where its positions say, and importance weights. docs/study.md has the
+    PoSE: text that stands where its positions say, and importance weights. research/study has the
     measurements. The baselines are as published.
     """
     positions, pose = recipe.positions, recipe.method == "pose"

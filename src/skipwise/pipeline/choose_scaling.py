@@ -3,7 +3,7 @@
 Forward passes only, on a few training documents: each scaling that the family takes is put on the
 base model, and the mean loss over the context lengths L, 2L, .. c is measured at a few attention
 temperatures (where `temperature: auto` will search one after training), with a few passkeys at c.
-The lowest is taken, if it is lower than YaRN's by a hundredth of a nat. docs/study.md: at f = 8 the
+The lowest is taken, if it is lower than YaRN's by 0.01 nat. research/study: at f = 8 the
 order of the scalings untrained was their order after training.
 
 Shapes:  c = the longest context measured: T, or less where the text is short

@@ -2,7 +2,7 @@
 
 Going up from 1, the perplexity of the same target tokens is measured with T and with L tokens of
 context. The temperature with the lowest at T is taken among those that cost at most 1 % at L; where
-it gains next to nothing it stays 1. Retrieval at T gains more by it (docs/study.md). The text is of
+it gains next to nothing it stays 1. Retrieval at T gains more (research/study). The text is of
 the training documents: what the report shows is measured on others.
 
 Shapes:  c = the longer context: T, or less where the text is short

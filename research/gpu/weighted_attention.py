@@ -1,7 +1,7 @@
 """Attention with a weight for each chunk's keys: which kernel costs least, in a layer and a step.
 
-    python benchmarks/gpu/weighted_attention.py           # one H100 or H200, 150 seconds at most
-    python benchmarks/gpu/weighted_attention.py --tiny    # CPU, seconds: every formula, no timing
+    python research/gpu/weighted_attention.py           # one H100 or H200, 150 seconds at most
+    python research/gpu/weighted_attention.py --tiny    # CPU, seconds: every formula, no timing
 
 A query adds w_c to its logits for the keys of an earlier chunk c and 0 inside its own chunk. As an
 additive (B, 1, L, L) mask that leaves the flash kernels. The bar: a weighted training step costs at

@@ -1,6 +1,6 @@
 """Train the tiny model's tokenizer: SentencePiece BPE, byte fallback, single digits, 1,024 pieces.
 
-python benchmarks/tiny_model/make_tokenizer.py OUT_FOLDER
+python research/tiny_model/make_tokenizer.py OUT_FOLDER
 
 Writes `tokenizer.model` (for llama.cpp) and the `tokenizer.json` it converts to, and checks that
 the two give the same ids over the standard library, but for texts that spell a special token.

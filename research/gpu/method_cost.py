@@ -1,6 +1,6 @@
 """What PoSE saves: memory and time of a training step beside full-length fine-tuning, on one GPU.
 
-PYTHONPATH=src python benchmarks/gpu/method_cost.py [--minutes 5] [--layers 32] [--tiny]
+PYTHONPATH=src python research/gpu/method_cost.py [--minutes 5] [--layers 32] [--tiny]
 
 Mistral-7B's shape with random weights, 8k extended to 16k, 32k and 128k. PoSE trains at 8k whatever
 the target; `full` trains T tokens. Two modes: all weights (float32 under bf16 autocast, as

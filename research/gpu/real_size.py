@@ -1,6 +1,6 @@
 """A model of real size, made and extended on one GPU: 512 tokens to 32k, by each of some settings.
 
-PYTHONPATH=src python benchmarks/gpu/real_size.py --out FOLDER [--minutes 9] [--tiny]
+PYTHONPATH=src python research/gpu/real_size.py --out FOLDER [--minutes 9] [--tiny]
     [--arm NAME key=value ...] ... [--steps 1000] [--full-length 32k] [--pretrain-minutes 5]
 
 A Llama of 126 M parameters (width 768, 16 layers, vocabulary 16,384) is trained from scratch on

@@ -1,6 +1,6 @@
 """Train the quickstart's base model from scratch: 3.4 M parameters, context 256.
 
-python benchmarks/tiny_model/train.py OUT_FOLDER [--steps 2400] [--family gemma3_text]
+python research/tiny_model/train.py OUT_FOLDER [--steps 2400] [--family gemma3_text]
 
 OUT_FOLDER holds the tokenizer (make_tokenizer.py) and receives config.json and model.safetensors
 (bf16). Three quarters of each batch are windows of the standard library's source, one quarter

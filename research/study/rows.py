@@ -10,8 +10,7 @@ from typing import Any
 
 from settings import L, Setting
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WINDOWS = 64  # of the rows that are shown
 NOT_MEASURED = "not measured"
 
