@@ -55,7 +55,7 @@ def make_text(folder: Path, *, num_tokens: int, vocab_size: int, only: str = "")
 
     Args:
         num_tokens: about as many are taken at most, whole folders in the order of their hashes.
-        only: of the standard library, the packages whose names begin like this (for --tiny).
+        only: of the standard library, the packages whose names begin like this (for --smoke).
     """
     if not (folder / "text.json").exists():
         _write_text(folder, num_tokens, vocab_size, only)

@@ -167,7 +167,7 @@ def extend(
             lesson = None
             if teacher is not None:
                 first = np.stack([item["example"].chunk_ids() == 0 for item in items])
-                lesson = (teacher, torch.from_numpy(first).to(device), settings.distillation)
+                lesson = (teacher, torch.from_numpy(first).to(device), recipe.distillation.weight)
             total += _backward(model, with_chunk_weights(batch, dtype), len(parts), lesson)
         _update(model, optimizer, settings.learning_rate * share)
         losses.append(total)

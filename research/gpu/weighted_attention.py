@@ -1,309 +1,253 @@
-"""Attention with a weight for each chunk's keys: which kernel costs least, in a layer and a step.
+"""What importance weights cost in attention: flex_attention and the additive mask, beside sdpa.
 
-    python research/gpu/weighted_attention.py           # one H100 or H200, 150 seconds at most
-    python research/gpu/weighted_attention.py --tiny    # CPU, seconds: every formula, no timing
+python research/gpu/weighted_attention.py [--lengths 2048 8192] [--minutes 5]
 
-A query adds w_c to its logits for the keys of an earlier chunk c and 0 inside its own chunk. As an
-additive (B, 1, L, L) mask that leaves the flash kernels. The bar: a weighted training step costs at
-most 3 % over the unweighted one. The candidates are in weighted_kernels.py and weighted_pieces.py,
-their names in weighted_model.py, what --tiny checks in weighted_checks.py; here they are measured.
-Two processes, each within its own time limit, so that a kernel that hangs or breaks the CUDA
-context spoils only what comes after it there; what was measured until then is kept.
+A query adds w_c to its logits for the keys of an earlier chunk c, and 0 inside its own chunk:
 
-Shapes:  B = batch, L = tokens, N = chunks, H = heads (K of keys), D = their width, T = B x L
+  unweighted  sdpa without weights, the baseline
+  mask        the weights as an additive (B, 1, L, L) mask through sdpa
+  flex        flex_attention with two numbers a token, as `skipwise train` runs it on a GPU
+
+Measured in one attention layer (forward and backward) and in a training step of a Llama of four
+layers, in turns with the unweighted one. Kernels that were tried and lost are in the table of
+docs/method.md and in results/weighted_attention_2026-11-26.json; their code is in the history.
+On a CPU, flex_attention has no backward pass: there it runs forward only, and in no step.
+
+Shapes:  B = batch, L = tokens, N = chunks, H = heads (K of keys), D = their width
 """
 
-import argparse
 import gc
 import json
-import os
-import subprocess
+import math
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from weighted_checks import check_all
-from weighted_kernels import reference
-from weighted_model import CANDIDATES, Step, errors, fresh, layout, run
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import RESEARCH, SMOKE, make_parser, write_result
 
-GQA, MHA, SMALL = (32, 8, 128), (16, 16, 64), (32, 8, 64)  # heads, key heads, width
-FIRST = [(GQA, 8192, 1, 2), (GQA, 2048, 2, 4), (GQA, 8192, 1, 4), (MHA, 4096, 1, 2)]
-REST = [
-    (heads, length, batch, chunks)
-    for length in (2048, 4096, 8192)
-    for heads in (GQA, MHA)
-    for batch in (1, 2)
-    for chunks in (2, 4)
-    if (heads, length, batch, chunks) not in FIRST
-]
-STEPS = {  # config, tokens, batch
-    "hidden 4096, L 8192, B 1": ((4096, 14336, GQA), 8192, 1),
-    "hidden 2048, L 2048, B 4": ((2048, 8192, SMALL), 2048, 4),
-}
-GROUPS = {  # seconds, candidates: those that could break a context come second, the worst last
-    "triton": (86, ["mask", "features", "pieces flash", "pieces flash host", "flex", "flex keys"]),
-    "cudnn": (
-        52,
-        [
-            "unweighted flash",
-            "unweighted cudnn",
-            "bias cudnn",
-            "bias cudnn keys",
-            "features cudnn",
-        ],
-    ),
-}
-TWO_CHUNKS = {"flex keys", "bias cudnn keys"}  # exact for N = 2 only
-FOUR_CHUNKS = {"flex", "pieces flash", "bias cudnn"}  # steps of N = 4 as well
+from skipwise.models.attention.flex import flex_attention_forward
+from skipwise.models.attention.masks import FLEX, pack_key_weights, with_chunk_weights
+from skipwise.pose.samplers import PoSE
+
+NAMES = ("unweighted", "mask", "flex")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+CHECKED = 8192  # tokens up to which a layer is compared with float32 arithmetic
+WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000}
+NARROW = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 64}
 
 
-def milliseconds(once, repeats=8):
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        once()
-        end.record()
-        times.append((start, end))
+def make_chunks(length, num_chunks, rng, batch=1):
+    """chunk_ids, key_weights (B, L) as the collator sends them, and position_ids (B, L)."""
+    sampler = PoSE(train_length=length, target_length=16 * length, num_chunks=num_chunks)
+    examples = [sampler.sample(rng, 16 * length) for _ in range(batch)]
+    rows = {
+        "chunk_ids": np.stack([e.chunk_ids() for e in examples]),
+        "key_weights": np.stack([np.repeat(e.log_weights(), e.lengths) for e in examples]),
+        "position_ids": np.stack([e.position_ids() for e in examples]),
+    }
+    made = {name: torch.from_numpy(values).to(DEVICE) for name, values in rows.items()}
+    return {**made, "key_weights": made["key_weights"].float()}
+
+
+def with_attention_mask(name, batch):
+    """The batch with what carries its chunks to the attention, as the Trainer makes it."""
+    if name == "flex":
+        return pack_key_weights(batch)
+    if name == "mask":
+        return with_chunk_weights(batch, DTYPE)
+    kept = {key: value for key, value in batch.items() if key not in ("chunk_ids", "key_weights")}
+    return {**kept, "attention_mask": None}
+
+
+def attention(name, qkv, mask, scale):
+    """(B, L, H, D) from queries (B, H, L, D), keys and values (B, K, L, D)."""
+    groups = qkv[0].shape[1] // qkv[1].shape[1]
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+    forward = flex_attention_forward if name == "flex" else sdpa_attention_forward
+    return forward(module, *qkv, mask, scaling=scale)[0]
+
+
+def reference(qkv, grad, chunks, scale, weighted):
+    """out, dq, dk, dv in float32, a key head at a time."""
+    q, k, v = qkv
+    length, group = q.shape[2], q.shape[1] // k.shape[1]
+    same = chunks["chunk_ids"][:, :, None] == chunks["chunk_ids"][:, None, :]
+    bias = chunks["key_weights"][:, None, :].masked_fill(same, 0.0)[:, None] * float(weighted)
+    future = torch.ones(length, length, dtype=torch.bool, device=DEVICE).triu(1)
+    bias = bias.masked_fill(future, -math.inf)
+    found = []
+    for head in range(k.shape[1]):
+        own = slice(head * group, (head + 1) * group)
+        parts = (q[:, own], k[:, head : head + 1], v[:, head : head + 1])
+        q_, k_, v_ = (t.detach().float().requires_grad_() for t in parts)
+        out = ((q_ @ k_.transpose(-1, -2)) * scale + bias).softmax(-1) @ v_
+        upstream = grad.transpose(1, 2)[:, own].float()
+        found.append([out.detach(), *torch.autograd.grad(out, (q_, k_, v_), upstream)])
+    out, *grads = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return [out.transpose(1, 2), *grads]
+
+
+def seconds_of(work):
+    """Seconds of one call; on a GPU until it has finished."""
+    for_gpu = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
+    for_gpu()
+    started = time.perf_counter()
+    work()
+    for_gpu()
+    return time.perf_counter() - started
+
+
+def peak_mib(work):
+    """What a call needs beside what is there already, MiB; 0 on a CPU."""
+    if DEVICE.type != "cuda":
+        return 0
     torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in times)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def failure(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-class Out:
-    """What was measured so far, written after each figure."""
-
-    def __init__(self, file, ends):
-        self.file, self.ends = Path(file), ends
-        self.figures = {"layers": [], "steps": [], "notes": []}
-
-    def left(self):
-        return self.ends - time.time()
-
-    def add(self, key, row):
-        self.figures[key].append(row)
-        if "CUDA error" in row.get("error", ""):
-            row["stopped"] = "the context is broken, nothing more can be measured in this process"
-        self.file.write_text(json.dumps(self.figures), encoding="utf-8")
-        print(f"[{self.left():.0f} s left]", json.dumps(row), flush=True)
-        if "stopped" in row:
-            raise SystemExit(3)
-
-
-def layers(out, names, shape, rng, device="cuda"):
+def layer_rows(heads, length, num_chunks, rng):
     """Time, memory and error of forward and backward of one attention layer."""
-    if out.left() < 6:
-        return
-    (H, K, D), length, batch, num_chunks = shape
-    chunks, _ = layout(length, batch, num_chunks, rng, device)
-    qkv, grad = fresh((H, K, D), length, batch, device)
-    key = {"heads": f"{H}/{K}x{D}", "length": length, "batch": batch, "chunks": num_chunks}
-    expected = reference(*qkv, grad, chunks, D**-0.5)
-    plain = reference(*qkv, grad, chunks.without_weights(), D**-0.5)
-    base = None
-    for name in ["unweighted", *names]:
-        if name in TWO_CHUNKS and num_chunks != 2:
-            continue
-        if out.left() < 3:
-            return
-        row = {**key, "name": name}
-        try:
-            flex_attention_forward = CANDIDATES[name]
-            torch.cuda.synchronize()
-            before, began = torch.cuda.memory_allocated(), time.monotonic()
-            found = run(flex_attention_forward, qkv, chunks, grad)
-            torch.cuda.synchronize()
-            row["first_seconds"] = round(time.monotonic() - began, 2)
-            off = errors(found, plain if name.startswith("unweighted") else expected)
-            row["errors"] = {k: float(f"{v:.2g}") for k, v in off.items()}
-            del found
-            run(flex_attention_forward, qkv, chunks, grad)
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            took = milliseconds(lambda a=flex_attention_forward: run(a, qkv, chunks, grad))
-            row["extra_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
-            base = base or took
-            row["milliseconds"], row["ratio"] = round(took, 3), round(took / base, 3)
-        except Exception as error:
-            row["error"] = failure(error)
-        out.add("layers", row)
-
-
-def backends(heads, length, device="cuda"):
-    """What sdpa chooses by itself, unweighted, with the mask and with wider heads."""
     H, K, D = heads
-    (q, k, v), _ = fresh(heads, length, 1, device)
-    (wide_q, wide_k, wide_v), _ = fresh((H, K, D + 8), length, 1, device)
-    mask = torch.zeros(1, 1, length, length, dtype=q.dtype, device=device)
-    k_all, v_all = (t.repeat_interleave(H // K, 1) for t in (k, v))
-    choice = torch._fused_sdp_choice
-    names = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
-    found = {
-        "unweighted": choice(q, k, v, None, 0.0, True, enable_gqa=True),
-        "mask": choice(q, k_all, v_all, mask, 0.0, False),
-        "features": choice(wide_q, wide_k, wide_v, None, 0.0, True, enable_gqa=True),
-    }
-    return {"heads": f"{H}/{K}x{D}"} | {
-        name: names.get(int(c), int(c)) for name, c in found.items()
-    }
+    chunks = make_chunks(length, num_chunks, rng)
+    made = [torch.randn(1, length, h, D, device=DEVICE, dtype=DTYPE) for h in (H, K, K, H)]
+    *qkv, grad = [t.transpose(1, 2) for t in made]  # with the strides they have in a model
+    qkv, grad = [t.requires_grad_() for t in qkv], grad.transpose(1, 2)
+    key = {"heads": f"{H}/{K}x{D}", "length": length, "batch": 1, "chunks": num_chunks}
+    base = None
+    for name in NAMES:
+        mask = with_attention_mask(name, chunks)["attention_mask"]
+        backward = DEVICE.type == "cuda" or name != "flex"
+
+        def once(name=name, mask=mask, backward=backward):
+            given = qkv if backward else [t.detach() for t in qkv]
+            out = attention(name, given, mask, D**-0.5)
+            return [out, *torch.autograd.grad(out, given, grad)] if backward else [out]
+
+        row = {**key, "name": name, "first_seconds": round(seconds_of(once), 2)}
+        if length <= CHECKED:
+            expected = reference(qkv, grad, chunks, D**-0.5, name != "unweighted")
+            pairs = zip(("out", "dq", "dk", "dv"), once(), expected, strict=False)
+            row["errors"] = {
+                n: float(f"{(a.detach().float() - b).norm() / b.norm():.2g}") for n, a, b in pairs
+            }
+            del expected
+        row["extra_mib"] = peak_mib(once)
+        took = 1000 * median(seconds_of(once) for _ in range(8))
+        base = base or took
+        yield {**row, "milliseconds": round(took, 3), "ratio": round(took / base, 3)}
 
 
-def timed(step, name, chunks, positions):
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    step(name, chunks, positions)
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
+class Step:
+    """Forward and backward of a model's loss, on chunks that differ from step to step."""
+
+    def __init__(self, sizes, heads, length):
+        H, K, D = heads
+        config = LlamaConfig(
+            **sizes,
+            num_hidden_layers=4,
+            num_attention_heads=H,
+            num_key_value_heads=K,
+            head_dim=D,
+            max_position_embeddings=16 * length,
+            use_cache=False,
+        )
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            self.model = LlamaForCausalLM(config).to(DTYPE).train()
+            self.ids = torch.randint(0, config.vocab_size, (1, length))
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def __call__(self, name, chunks):
+        batch = with_attention_mask(name, {"input_ids": self.ids, "labels": self.ids, **chunks})
+        if name == "unweighted":
+            batch["attention_mask"] = torch.ones_like(self.ids)
+        self.model.config._attn_implementation = FLEX if name == "flex" else "sdpa"
+        self.model.zero_grad(set_to_none=True)
+        loss = self.model(**batch).loss
+        loss.backward()
+        return float(loss)
+
+    def gradient(self):
+        layer = self.model.model.layers[0].self_attn
+        return torch.cat([p.grad.flatten().float() for p in layer.parameters()])
 
 
-def step_rows(out, kind, step, name, num_chunks, rng, seconds=1.6, pairs=12):
-    """Median of the ratios of pairs (unweighted, candidate), each on the same new chunks."""
+def step_row(step, kind, name, length, num_chunks, rng, pairs):
+    """Median of the ratios of pairs (unweighted, this one), each on the same new chunks."""
+    chunks = make_chunks(length, num_chunks, rng)
+    expected, by_mask = step("mask", chunks), step.gradient()
     row = {"step": kind, "chunks": num_chunks, "name": name}
-    try:
-        checks = step.layouts(1, num_chunks, rng)[0]
-        losses, grads = [], []
-        for which in ("mask", name):
-            losses.append(float(step(which, *checks)))
-            layer = step.model.model.layers[0].self_attn
-            grads.append(torch.cat([p.grad.flatten().float() for p in layer.parameters()]))
-        row["loss_over_mask"] = round(losses[1] - losses[0], 5)
-        row["grad_off_mask"] = float(f"{(grads[1] - grads[0]).norm() / grads[0].norm():.2g}")
-        del grads
-        torch.cuda.reset_peak_memory_stats()
-        step(name, *checks)
-        row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        step("unweighted", *checks)
-        ratios, bases, ends = [], [], time.monotonic() + seconds
-        while len(ratios) < pairs and (time.monotonic() < ends or len(ratios) < 4):
-            chunks = step.layouts(1, num_chunks, rng)[0]
-            order = ["unweighted", name] if len(ratios) % 2 else [name, "unweighted"]
-            took = [timed(step, which, *chunks) for which in order]
-            base, ours = took if order[0] == "unweighted" else took[::-1]
-            bases.append(base)
-            ratios.append(ours / base)
-        row["unweighted_milliseconds"] = round(1000 * median(bases), 1)
-        row["ratio"], row["pairs"] = round(median(ratios), 4), len(ratios)
-        row["spread"] = [round(float(x), 4) for x in np.quantile(ratios, [0.25, 0.75])]
-    except Exception as error:
-        row["error"] = failure(error)
-    out.add("steps", row)
-
-
-def group(name, file, ends):
-    """One process: the first shapes, the steps, then the other shapes as far as time goes."""
-    names = GROUPS[name][1]
-    out, rng = Out(file, ends), np.random.default_rng(0)
-    torch._dynamo.config.recompile_limit = 64
-    torch.manual_seed(0)
-    try:
-        found = [backends(heads, 2048) for heads in (GQA, MHA, SMALL)]
-        row = {"gpu": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version()}
-        out.add("notes", row | {"sdpa_chooses": found})
-    except Exception as error:
-        out.add("notes", {"backends": failure(error)})
-    flex = {"flex", "flex keys"}
-    others = [n for n in names if n not in flex]
-    layers(out, names, FIRST[0], rng)
-    layers(out, others, FIRST[1], rng)
-    for kind, (widths, length, batch) in STEPS.items():
-        gc.collect()
-        torch.cuda.empty_cache()
-        step = Step(widths, length, batch)
-        weighted = [n for n in names if not n.startswith("unweighted")]
-        plan = [("unweighted", 2)] if name == "triton" else []  # against itself: the noise
-        plan += [(n, 2) for n in weighted]
-        plan += [(n, 4) for n in weighted if n in FOUR_CHUNKS]
-        for which, num_chunks in plan:
-            if out.left() > 5:
-                step_rows(out, kind, step, which, num_chunks, rng)
-        del step
-    gc.collect()
-    torch.cuda.empty_cache()
-    for shape in FIRST[2:] + REST:
-        layers(out, others, shape, rng)
-    for shape in FIRST[1:] + REST:  # a compilation each
-        if flex & set(names) and out.left() > 15:
-            layers(out, sorted(flex & set(names)), shape, rng)
-
-
-def table(figures):
-    """A line a shape, then a line a step; errors once each."""
-    shapes, failures = {}, {}
-    for row in figures["layers"] + figures["steps"]:
-        if "error" in row:
-            failures.setdefault((row["name"], row["error"][:150]), []).append(row.get("step", ""))
-    for row in figures["layers"]:
-        key = f"{row['heads']} L{row['length']} B{row['batch']} N{row['chunks']}"
-        cell = "failed"
-        if "ratio" in row:
-            worst = max(row["errors"].values())
-            flag = "" if worst < 1e-2 else f" WRONG {worst:.1e}"
-            cell = f"{row['ratio']:.2f}{flag}"
-            if row["name"] == "unweighted":
-                cell = f"{row['milliseconds']:.2f} ms"
-        shapes.setdefault(key, []).append(f"{row['name']} {cell}")
-    print("\nFAILURES (how often)")
-    for (name, error), where in failures.items():
-        print(f"{name} ({len(where)}): {error}")
-    print("\nLAYERS: forward and backward, ratio to unweighted sdpa; WRONG: error of 1e-2 or more")
-    for key, cells in shapes.items():
-        print(f"{key}: {', '.join(cells)}")
-    print("\nNOTES")
-    for row in figures["notes"]:
-        print(json.dumps(row))
-    print("\nSTEPS: ratio to the unweighted step, median of pairs [quartiles]; bar 1.03")
-    for row in figures["steps"]:
-        if "ratio" in row:
-            print(
-                f"{row['step']} N{row['chunks']} {row['name']:<18} {row['ratio']:.3f}"
-                f" {row['spread']} of {row['unweighted_milliseconds']} ms, {row['pairs']} pairs,"
-                f" grad off mask {row['grad_off_mask']}, {row['peak_mib']} MiB"
-            )
+    row["loss_over_mask"] = round(step(name, chunks) - expected, 5)
+    row["grad_off_mask"] = float(f"{(step.gradient() - by_mask).norm() / by_mask.norm():.2g}")
+    del by_mask
+    row["peak_mib"] = peak_mib(lambda: step(name, chunks))
+    step("unweighted", chunks)
+    ratios, bases = [], []
+    for k in range(pairs):
+        chunks = make_chunks(length, num_chunks, rng)
+        order = ["unweighted", name] if k % 2 else [name, "unweighted"]
+        took = [seconds_of(lambda which=which, c=chunks: step(which, c)) for which in order]
+        base, ours = took if order[0] == "unweighted" else took[::-1]
+        bases.append(base)
+        ratios.append(ours / base)
+    row["unweighted_milliseconds"] = round(1000 * median(bases), 1)
+    row["ratio"], row["pairs"] = round(median(ratios), 4), pairs
+    row["spread"] = [round(float(x), 4) for x in np.quantile(ratios, [0.25, 0.75])]
+    return row
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", choices=list(GROUPS))
-    parser.add_argument("--group", choices=list(GROUPS), help=argparse.SUPPRESS)
-    parser.add_argument("--file", help=argparse.SUPPRESS)
-    parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.tiny:
-        return check_all()
-    if given.group:
-        return group(given.group, given.file, given.ends)
-    figures = {"layers": [], "steps": [], "notes": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in [given.only] if given.only else list(GROUPS):
-            file, seconds = Path(folder, name), GROUPS[name][0]
-            began = [sys.executable, __file__, "--group", name, "--file", str(file)]
-            child = subprocess.Popen([*began, "--ends", str(time.time() + seconds - 4)])
-            try:
-                code = child.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                code = "killed at its time limit"
-            figures["notes"].append({"group": name, "exit": code})
-            if file.exists():
-                for key, rows in json.loads(file.read_text(encoding="utf-8")).items():
-                    figures[key] += rows
-    try:
-        common.write_result("weighted_attention", figures, show=False)
-    except Exception as error:  # keep what was measured
-        print("write_result:", failure(error))
-        Path(os.environ.get("OUT", "."), "weighted_attention.json").write_text(json.dumps(figures))
-    table(figures)
+    parser = make_parser(__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--pairs", type=int, default=12, help="of steps")
+    parser.add_argument("--minutes", type=float, default=5, help="no length begins after these")
+    args = parser.parse_args()
+    heads, sizes = (32, 8, 128), WIDE
+    if args.smoke:
+        args.lengths, args.pairs, heads, sizes = [48], 2, (4, 2, 16), NARROW
+    ends = time.monotonic() + 60 * args.minutes
+    rng = np.random.default_rng(0)
+    gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
+    figures = {"layers": [], "steps": [], "notes": [{"gpu": gpu}]}
+    torch._dynamo.config.recompile_limit = 64
+    torch.manual_seed(0)
+
+    def add(key, row):
+        figures[key].append(row)
+        print(json.dumps(row), flush=True)
+        folder = SMOKE if args.smoke else RESEARCH
+        write_result("weighted_attention", figures, folder=folder, show=False)
+
+    for length in args.lengths:
+        if time.monotonic() > ends:
+            add("notes", {"length": length, "failed": "not measured: out of time"})
+            continue
+        for num_chunks in args.chunks:
+            for row in layer_rows(heads, length, num_chunks, rng):
+                add("layers", row)
+        step = Step(sizes, heads, length)
+        for num_chunks in args.chunks:
+            for name in NAMES if DEVICE.type == "cuda" else NAMES[:2]:
+                kind = f"hidden {sizes['hidden_size']}, L {length}, B 1"
+                add("steps", step_row(step, kind, name, length, num_chunks, rng, args.pairs))
+        del step
+        gc.collect()
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
