@@ -178,7 +178,7 @@ class Step:
         self.model.zero_grad(set_to_none=True)
         loss = self.model(**batch).loss
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def gradient(self):
         layer = self.model.model.layers[0].self_attn
