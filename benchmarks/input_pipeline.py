@@ -28,7 +28,7 @@ from skipwise.training.inputs import dummy_data, load_training_data
 SMALL = {
     "model": str(MODEL),
     "target_length": 512,
-    "training": {"global_batch_size": 4, "micro_batch_size": 4},
+    "training": {"global_batch_size": 1},
 }
 
 

@@ -3,7 +3,7 @@
     python benchmarks/kill_and_resume.py [--kills 10] [--engine ddp]
 
 A tiny model is trained once undisturbed. Then the same run is started again and again, and each
-time killed (the whole process group, without warning) after a random time from its first step on
+time killed (the complete process group, without warning) after a random time from its first step on
 or while it loads, in one process and in two over gloo, until it has been killed `--kills` times;
 then it is left to finish. Saved every two steps, so kills hit saves as well.
 """

@@ -54,7 +54,7 @@ def status():
 
 def stage(work):
     """What a stage gives, its seconds, its peak of resident memory and what it leaves (MiB)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start

@@ -34,7 +34,7 @@ class Steps(TrainerCallback):
         self.seconds, self.peaks = [], []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         self.before = status("VmRSS")
         self.started = time.perf_counter()
 

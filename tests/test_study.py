@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "research" / "study"))
 import figures  # noqa: E402
 import settings  # noqa: E402
 import train  # noqa: E402
+from rows import Rows  # noqa: E402
 from samplers import VariantDataset  # noqa: E402
 
 from skipwise.data.corpus import build_corpus  # noqa: E402
@@ -34,6 +35,14 @@ def test_a_table_is_filled_alone_and_a_missing_one_is_an_error(monkeypatch):
     assert figures.filled(once) == once
     with pytest.raises(AssertionError, match="blocks for b"):
         figures.filled("<!-- a -->\n<!-- end -->\n")
+
+
+def test_every_stored_row_belongs_to_a_setting_of_a_table():
+    rows = Rows()
+    settings_of = {s for make in settings.TABLES.values() for s in make()}
+    found = {row["key"] for setting in settings_of for row in rows.all_of(setting)}
+    assert found == {row["key"] for row in rows.rows}
+    assert len(rows.rows) > 200
 
 
 def test_settings_that_differ_have_keys_that_differ():

@@ -16,7 +16,7 @@ pass. What is written for each case:
                  15 %); predicted_total_gib, which holds the runtime, stands beside device_used_gib
 
 `hours_same_tokens` is 1,000 steps of 64 x 8k tokens; `hours_same_examples` 1,000 steps of 64
-examples. One model serves all cases of a mode; peaks are counted anew for each.
+examples. One model serves all cases of a mode; peaks are counted from zero for each.
 """
 
 import gc
@@ -303,7 +303,7 @@ def recipe_of(folder: str, mode: str, method: str, target_length: int, batch: in
 
 
 def predict(recipe: Recipe) -> dict[str, Any]:
-    """The plan's memory, whole and as handed out in each phase (GiB), and a step's operations."""
+    """The plan's memory, in total and as allocated in each phase (GiB), and a step's operations."""
     facts, architecture = read_model(recipe)
     job = make_job(recipe, facts, architecture)
     memory = predict_memory(job)

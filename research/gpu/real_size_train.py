@@ -2,7 +2,7 @@
 
 Plain PyTorch on the library's own samplers, data set and collator; float32 weights under bf16
 autocast, fused AdamW. The decoder layers are compiled one by one: what is around them (masks,
-loss) stays eager, for under a compiled whole transformers makes masks that leave the flash kernel.
+loss) stays eager: in a fully compiled model transformers makes masks that leave the flash kernel.
 
 Shapes:  R = rows a pass, L = tokens of a row
 """

@@ -308,7 +308,7 @@ MIXED = made(DISTILLED, plain_fraction=0.2)
 
 
 def mixed() -> list[Setting]:
-    """Plain examples beside self-distillation, which goes over the whole of them."""
+    """Plain examples beside self-distillation, which covers all their tokens."""
     found = [at(MIXED, T, seed=seed) for T in (2048, 1024) for seed in SEEDS]
     return [made(s, tasks=("passkey",)) for s in found]
 

@@ -42,9 +42,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--family", choices=FAMILIES, default="llama")
     args = parser.parse_args()
-    num_modules, num_prompts = None, 6000
+    num_modules, num_prompts, batch, num_passkeys = None, 6000, BATCH, PASSKEYS
     if args.smoke:
-        args.steps, num_modules, num_prompts = 2, 20, 8
+        args.steps, num_modules, num_prompts, batch, num_passkeys = 1, 20, 2, 2, 1
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
@@ -82,9 +82,9 @@ def main() -> None:
         )
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * share
-        starts = rng.integers(len(stream) - LENGTH, size=BATCH - PASSKEYS)
+        starts = rng.integers(len(stream) - LENGTH, size=batch - num_passkeys)
         rows = [stream[s : s + LENGTH] for s in starts]
-        rows += list(prompts[rng.integers(len(prompts), size=PASSKEYS)])
+        rows += list(prompts[rng.integers(len(prompts), size=num_passkeys)])
         ids = torch.from_numpy(np.stack(rows).astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(ids, labels=ids, use_cache=False).loss
