@@ -25,13 +25,13 @@ test-gguf: $(STAMP) # builds llama.cpp once, about ten minutes on two cores
 	LLAMA_CPP_TESTS=1 $(BIN)/python -m pytest tests/test_gguf.py tests/test_gguf_llama_cpp.py
 
 study: $(STAMP) # hours on two cores; type it again to go on
-	$(BIN)/python benchmarks/study/run.py
-	$(BIN)/python benchmarks/study/run.py --collect
-	$(BIN)/python benchmarks/study/efficiency.py
-	$(BIN)/python benchmarks/study/figures.py
+	$(BIN)/python research/study/run.py
+	$(BIN)/python research/study/run.py --collect
+	$(BIN)/python research/study/efficiency.py
+	$(BIN)/python research/study/figures.py
 
 study-smoke: $(STAMP) # six minutes on two cores: every table in small, into runs/study-smoke
-	$(BIN)/python benchmarks/study/run.py --smoke
+	$(BIN)/python research/study/run.py --smoke
 
 families: $(STAMP)
 	$(BIN)/python tools/make_config_defaults.py

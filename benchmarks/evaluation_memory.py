@@ -9,15 +9,12 @@ one context in float32.
 Bar: below 1.15 at 32,768 tokens.
 """
 
-import argparse
 import json
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-from common import write_result
+from common import BENCHMARKS, SMOKE, make_parser, run_child, write_result
 
 TASKS = ("perplexity", "passkey", "needle", "niah_single_numbers")
 
@@ -68,7 +65,7 @@ def resident() -> int:
 def main() -> None:
     from skipwise.config.lengths import parse_length
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--length", default="32k")
     parser.add_argument("--task", help="run this one here, and print its figures")
     given = parser.parse_args()
@@ -76,13 +73,15 @@ def main() -> None:
     if given.task:
         print(json.dumps(run(given.task, length)))
         return
+    tasks = TASKS
+    if given.smoke:
+        given.length, length, tasks = "768", 768, TASKS[-1:]
     rows = []
-    for task in TASKS:
-        command = [sys.executable, __file__, "--length", given.length, "--task", task]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    for task in tasks:
+        rows.append(run_child("--length", given.length, "--task", task))
         print(rows[-1], flush=True)
-    write_result("evaluation_memory", {"length": length, "rows": rows})
+    figures = {"length": length, "rows": rows}
+    write_result("evaluation_memory", figures, folder=SMOKE if given.smoke else BENCHMARKS)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,23 @@ beside layers that see all. In training with skips, what does a sliding layer se
   cut     nothing: what lies before the skip is further away than the window
   plain   the tokens before it, as if they were its neighbours (plain positions in these layers)
 
-BASE_FOLDERs are made by tiny_model/train.py --family. Each setting trains the same examples.
+BASE_FOLDERs are made by research/tiny_model/train.py --family. All settings train the same
+examples.
 """
 
 import argparse
+import json
 import math
+import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import write_result
+from common import BENCHMARKS, SMOKE, make_parser, write_result
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import EvalSettings
@@ -29,11 +34,12 @@ from skipwise.data.corpus import build_corpus
 from skipwise.data.dataset import PoSEDataset
 from skipwise.data.readers import parse_sources
 from skipwise.data.tokenize import tokenize_source
-from skipwise.evaluation.evaluator import evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.load import load_model
 from skipwise.models.prepared import prepare_model
-from skipwise.pipeline.quickstart import make_recipe
+from skipwise.pipeline.quickstart import MODEL, make_recipe
+from skipwise.pipeline.quickstart.corpus import modules
 from skipwise.pose.samplers import FullLength, PoSE
 
 BATCH, LEARNING_RATE = 16, 3e-4
@@ -41,20 +47,60 @@ SETTINGS = ["untrained", "skip", "cut", "plain", "cut+weights", "plain+weights",
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bases", nargs="+", type=Path)
+    parser = make_parser(__doc__)
+    parser.add_argument("bases", nargs="*", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--target", type=int, default=2048)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--name", default="hybrid_layers")
     args = parser.parse_args()
-    rows: dict[str, Any] = {}
-    for base in args.bases:
-        rows[base.name] = {}
-        for setting in args.settings:
-            rows[base.name][setting] = measure(base, setting, args)
-            print(base.name, setting, rows[base.name][setting], flush=True)
-    write_result(args.name, {"steps": args.steps, "target": args.target, "rows": rows})
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.smoke:
+            args.steps, args.target, args.bases = 1, 512, [Path(scratch, "gemma3_text")]
+            args.sources, args.eval_sources = make_smoke_inputs(args.bases[0], Path(scratch))
+        else:
+            data = make_recipe().data
+            args.sources, args.eval_sources = data.sources, data.eval_sources
+        if not args.bases:
+            parser.error("no BASE_FOLDER")
+        rows: dict[str, Any] = {}
+        for base in args.bases:
+            rows[base.name] = {}
+            for setting in args.settings:
+                rows[base.name][setting] = measure(base, setting, args)
+                print(base.name, setting, rows[base.name][setting], flush=True)
+    folder = SMOKE if args.smoke else BENCHMARKS
+    figures = {"steps": args.steps, "target": args.target, "rows": rows}
+    write_result(args.name, figures, folder=folder)
+
+
+def make_smoke_inputs(base: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """A random hybrid model of two layers in `base`; files to train on and to evaluate."""
+    config = AutoConfig.for_model(
+        "gemma3_text",
+        vocab_size=1024,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(base)
+    files = folder / "train.jsonl", folder / "eval.jsonl"
+    texts = islice((text for _, text in modules() if len(text) > 20_000), 4)
+    lines = [json.dumps({"text": text[:20_000]}) + "\n" for text in texts]
+    files[0].write_text("".join(lines[:3]))
+    files[1].write_text(lines[3])
+    return [str(files[0])], [str(files[1])]
 
 
 def measure(base: Path, setting: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -63,22 +109,24 @@ def measure(base: Path, setting: str, args: argparse.Namespace) -> dict[str, Any
     tree = {"model": str(base), "target_length": args.target, "rope": {"type": "yarn"}}
     prepared = prepare_model(parse_recipe(tree))
     model = load_model(str(base), prepared.scaled, prepared.load, dtype=torch.float32)
-    data = make_recipe().data
-    lengths = (256, 512, 1024, args.target)
+    lengths = [n for n in (256, 512, 1024) if n < args.target] + [args.target]
     if setting != "untrained":
-        train(model, prepared, setting, data.sources, args)
+        train(model, prepared, setting, args.sources, args)
     documents = [
         store.document(i)
-        for source in parse_sources(data.eval_sources)
+        for source in parse_sources(args.eval_sources)
         for store in [tokenize_source(source, prepared.tokenizer)]
         for i in range(store.num_documents)
     ]
-    settings = EvalSettings(perplexity_windows=40, passkey_samples=40)
+    count = 2 if args.smoke else 40
+    settings = EvalSettings(
+        tasks=("perplexity", "passkey"), perplexity_windows=count, passkey_samples=count
+    )
     model.to(torch.float32)
+    eval_model = EvalModel(label=setting, load=lambda: model, tokenizer=prepared.tokenizer)
+    texts = Texts(documents=documents)
     with torch.autocast("cpu", torch.bfloat16):
-        found = evaluate_model(
-            model, prepared.tokenizer, documents, lengths, settings, label="", progress=False
-        )
+        found = evaluate_model(eval_model, texts, lengths, settings, progress=False)
     return {
         task: [
             round(

@@ -6,13 +6,12 @@ Makes JSON lines of documents cut from the source text of this Python's standard
 process of its own tokenizes them, builds the packed corpus with documents held out, and reads 1,000
 examples. Peaks are resident memory of that process and of its largest worker. They include mapped
 pages of the token file, which the kernel takes back when it needs them; anonymous memory, what a
-stage leaves that cannot be taken back, is told beside them. So is the process before any text.
+stage leaves that cannot be taken back, is given beside them. So is the process before any text.
 
 Bars: memory does not grow with the corpus; a run killed at 70 % has the rest to do, and its files
 are those of a run that was not killed.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -55,7 +54,7 @@ def status():
 
 def stage(work):
     """What a stage gives, its seconds, its peak of resident memory and what it leaves (MiB)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
@@ -141,22 +140,24 @@ def killed_at(share, folder, cache, num_tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mb", type=int, default=200, help="size of the larger corpus")
-    megabytes = parser.parse_args().mb
-    from common import write_result
+    from common import BENCHMARKS, SMOKE, make_parser, write_result
 
+    parser = make_parser(__doc__)
+    parser.add_argument("--mb", type=int, default=200, help="size of the larger corpus")
+    given = parser.parse_args()
+    megabytes = 2 if given.smoke else given.mb
     work = Path(tempfile.mkdtemp(prefix="large_corpus"))
     try:
         figures = {"train_length": L, "target_length": T, "sizes": []}
-        for size in (megabytes // 4, megabytes):
+        for size in [megabytes] if given.smoke else [megabytes // 4, megabytes]:
             text = work / f"text{size}"
             make_corpus(text, size * 1_000_000)
-            rows = {
-                "1_process_1_thread": run(text, work / f"one{size}", 1, threads=False),
-                "1_process_all_threads": run(text, work / f"threads{size}", 1, examples=True),
-                "2_processes": run(text, work / f"two{size}", 2, examples=True),
-            }
+            rows = {"2_processes": run(text, work / f"two{size}", 2, examples=True)}
+            if not given.smoke:
+                rows |= {
+                    "1_process_1_thread": run(text, work / f"one{size}", 1, threads=False),
+                    "1_process_all_threads": run(text, work / f"threads{size}", 1, examples=True),
+                }
             for row in rows.values():
                 seconds = row["tokenize"]["seconds"]
                 row["tokens_per_second"] = round(row["num_tokens"] / seconds)
@@ -170,7 +171,8 @@ def main():
             "seconds_resumed": resumed["tokenize"]["seconds"],
             "same_bytes": files_of(work / "killed") == files_of(work / f"two{megabytes}"),
         }
-        print(write_result("large_corpus", figures))
+        results = SMOKE if given.smoke else BENCHMARKS
+        print(write_result("large_corpus", figures, folder=results))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -4,20 +4,17 @@
 
 Each runs in a process of its own on the same random Llama (4 layers, width 256, gradient
 checkpointing) and the same batch of one example. Peak is the largest resident memory of the second
-step over what the process held before it (model, gradients' room, optimizer), by the kernel's own
+step over what the process held before it (model, gradients, optimizer), by the kernel's own
 count (VmHWM); `first_step_mib` is the same for the first step, which makes the optimizer's states.
 """
 
-import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from common import write_result
+from common import BENCHMARKS, SMOKE, make_parser, run_child, write_result
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from skipwise.training.chunked_loss import chunk_loss
@@ -37,7 +34,7 @@ class Steps(TrainerCallback):
         self.seconds, self.peaks = [], []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         self.before = status("VmRSS")
         self.started = time.perf_counter()
 
@@ -94,7 +91,7 @@ def measure(kind, length, vocabulary, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--steps", type=int, default=2)
@@ -103,19 +100,19 @@ def main():
     if given.only:
         print(json.dumps(measure(given.only, given.length, given.vocabulary, given.steps)))
         return
+    if given.smoke:
+        given.length, given.vocabulary = 64, 256
     figures = {"length": given.length, "vocabulary": given.vocabulary}
+    sizes = ("--length", given.length, "--vocabulary", given.vocabulary, "--steps", given.steps)
     for kind in ("plain", "slices"):
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--only", kind], capture_output=True, text=True, check=True
-        )
-        figures[kind] = json.loads(done.stdout.splitlines()[-1])
+        figures[kind] = run_child(*sizes, "--only", kind)
     figures["ratio_of_peaks"] = round(
-        figures["slices"]["peak_mib"] / figures["plain"]["peak_mib"], 3
+        figures["slices"]["peak_mib"] / max(1, figures["plain"]["peak_mib"]), 3
     )
     figures["ratio_of_seconds"] = round(
         figures["slices"]["seconds"] / figures["plain"]["seconds"], 3
     )
-    write_result("loss_memory", figures)
+    write_result("loss_memory", figures, folder=SMOKE if given.smoke else BENCHMARKS)
 
 
 if __name__ == "__main__":

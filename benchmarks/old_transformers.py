@@ -5,8 +5,8 @@
 
 Writes tiny models in each portable method as the export does, compares logits within the window and
 at its far end (and those of the same weights without the older spelling, to see that the comparison
-can fail), and records what transformers 4 computes of every config of tests/verify_cases.py,
-which tests/test_verify.py compares `skipwise.export.runtimes` with.
+can fail), and records what transformers 4 computes of every config of
+tests/helpers/verify_cases.py, which tests/test_verify.py compares `skipwise.export.runtimes` with.
 """
 
 import json
@@ -14,10 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from common import write_result
+from common import BENCHMARKS, SMOKE, make_parser, write_result
 
 from skipwise.config.parse import parse_recipe
 from skipwise.export.runtimes import verify_folder
@@ -26,7 +27,7 @@ from skipwise.models.hf_config import model_info_of
 from skipwise.models.scaled_config import scaled_config, scaling_for
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/helpers"))
 from verify_cases import BASE, CASES  # noqa: E402
 
 METHODS = ("linear", "ntk", "yarn", "llama3")
@@ -104,6 +105,11 @@ def run(python: str, job: dict, scratch: Path) -> dict:
 
 
 def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("python", nargs="?", help="of an environment with transformers 4")
+    args = parser.parse_args()
+    if not args.python and not args.smoke:
+        parser.error("which Python has transformers 4?")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         models = {method: str(scratch / method) for method in METHODS}
@@ -115,7 +121,7 @@ def main() -> None:
             Path(f"{folder} newer only", "config.json").write_text(json.dumps(newer))
         models |= {f"{method} newer only": f"{scratch / method} newer only" for method in METHODS}
         cases = {}
-        for number, (name, changes) in enumerate(CASES.items()):
+        for number, (name, changes) in enumerate(islice(CASES.items(), 3 if args.smoke else None)):
             folder = scratch / f"case{number}"
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps({**BASE, **changes}))
@@ -123,7 +129,8 @@ def main() -> None:
         text = "def main(arguments):\n    return [int(a) for a in arguments]\n" * 4
         job = {"cases": cases, "models": models, "pairs": PAIRS, "text": text}
         job["starts"] = [0, L, T - 64]
-        here, old = run(sys.executable, job, scratch), run(sys.argv[1], job, scratch)
+        here = run(sys.executable, job, scratch)
+        old = here if args.smoke else run(args.python, job, scratch)
         exports = {}
         for method in METHODS:
             a, b = np.array(here["logits"][method]), np.array(old["logits"][method])
@@ -149,6 +156,7 @@ def main() -> None:
             "transformers 5": here["cases"],
             "transformers 4": old["cases"],
         },
+        folder=SMOKE if args.smoke else BENCHMARKS,
     )
 
 

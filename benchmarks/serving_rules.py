@@ -27,16 +27,24 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("tests", "src", "benchmarks")]
-from common import write_result  # noqa: E402
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / name) for name in ("tests/helpers", "src", "benchmarks")]
+from common import make_parser, write_result  # noqa: E402
 from verify_cases import BASE, CASES  # noqa: E402
 
 PAIRS = (0, 5, 8, 11, 15, 31)  # as in old_transformers.py
+RUNTIMES = {"vllm": "vllm", "sglang": "sglang", "llama.cpp": "conversion"}  # and their folders
 FUTURE = "from __future__ import annotations\n"
 
 
 def main() -> None:
-    name, source = sys.argv[1], Path(sys.argv[2])
+    parser = make_parser(__doc__)
+    parser.add_argument("runtime", choices=RUNTIMES)
+    parser.add_argument("source", type=Path, help="WHEELS or LLAMA_CPP")
+    args = parser.parse_args()
+    name, source = args.runtime, args.source
+    if not (source / RUNTIMES[name]).exists():
+        parser.error(f"{source} does not hold {RUNTIMES[name]}")
     logging.disable(logging.CRITICAL)
     read = {"vllm": Vllm, "sglang": Sglang, "llama.cpp": LlamaCpp}[name](source)
     cases = {}

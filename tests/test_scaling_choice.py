@@ -167,7 +167,7 @@ def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(ma
 
 @pytest.mark.slow
 def test_on_the_bundled_model_the_choice_is_what_training_confirms(tmp_path):
-    """docs/study.md: llama3 before yarn before ntk before linear, trained and untrained."""
+    """research/study: llama3 before yarn before ntk before linear, trained and untrained."""
     from skipwise.pipeline.quickstart import make_recipe
 
     recipe = make_recipe(["target_length=1024", "rope.type=auto", "attention_temperature=auto"])

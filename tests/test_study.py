@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "study"))
+sys.path.insert(0, str(ROOT / "research" / "study"))
 
 import figures  # noqa: E402
 import settings  # noqa: E402
 import train  # noqa: E402
+from rows import Rows  # noqa: E402
 from samplers import VariantDataset  # noqa: E402
 
 from skipwise.data.corpus import build_corpus  # noqa: E402
@@ -20,7 +21,7 @@ from skipwise.pose.samplers import PoSE  # noqa: E402
 
 
 def test_the_page_shows_the_newest_results():
-    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    page = figures.PAGE.read_text(encoding="utf-8")
     assert figures.filled(page) == page
     for name in figures.tables():
         assert page.count(f"<!-- {name} -->") == 1
@@ -34,6 +35,14 @@ def test_a_table_is_filled_alone_and_a_missing_one_is_an_error(monkeypatch):
     assert figures.filled(once) == once
     with pytest.raises(AssertionError, match="blocks for b"):
         figures.filled("<!-- a -->\n<!-- end -->\n")
+
+
+def test_every_stored_row_belongs_to_a_setting_of_a_table():
+    rows = Rows()
+    settings_of = {s for make in settings.TABLES.values() for s in make()}
+    found = {row["key"] for setting in settings_of for row in rows.all_of(setting)}
+    assert found == {row["key"] for row in rows.rows}
+    assert len(rows.rows) > 200
 
 
 def test_settings_that_differ_have_keys_that_differ():

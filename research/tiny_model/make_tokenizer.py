@@ -1,17 +1,21 @@
 """Train the tiny model's tokenizer: SentencePiece BPE, byte fallback, single digits, 1,024 pieces.
 
-python benchmarks/tiny_model/make_tokenizer.py OUT_FOLDER
+python research/tiny_model/make_tokenizer.py OUT_FOLDER
 
 Writes `tokenizer.model` (for llama.cpp) and the `tokenizer.json` it converts to, and checks that
 the two give the same ids over the standard library, but for texts that spell a special token.
 """
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import sentencepiece as spm
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import make_parser
 
 from skipwise.evaluation.tasks import passkey
 from skipwise.pipeline.quickstart import corpus
@@ -19,10 +23,10 @@ from skipwise.pipeline.quickstart import corpus
 VOCAB_SIZE = 1024
 
 
-def train_sentencepiece(prefix: Path) -> None:
+def train_sentencepiece(prefix: Path, modules: list[tuple[str, str]]) -> None:
     lines = [
         line
-        for name, text in corpus.modules()
+        for name, text in modules
         if not corpus.held_out(name)
         for line in text.splitlines()
         if line.strip() and len(line) < 4000
@@ -84,14 +88,19 @@ def convert(model_file: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def main(out: Path) -> None:
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT_FOLDER")
+    args = parser.parse_args()
+    out = args.out
     out.mkdir(parents=True, exist_ok=True)
-    train_sentencepiece(out / "tokenizer")
+    modules = list(islice(corpus.modules(), 40 if args.smoke else None))
+    train_sentencepiece(out / "tokenizer", modules)
     (out / "tokenizer.vocab").unlink()
     tokenizer = convert(out / "tokenizer.model")
     tokenizer.save_pretrained(out)
     sp = spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
-    texts = [text for _, text in corpus.modules()]
+    texts = [text for _, text in modules]
     plain = [t for t in texts if not any(s in t for s in tokenizer.all_special_tokens)]
     different = [t for t in plain if tokenizer(t)["input_ids"] != sp.encode(t)]
     assert not different, f"{len(different)} of {len(plain)} modules are tokenized differently"
@@ -101,4 +110,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

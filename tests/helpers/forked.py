@@ -49,8 +49,11 @@ for line in sys.stdin:
 """
 
 
+SCRIPT = "import sys; sys.path.insert(0, {!r}); import forked_script; forked_script.run({!r})"
+
+
 class Server:
-    """Stands in for `subprocess` where commands are `[python, "-c" or "-m", ...]`."""
+    """Replaces `subprocess` where commands are `[python, "-c", "-m" or a script, ...]`."""
 
     DEVNULL = subprocess.DEVNULL
 
@@ -77,6 +80,8 @@ class Server:
         files = [os.devnull if name == subprocess.DEVNULL else name for name in files]
         if command[1] == "-c":
             program, argv = command[2], ["-c", *command[3:]]
+        elif command[1].endswith(".py"):
+            program, argv = SCRIPT.format(str(Path(__file__).parent), command[1]), command[1:]
         else:
             program = f"import runpy; runpy.run_module({command[2]!r}, run_name='__main__')"
             argv = [command[2], *command[3:]]

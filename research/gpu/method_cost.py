@@ -1,6 +1,6 @@
 """What PoSE saves: memory and time of a training step beside full-length fine-tuning, on one GPU.
 
-PYTHONPATH=src python benchmarks/gpu/method_cost.py [--minutes 5] [--layers 32] [--tiny]
+PYTHONPATH=src python research/gpu/method_cost.py [--minutes 5] [--layers 32] [--smoke]
 
 Mistral-7B's shape with random weights, 8k extended to 16k, 32k and 128k. PoSE trains at 8k whatever
 the target; `full` trains T tokens. Two modes: all weights (float32 under bf16 autocast, as
@@ -16,10 +16,9 @@ pass. What is written for each case:
                  15 %); predicted_total_gib, which holds the runtime, stands beside device_used_gib
 
 `hours_same_tokens` is 1,000 steps of 64 x 8k tokens; `hours_same_examples` 1,000 steps of 64
-examples. One model serves all cases of a mode; peaks are counted anew for each.
+examples. One model serves all cases of a mode; peaks are counted from zero for each.
 """
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -39,8 +38,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_result
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import RESEARCH, SMOKE, make_parser, write_result
 
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import LoRASettings, Recipe
@@ -113,17 +112,16 @@ class Meter:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=5, help="no case begins after these")
     parser.add_argument("--case-seconds", type=float, default=30, help="no step begins after these")
     parser.add_argument("--steps", type=int, default=2, help="of two examples, in each case")
     parser.add_argument("--layers", type=int, help="fewer than 32, for a smaller card")
     parser.add_argument("--modes", nargs="+", choices=["full", "lora"], default=["full", "lora"])
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape, also for a CPU")
     args = parser.parse_args()
     ends = time.monotonic() + 60 * args.minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = dict(TINY if args.tiny else MISTRAL_7B)
+    shape = dict(TINY if args.smoke else MISTRAL_7B)
     if args.layers:
         shape["num_hidden_layers"] = args.layers
     config = MistralConfig(**shape)
@@ -133,7 +131,7 @@ def main() -> None:
         "shape": shape,
         "rows": [],
     }
-    name = "method_cost_tiny" if args.tiny else "method_cost"
+    results = SMOKE if args.smoke else RESEARCH
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)  # for the plan, which reads a config alone
         for mode in args.modes:
@@ -141,7 +139,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 figures["rows"].append(row)
                 figures["summary"] = summary(figures["rows"])
-                write_result(name, figures, show=False)
+                write_result("method_cost", figures, folder=results, show=False)
     print(json.dumps(figures["summary"], indent=1))
 
 
@@ -164,7 +162,7 @@ def measure_mode(
         [p for p in model.parameters() if p.requires_grad], lr=2e-5, weight_decay=0.0, fused=True
     )
     print(f"{mode}: {num_parameters(model):,} parameters, {time.monotonic() - started:.0f} s")
-    for method, factor in CASES:
+    for method, factor in CASES[:2] if args.smoke else CASES:
         row: dict[str, Any] = {"mode": mode, "method": method, "target_length": factor * L}
         if time.monotonic() > ends:
             yield {**row, "failed": "not measured: out of time"}
@@ -305,7 +303,7 @@ def recipe_of(folder: str, mode: str, method: str, target_length: int, batch: in
 
 
 def predict(recipe: Recipe) -> dict[str, Any]:
-    """The plan's memory, whole and as handed out in each phase (GiB), and a step's operations."""
+    """The plan's memory, in total and as allocated in each phase (GiB), and a step's operations."""
     facts, architecture = read_model(recipe)
     job = make_job(recipe, facts, architecture)
     memory = predict_memory(job)

@@ -1,13 +1,12 @@
-"""Train and measure the study's settings, one after another; what is there is not done again.
+"""Train and measure the study's settings one after another; those in OUT are not run again.
 
-python benchmarks/study/run.py --tables explore --out runs/study [--workers 4] [--minutes 8]
+python research/study/run.py --tables methods --out runs/study [--workers 4] [--minutes 8]
 
-Rows go to OUT/rows.jsonl, one a setting, as they are finished.
+Each setting adds a row to OUT/rows.jsonl as soon as it is finished.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -15,16 +14,20 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from settings import TABLES, Setting, made
+from settings import SWEEPS, TABLES, L, Setting, made
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import RESEARCH, make_parser, write_result
 
 from skipwise.config.machine import machine, versions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--targets", nargs="+", type=int, help="only settings of these T")
     parser.add_argument("--out", type=Path, help="runs/study")
@@ -33,7 +36,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="start none after so long")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--smoke", action="store_true", help="a few steps, few questions")
     parser.add_argument("--collect", nargs="*", type=Path, help="rows.jsonl files to one result")
     args = parser.parse_args()
     args.out = args.out or Path("runs/study-smoke" if args.smoke else "runs/study")
@@ -44,17 +46,16 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.text / "questions.npz").exists():
-        from settings import L
         from text import prepare
 
-        prepare(args.text, [L << i for i in range(2 if args.smoke else 7)])
+        prepare(args.text, [L << i for i in range(2 if args.smoke else 7)], smoke=args.smoke)
     rows = args.out / "rows.jsonl"
     done = (
         {json.loads(line)["key"] for line in rows.read_text().splitlines()}
         if rows.exists()
         else set()
     )
-    names = [n for n in args.tables if not (args.smoke and n.startswith("explore"))]
+    names = [n for n in args.tables if not (args.smoke and n in SWEEPS)]
     wanted = [s for name in names for s in TABLES[name]()]
     if args.smoke:
         small = {"target": 512, "steps": 2}  # a finish: one of the two
@@ -63,26 +64,31 @@ def main() -> None:
     wanted = [s for s in dict.fromkeys(wanted) if s.key not in done]
     wanted = [s for s in wanted if args.targets is None or s.target in args.targets]
     print(f"{len(wanted)} settings to do, {len(done)} done", flush=True)
-    context = multiprocessing.get_context("spawn")
     jobs = [(s, args.text, args.windows, args.trials, end) for s in wanted]
-    with context.Pool(args.workers) as pool, rows.open("a") as file:
-        for row in pool.imap_unordered(work, jobs, chunksize=1):
-            if row is None:
-                continue
+    with rows.open("a") as file:
+        for row in measured_rows(jobs, args.workers):
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(summary(row), flush=True)
 
 
+def measured_rows(jobs: list[Any], workers: int) -> Iterator[dict[str, Any]]:
+    """A row for each setting as it is finished; one worker is this process."""
+    if workers == 1:
+        yield from (row for row in map(work, jobs) if row is not None)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        found = pool.imap_unordered(work, jobs, chunksize=1)
+        yield from (row for row in found if row is not None)
+
+
 def collect(files: list[Path]) -> None:
     """One dated result of all rows; of equal settings the last."""
-    sys.path.append(str(Path(__file__).parents[1]))
-    from common import write_result
-
     rows = {(row["key"], row["windows"]): row for row in read_rows(files)}
     for row in rows.values():
         row.pop("losses", None)
-    write_result("study", {"rows": [_rounded(row) for row in rows.values()]}, show=False)
+    found = [_rounded(row) for row in rows.values()]
+    write_result("study", {"rows": found}, folder=RESEARCH, show=False)
     print(f"{len(rows)} settings")
 
 

@@ -2,7 +2,7 @@
 
 Plain PyTorch on the library's own samplers, data set and collator; float32 weights under bf16
 autocast, fused AdamW. The decoder layers are compiled one by one: what is around them (masks,
-loss) stays eager, for under a compiled whole transformers makes masks that leave the flash kernel.
+loss) stays eager: in a fully compiled model transformers makes masks that leave the flash kernel.
 
 Shapes:  R = rows a pass, L = tokens of a row
 """
@@ -167,7 +167,7 @@ def extend(
             lesson = None
             if teacher is not None:
                 first = np.stack([item["example"].chunk_ids() == 0 for item in items])
-                lesson = (teacher, torch.from_numpy(first).to(device), settings.distillation)
+                lesson = (teacher, torch.from_numpy(first).to(device), recipe.distillation.weight)
             total += _backward(model, with_chunk_weights(batch, dtype), len(parts), lesson)
         _update(model, optimizer, settings.learning_rate * share)
         losses.append(total)

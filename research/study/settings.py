@@ -1,4 +1,4 @@
-"""What the study trains: settings, and the tables that they make up.
+"""What the study trains: settings, grouped into tables and wider sweeps.
 
 Letters: L = 256, the base's context; T = target; f = T / L; N = num_chunks
 """
@@ -74,8 +74,8 @@ TARGETS = (1024, 2048, 4096, 8192, 16384)
 RULER = ("passkey", "needle", "niah_single_numbers", "niah_multikey", "vt", "cwe")
 
 
-def explore() -> list[Setting]:
-    """What might help, one thing at a time, f = 8 and 32, one seed."""
+def single_changes() -> list[Setting]:
+    """One change at a time from aligned text with weights at rate 1e-3; f = 8 and 32, one seed."""
     found = []
     for T in (2048, 8192):
         w = made(WEIGHTED, target=T)
@@ -105,8 +105,8 @@ def explore() -> list[Setting]:
     return found
 
 
-def explore2() -> list[Setting]:
-    """Around the lower learning rate, and at other factors."""
+def lower_rates() -> list[Setting]:
+    """Changes at learning rates from 1e-4 to 5e-4, and f = 4 .. 64; one seed."""
     one = {"tasks": ("passkey",)}
     w = made(WEIGHTED, learning_rate=3e-4, **one)
     paper, full = made(PAPER, learning_rate=3e-4, **one), made(FULL, learning_rate=5e-4, **one)
@@ -154,8 +154,8 @@ def explore2() -> list[Setting]:
     return found
 
 
-def explore3() -> list[Setting]:
-    """Scalings, stronger self-distillation, and a finish on top of both."""
+def distilled_scalings() -> list[Setting]:
+    """Self-distillation of weight 1.5 and 4, by scaling, then with a finish; f = 8 and 32."""
     w = made(WEIGHTED, learning_rate=5e-4, distil=1.5, distil_on="first", tasks=("passkey",))
     full = made(FULL, learning_rate=5e-4, tasks=("passkey",))
     ropes = [{"rope": "llama3"}, {"rope": "ntk", "rope_stretch": 2.0}, {"beta_fast": 4.0}]
@@ -308,11 +308,16 @@ MIXED = made(DISTILLED, plain_fraction=0.2)
 
 
 def mixed() -> list[Setting]:
-    """Plain examples beside self-distillation, which goes over the whole of them."""
+    """Plain examples beside self-distillation, which covers all their tokens."""
     found = [at(MIXED, T, seed=seed) for T in (2048, 1024) for seed in SEEDS]
     return [made(s, tasks=("passkey",)) for s in found]
 
 
+SWEEPS = {  # wide searches of one seed, which --smoke leaves out
+    "single_changes": single_changes,
+    "lower_rates": lower_rates,
+    "distilled_scalings": distilled_scalings,
+}
 TABLES = {
     "distilled": distilled,
     "finishes": finishes,
@@ -324,7 +329,5 @@ TABLES = {
     "chunks": chunks,
     "scalings": scalings,
     "training": training,
-    "explore": explore,
-    "explore2": explore2,
-    "explore3": explore3,
+    **SWEEPS,
 }

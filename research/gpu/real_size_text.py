@@ -54,8 +54,8 @@ def make_text(folder: Path, *, num_tokens: int, vocab_size: int, only: str = "")
     """Find, choose, split and tokenize; kept in `folder`.
 
     Args:
-        num_tokens: about as many are taken at most, whole folders in the order of their hashes.
-        only: of the standard library, the packages whose names begin like this (for --tiny).
+        num_tokens: about the most that are taken, folder by folder in the order of their hashes.
+        only: of the standard library, the packages whose names begin like this (for --smoke).
     """
     if not (folder / "text.json").exists():
         _write_text(folder, num_tokens, vocab_size, only)

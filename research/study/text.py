@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,17 @@ def tokenizer_of_base() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
 
 
-def prepare(folder: Path, lengths: list[int]) -> None:
-    """Write what is not there yet."""
+def prepare(folder: Path, lengths: list[int], *, smoke: bool = False) -> None:
+    """Write what is not there yet; with `smoke`, of a few modules and with few questions."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_of_base()
     if not (folder / "tokens.npz").exists():
-        texts = list(corpus.modules())
+        texts = list(islice(corpus.modules(), 60 if smoke else None))
         sources = [text for name, text in texts if not corpus.held_out(name)]
         kept = [text for name, text in texts if corpus.held_out(name)]
         rng = np.random.default_rng(1)
-        prompts = [corpus.passkey_document(tokenizer, L, rng, sources) for _ in range(NUM_PASSKEYS)]
+        count = 20 if smoke else NUM_PASSKEYS
+        prompts = [corpus.passkey_document(tokenizer, L, rng, sources) for _ in range(count)]
         arrays = {}
         for name, documents in (("source", sources), ("passkeys", prompts), ("held_out", kept)):
             store = _store(tokenizer(documents, verbose=False)["input_ids"])
@@ -67,7 +69,8 @@ def prepare(folder: Path, lengths: list[int]) -> None:
         arrays = {}
         for length in lengths:
             words = haystack_words(tokenizer, held_out, 2 * length)
-            for task, trials in _questions(tokenizer, length, words):
+            count = (2, 2) if smoke else (TRIALS, RULER_SAMPLES)
+            for task, trials in _questions(tokenizer, length, words, *count):
                 store = _store([trial.input_ids for trial in trials])
                 facts = [
                     [t.num_answer, list(t.answers), t.max_new_tokens, t.depth, t.haystack]
@@ -119,17 +122,17 @@ def read_questions(folder: Path, task: str, length: int) -> list[Trial]:
     ]
 
 
-def _questions(tokenizer: Any, length: int, words: list[str]) -> Any:
-    grid = {"num_trials": TRIALS, "num_depths": 10}
+def _questions(
+    tokenizer: Any, length: int, words: list[str], num_trials: int, num_samples: int
+) -> Any:
+    grid = {"num_trials": num_trials, "num_depths": min(10, num_trials)}
     yield "passkey", passkey.passkey_trials(tokenizer, length, **grid)
     yield (
         "needle",
         passkey.needle_trials(tokenizer, length, **grid, words=words, per_haystack=1),
     )
     for task in RULER_TASKS:
-        samples = ruler.make_samples(
-            task, tokenizer, length, num_samples=RULER_SAMPLES, words=words
-        )
+        samples = ruler.make_samples(task, tokenizer, length, num_samples=num_samples, words=words)
         if samples:
             yield task, samples
 

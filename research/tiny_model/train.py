@@ -1,22 +1,27 @@
 """Train the quickstart's base model from scratch: 3.4 M parameters, context 256.
 
-python benchmarks/tiny_model/train.py OUT_FOLDER [--steps 2400] [--family gemma3_text]
+python research/tiny_model/train.py OUT_FOLDER [--steps 2400] [--family gemma3_text]
 
 OUT_FOLDER holds the tokenizer (make_tokenizer.py) and receives config.json and model.safetensors
 (bf16). Three quarters of each batch are windows of the standard library's source, one quarter
 passkey prompts. About 20 minutes on two cores. The modules kept for evaluation
-(skipwise.quickstart.corpus.held_out) are never seen. What is bundled is a copy of OUT_FOLDER.
-Other families, with sliding layers of 64 tokens where they have them, serve the benchmarks.
+(skipwise.pipeline.quickstart.corpus.held_out) are never seen. The bundled model is a copy of
+OUT_FOLDER. Other families, with sliding layers of 64 tokens where they have them, are for
+benchmarks/hybrid_layers.py.
 """
 
-import argparse
 import math
+import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import make_parser
 
 from skipwise.models.compatibility import make_portable
 from skipwise.pipeline.quickstart import corpus
@@ -31,22 +36,25 @@ FAMILIES = {"llama": {}, "gemma2": HYBRID, "gemma3_text": HYBRID, "cohere2": HYB
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
+    parser = make_parser(__doc__)
+    parser.add_argument("out", type=Path, metavar="OUT_FOLDER")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--family", choices=FAMILIES, default="llama")
     args = parser.parse_args()
+    num_modules, num_prompts, batch, num_passkeys = None, 6000, BATCH, PASSKEYS
+    if args.smoke:
+        args.steps, num_modules, num_prompts, batch, num_passkeys = 1, 20, 2, 2, 1
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
-    sources = [text for name, text in corpus.modules() if not corpus.held_out(name)]
+    modules = islice(corpus.modules(), num_modules)
+    sources = [text for name, text in modules if not corpus.held_out(name)]
     stream = np.concatenate([np.array(ids) for ids in tokenizer(sources)["input_ids"]])
-    prompts = np.array(
-        tokenizer([corpus.passkey_document(tokenizer, LENGTH, rng, sources) for _ in range(6000)])[
-            "input_ids"
-        ]
-    )
+    documents = [
+        corpus.passkey_document(tokenizer, LENGTH, rng, sources) for _ in range(num_prompts)
+    ]
+    prompts = np.array(tokenizer(documents)["input_ids"])
     print(f"{len(stream):,} tokens of source, {len(prompts):,} prompts", flush=True)
     config = AutoConfig.for_model(
         args.family,
@@ -74,9 +82,9 @@ def main() -> None:
         )
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * share
-        starts = rng.integers(len(stream) - LENGTH, size=BATCH - PASSKEYS)
+        starts = rng.integers(len(stream) - LENGTH, size=batch - num_passkeys)
         rows = [stream[s : s + LENGTH] for s in starts]
-        rows += list(prompts[rng.integers(len(prompts), size=PASSKEYS)])
+        rows += list(prompts[rng.integers(len(prompts), size=num_passkeys)])
         ids = torch.from_numpy(np.stack(rows).astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(ids, labels=ids, use_cache=False).loss

@@ -1,6 +1,6 @@
 """Memory and time of a step by target: PoSE against full length, at equal global batch.
 
-python benchmarks/study/efficiency.py [--steps 10] [--rounds 3]
+python research/study/efficiency.py [--steps 10] [--rounds 3]
 
 16 examples a step, all held at once: of L tokens for PoSE (with importance weights and without), of
 T tokens at full length. The cases take turns in every round, each in a process of its own, so that
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,40 +20,34 @@ from typing import Any
 
 from settings import BATCH, L, made
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import RESEARCH, SMOKE, make_parser, run_child, write_result
+
+METHODS = ["pose", "pose, weighted", "full"]
 TARGETS = [L, 2 * L, 4 * L, 8 * L, 16 * L]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(args.one[0], int(args.one[1]), args.steps)))
         return
-    sys.path.append(str(Path(__file__).parents[1]))
-    from common import write_result
-
-    cases = [(m, T) for T in args.targets for m in ("pose", "pose, weighted", "full")]
+    if args.smoke:
+        args.steps, args.rounds, args.targets, args.methods = 1, 1, [2 * L], ["pose, weighted"]
+    cases = [(m, T) for T in args.targets for m in args.methods]
     found: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(args.rounds):
         for method, T in cases:
-            command = [
-                sys.executable,
-                __file__,
-                "--steps",
-                str(args.steps),
-                "--one",
-                method,
-                str(T),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(method, T, "failed", done.stderr[-300:], file=sys.stderr)
-                continue
-            found[method, T].append(json.loads(done.stdout.splitlines()[-1]))
+            try:
+                found[method, T].append(run_child("--steps", args.steps, "--one", method, T))
+            except SystemExit as failure:  # out of memory: the other cases are still measured
+                print(method, T, "failed", str(failure)[-300:], file=sys.stderr)
     rows = [
         {
             "method": method,
@@ -65,7 +58,7 @@ def main() -> None:
         if all_
     ]
     figures: dict[str, Any] = {"gpu": _gpu(), "batch": BATCH, "rounds": args.rounds, "rows": rows}
-    write_result("study_efficiency", figures)
+    write_result("study_efficiency", figures, folder=SMOKE if args.smoke else RESEARCH)
 
 
 def one(method: str, target: int, steps: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A model of real size, made and extended on one GPU: 512 tokens to 32k, by each of some settings.
 
-PYTHONPATH=src python benchmarks/gpu/real_size.py --out FOLDER [--minutes 9] [--tiny]
+PYTHONPATH=src python research/gpu/real_size.py --out FOLDER [--minutes 9] [--smoke]
     [--arm NAME key=value ...] ... [--steps 1000] [--full-length 32k] [--pretrain-minutes 5]
 
 A Llama of 126 M parameters (width 768, 16 layers, vocabulary 16,384) is trained from scratch on
@@ -19,7 +19,6 @@ FOLDER holds text, base model and figures: a second call does what the first had
 new arms. Each part is written when it is done. --text-only ends after the text, without a GPU.
 """
 
-import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -35,8 +34,8 @@ from real_size_text import Prompts, Text, make_text
 from real_size_train import Pretraining, extend, make_model, pretrain
 from transformers import LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_result
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import RESEARCH, SMOKE, make_parser, write_result
 
 from skipwise.config.lengths import parse_length
 from skipwise.config.parse import parse_recipe
@@ -65,7 +64,7 @@ _RESERVE = 60  # seconds an arm takes beside its training
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """Everything that --tiny makes small."""
+    """Everything that --smoke makes small."""
 
     vocab_size: int = 16384
     hidden_size: int = 768
@@ -109,19 +108,19 @@ TINY = Size(
 class State:
     """The folder and the figures; every part is written as soon as it is done."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, results: Path) -> None:
+        self.folder, self.results = folder, results
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "figures.json"
         self.figures = json.loads(self.file.read_text()) if self.file.exists() else {"arms": {}}
 
     def save(self) -> None:
         self.file.write_text(json.dumps(self.figures))
-        write_result(self.name, self.figures, show=False)
+        write_result("real_size", self.figures, folder=self.results, show=False)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=9, help="no arm begins that ends later")
     parser.add_argument("--pretrain-minutes", type=float, default=5)
@@ -132,14 +131,13 @@ def main() -> None:
     parser.add_argument("--full-length", type=_length, default=32768, help="0: leave it out")
     parser.add_argument("--text-only", action="store_true", help="prepare the text and end")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape, also for a CPU")
     args = parser.parse_args()
     ends = time.monotonic() + 60 * args.minutes
-    size = TINY if args.tiny else Size()
-    if args.tiny:
+    size = TINY if args.smoke else Size()
+    if args.smoke:
         args.pretrain_minutes, args.steps, args.batch = 0.05, 5, 4
         args.full_length = min(256, args.full_length)
-    state = State(args.out, "real_size_tiny" if args.tiny else "real_size")
+    state = State(args.out, SMOKE if args.smoke else RESEARCH)
     text, trials, prompts = prepare(state, size)
     if args.text_only:
         return
@@ -204,7 +202,7 @@ def prepare(state: State, size: Size) -> tuple[Text, dict[int, list[Any]], Promp
         file.write_bytes(pickle.dumps(dict(zip(reversed(size.lengths), found, strict=True))))
     if "text" not in state.figures:
         seconds = round(time.monotonic() - begun, 1)
-        state.figures["text"] = {**text.info, "long_held_out": long, "seconds": seconds}
+        state.figures["text"] = {**text.facts, "long_held_out": long, "seconds": seconds}
         state.save()
         print(f"text: {state.figures['text']}", flush=True)
     trials = pickle.loads(file.read_bytes())

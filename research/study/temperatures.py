@@ -1,15 +1,14 @@
 """What the attention temperature does for retrieval at T, and what `skipwise extend` would take.
 
-PYTHONPATH=src python benchmarks/study/temperatures.py --target 4096 [--seed 0] [--trials 50]
+PYTHONPATH=src python research/study/temperatures.py --target 4096 [--seed 0] [--trials 50]
 
 One setting (the defaults) is trained as in run.py, then searched by the library's own search on
 documents of the training text. At every temperature tried: perplexity at L and T, passkeys at T.
-The text and the questions are those that run.py has prepared.
+The text and the questions are those that run.py prepared.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -18,18 +17,18 @@ from typing import Any
 import torch
 from measure import arithmetic, perplexities, shares
 from settings import DISTILLED, L, at
-from text import read_text
+from text import prepare, read_text
 from train import trained
 
-sys.path.append(str(Path(__file__).parents[1]))
-from common import write_result
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from common import RESEARCH, SMOKE, make_parser, write_result
 
 from skipwise.models.attention.temperature import QueryWeights
 from skipwise.pipeline.choose_temperature import search_temperature
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--target", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=50)
@@ -37,6 +36,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--text", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
+    if args.smoke:
+        args.target, args.trials, args.windows, args.steps = 2 * L, 2, 4, 1
+        prepare(args.text, [L, 2 * L], smoke=True)
     chosen = {"seed": args.seed, "steps": args.steps, "tasks": ("passkey",)}
     setting = at(DISTILLED, args.target, **chosen)
     text = read_text(args.text)
@@ -54,7 +56,8 @@ def main() -> None:
             rows.append({**dataclasses.asdict(one), "held_out": held_out, **found})
             print(rows[-1], flush=True)
     facts = {"setting": dataclasses.asdict(setting), "taken": value, "trials": args.trials}
-    write_result(f"temperatures_{args.target}_seed{args.seed}", {**facts, "rows": rows})
+    name, folder = f"temperatures_{args.target}_seed{args.seed}", RESEARCH
+    write_result(name, {**facts, "rows": rows}, folder=SMOKE if args.smoke else folder)
 
 
 if __name__ == "__main__":

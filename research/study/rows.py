@@ -10,8 +10,7 @@ from typing import Any
 
 from settings import L, Setting
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 WINDOWS = 64  # of the rows that are shown
 NOT_MEASURED = "not measured"
 
@@ -27,6 +26,9 @@ class Rows:
     def __init__(self) -> None:
         found = newest("study")
         self.rows = [r for r in found["rows"] if r["windows"] == WINDOWS] if found else []
+        self.by_mark: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            self.by_mark.setdefault(_mark(_named(row)), []).append(row)
 
     def of(self, setting: Setting) -> list[dict[str, Any]]:
         """Rows of a setting, one a seed; what is asked beside perplexity does not matter."""
@@ -34,13 +36,7 @@ class Rows:
 
     def all_of(self, setting: Setting) -> list[dict[str, Any]]:
         """Every row of a setting, those measured again among them."""
-
-        def mark(values: dict[str, Any]) -> str:
-            kept = {k: v for k, v in values.items() if k not in ("seed", "tasks", "curve")}
-            return json.dumps({**vars(Setting()), **kept}, sort_keys=True, default=str)
-
-        wanted = mark(dataclasses.asdict(setting))
-        return [row for row in self.rows if mark(_named(row)) == wanted]
+        return self.by_mark.get(_mark(dataclasses.asdict(setting)), [])
 
     def line(self, name: str, setting: Setting, *, tempered: bool = False) -> str:
         """A row of a table: seeds, perplexity and passkeys at every length."""
@@ -64,6 +60,12 @@ class Rows:
     def mean(self, setting: Setting, length: int, *, tempered: bool = False) -> float | None:
         values = [taken(r, tempered)["perplexity"][str(length)] for r in self.of(setting)]
         return statistics.mean(values) if values else None
+
+
+def _mark(values: dict[str, Any]) -> str:
+    """What rows of one table line have in common: all of a setting but seed and questions."""
+    kept = {k: v for k, v in values.items() if k not in ("seed", "tasks", "curve")}
+    return json.dumps({**vars(Setting()), **kept}, sort_keys=True, default=str)
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 related:K    of K draws, the one whose chunks share the most rare tokens
 topup:P      a share P of the examples ends at the last position of the window
 sections:K   the last chunk has a quarter to three quarters of L; the rest is K - 1 equal sections,
-             their gaps sorted: a sample of the whole context before a stretch of near text
+             their gaps sorted: a sample of the full context before a stretch of near text
 
 Shapes:  L = train_length, T = target_length, N = num_chunks
 """

@@ -9,7 +9,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import model_info_of
 
-FILE = Path(__file__).parents[1] / "docs/families.md"
+FILE = Path(__file__).parents[2] / "docs/families.md"
 REFUSED = [  # config class, models
     ("GPT2Config", "GPT-2"),
     ("GPTBigCodeConfig", "StarCoder, SantaCoder"),

@@ -1,0 +1,107 @@
+"""Every script of benchmarks/ and research/ runs in its smallest setting."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import forked
+import pytest
+
+from skipwise.pipeline.quickstart import MODEL
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("benchmarks", "research")
+    for path in (ROOT / folder).rglob("*.py")
+)
+SCRIPTS = [file for file in FILES if '__name__ == "__main__"' in (ROOT / file).read_text()]
+
+# Arguments of the smallest setting, {} being a folder that the test makes; and its result file.
+SMALLEST = {
+    "benchmarks/evaluation_memory.py": ("--smoke", "evaluation_memory"),
+    "benchmarks/evaluation_speed.py": ("--smoke", "evaluation_speed"),
+    "benchmarks/hybrid_layers.py": ("--smoke", "hybrid_layers"),
+    "benchmarks/input_pipeline.py": ("--smoke", "input_pipeline"),
+    "benchmarks/kill_and_resume.py": ("--smoke", "kill_and_resume"),
+    "benchmarks/large_corpus.py": ("--smoke", "large_corpus"),
+    "benchmarks/loss_memory.py": ("--smoke", "loss_memory"),
+    "benchmarks/old_transformers.py": ("--smoke", "old_transformers"),
+    "benchmarks/plan_accuracy.py": ("--smoke", "plan_accuracy"),
+    "benchmarks/step_overhead.py": ("--smoke", "step_overhead"),
+    "research/gpu/method_cost.py": ("--smoke", "method_cost"),
+    "research/gpu/real_size.py": ("--smoke --out {}/real_size", "real_size"),
+    "research/gpu/sharded_teacher.py": ("--smoke", "sharded_teacher"),
+    "research/gpu/weighted_attention.py": ("--smoke", "weighted_attention"),
+    "research/study/efficiency.py": ("--smoke", "study_efficiency"),
+    "research/study/figures.py": ("--check", None),
+    "research/study/run.py": ("--smoke --tables mixed --out {}/study", None),
+    "research/study/temperatures.py": ("--smoke --text {}/study", "temperatures_512_seed0"),
+    "research/tiny_model/make_tokenizer.py": ("--smoke {}/tokenizer", None),
+    "research/tiny_model/train.py": ("--smoke {}/tiny", None),
+}
+# What a script needs that is not here, and what it says without it.
+NOT_HERE = {
+    "benchmarks/serving_rules.py": (
+        "the unpacked wheels of vLLM and SGLang, or the source of llama.cpp",
+        "vllm {}",
+        r"error: .* does not hold vllm",
+    ),
+}
+SLOW = {
+    "benchmarks/kill_and_resume.py",
+    "research/gpu/real_size.py",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where scripts write; with the tokenizer that the tiny model is trained with."""
+    made = tmp_path_factory.mktemp("scripts")
+    (made / "tiny").mkdir()
+    for file in MODEL.glob("tokenizer*"):
+        shutil.copy(file, made / "tiny")
+    return made
+
+
+def run(script, arguments, out):
+    environment = {**os.environ, "OUT": str(out), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    return forked.training.run(command, env=environment)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, marks=pytest.mark.slow if s in SLOW else ()) for s in SCRIPTS],
+)
+def test_a_script_runs_in_its_smallest_setting(script, folder, tmp_path):
+    if script in NOT_HERE:
+        _, arguments, said = NOT_HERE[script]
+        done = run(script, arguments.format(tmp_path).split(), tmp_path)
+        assert done.returncode == 2 and re.search(said, done.stderr)
+        assert run(script, ["--help"], tmp_path).returncode == 0
+        return
+    assert script in SMALLEST, f"{script}: give it a smallest setting, and name it in SMALLEST"
+    arguments, result = SMALLEST[script]
+    done = run(script, arguments.format(folder).split(), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = sorted(path.name for path in tmp_path.glob("*.json"))
+    if result is None:
+        assert not written
+    else:
+        [name] = written
+        figures = json.loads((tmp_path / name).read_text())
+        assert re.fullmatch(rf"{result}_\d{{4}}-\d\d-\d\d\.json", name)
+        assert figures["benchmark"] == result and figures["machine"] and figures["versions"]
+        assert '"error"' not in json.dumps(figures) and '"failed": "' not in json.dumps(figures)
+
+
+def test_a_file_that_is_no_script_is_imported_by_one():
+    imported = set()
+    for file in FILES:
+        imported |= set(re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / file).read_text(), re.M))
+    assert {Path(file).stem for file in FILES if file not in SCRIPTS} <= imported
+    assert set(SMALLEST) | set(NOT_HERE) == set(SCRIPTS)
