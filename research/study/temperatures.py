@@ -49,7 +49,7 @@ def main() -> None:
     with arithmetic(), torch.inference_mode():
         value, tried = search_temperature(model, searched, L, args.target)
         weights = QueryWeights(model)
-        for one in tried:
+        for one in tried[:2] if args.smoke else tried:
             weights.set(one.temperature)
             lengths = [L, args.target]
             held_out = perplexities(model, text.held_out, lengths, args.windows)
