@@ -57,6 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if args.smoke:
             args.steps, args.target, args.bases = 1, 512, [Path(scratch, "gemma3_text")]
+            args.settings = ["untrained", "skip", "cut+weights", "plain", "full-length"]
             args.sources, args.eval_sources = make_smoke_inputs(args.bases[0], Path(scratch))
         else:
             data = make_recipe().data

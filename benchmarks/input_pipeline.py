@@ -29,6 +29,7 @@ SMALL = {
     "model": str(MODEL),
     "target_length": 512,
     "training": {"global_batch_size": 1},
+    "load": {"dtype": "float32"},
 }
 
 

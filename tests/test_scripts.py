@@ -54,6 +54,8 @@ NOT_HERE = {
 SLOW = {
     "benchmarks/kill_and_resume.py",
     "research/gpu/real_size.py",
+    "research/study/run.py",
+    "research/study/temperatures.py",
 }
 
 

@@ -80,6 +80,7 @@ class Size:
     windows: int = 48
     trials: int = 50
     batch_tokens: int = 131072  # of an evaluation
+    search_tokens: int | None = None  # of a document, in the temperature search; default: all
 
     @property
     def lengths(self) -> list[int]:
@@ -102,6 +103,7 @@ TINY = Size(
     windows=2,
     trials=2,
     batch_tokens=4096,
+    search_tokens=2048,
 )
 
 
@@ -346,7 +348,9 @@ def measure(
     begun_evaluation = time.monotonic()
     if recipe is not None and recipe.attention_temperature == "auto":
         long = np.flatnonzero(np.diff(text.train.offsets) >= size.target)[:SEARCHED].tolist()
-        documents = [np.asarray(text.train.document(i), np.int64) for i in long]
+        documents = [
+            np.asarray(text.train.document(i), np.int64)[: size.search_tokens] for i in long
+        ]
         found["temperature"], tried = search_temperature(
             model, documents, size.length, size.target, batch_tokens=size.batch_tokens
         )
