@@ -72,7 +72,7 @@ def test_a_run_that_is_killed_keeps_what_it_had_measured(counted, monkeypatch):
             raise KeyboardInterrupt
         return [True] * 4
 
-    monkeypatch.setattr("skipwise.evaluation.evaluator.exact_match", fail_late)
+    monkeypatch.setattr("skipwise.evaluation.tasks.passkey.exact_match", fail_late)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(
             eval_model, Texts(), [256, 512], settings(), save=saved.append, progress=False
@@ -128,7 +128,7 @@ def test_what_could_not_be_measured_is_said(counted, tokenizer, capsys):
     assert "left out: perplexity (no text), needle (no text), vt 64 (it does not fit)" in said
     texts = Texts(documents=[np.array(token_ids(tokenizer, "x = 1\n" * 30))])
     evaluate_model(eval_model, texts, [64, 256], settings(tasks=("perplexity",)))
-    assert "perplexity at 256 (no document is as long)" in capsys.readouterr().err
+    assert "perplexity at 256 (no document is that long)" in capsys.readouterr().err
 
 
 def test_progress_counts_all_tokens_and_a_log_file_gets_lines(

@@ -7,18 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_Z = 1.959963984540054  # the normal's 97.5 % point
-
-
-def wilson(num_hits: float, num_samples: int) -> tuple[float, float]:
-    """Wilson's interval of a share; Brown, Cai & DasGupta 2001, section 3.1.1."""
-    n, z2 = num_samples, _Z * _Z
-    p = num_hits / n
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    low = 0.0 if num_hits == 0 else centre - half
-    high = 1.0 if num_hits == n else centre + half
-    return max(0.0, low), min(1.0, high)
+from skipwise.report.intervals import Z, wilson
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
@@ -50,7 +39,7 @@ def t_quantile(degrees: int) -> float:
         return math.tan(math.pi * 0.475)
     if degrees == 2:
         return 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    z, v = _Z, float(degrees)
+    z, v = Z, float(degrees)
     return (
         z
         + (z**3 + z) / (4 * v)

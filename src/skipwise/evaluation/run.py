@@ -22,17 +22,17 @@ from skipwise.data.readers import parse_sources
 from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprint
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.evaluator import (
-    OWN_TASKS,
     EvalModel,
-    Rows,
     Texts,
     check_settings,
     evaluate_model,
+    find_tasks,
 )
 from skipwise.evaluation.fingerprint import files_identity
 from skipwise.models.hf_config import load_config
 from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
 from skipwise.models.model_info import check_reach
+from skipwise.report.rows import Rows
 
 
 def evaluate(
@@ -49,16 +49,54 @@ def evaluate(
     """Tidy rows of a model, and of a baseline, and the folder that holds them.
 
     Args:
-        thing: model folder, hub name, or run folder (its exported model, lengths and text).
-        lengths: context lengths; none given: the run's own.
-        tasks: as `eval.tasks`; none given: the run's own, or all of Skipwise's.
-        data: text for perplexity and haystacks; none given: the run's own, or none.
-        baseline: a model to measure beside it, first; `base`: the run's own base model.
-        out: the evaluation folder of a model; None: runs/eval-NAME. A run is its own.
+        model_or_run: model folder, hub name, or run folder (its exported model, lengths and text).
+        lengths: context lengths. Defaults to the run's own.
+        tasks: as `eval.tasks`. Defaults to the run's own, or to all of Skipwise's.
+        data: text for perplexity and haystacks. Defaults to the run's own.
+        baseline: a model to measure first, for comparison; `base` is the run's own base model.
+        out: the evaluation folder of a model. Defaults to runs/eval-NAME. A run is its own.
 
     Raises:
-        SkipwiseError: a run without a model, a model without lengths, a task that is not known.
+        SkipwiseError: a run without a model, a model without lengths, an unknown task.
     """
+    recipe, run, is_run = _recipe_and_folder(model_or_run, tasks, overrides, out)
+    own_run = run if is_run else None
+    check_settings(recipe.eval)
+    lengths = lengths or _own_lengths(recipe, own_run)
+    if not lengths and any(t.lengths != "none" for t in find_tasks(recipe.eval.tasks)):
+        raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
+    labels = _labels(recipe, run, is_run, baseline)
+    own_folders = (str(run.model), str(run.converted)) if is_run else ()
+    load, load_own = recipe.load, recipe.load.of_own_folder()
+    eval_models = [  # mistakes show before a folder is made
+        make_eval_model(label, model, load_own if model in own_folders else load, lengths)
+        for label, model in labels.items()
+    ]
+    if not is_run:
+        _open(run, labels, baseline, command)
+    need_text = [task.name for task in find_tasks(tasks) if task.text == "required"]
+    rows: Rows = []
+    with run.lock():
+        for eval_model in eval_models:
+            documents = evaluation_documents(recipe, eval_model.tokenizer, own_run, data)
+            if need_text and not documents:
+                raise SkipwiseError(f"{' and '.join(need_text)} need text: type --data PATH")
+            texts, save = Texts(documents=documents), run.write_results
+            rows += evaluate_model(
+                eval_model, texts, lengths, recipe.eval, done=run.results(), save=save
+            )
+    if not rows:
+        raise SkipwiseError(
+            "nothing was measured: no prompt fits these lengths, and no document is that long\n"
+            "type other --lengths, or --data with longer documents"
+        )
+    return rows, run
+
+
+def _recipe_and_folder(
+    model_or_run: str, tasks: list[str], overrides: list[str], out: str | Path | None
+) -> tuple[Recipe, RunFolder, bool]:
+    """The recipe of a run that has a model, or of a model as it is; where its results go."""
     run = RunFolder(model_or_run)
     is_run = run.recipe_file.exists()
     if is_run:
@@ -71,55 +109,17 @@ def evaluate(
             raise SkipwiseError(f"--out: the results of a run go into it, {run.path}")
         tree = dataclasses.asdict(recipe)
     else:
-        name = (
-            Path(model_or_run).expanduser().resolve().name
-            if Path(model_or_run).exists()
-            else model_or_run
-        )
         tree = {"model": model_or_run, "target_length": 1}
         for key in (override.partition("=")[0] for override in overrides):
             if key.split(".")[0] not in ("eval", "load") and key != "data.text_field":
                 raise SkipwiseError(
-                    f"{key} does not take effect on a model as it is: keys of eval. and load. do\n"
-                    "type skipwise extend to change a model, --data for text"
+                    f"{key} does not take effect on a model as it is: only eval. and load. keys do"
+                    "\ntype skipwise extend to change a model, --data for text"
                 )
-        run = RunFolder(out or Path("runs") / f"eval-{name.replace('/', '-')}")
+        run = RunFolder(out or Path("runs") / f"eval-{_name(model_or_run).replace('/', '-')}")
     if tasks:
         tree["eval"] = {**tree.get("eval", {}), "tasks": tasks}
-    recipe = parse_recipe(tree, overrides)
-    check_settings(recipe.eval)
-    lengths = lengths or _own_lengths(recipe, run if is_run else None)
-    if not lengths and set(recipe.eval.tasks) & set(OWN_TASKS):
-        raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
-    labels = _labels(recipe, run, is_run, baseline)
-    subjects = []
-    for label, model in labels.items():  # mistakes show before a folder is made
-        ours = is_run and model in (str(run.model), str(run.converted))
-        settings = recipe.load.of_own_folder() if ours else recipe.load
-        subjects.append(make_eval_model(label, model, settings, lengths))
-    if not is_run:
-        _open(run, labels, baseline, command)
-    rows: Rows = []
-    with run.lock():
-        for one in subjects:
-            documents = evaluation_documents(recipe, one.tokenizer, run if is_run else None, data)
-            wanting = [task for task in tasks if task in ("perplexity", "needle")]
-            if wanting and not documents:
-                raise SkipwiseError(f"{' and '.join(wanting)} need text: type --data PATH")
-            rows += evaluate_model(
-                one,
-                Texts(documents=documents),
-                lengths,
-                recipe.eval,
-                done=run.results(),
-                save=run.write_results,
-            )
-    if not rows:
-        raise SkipwiseError(
-            "nothing was measured: no prompt fits these lengths, and no document is as long\n"
-            "type other --lengths, or --data with longer documents"
-        )
-    return rows, run
+    return parse_recipe(tree, overrides), run, is_run
 
 
 def make_eval_model(

@@ -84,11 +84,7 @@ def exact_match(
 
 @torch.inference_mode()
 def recall(
-    model: Any,
-    tokenizer: Any,
-    trials: Sequence[Trial],
-    batch_tokens: int,
-    tick: Tick | None = None,
+    model: Any, tokenizer: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
 ) -> list[float]:
     """The share of each trial's answers that the model says, by greedy decoding.
 
@@ -135,10 +131,7 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _batches(
-    model: Any,
-    trials: Sequence[Trial],
-    batch_tokens: int,
-    fed: Callable[[Trial], list[int]],
+    model: Any, trials: Sequence[Trial], batch_tokens: int, fed: Callable[[Trial], list[int]]
 ) -> Iterator[tuple[list[int], list[list[int]], Any]]:
     """(indices of trials, their tokens after the shared prefix, the prefix's cache)."""
     haystacks: dict[int, list[int]] = {}
@@ -152,10 +145,7 @@ def _batches(
 
 
 def _batches_of_one(
-    model: Any,
-    trials: Sequence[Trial],
-    batch_tokens: int,
-    fed: Callable[[Trial], list[int]],
+    model: Any, trials: Sequence[Trial], batch_tokens: int, fed: Callable[[Trial], list[int]]
 ) -> Iterator[tuple[list[int], list[list[int]], Any]]:
     """The same for trials of one haystack.
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from skipwise.report.format import is_share, listed, number, signed
+from skipwise.report.format import higher_is_better, is_share, listed, number, signed
 from skipwise.report.rows import Row, Rows, finite, is_benchmark, models_of
 
 Z = 1.96  # standard errors of a difference that are still within error
@@ -30,7 +30,8 @@ class Difference:
     base: float
     other: float
     error: float | None  # standard error of the difference; None: not known
-    higher_is_better: bool = True
+    higher_is_better: bool
+    is_share: bool
 
     @property
     def change(self) -> float:
@@ -55,7 +56,7 @@ class Difference:
 
     def __str__(self) -> str:
         """`−2.8 ± 0.6`, in points of percent where it is a share."""
-        scale, digits = (100, 1) if _share(self.metric, self.base, self.other) else (1, 2)
+        scale, digits = (100, 1) if self.is_share else (1, 2)
         shown = signed(scale * self.change, digits)
         return shown if self.error is None else f"{shown} ± {scale * self.error:.{digits}f}"
 
@@ -92,8 +93,7 @@ def describe_benchmarks(rows: Rows) -> list[str]:
 def fallen(rows: Rows, base: str, other: str) -> list[str]:
     """`hellaswag from 75.9 to 73.1 %` for each benchmark that got worse beyond error."""
     return [
-        f"{d.task} from {_plain(d, d.base)} to {_plain(d, d.other)}"
-        + (" %" if _share(d.metric, d.base, d.other) else "")
+        f"{d.task} from {_plain(d, d.base)} to {_plain(d, d.other)}" + (" %" if d.is_share else "")
         for d in differences(rows, base, other)
         if d.worse
     ]
@@ -104,13 +104,9 @@ def format_benchmark(row: Row | None) -> str:
     if row is None or row["value"] is None:
         return "not measured"
     value, error = row["value"], _stderr(row)
-    if not _share(row["metric"], value):
+    if not _is_share(row):
         return number(value) + ("" if error is None else f" ± {error:.2f}")
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
-
-
-def metric_label(line: Line, row: Row) -> str:
-    return f"{line[1]} {'↑' if _higher(row) else '↓'}"
 
 
 def shots_label(line: Line) -> str:
@@ -136,9 +132,7 @@ def _describe(rows: Rows, lines: list[Line], base: str, other: str) -> str:
         said.append(
             f"{within} of {judged} {'benchmark' if judged == 1 else 'benchmarks'} within error"
         )
-    points = [
-        100 * d.change for d in found if d.higher_is_better and _share(d.metric, d.base, d.other)
-    ]
+    points = [100 * d.change for d in found if d.higher_is_better and d.is_share]
     if len(points) > 1:
         mean = signed(sum(points) / len(points), 2)
         said.append(f"mean change {mean} points over {len(points)}")
@@ -159,7 +153,8 @@ def _difference(a: Row, b: Row) -> Difference | None:
         base=a["value"],
         other=b["value"],
         error=math.hypot(*known) if len(known) == 2 else None,
-        higher_is_better=_higher(a),
+        higher_is_better=higher_is_better(a),
+        is_share=_is_share(a) and _is_share(b),
     )
 
 
@@ -168,17 +163,13 @@ def _stderr(row: Row) -> float | None:
     return error if error is not None and math.isfinite(error) else None
 
 
-def _higher(row: Row) -> bool:
-    given = row.get("higher_is_better")
-    return is_share(row["metric"]) if given is None else bool(given)
-
-
-def _share(metric: str, *values: float) -> bool:
-    return is_share(metric) and all(0 <= value <= 1 for value in values)
+def _is_share(row: Row) -> bool:
+    """Metrics of lm-eval have any scale: a value beyond 0 .. 1 is a number."""
+    return is_share(row) and 0 <= row["value"] <= 1
 
 
 def _plain(difference: Difference, value: float) -> str:
-    if _share(difference.metric, difference.base, difference.other):
+    if difference.is_share:
         return f"{100 * value:.1f}"
     return number(value)
 

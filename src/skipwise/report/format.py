@@ -6,17 +6,29 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-METRICS = {
-    "perplexity": "perplexity ↓",
-    "bits_per_byte": "bits per byte ↓",
-    "exact_match": "exact match ↑",
-    "recall": "recall ↑",
-}
+METRIC_NAMES = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
 _NUMBERS = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  # no shares
 
 
-def is_share(metric: str) -> bool:
-    return metric not in _NUMBERS
+def is_share(row: dict[str, Any]) -> bool:
+    """Whether values are in 0 .. 1 and written in percent: as the row says, else by its metric."""
+    given = row.get("is_share")
+    return row["metric"] not in _NUMBERS if given is None else bool(given)
+
+
+def higher_is_better(row: dict[str, Any]) -> bool:
+    given = row.get("higher_is_better")
+    return is_share(row) if given is None else bool(given)
+
+
+def metric_name(row: dict[str, Any]) -> str:
+    metric: str = row["metric"]
+    return METRIC_NAMES.get(metric, metric)
+
+
+def metric_label(row: dict[str, Any]) -> str:
+    """`exact match ↑`: the metric and which direction is better."""
+    return f"{metric_name(row)} {'↑' if higher_is_better(row) else '↓'}"
 
 
 def format_value(row: dict[str, Any]) -> str:
@@ -24,8 +36,8 @@ def format_value(row: dict[str, Any]) -> str:
     value, low, high = row["value"], row["low"], row["high"]
     known = low is not None or high is not None
     if value is None:
-        return "not measured" if is_share(row["metric"]) else "beyond measure"
-    if not is_share(row["metric"]):
+        return "not measured" if is_share(row) else "beyond measure"
+    if not is_share(row):
         digits = 3 if row["metric"] == "bits_per_byte" else 2
         shown = number(value, digits)
         interval = f"{number(low, digits)}, {number(high, digits)}"
@@ -35,6 +47,11 @@ def format_value(row: dict[str, Any]) -> str:
         digits = 0 if round(low) <= 100 * value <= round(high) else 1  # it holds the value
         interval = f"{low:.{digits}f}, {high:.{digits}f}"
     return f"{shown} [{interval}]" if known else shown
+
+
+def short_value(row: dict[str, Any]) -> str:
+    """`8.14` or `98 %`, without the interval."""
+    return format_value(row).partition(" [")[0]
 
 
 def percent(share: float) -> str:

@@ -3,7 +3,7 @@
 Rows:    {"model", "task", "metric", "context_length", ["depth"], "value", "low", "high",
          "num_samples"}; a value that is null or not finite was measured and is beyond measure.
          A benchmark's row has "kind": "benchmark", no context length, "num_fewshot", "stderr".
-Source:  interval of a share: Wilson 1927, "Probable inference", JASA 22, 209-212
+         A row may say how it is shown: "title", "about", "higher_is_better", "is_share".
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from skipwise.report.intervals import wilson
+
 Row = dict[str, Any]
 Rows = list[Row]
-_Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
 # the tasks of RULER (arXiv 2404.06654) that skipwise has; RULER's own suite has 13
 RULER_TASKS = (
@@ -62,6 +63,12 @@ def of(rows: Rows, task: str, metric: str | None = None) -> Rows:
     return finite(kept)
 
 
+def other_tasks(rows: Rows) -> list[str]:
+    """The tasks at context lengths that the page has no section for by name."""
+    kept = (row["task"] for row in by_context(rows) if not is_ruler(row))
+    return sorted({task for task in kept if task not in _ORDER})
+
+
 def models_of(rows: Rows) -> list[str]:
     """Before and after first, the others as they come."""
     names = dict.fromkeys(row["model"] for row in rows)
@@ -84,7 +91,7 @@ def pooled(rows: Rows) -> Rows:
             counted = [r for r in group if r["value"] is not None and r["num_samples"]]
             count = sum(r["num_samples"] for r in counted)
             hits = round(sum(r["value"] * r["num_samples"] for r in counted))
-            low, high = _wilson(hits, count) if count else (None, None)
+            low, high = wilson(hits, count) if count else (None, None)
             value = hits / count if count else None
             row.update(value=value, low=low, high=high, num_samples=count)
         out.append(row)
@@ -114,11 +121,3 @@ def line_order(line: tuple[str, str, int]) -> tuple[Any, ...]:
     task, metric, length = line
     rank = _ORDER.index(task) if task in _ORDER else len(_ORDER)
     return task == RULER_AVERAGE, rank, task, metric != "perplexity", metric, length
-
-
-def _wilson(hits: int, count: int) -> tuple[float, float]:
-    p, z2 = hits / count, _Z * _Z
-    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count * count))
-    low, high = centre - half, centre + half
-    return (0.0 if hits == 0 else low), (1.0 if hits == count else high)

@@ -9,10 +9,9 @@ from skipwise.report.benchmarks import (
     describe_benchmarks,
     format_benchmark,
     line_difference,
-    metric_label,
     shots_label,
 )
-from skipwise.report.format import METRICS, format_value
+from skipwise.report.format import format_value, metric_label
 from skipwise.report.rows import (
     RULER_AVERAGE,
     Rows,
@@ -62,7 +61,8 @@ def _contexts(rows: Rows) -> str:
         values = [format_value(cell) if cell else "not measured" for cell in found]
         if task == RULER_AVERAGE:
             values = [format_value(cell) if cell else "no average" for cell in found]
-        table.append([task, METRICS.get(metric, metric), f"{length:,}", *values])
+        label = metric_label(next(cell for cell in found if cell))
+        table.append([task, label, f"{length:,}", *values])
     summaries = summarise_ruler(rows)
     if summaries:
         effective = {s.model: s.effective for s in summaries}
@@ -87,7 +87,7 @@ def _benchmarks(rows: Rows) -> str:
     for line in lines:
         found = [cells.get((line, model)) for model in models]
         one = next(cell for cell in found if cell)
-        entries = [line[0], metric_label(line, one), shots_label(line)]
+        entries = [line[0], metric_label(one), shots_label(line)]
         entries += [format_benchmark(cell) for cell in found]
         if pair:
             difference = line_difference(*found)

@@ -26,8 +26,11 @@ import torch
 import yaml
 
 from skipwise.errors import SkipwiseError
+from skipwise.evaluation.fingerprint import harness_identity
 from skipwise.evaluation.harness.adapter import first_line, guarded, script_refusal, wrap
 from skipwise.evaluation.harness.task_folder import read_folder
+from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.rows import Rows
 
 SHORT_BENCHMARKS = {  # task: (num_fewshot, metric)
     "boolq": (0, "acc"),
@@ -47,6 +50,30 @@ def expand(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for some in each for name in some))
 
 
+def make_task(name: str) -> Task:
+    """A task or group of the harness as a task of the evaluation; its name is not checked here."""
+
+    def measure(inputs: TaskInputs) -> Rows:
+        settings = inputs.settings
+        return run_benchmark(
+            inputs.model,
+            inputs.tokenizer,
+            name,
+            limit=settings.limit,
+            task_folder=settings.task_folder,
+            seed=settings.seed,
+        )
+
+    return Task(
+        name=name,
+        measure=measure,
+        num_samples=lambda settings: settings.limit,
+        cache_key=lambda settings: (settings.limit, harness_identity(settings.task_folder)),
+        lengths="none",
+        check=lambda settings: check_benchmarks([name], task_folder=settings.task_folder),
+    )
+
+
 def check_benchmarks(names: Sequence[str], *, task_folder: str | None = None) -> None:
     """Raise what `run_benchmark` would raise, before any hours are spent; gets the data sets."""
     for name in expand(names):
@@ -64,7 +91,7 @@ def run_benchmark(
     batch_size: int = 8,
     max_length: int | None = None,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Rows of one task or group, one a metric.
 
     A task of `short-benchmarks` has the suite's few-shot count and metric. Any other has its own
@@ -99,11 +126,7 @@ def run_benchmark(
         torch.manual_seed(seed)
         lm = wrap(model, tokenizer, batch_size, max_length)
         results: Any = evaluate(
-            lm=lm,
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=_BOOTSTRAPS,
-            log_samples=False,
+            lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
         )
     if lm.num_truncated:
         warnings.warn(
@@ -192,7 +215,7 @@ def _reported(name: str, loaded: dict[str, Any], results: Any) -> list[str]:
     return list(loaded["tasks"])
 
 
-def _rows(name: str, results: Any) -> list[dict[str, Any]]:
+def _rows(name: str, results: Any) -> Rows:
     numbers = results["results"][name]
     rows = []
     for key, value in numbers.items():

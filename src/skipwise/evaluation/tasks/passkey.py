@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from skipwise.evaluation.intervals import wilson
-from skipwise.evaluation.scoring import Trial
+from skipwise.evaluation.scoring import Trial, exact_match
 from skipwise.evaluation.tasks.prompts import (
     answered,
     count_tokens,
@@ -27,6 +27,8 @@ from skipwise.evaluation.tasks.prompts import (
     random_words,
     token_ids,
 )
+from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.rows import Rows
 
 INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -193,11 +195,7 @@ def _depths(num_trials: int, num_depths: int) -> list[tuple[float, int]]:
 
 
 def _filled(
-    tokenizer: Any,
-    text: Callable[[int], list[str]],
-    keys: Sequence[str],
-    length: int,
-    guess: int,
+    tokenizer: Any, text: Callable[[int], list[str]], keys: Sequence[str], length: int, guess: int
 ) -> tuple[int, list[tuple[list[int], list[int]]]] | None:
     """Prompts, and prompts with their answers, of the most units that all of them fit with."""
 
@@ -233,3 +231,57 @@ def _needle(passkey: str, of: str = "") -> str:
 
 def _around(passkey: str, before: str, after: str) -> str:
     return "\n".join([INTRO, before, _needle(passkey), after, QUERY])
+
+
+def _measure_passkey(inputs: TaskInputs) -> Rows:
+    settings = inputs.settings
+    trials = passkey_trials(
+        inputs.tokenizer,
+        inputs.length,
+        num_trials=settings.passkey_samples,
+        num_depths=settings.num_depths,
+        seed=settings.seed,
+    )
+    return _score("passkey", inputs, trials)
+
+
+def _measure_needle(inputs: TaskInputs) -> Rows:
+    settings = inputs.settings
+    if not inputs.words:
+        return []
+    trials = needle_trials(
+        inputs.tokenizer,
+        inputs.length,
+        num_trials=settings.needle_samples,
+        num_depths=settings.num_depths,
+        words=inputs.words,
+        per_haystack=settings.needles_per_haystack,
+        seed=settings.seed,
+    )
+    return _score("needle", inputs, trials)
+
+
+def _score(task: str, inputs: TaskInputs, trials: list[Trial]) -> Rows:
+    if not trials:
+        return []
+    correct = exact_match(inputs.model, trials, inputs.settings.batch_tokens, inputs.tick)
+    return rows_by_depth(task, inputs.length, trials, correct)
+
+
+PASSKEY = Task(
+    name="passkey",
+    measure=_measure_passkey,
+    num_samples=lambda settings: settings.passkey_samples,
+    cache_key=lambda settings: (settings.passkey_samples, settings.num_depths),
+)
+NEEDLE = Task(
+    name="needle",
+    measure=_measure_needle,
+    num_samples=lambda settings: settings.needle_samples,
+    cache_key=lambda settings: (
+        settings.needle_samples,
+        settings.num_depths,
+        settings.needles_per_haystack,
+    ),
+    text="required",
+)

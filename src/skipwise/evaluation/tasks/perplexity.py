@@ -21,6 +21,8 @@ import torch
 
 from skipwise.evaluation.intervals import clustered_mean
 from skipwise.evaluation.prefill import logits_in_slices
+from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.rows import Rows
 
 _BEFORE = 16  # tokens decoded before the targets, so that both ends are cut in the same way
 
@@ -155,3 +157,26 @@ def _exp(loss: float) -> float | None:
     """Perplexity; None where it is not a finite number (JSON has none)."""
     value = math.exp(loss) if loss < 700 else math.inf
     return value if math.isfinite(value) else None
+
+
+def _measure(inputs: TaskInputs) -> Rows:
+    return perplexity(
+        inputs.model,
+        inputs.documents,
+        inputs.lengths,
+        tokenizer=inputs.tokenizer,
+        stride=inputs.settings.perplexity_stride,
+        num_windows=inputs.settings.perplexity_windows,
+        batch_tokens=inputs.settings.batch_tokens,
+        tick=inputs.tick,
+    )
+
+
+PERPLEXITY = Task(
+    name="perplexity",
+    measure=_measure,
+    num_samples=lambda settings: settings.perplexity_windows,
+    cache_key=lambda settings: (settings.perplexity_windows, settings.perplexity_stride),
+    lengths="together",  # the shortest and the longest fix the targets of all
+    text="required",
+)

@@ -14,6 +14,7 @@ Source: Hsieh et al. 2024, arXiv 2404.06654, section 3 and appendix B.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.evaluation.scoring import Trial
+from skipwise.evaluation.scoring import Trial, recall
 from skipwise.evaluation.tasks.passkey import FILLER
 from skipwise.evaluation.tasks.prompts import (
     count_tokens,
@@ -32,6 +33,8 @@ from skipwise.evaluation.tasks.prompts import (
     random_words,
     token_ids,
 )
+from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
+from skipwise.report.rows import RULER_TASKS, Rows
 
 _NUM_KEYS = 4  # of the multi-key, multi-value and multi-query tasks
 _NUM_HOPS = 4
@@ -64,11 +67,11 @@ def make_samples(
         task: a key of `TASKS`.
         words: the haystack's, with their whitespace; none: filler sentences.
     """
-    make = TASKS[task]
+    make = _QUESTIONS[task]
     samples = []
     num_units: int | None = 16
     for i in range(num_samples):
-        rng = np.random.default_rng([seed, length, i, list(TASKS).index(task)])
+        rng = np.random.default_rng([seed, length, i, RULER_TASKS.index(task)])
         haystack = _Haystack(words=words)
         question = make(rng, haystack, length)
         room = round(_MARGIN * count_tokens(tokenizer, question.spoken)) + 4
@@ -217,19 +220,49 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-_WORDS = _needles(random_words, "word")
-_NUMBERS = _needles(random_numbers, "number")
-_UUIDS = _needles(random_uuids, "uuid")
-TASKS: dict[str, Callable[[np.random.Generator, _Haystack, int], _Question]] = {
-    "niah_single_words": _WORDS,
-    "niah_single_numbers": _NUMBERS,
-    "niah_single_uuids": _UUIDS,
-    "niah_multikey": _needles(random_numbers, "number", num_needles=_NUM_KEYS),
-    "niah_multivalue": _needles(random_numbers, "number", num_values=_NUM_KEYS),
-    "niah_multiquery": _needles(
-        random_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS
-    ),
-    "vt": _tracing,
-    "cwe": _common_words,
-    "fwe": _frequent_words,
+_QUESTIONS: dict[str, Callable[[np.random.Generator, _Haystack, int], _Question]] = dict(
+    zip(
+        RULER_TASKS,  # their order is part of each task's seed
+        (
+            _needles(random_words, "word"),
+            _needles(random_numbers, "number"),
+            _needles(random_uuids, "uuid"),
+            _needles(random_numbers, "number", num_needles=_NUM_KEYS),
+            _needles(random_numbers, "number", num_values=_NUM_KEYS),
+            _needles(random_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS),
+            _tracing,
+            _common_words,
+            _frequent_words,
+        ),
+        strict=True,
+    )
+)
+
+
+def _measure(task: str, inputs: TaskInputs) -> Rows:
+    settings = inputs.settings
+    samples = make_samples(
+        task,
+        inputs.tokenizer,
+        inputs.length,
+        num_samples=settings.ruler_samples,
+        seed=settings.seed,
+        words=inputs.words,
+    )
+    if not samples:
+        return []
+    scores = recall(inputs.model, inputs.tokenizer, samples, settings.batch_tokens, inputs.tick)
+    return [{**mean_row(task, "recall", inputs.length, scores), "group": "ruler"}]
+
+
+TASKS = {
+    name: Task(
+        name=name,
+        measure=functools.partial(_measure, name),
+        num_samples=lambda settings: settings.ruler_samples,
+        cache_key=lambda settings: (settings.ruler_samples,),
+        text="optional",
+        group="ruler",
+    )
+    for name in RULER_TASKS
 }

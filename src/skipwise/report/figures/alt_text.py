@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from skipwise.report.format import number, percent
+from skipwise.report.format import number, percent, short_value
 from skipwise.report.rows import Rows, models_of, of, pooled
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, RulerSummary, describe_tasks
 
 
-def describe_perplexity(rows: Rows) -> str:
+def describe_curves(rows: Rows, title: str) -> str:
     """Every value, by model and length."""
     said = []
-    for model in models_of(of(rows, "perplexity")):
-        points = [r for r in of(rows, "perplexity") if r["model"] == model]
+    for model in models_of(rows):
+        points = (row for row in rows if row["model"] == model)
         values = ", ".join(
-            f"{number(r['value']) if r['value'] is not None else 'beyond measure'} "
-            f"at {r['context_length']:,}"
-            for r in sorted(points, key=lambda r: r["context_length"])
+            f"{short_value(row)} at {row['context_length']:,}"
+            for row in sorted(points, key=lambda row: row["context_length"])
         )
         said.append(f"{model}: {values}")
-    return f"Perplexity by tokens of context. {'; '.join(said)}."
+    return f"{title} by tokens of context. {'; '.join(said)}."
 
 
 def describe_grid(rows: Rows, task: str) -> str:

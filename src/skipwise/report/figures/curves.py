@@ -21,27 +21,83 @@ from skipwise.report.figures.style import (
     palette,
     shorten,
 )
-from skipwise.report.format import number, percent
+from skipwise.report.format import is_share, metric_label, number, percent
 from skipwise.report.rows import Row, Rows, models_of, of
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, average_rows, summarise_ruler
 
 _MOST_STEPS = 400  # points of the loss curve
 
 
+@matplotlib.rc_context(STYLE)
 def plot_perplexity(
     rows: Rows, original_length: int | None = None, width: float = WIDE
 ) -> Figure | None:
     """Perplexity against context length, a curve a model, with 95 % bands; at most 4 models."""
     rows = [row for row in of(rows, "perplexity") if row["value"] is not None]
-    if not 1 <= len(models_of(rows)) <= MOST_CURVES:
+    figure, axes = _plot_by_length(rows, "perplexity", width, 3.6)
+    if axes is None:
         return None
-    lengths = sorted({r["context_length"] for r in rows})
-    values = [r["value"] for r in rows]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, 3.6), layout="constrained")
-        axes = figure.subplots()
+    axes.set_xlabel("tokens of context (same target tokens)")
+    if original_length:
+        lengths = [row["context_length"] for row in rows]
+        axes.axvline(original_length, color=INK, linewidth=1, linestyle=":")
+        axes.annotate(
+            "original window",
+            (original_length, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="center" if min(lengths) < original_length < max(lengths) else "left",
+            va="bottom",
+            fontsize=9,
+        )
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_ruler(rows: Rows, width: float = WIDE) -> Figure | None:
+    """The average over the RULER tasks against context length, at most 4 models."""
+    rows = average_rows(summarise_ruler(rows))
+    figure, axes = _plot_by_length(rows, "mean of the RULER tasks", width)
+    if axes is None:
+        return None
+    axes.axhline(100 * EFFECTIVE_THRESHOLD, color=INK, linewidth=1, linestyle="--")
+    axes.annotate(
+        f"{100 * EFFECTIVE_THRESHOLD:.1f} %",
+        (1.005, 100 * EFFECTIVE_THRESHOLD),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        fontsize=9,
+    )
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_metric(rows: Rows, width: float = WIDE) -> Figure | None:
+    """The rows of one task and metric against context length, at most 4 models."""
+    rows = [row for row in rows if row["value"] is not None]
+    return _plot_by_length(rows, metric_label(rows[0]), width)[0] if rows else None
+
+
+def _plot_by_length(
+    rows: Rows, ylabel: str, width: float, height: float = 3.4
+) -> tuple[Figure | None, Any]:
+    """A curve a model: shares in percent, numbers on a log scale where they differ by much."""
+    if not 1 <= len(models_of(rows)) <= MOST_CURVES:
+        return None, None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    values = [row["value"] for row in rows]
+    if is_share(rows[0]):
+        scaled = [
+            {**row, **{k: row[k] and 100 * row[k] for k in ("value", "low", "high")}}
+            for row in rows
+        ]
+        _curves(axes, scaled, lambda value: percent(value / 100), width)
+        axes.set_ylim(-14, 112)  # room for the values
+        axes.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    else:
         _curves(axes, rows, number, width)
-        if max(values) > 4 * min(values):
+        axes.margins(y=0.12)
+        if max(values) > 4 * min(values) > 0:
             axes.set_yscale("log")
             decades = np.log10(max(values) / min(values))
             axes.yaxis.set_major_locator(
@@ -51,50 +107,12 @@ def plot_perplexity(
             axes.yaxis.set_major_formatter(
                 FuncFormatter(lambda v, _: f"{v:,g}" if v < 1e6 else f"{v:.0e}")
             )
-        axes.margins(x=0.07, y=0.12)
-        length_axis(axes, lengths)
-        if original_length:
-            axes.axvline(original_length, color=INK, linewidth=1, linestyle=":")
-            axes.annotate(
-                "original window",
-                (original_length, 1.01),
-                xycoords=("data", "axes fraction"),
-                ha="center" if lengths[0] < original_length < lengths[-1] else "left",
-                va="bottom",
-                fontsize=9,
-            )
-        axes.set_xlabel("tokens of context (same target tokens)")
-        axes.set_ylabel("perplexity")
-        _legend(figure, axes, width)
-        return figure
-
-
-def plot_ruler(rows: Rows, width: float = WIDE) -> Figure | None:
-    """The average over the RULER tasks against context length, at most 4 models."""
-    rows = average_rows(summarise_ruler(rows))
-    if not 1 <= len(models_of(rows)) <= MOST_CURVES:
-        return None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, 3.4), layout="constrained")
-        axes = figure.subplots()
-        shares = [{**row, "value": 100 * row["value"]} for row in rows]
-        _curves(axes, shares, lambda value: percent(value / 100), width)
-        axes.set_ylim(-14, 112)  # room for the values
-        axes.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-        axes.margins(x=0.07)
-        length_axis(axes, sorted({row["context_length"] for row in rows}))
-        axes.axhline(100 * EFFECTIVE_THRESHOLD, color=INK, linewidth=1, linestyle="--")
-        axes.annotate(
-            f"{100 * EFFECTIVE_THRESHOLD:.1f} %",
-            (1.005, 100 * EFFECTIVE_THRESHOLD),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=9,
-        )
-        axes.set_xlabel("tokens of context")
-        axes.set_ylabel("mean of the RULER tasks")
-        _legend(figure, axes, width)
-        return figure
+    axes.margins(x=0.07)
+    length_axis(axes, sorted({row["context_length"] for row in rows}))
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel(ylabel)
+    _legend(figure, axes, width)
+    return figure, axes
 
 
 def plot_selection(selection: dict[str, Any], width: float = WIDE) -> Figure | None:

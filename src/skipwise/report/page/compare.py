@@ -15,15 +15,8 @@ from skipwise.errors import SkipwiseError
 from skipwise.report.format import duration, short_count
 from skipwise.report.headline import evaluation_headline
 from skipwise.report.load import all_training, count, is_evaluation, part, read_json, read_rows
-from skipwise.report.page.html import definitions, facts_list, note, page, section
-from skipwise.report.page.results import (
-    benchmark_section,
-    grid_section,
-    measured_facts,
-    perplexity_section,
-    ruler_section,
-    table_section,
-)
+from skipwise.report.page.html import definitions, note, page, section, tile_list
+from skipwise.report.page.results import measured_sections, result_tiles, table_section
 from skipwise.report.rows import Row, Rows, finite, models_of
 from skipwise.report.tables import format_table
 
@@ -60,16 +53,10 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
         title="Comparison · Skipwise",
         eyebrow=f"Skipwise comparison of {len(compared)} folders",
         headline=evaluation_headline({"name": "The comparison"}, rows),
-        facts=facts_list(measured_facts(rows)),
+        tiles=tile_list(result_tiles(rows)),
         sections=[
             table_section(rows, "Side by side", {}),
-            perplexity_section(
-                rows, windows.pop() if len(windows) == 1 else None, None, optional=True
-            ),
-            grid_section(rows, "passkey", None),
-            grid_section(rows, "needle", None),
-            ruler_section(rows, None),
-            benchmark_section(rows),
+            *measured_sections(rows, windows.pop() if len(windows) == 1 else None, None),
             _folders(compared),
         ],
     )

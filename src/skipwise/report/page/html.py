@@ -61,10 +61,10 @@ def figure(
     )
 
 
-def facts_list(facts: list[tuple[str, str]]) -> str:
-    """Boxes of a value and what it is."""
-    items = "".join(f"<li><b>{prose(a)}</b><span>{escape(b)}</span></li>" for a, b in facts)
-    return f'<ul class="facts">{items}</ul>\n' if facts else ""
+def tile_list(tiles: list[tuple[str, str]]) -> str:
+    """Tiles, each a value and its label."""
+    items = "".join(f"<li><b>{prose(a)}</b><span>{escape(b)}</span></li>" for a, b in tiles)
+    return f'<ul class="tiles">{items}</ul>\n' if tiles else ""
 
 
 def definitions(entries: dict[str, list[Any]]) -> str:
@@ -75,7 +75,7 @@ def definitions(entries: dict[str, list[Any]]) -> str:
 
 
 def page(
-    *, title: str, eyebrow: str, headline: str, sections: list[str], notice: str = "", facts: str
+    *, title: str, eyebrow: str, headline: str, sections: list[str], notice: str = "", tiles: str
 ) -> str:
     """The whole page, with the style in it and nothing to be fetched."""
     lead, _, rest = headline.partition(": ")
@@ -86,6 +86,6 @@ def page(
         lead=prose(f"{lead}: " if rest else lead),
         rest=prose(rest),
         notice=notice,
-        facts=facts,
+        tiles=tiles,
         sections="".join(sections),
     )

@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.report.format import length_names, percent
+from skipwise.report.format import length_names, short_value
 from skipwise.report.headline import evaluation_headline, headline
 from skipwise.report.load import count, is_evaluation, part, read_json, read_lines, read_rows
-from skipwise.report.page.html import definitions, facts_list, note, page, section
-from skipwise.report.page.results import (
-    benchmark_section,
-    grid_section,
-    measured_facts,
-    perplexity_section,
-    ruler_section,
-    table_section,
-)
+from skipwise.report.page.html import definitions, note, page, section, tile_list
+from skipwise.report.page.results import measured_sections, result_tiles, table_section
 from skipwise.report.page.training import (
     checks_section,
     cost_section,
@@ -32,9 +25,9 @@ from skipwise.report.page.training import (
     loss_section,
     positions_section,
     selection_section,
-    training_metadata,
+    training_tiles,
 )
-from skipwise.report.rows import Rows, find
+from skipwise.report.rows import Rows, find, other_tasks
 from skipwise.report.ruler import summarise_ruler
 from skipwise.report.tables import format_table
 
@@ -64,17 +57,17 @@ def write_report(run_folder: str | Path) -> Path:
     if is_evaluation(run):
         # a baseline that was measured later is still what the others stand against
         rows.sort(key=lambda row: row["model"] != run.get("baseline"))
-        said, facts = evaluation_headline({"name": name, **run}, rows), measured_facts(rows)
+        said, tiles = evaluation_headline({"name": name, **run}, rows), result_tiles(rows)
         sections, what = _evaluation(run, rows, out), "evaluation"
     else:
-        said, facts = headline(run, rows), _run_facts(run, rows)
+        said, tiles = headline(run, rows), _run_tiles(run, rows)
         sections, what = _run(folder, run, rows, out), "run"
     text = page(
         title=f"{name} · Skipwise",
         eyebrow=" · ".join([f"Skipwise {what} {name}", *_when(run)]),
         headline=said,
         notice=_notice(run),
-        facts=facts_list(facts),
+        tiles=tile_list(tiles),
         sections=sections,
     )
     (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
@@ -86,11 +79,7 @@ def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
     names = {run.get("target_length"): "target", run.get("original_length"): "original"}
     return [
         table_section(rows, "Before and after", names),
-        perplexity_section(rows, run.get("original_length"), out),
-        grid_section(rows, "passkey", out, optional=False),
-        grid_section(rows, "needle", out),
-        ruler_section(rows, out),
-        benchmark_section(rows),
+        *measured_sections(rows, run.get("original_length"), out, optional=False),
         selection_section(run, out),
         loss_section(read_lines(folder / "metrics.jsonl"), out),
         positions_section(run, out),
@@ -123,11 +112,7 @@ def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
     entries["Versions"] = [f"{k} {v}" for k, v in part(run, "versions").items()]
     return [
         table_section(rows, "What was measured", {}),
-        perplexity_section(rows, windows.pop() if len(windows) == 1 else None, out, optional=True),
-        grid_section(rows, "passkey", out),
-        grid_section(rows, "needle", out),
-        ruler_section(rows, out),
-        benchmark_section(rows),
+        *measured_sections(rows, windows.pop() if len(windows) == 1 else None, out),
         section("Models and machine", definitions(entries)),
         _reproduce(run, None),
     ]
@@ -149,24 +134,24 @@ def _notice(run: dict[str, Any]) -> str:
     )
 
 
-def _run_facts(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
+def _run_tiles(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
     """The lengths, retrieval at the target and effective length before and after, the training."""
     L, T = run.get("original_length"), run.get("target_length")
-    facts = []
+    tiles = []
     if L and T:
-        facts.append((" → ".join(length_names([L, T])), "tokens of context"))
-        for task in ("passkey", "needle"):
+        tiles.append((" → ".join(length_names([L, T])), "tokens of context"))
+        for task in ("passkey", "needle", *other_tasks(rows)):
             found = [(m, find(rows, m, task, T)) for m in ("before", "after")]
-            shares = {m: percent(r["value"]) for m, r in found if r and r["value"] is not None}
-            if shares:
-                models = " and ".join(shares)
-                facts.append((f"{' → '.join(shares.values())} %", f"{task} at {T:,}, {models}"))
+            values = {m: short_value(r) for m, r in found if r and r["value"] is not None}
+            if values:
+                shown = " → ".join(values.values()).replace(" % →", " →")
+                tiles.append((shown, f"{task} at {T:,}, {' and '.join(values)}"))
     known = [s for s in summarise_ruler(rows) if s.averages and s.model in ("before", "after")]
     if known:
         models = " and ".join(s.model for s in known)
         lengths = " → ".join(s.effective_short for s in known)
-        facts.append((lengths, f"effective length (RULER), {models}"))
-    return facts + training_metadata(run)
+        tiles.append((lengths, f"effective length (RULER), {models}"))
+    return tiles + training_tiles(run)
 
 
 def _reproduce(run: dict[str, Any], recipe: Path | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from html import escape
 from pathlib import Path
 
@@ -11,20 +13,29 @@ from skipwise.report.benchmarks import (
     describe_benchmarks,
     format_benchmark,
     line_difference,
-    metric_label,
     shots_label,
 )
 from skipwise.report.figures import alt_text, curves, heatmaps
 from skipwise.report.figures.style import MOST_CURVES, share_colours
-from skipwise.report.format import METRICS, format_value, length_names, percent
+from skipwise.report.format import (
+    format_value,
+    length_names,
+    metric_label,
+    metric_name,
+    percent,
+    short_value,
+)
 from skipwise.report.page.html import MISSING, code_name, figure, note, prose, section
 from skipwise.report.rows import (
     RULER_AVERAGE,
+    Row,
     Rows,
     describe_mixed_texts,
+    find,
     is_ruler,
     models_of,
     of,
+    other_tasks,
     pooled,
 )
 from skipwise.report.ruler import (
@@ -55,6 +66,26 @@ _ABOUT = {
 }
 
 
+def measured_sections(
+    rows: Rows, original_length: int | None, png_folder: Path | None, optional: bool = True
+) -> list[str]:
+    """A section for each kind of task.
+
+    Args:
+        optional: leave out the perplexity and the passkey too where they were not measured.
+    """
+    for png in png_folder.glob("task-*.png") if png_folder else ():
+        png.unlink()
+    return [
+        perplexity_section(rows, original_length, png_folder, optional),
+        grid_section(rows, "passkey", png_folder, optional),
+        grid_section(rows, "needle", png_folder),
+        ruler_section(rows, png_folder),
+        *[task_section(rows, task, png_folder) for task in other_tasks(rows)],
+        benchmark_section(rows),
+    ]
+
+
 def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
     """The table of everything at context lengths; of RULER only the averages.
 
@@ -72,9 +103,10 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
     body = ""
     for task, metric in dict.fromkeys(line[:2] for line in lines):
         lengths = [line[2] for line in lines if line[:2] == (task, metric)]
+        one = next(cell for key, cell in cells.items() if key[:2] == (task, metric))
         body += "<tbody>"
         for i, length in enumerate(lengths):
-            span = f'<th scope="rowgroup" rowspan="{len(lengths)}">{_task(task, metric)}</th>'
+            span = f'<th scope="rowgroup" rowspan="{len(lengths)}">{_task(one)}</th>'
             named = f"<small>{names[length]}</small> " if length in names else ""
             body += f'<tr>{span if i == 0 else ""}<th class="n" scope="row">{named}{length:,}</th>'
             for model in models:
@@ -106,7 +138,7 @@ def perplexity_section(
         png_folder,
         "perplexity",
         lambda width: curves.plot_perplexity(rows, original_length, width),
-        lambda: alt_text.describe_perplexity(rows),
+        lambda: alt_text.describe_curves(of(rows, "perplexity"), "Perplexity"),
         "The same target tokens, seen with more and more context: a lower value further right "
         "means that the model uses it. Bands are 95 % intervals over documents, which differ "
         f"far more from each other than the lengths do.{_beyond(rows)}",
@@ -167,6 +199,23 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> str:
     return section("RULER tasks", f"{drawn}\n{effective}\n{tables}")
 
 
+def task_section(rows: Rows, task: str, png_folder: Path | None) -> str:
+    """Curves of a task that the report does not know, a figure a metric, as its rows say."""
+    points = pooled(of(rows, task))
+    title, num = points[0].get("title") or task, len(models_of(points))
+    figures = ""
+    for metric in dict.fromkeys(row["metric"] for row in points):
+        kept = [row for row in points if row["metric"] == metric]
+        figures += figure(
+            png_folder,
+            "task-" + re.sub(r"\W+", "-", f"{task}-{metric}"),
+            functools.partial(curves.plot_metric, kept),
+            functools.partial(alt_text.describe_curves, kept, f"{title}, {metric_name(kept[0])},"),
+            points[0].get("about") or "Bands are 95 % intervals.",
+        )
+    return section(title, figures or (_too_many(num) if num > MOST_CURVES else MISSING))
+
+
 def benchmark_section(rows: Rows) -> str:
     """Every benchmark with its standard errors, and what changed beyond them."""
     models, lines, cells = benchmark_layout(rows)
@@ -181,7 +230,7 @@ def benchmark_section(rows: Rows) -> str:
         one = next(cell for cell in found if cell)
         body += (
             f'<tr><th scope="row">{code_name(line[0])}<small class="under">'
-            f"{escape(metric_label(line, one))}, shots: {escape(shots_label(line))}</small></th>"
+            f"{escape(metric_label(one))}, shots: {escape(shots_label(line))}</small></th>"
             + "".join(f'<td class="n">{_with_error(format_benchmark(cell))}</td>' for cell in found)
             + (_difference(line_difference(*found)) if pair else "")
             + "</tr>\n"
@@ -244,16 +293,13 @@ def _share_cell(value: float | None) -> str:
     return f'<td class="n" style="background:{background};color:{ink}">{percent(value)}</td>'
 
 
-def _task(task: str, metric: str) -> str:
-    """The task and, small below it, its metric and which way is better."""
-    label = METRICS.get(metric, metric)
-    if metric == task == "perplexity":
-        return "perplexity<small>↓ lower is better</small>"
-    if metric == "bits_per_byte":
-        return "bits per byte<small>↓ lower is better</small>"
-    if task == RULER_AVERAGE:
-        return f"RULER average<small>{escape(label)}</small>"
-    return f"{code_name(task)}<small>{escape(label)}</small>"
+def _task(row: Row) -> str:
+    """The task and, small below it, its metric and which direction is better."""
+    task = row["task"]
+    if task == "perplexity":
+        return f"{metric_name(row)}<small>↓ lower is better</small>"
+    name = "RULER average" if task == RULER_AVERAGE else code_name(task)
+    return f"{name}<small>{escape(metric_label(row))}</small>"
 
 
 def _too_many(num: int) -> str:
@@ -266,21 +312,17 @@ def _beyond(rows: Rows) -> str:
     return f" Beyond measure, and not drawn: {at}." if at else ""
 
 
-def measured_facts(rows: Rows) -> list[tuple[str, str]]:
-    """Effective lengths and retrieval at the longest length, of one or two models."""
+def result_tiles(rows: Rows) -> list[tuple[str, str]]:
+    """Effective lengths, and scores at the longest length, of one or two models."""
     models = models_of(rows)
     if len(models) > 2:
         return []
-    facts = []
-    summaries = {s.model: s.effective_short for s in summarise_ruler(rows) if s.averages}
-    for model in models:
-        if model in summaries:
-            facts.append((summaries[model], f"effective length (RULER), {model}"))
-    for task in ("passkey", "needle"):
+    lengths = {s.model: s.effective_short for s in summarise_ruler(rows) if s.averages}
+    tiles = [(lengths[m], f"effective length (RULER), {m}") for m in models if m in lengths]
+    for task in ("passkey", "needle", *other_tasks(rows)):
         longest = max((row["context_length"] for row in of(rows, task)), default=0)
-        for row in pooled(of(rows, task)):
-            if row["context_length"] == longest and row["value"] is not None:
-                facts.append(
-                    (f"{percent(row['value'])} %", f"{task} at {longest:,}, {row['model']}")
-                )
-    return facts
+        for model in models_of(of(rows, task)):
+            row = find(rows, model, task, longest)
+            if row and row["value"] is not None:
+                tiles.append((short_value(row), f"{task} at {longest:,}, {model}"))
+    return tiles

@@ -196,17 +196,17 @@ def _temperature(found: dict[str, Any]) -> list[str]:
     return [f"{found['value']:g} times every attention logit", str(found.get("detail", ""))]
 
 
-def training_metadata(run: dict[str, Any]) -> list[tuple[str, str]]:
-    """Tokens, time and memory of the training, for the boxes at the top."""
+def training_tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """Tokens, time and memory of the training, for the tiles at the top."""
     training = all_training(run)
-    facts = []
+    tiles = []
     if training.get("num_tokens"):
-        facts.append((short_count(training["num_tokens"]), "tokens of training"))
+        tiles.append((short_count(training["num_tokens"]), "tokens of training"))
     if training.get("seconds"):
-        facts.append((duration(training["seconds"]), "of training"))
+        tiles.append((duration(training["seconds"]), "of training"))
     if training.get("peak_memory_gib"):
-        facts.append((f"{training['peak_memory_gib']:.2f} GiB", "peak memory of training"))
-    return facts
+        tiles.append((f"{training['peak_memory_gib']:.2f} GiB", "peak memory of training"))
+    return tiles
 
 
 def _ratio(ratio: float) -> str:
