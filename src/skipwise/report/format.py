@@ -44,7 +44,9 @@ def format_value(row: dict[str, Any]) -> str:
     else:
         shown = f"{percent(value)} %"
         low, high = 100 * (low or 0), 100 * (1 if high is None else high)
-        digits = 0 if round(low) <= 100 * value <= round(high) else 1  # it holds the value
+        digits = (
+            0 if round(low) <= 100 * value <= round(high) else 1
+        )  # the rounded interval holds the value
         interval = f"{low:.{digits}f}, {high:.{digits}f}"
     return f"{shown} [{interval}]" if known else shown
 
@@ -55,7 +57,7 @@ def short_value(row: dict[str, Any]) -> str:
 
 
 def percent(share: float) -> str:
-    """Whole percent where it is whole, and never 100 or 0 where it is not."""
+    """A share in percent: no decimals if it has none, and 0 or 100 only if it is exactly that."""
     value = 100 * share
     if round(value, 6) == round(value):
         return f"{value:.0f}"
@@ -72,7 +74,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """`+0.4`, `−1.2`, `0.0`: a true minus, and no sign of a zero."""
+    """`+0.4`, `−1.2`, `0.0`: with a true minus sign, and no sign for zero."""
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return text
@@ -80,7 +82,7 @@ def signed(value: float, digits: int = 1) -> str:
 
 
 def length_names(lengths: Sequence[int]) -> list[str]:
-    """`256`, `2,048`; all in k where the longest is 8k or more and all are whole k."""
+    """`256`, `2,048`; all in k if the longest is 8k or more and all are multiples of 1,024."""
     if max(lengths) >= 8192 and all(n % 1024 == 0 for n in lengths):
         return [f"{n // 1024}k" for n in lengths]
     return [f"{n:,}" for n in lengths]
@@ -99,7 +101,7 @@ def duration(seconds: float) -> str:
 
 
 def short_count(count: float) -> str:
-    """`126 M`, `8.06 G`: three figures and the SI prefix."""
+    """`126 M`, `8.06 G`: three digits and the SI prefix."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= size:
             digits = 2 if count < 10 * size else 1 if count < 100 * size else 0

@@ -1,4 +1,4 @@
-"""The figures in words, for those who hear the page."""
+"""The figures in words, for screen readers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from skipwise.report.format import number, percent, short_value
-from skipwise.report.rows import Rows, models_of, of, pooled
+from skipwise.report.rows import Rows, models_of, pooled, task_rows
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, RulerSummary, describe_tasks
 
 
@@ -24,8 +24,8 @@ def describe_curves(rows: Rows, title: str) -> str:
 
 
 def describe_grid(rows: Rows, task: str) -> str:
-    """The share over all depths by model and length, and the weakest depth of each."""
-    trials = [r for r in of(rows, task) if r["value"] is not None]
+    """The score over all depths by model and length, and the weakest depth of each."""
+    trials = [r for r in task_rows(rows, task) if r["value"] is not None]
     said = []
     for row in pooled(trials):
         at = (row["model"], row["context_length"])
@@ -86,7 +86,7 @@ def _describe_finish(metrics: list[dict[str, Any]]) -> str:
 def describe_positions(
     examples: Sequence[dict[str, Any]], coverage: Sequence[tuple[int, float]], L: int, T: int
 ) -> str:
-    """How far the examples reach and how often near, middle and far distances are shown."""
+    """How far the examples reach, and how often they show near, middle and far distances."""
     ends = [e["position_starts"][-1] + e["lengths"][-1] for e in examples if e["lengths"]]
     said = f"{len(examples)} training examples of {L:,} tokens as chunks on positions 0 to {T:,}"
     if ends:

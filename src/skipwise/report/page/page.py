@@ -1,9 +1,9 @@
-"""The page of a run, or of an evaluation without one: every word comes from the folder's JSON.
+"""The page of a run, or of an evaluation, from the folder's JSON alone.
 
-Whatever run.json does not hold is left out or said to be missing; nothing is guessed.
+What run.json does not hold is left out or marked as not recorded; nothing is guessed.
 
-Reading order:  folder.py (what is read)  results.py (sections of what was measured)
-                training.py (sections of how a run was made)  markup.py (the pieces of HTML)
+Reading order:  results.py (sections of what was measured)  training.py (sections of how a run was
+                made)  html.py (HTML building blocks)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from skipwise.errors import SkipwiseError
 from skipwise.report.format import length_names, short_value
 from skipwise.report.headline import evaluation_headline, headline
-from skipwise.report.load import count, is_evaluation, part, read_json, read_lines, read_rows
+from skipwise.report.load import count, is_evaluation, nested, read_json, read_lines, read_rows
 from skipwise.report.page.html import definitions, note, page, section, tile_list
 from skipwise.report.page.results import measured_sections, result_tiles, table_section
 from skipwise.report.page.training import (
@@ -42,7 +42,7 @@ def write_report(run_folder: str | Path) -> Path:
         the path of `report/index.html`.
 
     Raises:
-        SkipwiseError: the folder has no run.json, or a file that is not what it should be.
+        SkipwiseError: the folder has no run.json, or a broken file.
     """
     folder = Path(run_folder)
     run = read_json(folder / "run.json")
@@ -55,17 +55,17 @@ def write_report(run_folder: str | Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     name = run.get("name") or folder.name
     if is_evaluation(run):
-        # a baseline that was measured later is still what the others stand against
+        # the baseline comes first, even if it was measured later
         rows.sort(key=lambda row: row["model"] != run.get("baseline"))
-        said, tiles = evaluation_headline({"name": name, **run}, rows), result_tiles(rows)
+        text, tiles = evaluation_headline({"name": name, **run}, rows), result_tiles(rows)
         sections, what = _evaluation(run, rows, out), "evaluation"
     else:
-        said, tiles = headline(run, rows), _run_tiles(run, rows)
+        text, tiles = headline(run, rows), _run_tiles(run, rows)
         sections, what = _run(folder, run, rows, out), "run"
     text = page(
         title=f"{name} · Skipwise",
         eyebrow=" · ".join([f"Skipwise {what} {name}", *_when(run)]),
-        headline=said,
+        headline=text,
         notice=_notice(run),
         tiles=tile_list(tiles),
         sections=sections,
@@ -91,15 +91,15 @@ def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
 
 
 def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
-    models, machine = part(run, "models"), part(run, "machine")
-    windows = {part(models, label).get("original_length") for label in models}
+    models, machine = nested(run, "models"), nested(run, "machine")
+    windows = {nested(models, label).get("original_length") for label in models}
     memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None
     entries = {
         label: [
-            part(models, label).get("name"),
-            part(models, label).get("family"),
-            count(part(models, label), "num_parameters", "parameters"),
-            count(part(models, label), "original_length", "tokens of original context"),
+            nested(models, label).get("name"),
+            nested(models, label).get("family"),
+            count(nested(models, label), "num_parameters", "parameters"),
+            count(nested(models, label), "original_length", "tokens of original context"),
         ]
         for label in models
     }
@@ -109,7 +109,7 @@ def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
         memory,
         machine.get("gpu") or ("no GPU" if machine else None),
     ]
-    entries["Versions"] = [f"{k} {v}" for k, v in part(run, "versions").items()]
+    entries["Versions"] = [f"{k} {v}" for k, v in nested(run, "versions").items()]
     return [
         table_section(rows, "What was measured", {}),
         *measured_sections(rows, windows.pop() if len(windows) == 1 else None, out),
@@ -120,7 +120,7 @@ def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
 
 def _when(run: dict[str, Any]) -> list[str]:
     created = str(run.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
-    version = part(run, "versions").get("skipwise")
+    version = nested(run, "versions").get("skipwise")
     return [x for x in (created, f"version {version}" if version else "") if x]
 
 
@@ -135,7 +135,7 @@ def _notice(run: dict[str, Any]) -> str:
 
 
 def _run_tiles(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
-    """The lengths, retrieval at the target and effective length before and after, the training."""
+    """Lengths, scores at the target length, effective lengths, training time and memory."""
     L, T = run.get("original_length"), run.get("target_length")
     tiles = []
     if L and T:

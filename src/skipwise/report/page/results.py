@@ -1,4 +1,4 @@
-"""Sections of the page that show what was measured: the same for a run, an evaluation, several."""
+"""Sections that show what was measured, shared by all pages."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from skipwise.report.rows import (
     find,
     is_ruler,
     models_of,
-    of,
     other_tasks,
     pooled,
+    task_rows,
 )
 from skipwise.report.ruler import (
     EFFECTIVE_LENGTH,
@@ -50,17 +50,17 @@ from skipwise.report.tables import layout
 _GRIDS = {
     "passkey": (
         "Passkey retrieval",
-        "Share of trials, in percent, in which greedy decoding gives exactly the digits, by how "
-        "deep in the context they stand (0 % is the start).",
+        "Percent of trials in which greedy decoding gives exactly the digits, by depth in the "
+        "context (0 % is the start).",
     ),
     "needle": (
         "Needle in real text",
-        "Share of trials, in percent, in which greedy decoding gives exactly the answer, by how "
-        "deep in the text the needle stands (0 % is the start).",
+        "Percent of trials in which greedy decoding gives exactly the answer, by depth of the "
+        "needle in the text (0 % is the start).",
     ),
 }
 _ABOUT = {
-    "perplexity": "Perplexity is taken on the same target tokens at every length.",
+    "perplexity": "Perplexity is on the same target tokens at every length.",
     "passkey": "Passkey is the share of exact answers over all depths, in repeated filler text.",
     "needle": "Needle is the share of exact answers over all depths, in real text.",
 }
@@ -87,10 +87,10 @@ def measured_sections(
 
 
 def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
-    """The table of everything at context lengths; of RULER only the averages.
+    """The table of all scores at context lengths; for RULER only the averages.
 
     Args:
-        names: what a context length is called, as `target`.
+        names: labels of context lengths, such as `target`.
     """
     if not rows:
         return section(title, MISSING)
@@ -117,9 +117,9 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
                 body += f'<td class="n">{escape(value)}{small}</td>'
             body += "</tr>\n"
         body += "</tbody>"
-    about = [text for task, text in _ABOUT.items() if of(rows, task)]
+    about = [text for task, text in _ABOUT.items() if task_rows(rows, task)]
     if any(cell["low"] is not None for cell in cells.values()):
-        about.append("In brackets 95 % intervals.")
+        about.append("95 % intervals are in brackets.")
     about += [mixed] if (mixed := describe_mixed_texts(rows)) else []
     return section(
         title,
@@ -132,18 +132,18 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
 def perplexity_section(
     rows: Rows, original_length: int | None, png_folder: Path | None, optional: bool = False
 ) -> str:
-    """The curve, or that it was not measured; nothing at all where it is optional."""
+    """The curve, or a note that it was not measured; nothing if it is optional."""
     title = "Perplexity against context length"
     drawn = figure(
         png_folder,
         "perplexity",
         lambda width: curves.plot_perplexity(rows, original_length, width),
-        lambda: alt_text.describe_curves(of(rows, "perplexity"), "Perplexity"),
-        "The same target tokens, seen with more and more context: a lower value further right "
-        "means that the model uses it. Bands are 95 % intervals over documents, which differ "
-        f"far more from each other than the lengths do.{_beyond(rows)}",
+        lambda: alt_text.describe_curves(task_rows(rows, "perplexity"), "Perplexity"),
+        "The same target tokens with more and more context: a falling curve means that the model "
+        "uses it. Bands are 95 % intervals over documents, which differ from each other far more "
+        f"than the lengths do.{_beyond(rows)}",
     )
-    num = len(models_of(of(rows, "perplexity")))
+    num = len(models_of(task_rows(rows, "perplexity")))
     if not drawn and num > MOST_CURVES:
         drawn = _too_many(num)
     elif not drawn and optional:
@@ -152,7 +152,7 @@ def perplexity_section(
 
 
 def grid_section(rows: Rows, task: str, png_folder: Path | None, optional: bool = True) -> str:
-    """Heat maps of a task by depth and length, a panel a model."""
+    """Heat maps of a task by depth and length, one panel per model."""
     title, caption = _GRIDS[task]
     models = heatmaps.grid_models(rows, task)
     if len(models) > heatmaps.MOST_PANELS:
@@ -179,8 +179,8 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> str:
         lambda: alt_text.describe_ruler(summaries),
         f"Score by context length, {describe_tasks(summaries)}. Dashed: "
         f"{100 * EFFECTIVE_THRESHOLD:.1f} %, the average of Llama-2-7B at 4k tokens over RULER's "
-        "13 tasks (Hsieh et al. 2024). The effective length is the largest measured that is not "
-        "below it, nor any shorter one.",
+        "13 tasks (Hsieh et al. 2024). The effective length is the largest one measured that, with "
+        "all shorter ones, reaches this threshold.",
     )
     if not summaries:
         return ""
@@ -201,7 +201,7 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> str:
 
 def task_section(rows: Rows, task: str, png_folder: Path | None) -> str:
     """Curves of a task that the report does not know, a figure a metric, as its rows say."""
-    points = pooled(of(rows, task))
+    points = pooled(task_rows(rows, task))
     title, num = points[0].get("title") or task, len(models_of(points))
     figures = ""
     for metric in dict.fromkeys(row["metric"] for row in points):
@@ -217,7 +217,7 @@ def task_section(rows: Rows, task: str, png_folder: Path | None) -> str:
 
 
 def benchmark_section(rows: Rows) -> str:
-    """Every benchmark with its standard errors, and what changed beyond them."""
+    """All benchmarks with their standard errors, and what changed beyond them."""
     models, lines, cells = benchmark_layout(rows)
     if not lines:
         return ""
@@ -235,16 +235,16 @@ def benchmark_section(rows: Rows) -> str:
             + (_difference(line_difference(*found)) if pair else "")
             + "</tr>\n"
         )
-    verdicts = "".join(f"<p>{prose(said)}</p>" for said in describe_benchmarks(rows))
+    verdicts = "".join(f"<p>{prose(text)}</p>" for text in describe_benchmarks(rows))
     return section(
-        "Benchmarks of short contexts",
+        "Short-context benchmarks",
         '<div class="scroll"><table><thead><tr><th scope="col">Benchmark</th>'
         f"{head}</tr></thead><tbody>{body}</tbody></table>"
         f"</div>\n{verdicts}"
         + note(
-            "In percent ± standard error. A difference is beyond error from 1.96 standard errors "
-            "on, sqrt(se1² + se2²); of twenty tasks that did not change, one is expected to look "
-            "as if it had."
+            "Percent ± standard error. A difference is beyond error if it is larger than 1.96 "
+            "sqrt(se1² + se2²). Of twenty tasks that did not change, one is expected to look as if "
+            "it had."
         ),
     )
 
@@ -260,13 +260,13 @@ def _difference(difference: Difference | None) -> str:
 
 
 def _with_error(text: str) -> str:
-    """The standard error is small, and stands below its value on a phone."""
+    """The value, with its standard error in small type (below it on a phone)."""
     value, _, error = text.partition(" ± ")
     return escape(value) + (f" <small>±&nbsp;{escape(error)}</small>" if error else "")
 
 
 def _ruler_table(rows: Rows, model: str) -> str:
-    """Tasks by lengths with the cells in the colours of the heat maps."""
+    """Scores by task and length; cells have the colours of the heat maps."""
     kept = [r for r in pooled(rows) if is_ruler(r) and r["model"] == model]
     cells = {(r["task"], r["context_length"]): r["value"] for r in kept}
     lengths = sorted({r["context_length"] for r in kept})
@@ -303,11 +303,11 @@ def _task(row: Row) -> str:
 
 
 def _too_many(num: int) -> str:
-    return note(f"{num} models are more than can be told apart as curves: see the table.")
+    return note(f"{num} models are too many to tell apart as curves: see the table.")
 
 
 def _beyond(rows: Rows) -> str:
-    points = [r for r in of(rows, "perplexity") if r["value"] is None]
+    points = [r for r in task_rows(rows, "perplexity") if r["value"] is None]
     at = ", ".join(f"{r['model']} at {r['context_length']:,}" for r in points)
     return f" Beyond measure, and not drawn: {at}." if at else ""
 
@@ -320,8 +320,8 @@ def result_tiles(rows: Rows) -> list[tuple[str, str]]:
     lengths = {s.model: s.effective_short for s in summarise_ruler(rows) if s.averages}
     tiles = [(lengths[m], f"effective length (RULER), {m}") for m in models if m in lengths]
     for task in ("passkey", "needle", *other_tasks(rows)):
-        longest = max((row["context_length"] for row in of(rows, task)), default=0)
-        for model in models_of(of(rows, task)):
+        longest = max((row["context_length"] for row in task_rows(rows, task)), default=0)
+        for model in models_of(task_rows(rows, task)):
             row = find(rows, model, task, longest)
             if row and row["value"] is not None:
                 tiles.append((short_value(row), f"{task} at {longest:,}, {model}"))
