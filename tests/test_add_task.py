@@ -1,8 +1,10 @@
 """A task from outside of the package: one dictionary entry, and it is measured and shown."""
 
+import hashlib
 import json
 import shutil
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -10,7 +12,8 @@ from skipwise.cli import main
 from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.recipe import EvalSettings
 from skipwise.config.run_folder import RunFolder
-from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, _units, evaluate_model, find_tasks
+from skipwise.evaluation.fingerprint import harness_identity
 from skipwise.evaluation.tasks import TASKS, Task, mean_row
 from skipwise.export.model_card import read_metadata, write_card
 from skipwise.report import compare_runs, format_table, write_report
@@ -116,3 +119,26 @@ def test_the_model_card_and_the_headline_of_a_run_show_it(tiny, tmp_path):
     (result,) = model["results"]
     assert result["dataset"]["name"] == "colours at 128 tokens"
     assert result["metrics"][0]["name"] == "accuracy"
+
+
+def test_the_keys_of_results_saved_earlier_stay_valid():
+    settings = EvalSettings(passkey_samples=4, needle_samples=5, num_depths=2, seed=3, limit=7)
+    texts = Texts(documents=[np.arange(200)])
+    model = EvalModel(label="it", load=lambda: None, tokenizer=None, identity="weights")
+    tasks = find_tasks(("perplexity", "passkey", "needle", "vt", "boolq"))
+    text = texts.identity()
+    decided_by = [
+        ["perplexity", [64, 128], 32, None, text],
+        ["passkey", 64, 4, 2],
+        ["passkey", 128, 4, 2],
+        ["needle", 64, 5, 2, 10, text],
+        ["needle", 128, 5, 2, 10, text],
+        ["vt", 64, 20, text],
+        ["vt", 128, 20, text],
+        ["boolq", 7, harness_identity(None)],
+    ]
+    keys = [unit.key for unit in _units(tasks, model, texts, [64, 128], settings)]
+    for key, facts in zip(keys, decided_by, strict=True):
+        whole = json.dumps([1, "weights", 3, *facts])
+        assert key == hashlib.sha1(whole.encode()).hexdigest()[:12], facts
+    assert keys[1] == "08b343a922db"

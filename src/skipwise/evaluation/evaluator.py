@@ -32,10 +32,10 @@ _VERSION = 1  # raise it when what the tasks ask or how they count changes
 
 @dataclass(frozen=True, kw_only=True)
 class EvalModel:
-    """A model to be measured."""
+    """A model to measure."""
 
-    label: str  # what the rows' `model` says: before, after, or a name
-    load: Callable[[], Any]  # gives the causal language model on its device
+    label: str  # `model` in the rows: before, after, or a name
+    load: Callable[[], Any]  # returns the causal language model on its device
     tokenizer: Any
     identity: Any = None  # JSON that changes when the weights do
 
@@ -47,7 +47,7 @@ class Texts:
     documents: Sequence[np.ndarray] = ()
 
     def digest(self, tokenizer: Any) -> str:
-        """Tells texts apart, whatever tokenizer they went through: of how their documents begin."""
+        """A hash of how the documents begin, the same for every tokenizer."""
         digest = hashlib.sha1(usedforsecurity=False)
         for tokens in self.documents[:64]:
             start = tokenizer.decode(np.asarray(tokens[:400]).tolist(), skip_special_tokens=True)
@@ -137,7 +137,7 @@ def evaluate_model(
 
 
 def check_settings(settings: EvalSettings) -> None:
-    """Refuse counts of 0, which would be read as a default, and an empty list of tasks.
+    """Refuse counts of 0, which would mean a default, and an empty list of tasks.
 
     Raises:
         SkipwiseError: names the key.
@@ -205,7 +205,7 @@ def _check_tasks(tasks: Sequence[Task], settings: EvalSettings) -> None:
 
 
 def _without_text(tasks: Sequence[Task], texts: Texts, lengths: Sequence[int]) -> list[str]:
-    """The tasks, or their lengths, that no text is there for."""
+    """Tasks, or their lengths, that have no text."""
     out = []
     for task in tasks:
         if task.text != "required":

@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson for shares, Student's t over clusters for means."""
+"""95 % intervals: Wilson's for shares, Student's t over clusters for means."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from skipwise.report.intervals import Z, wilson
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
-    """Mean of values that hang together in clusters, and its t interval.
+    """Mean of values that are correlated within clusters, and its t interval.
 
     Args:
         values: (n,) one for each window.
-        clusters: (n,) which document the window is from; with one document the windows count.
+        clusters: (n,) the document of each window; with one document, each window is a cluster.
 
     Returns:
         mean, low, high; the interval is (-inf, inf) with a single value.
@@ -27,7 +27,7 @@ def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, flo
     num = int(ids.max()) + 1
     if num < 2:
         return mean, -math.inf, math.inf
-    sums = np.bincount(ids, values - mean)  # what is common to a document does not average out
+    sums = np.bincount(ids, values - mean)  # errors shared within a document do not average out
     error = math.sqrt(float((sums**2).sum()) * num / (num - 1)) / len(values)
     half = t_quantile(num - 1) * error
     return mean, mean - half, mean + half
@@ -49,10 +49,10 @@ def t_quantile(degrees: int) -> float:
 
 
 def mean_interval(shares: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of shares and a 95 % interval: Wilson's, which never collapses at 0 and 1.
+    """Mean of shares and its Wilson interval, which never collapses at 0 and 1.
 
-    A share of several answers is less spread than a hit or miss of the same mean, so for those the
-    interval is wide rather than narrow.
+    Shares of several answers vary less than hits and misses of the same mean; for those the
+    interval is wider than needed.
     """
     value = float(np.mean(shares))
     return value, *wilson(value * len(shares), len(shares))

@@ -51,7 +51,9 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
         shortfalls.append(f"worse beyond error on short contexts: {listed(worse)}")
     failed = [c.get("name", "?") for c in run.get("checks") or [] if not c.get("passed")]
     shortfalls += [f"the check “{check}” failed" for check in failed]
-    if not any(find(rows, "after", task, T) for task in ("passkey", "perplexity")):
+    if not any(
+        find(rows, "after", task, T) for task in ("passkey", "perplexity", *other_tasks(rows))
+    ):
         out = f"{name} was set up for {T:,} tokens instead of {L:,}; it was not measured at {T:,}"
         return f"{out}, and {'; '.join(shortfalls)}." if shortfalls else f"{out}."
     if broken:
