@@ -113,7 +113,7 @@ def test_without_text_there_is_no_needle_grid_and_no_perplexity(counted):
 
 def test_a_task_nobody_knows_is_named_before_a_model_is_loaded(counted):
     eval_model, loads = counted
-    for name, word in (("passkeys", "mean passkey"), ("pose-tabel", "mean short-benchmarks")):
+    for name, word in (("passkeys", "mean passkey"), ("short-benchmark", "mean short-benchmarks")):
         with pytest.raises(SkipwiseError, match=word):
             evaluate_model(eval_model, Texts(), [256], settings(tasks=(name,)), progress=False)
     with pytest.raises(SkipwiseError, match=r"no task 'helaswag'.*hellaswag"):
