@@ -215,7 +215,7 @@ def test_the_page_holds_every_section_and_the_numbers(finished):
         "Passkey",
         "Training loss",
         "Positions",
-        "What it cost",
+        "Cost compared",
         "Checks",
         "Reproduce",
         "92.50",
@@ -360,9 +360,9 @@ def test_training_by_several_processes_says_so(folder):
     many = {**training, "engine": "fsdp2", "num_processes": 8}
     lengths = {"train_length": 64, "target_length": 256}
     page = _page(folder, {"training": many, **lengths})
-    assert "fsdp2 over 8 processes" in page and "at the peak, of one process" in page
+    assert "fsdp2 over 8 processes" in page and "peak memory per process" in page
     page = _page(folder, {"training": training, **lengths})
-    assert "processes" not in page and "1.50 GiB of memory at the peak." in page
+    assert "processes" not in page and "1.50 GiB peak memory." in page
 
 
 def test_a_failed_check_is_shown_as_failed(tmp_path):

@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_compared_is_named(tmp_path):
         compare_runs([good], out)
     for text, words in (
         ("[", "is not JSON"),
-        ("{}", "no list of rows"),
+        ("{}", "not a list of rows"),
         ('[{"model": "after"}]', "a row without task, metric, value"),
         ("[]", "nothing in its results.json"),
         (None, "no results.json"),

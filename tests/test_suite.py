@@ -72,7 +72,7 @@ def test_a_run_that_is_killed_keeps_what_it_had_measured(counted, monkeypatch):
             raise KeyboardInterrupt
         return [True] * 4
 
-    monkeypatch.setattr("skipwise.evaluation.evaluator.exact_match", fail_late)
+    monkeypatch.setattr("skipwise.evaluation.tasks.passkey.exact_match", fail_late)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(
             eval_model, Texts(), [256, 512], settings(), save=saved.append, progress=False
@@ -113,7 +113,7 @@ def test_without_text_there_is_no_needle_grid_and_no_perplexity(counted):
 
 def test_a_task_nobody_knows_is_named_before_a_model_is_loaded(counted):
     eval_model, loads = counted
-    for name, word in (("passkeys", "mean passkey"), ("pose-tabel", "mean short-benchmarks")):
+    for name, word in (("passkeys", "mean passkey"), ("short-benchmark", "mean short-benchmarks")):
         with pytest.raises(SkipwiseError, match=word):
             evaluate_model(eval_model, Texts(), [256], settings(tasks=(name,)), progress=False)
     with pytest.raises(SkipwiseError, match=r"no task 'helaswag'.*hellaswag"):
@@ -128,7 +128,7 @@ def test_what_could_not_be_measured_is_said(counted, tokenizer, capsys):
     assert "left out: perplexity (no text), needle (no text), vt 64 (it does not fit)" in said
     texts = Texts(documents=[np.array(token_ids(tokenizer, "x = 1\n" * 30))])
     evaluate_model(eval_model, texts, [64, 256], settings(tasks=("perplexity",)))
-    assert "perplexity at 256 (no document is as long)" in capsys.readouterr().err
+    assert "perplexity at 256 (no document is that long)" in capsys.readouterr().err
 
 
 def test_progress_counts_all_tokens_and_a_log_file_gets_lines(

@@ -102,8 +102,8 @@ def test_the_seed_reaches_the_questions_and_other_lengths_do_not(counted, tokeni
         asked.append([t.input_ids for t in trials])
         return [False] * len(trials)
 
-    monkeypatch.setattr("skipwise.evaluation.evaluator.exact_match", spy)
-    monkeypatch.setattr("skipwise.evaluation.evaluator.recall", spy)
+    monkeypatch.setattr("skipwise.evaluation.tasks.passkey.exact_match", spy)
+    monkeypatch.setattr("skipwise.evaluation.tasks.ruler.recall", spy)
     for task in ("passkey", "needle", "niah_single_words"):
         asked.clear()
         for seed, lengths in ((0, [512]), (1, [512]), (0, [512, 1024])):
@@ -166,7 +166,7 @@ def test_a_broken_results_file_is_an_error_and_stays(content, tmp_path):
     [
         (["rope.type=linear"], "rope.type does not take effect"),
         (["data.sources=docs"], "--data for text"),
-        (["--tasks", ""], "which tasks"),
+        (["--tasks", ""], "eval.tasks is empty"),
         (["eval.num_depths=0"], "eval.num_depths is 0"),
         (["eval.batch_tokens=0"], "eval.batch_tokens is 0"),
     ],
@@ -184,7 +184,7 @@ def test_unreadable_records_are_told_and_nothing_measured_is_an_error(tiny, tmp_
     assert main([*command, "--out", str(tmp_path / "e"), *SMALL]) == 2
     said = capsys.readouterr().err
     assert "1 records of the text not readable" in said and "bad.jsonl" in said
-    assert "no document is as long" in said and "nothing was measured" in said
+    assert "no document is that long" in said and "nothing was measured" in said
 
 
 def test_a_file_is_no_evaluation_folder(tiny, text, capsys):

@@ -1,13 +1,14 @@
-"""All measurements of one model, a task and length at a time, so that what was done is kept.
+"""All measurements of one model, each saved as soon as it is done and never repeated.
 
-A unit is a task at a length (perplexity: at all of them). Its rows carry a key of all that decides
-them: the settings, the texts, the model's files. Where rows with that key are there already, the
-unit is not measured again, and the model is loaded only if something is missing.
+A unit is a task at a context length, or at all of them together. Its rows carry a key of everything
+that decides them: settings, texts, the model's files. A unit whose key is in the old rows is not
+measured again, and the model is loaded only if a unit is missing.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import sys
@@ -19,26 +20,22 @@ import numpy as np
 
 from skipwise.config.recipe import EvalSettings
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation.fingerprint import harness_identity
 from skipwise.evaluation.harness import benchmarks
-from skipwise.evaluation.intervals import mean_interval
 from skipwise.evaluation.progress import Progress
-from skipwise.evaluation.scoring import Tick, exact_match, recall
-from skipwise.evaluation.tasks import passkey, ruler
-from skipwise.evaluation.tasks.perplexity import fitting_lengths, perplexity
+from skipwise.evaluation.tasks import TASKS, Task, TaskInputs, task_names
+from skipwise.evaluation.tasks.perplexity import fitting_lengths
 from skipwise.evaluation.tasks.prompts import haystack_words
+from skipwise.report.rows import Row, Rows
 
-Rows = list[dict[str, Any]]
-_VERSION = 1  # of the tasks: raise it when what they ask or how they count changes
-OWN_TASKS = ("perplexity", "passkey", "needle", "ruler", *ruler.TASKS)
+_VERSION = 1  # raise it when what the tasks ask or how they count changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalModel:
-    """A model to be measured."""
+    """A model to measure."""
 
-    label: str  # what the rows' `model` says: before, after, or a name
-    load: Callable[[], Any]  # gives the causal language model on its device
+    label: str  # `model` in the rows: before, after, or a name
+    load: Callable[[], Any]  # returns the causal language model on its device
     tokenizer: Any
     identity: Any = None  # JSON that changes when the weights do
 
@@ -50,7 +47,7 @@ class Texts:
     documents: Sequence[np.ndarray] = ()
 
     def digest(self, tokenizer: Any) -> str:
-        """Tells texts apart, whatever tokenizer they went through: of how their documents begin."""
+        """A hash of how the documents begin, the same for every tokenizer."""
         digest = hashlib.sha1(usedforsecurity=False)
         for tokens in self.documents[:64]:
             start = tokenizer.decode(np.asarray(tokens[:400]).tolist(), skip_special_tokens=True)
@@ -66,14 +63,17 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class _Unit:
-    """A piece of work whose rows are saved together."""
+    """A task at the context lengths whose rows are saved together."""
 
-    name: str
-    kind: str  # text, trials or benchmark
-    of_text: bool  # whether the texts decide it
+    task: Task
+    lengths: tuple[int, ...]
     key: str
-    tokens: int  # that go through the model, about: the measure of progress
-    measure: Callable[[Callable[[], Any], Tick], Rows]
+    tokens: int  # about how many go through the model, for the progress bar
+
+    @property
+    def name(self) -> str:
+        each = self.task.lengths == "each"
+        return f"{self.task.name} {self.lengths[0]:,}" if each else self.task.name
 
 
 def evaluate_model(
@@ -90,46 +90,54 @@ def evaluate_model(
 
     Args:
         done: rows measured before, of any model.
-        save: is given all rows, those of other models among them, after every unit.
+        save: called after every unit with all rows, those of other models included.
 
     Raises:
-        SkipwiseError: an unknown task, a benchmark that cannot be had.
+        SkipwiseError: unknown task, benchmark that cannot be loaded.
     """
     check_settings(settings)
-    rows = list(done or [])
-    lengths = sorted(set(context_lengths))
-    units = list(_units(eval_model, texts, lengths, settings))
-    have = {row.get("key") for row in rows if row["model"] == eval_model.label}
-    missing = [unit for unit in units if unit.key not in have]
-    _check_benchmarks([u.name for u in missing if u.kind == "benchmark"], settings)
-    model = _Loaded(eval_model.load)
-    digest = texts.digest(eval_model.tokenizer)
-    left_out = _without_text(texts, settings.tasks, lengths)
+    rows, label = list(done or []), eval_model.label
+    tasks, lengths = find_tasks(settings.tasks), sorted(set(context_lengths))
+    units = list(_units(tasks, eval_model, texts, lengths, settings))
+    known = {row.get("key") for row in rows if row["model"] == label}
+    missing = [unit for unit in units if unit.key not in known]
+    _check_tasks([unit.task for unit in missing], settings)
+    tokenizer = eval_model.tokenizer
+    load_model = functools.cache(lambda: eval_model.load().eval())
+    haystack = functools.cache(lambda n: haystack_words(tokenizer, texts.documents, n))
+    digest = texts.digest(tokenizer)
+    left_out = _without_text(tasks, texts, lengths)
     total = sum(unit.tokens for unit in missing)
-    with Progress(f"evaluate {eval_model.label}", total, progress) as bar:
+    with Progress(f"evaluate {label}", total, progress) as bar:
         for unit in missing:
             bar.begin(unit.name, unit.tokens)
-            found = unit.measure(model, bar.tick)
+            inputs = TaskInputs(
+                load_model=load_model,
+                tokenizer=tokenizer,
+                documents=texts.documents,
+                haystack=haystack,
+                lengths=unit.lengths,
+                settings=settings,
+                tick=bar.tick,
+            )
+            found = unit.task.measure(inputs)
             bar.finish()
-            rows = [row for row in rows if not _replaced(row, found, eval_model.label)]
-            if unit.kind == "text":  # other windows have other targets
-                tasks = {row["task"] for row in found}
-                mine = eval_model.label
-                rows = [r for r in rows if r["model"] != mine or r["task"] not in tasks]
-            marks = {"key": unit.key} | ({"text": digest} if unit.of_text else {})
-            rows += [{"model": eval_model.label, **row, **marks} for row in found]
             if not found:
                 left_out.append(f"{unit.name} (it does not fit)")
-            elif save is not None:
+                continue
+            marks = {"key": unit.key} | ({} if unit.task.text == "unused" else {"text": digest})
+            rows = [row for row in rows if not _replaced(row, found, label, unit.task)]
+            rows += [{"model": label, **row, **unit.task.display(), **marks} for row in found]
+            if save is not None:
                 save(rows)
     if left_out and progress:
         print(f"left out: {', '.join(left_out)}", file=sys.stderr, flush=True)
     keys = {unit.key for unit in units}
-    return [row for row in rows if row["model"] == eval_model.label and row.get("key") in keys]
+    return [row for row in rows if row["model"] == label and row.get("key") in keys]
 
 
 def check_settings(settings: EvalSettings) -> None:
-    """Refuse counts that would be read as something else.
+    """Refuse counts of 0, which would mean a default, and an empty list of tasks.
 
     Raises:
         SkipwiseError: names the key.
@@ -138,233 +146,85 @@ def check_settings(settings: EvalSettings) -> None:
         if getattr(settings, key) == 0:
             raise SkipwiseError(f"eval.{key} is 0: give 1 or more")
     if not settings.tasks or not all(settings.tasks):
-        raise SkipwiseError(f"which tasks? choose from {', '.join(OWN_TASKS)}, short-benchmarks")
+        names = ", ".join([*task_names(), "short-benchmarks"])
+        raise SkipwiseError(f"eval.tasks is empty: choose from {names}")
 
 
-class _Loaded:
-    """The model, loaded when it is first asked for."""
-
-    def __init__(self, load: Callable[[], Any]) -> None:
-        self.load, self.model = load, None
-
-    def __call__(self) -> Any:
-        if self.model is None:
-            self.model = self.load().eval()
-        return self.model
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names and groups, each once; other names are benchmarks of lm-eval."""
+    found: dict[str, Task] = {}
+    for name in names:
+        own = [task for task in TASKS.values() if name in (task.name, task.group)]
+        for task in own or map(benchmarks.make_task, benchmarks.expand([name])):
+            found.setdefault(task.name, task)
+    return list(found.values())
 
 
 def _units(
-    eval_model: EvalModel, texts: Texts, lengths: list[int], settings: EvalSettings
-) -> Iterator[_Unit]:
-    tasks = _expanded(settings.tasks)
-    tokenizer = eval_model.tokenizer
-    text = texts.identity()
-    words: dict[int, list[str]] = {}
-
-    def key(*facts: Any) -> str:
-        whole = json.dumps([_VERSION, eval_model.identity, settings.seed, *facts], default=str)
-        return hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest()[:12]
-
-    for task in tasks:
-        if task == "perplexity":
-            fitting = fitting_lengths(texts.documents, lengths)
-            if not fitting or not settings.perplexity_windows:
-                continue
-            yield _Unit(
-                name=task,
-                kind="text",
-                of_text=True,
-                key=key(
-                    task, fitting, settings.perplexity_windows, settings.perplexity_stride, text
-                ),
-                tokens=sum(fitting) * settings.perplexity_windows,
-                measure=_perplexity(texts, tokenizer, fitting, settings),
-            )
-        elif task in OWN_TASKS:
-            for length in lengths:
-                if length not in words:  # of each length its own: the set depends on nothing else
-                    words[length] = haystack_words(tokenizer, texts.documents, 2 * length)
-                unit = _unit(task, length, tokenizer, words[length], settings, key, text)
-                if unit is not None:
-                    yield unit
-        else:
-            yield _Unit(
-                name=task,
-                kind="benchmark",
-                of_text=False,
-                key=key(task, settings.limit, harness_identity(settings.task_folder)),
-                tokens=0,
-                measure=_benchmark(task, tokenizer, settings),
-            )
-
-
-def _unit(
-    task: str,
-    length: int,
-    tokenizer: Any,
-    words: list[str],
+    tasks: Sequence[Task],
+    eval_model: EvalModel,
+    texts: Texts,
+    lengths: Sequence[int],
     settings: EvalSettings,
-    key: Callable[..., str],
-    text: str,
-) -> _Unit | None:
-    if task in ("passkey", "needle"):
-        count = settings.passkey_samples if task == "passkey" else settings.needle_samples
-        facts = (task, length, count, settings.num_depths)
-        if task == "needle":
-            facts += (settings.needles_per_haystack, text)
-        measure = _retrieval(task, length, count, tokenizer, words, settings)
-        if task == "needle" and not words:
-            return None
-    else:
-        count = settings.ruler_samples
-        facts = (task, length, count, text)
-        measure = _ruler(task, length, tokenizer, words, settings)
-    if not count:
-        return None
-    return _Unit(
-        name=f"{task} {length:,}",
-        kind="trials",
-        of_text=task != "passkey",
-        key=key(*facts),
-        tokens=count * length,
-        measure=measure,
-    )
-
-
-def _perplexity(
-    texts: Texts, tokenizer: Any, lengths: Sequence[int], settings: EvalSettings
-) -> Any:
-    def measure(model: Callable[[], Any], tick: Tick) -> Rows:
-        return perplexity(
-            model(),
-            texts.documents,
-            lengths,
-            tokenizer=tokenizer,
-            stride=settings.perplexity_stride,
-            num_windows=settings.perplexity_windows,
-            batch_tokens=settings.batch_tokens,
-            tick=tick,
-        )
-
-    return measure
-
-
-def _retrieval(
-    task: str, length: int, count: int, tokenizer: Any, words: list[str], settings: EvalSettings
-) -> Any:
-    def measure(model: Callable[[], Any], tick: Tick) -> Rows:
-        if task == "passkey":
-            trials = passkey.passkey_trials(
-                tokenizer,
-                length,
-                num_trials=count,
-                num_depths=settings.num_depths,
-                seed=settings.seed,
-            )
-        else:
-            trials = passkey.needle_trials(
-                tokenizer,
-                length,
-                num_trials=count,
-                num_depths=settings.num_depths,
-                words=words,
-                per_haystack=settings.needles_per_haystack,
-                seed=settings.seed,
-            )
-        if not trials:
-            return []
-        right = exact_match(model(), trials, settings.batch_tokens, tick)
-        return passkey.rows_by_depth(task, length, trials, right)
-
-    return measure
-
-
-def _ruler(task: str, length: int, tokenizer: Any, words: list[str], settings: EvalSettings) -> Any:
-    def measure(model: Callable[[], Any], tick: Tick) -> Rows:
-        samples = ruler.make_samples(
-            task,
-            tokenizer,
-            length,
-            num_samples=settings.ruler_samples,
-            seed=settings.seed,
-            words=words,
-        )
-        if not samples:
-            return []
-        shares = recall(model(), tokenizer, samples, settings.batch_tokens, tick)
-        value, low, high = mean_interval(shares)
-        return [
-            {
-                "task": task,
-                "group": "ruler",
-                "metric": "recall",
-                "context_length": length,
-                "value": value,
-                "low": low,
-                "high": high,
-                "num_samples": len(samples),
-            }
-        ]
-
-    return measure
-
-
-def _benchmark(task: str, tokenizer: Any, settings: EvalSettings) -> Any:
-    def measure(model: Callable[[], Any], tick: Tick) -> Rows:
-        return benchmarks.run_benchmark(
-            model(),
-            tokenizer,
-            task,
-            limit=settings.limit,
-            task_folder=settings.task_folder,
-            seed=settings.seed,
-        )
-
-    return measure
-
-
-def _expanded(tasks: Sequence[str]) -> list[str]:
-    """Each task once; `ruler` is all of its tasks, `short-benchmarks` all of its benchmarks."""
-    names: dict[str, None] = {}
+) -> Iterator[_Unit]:
+    text = texts.identity()
     for task in tasks:
-        if task == "ruler":
-            names.update(dict.fromkeys(ruler.TASKS))
-        elif task in OWN_TASKS:
-            names[task] = None
-        else:
-            names.update(dict.fromkeys(benchmarks.expand([task])))
-    return list(names)
+        count = task.num_samples(settings)
+        if count == 0 or (task.text == "required" and not texts.documents):
+            continue
+        groups: list[tuple[int, ...]] = [(length,) for length in lengths]
+        if task.lengths == "together":
+            fitting = fitting_lengths(texts.documents, lengths)
+            groups = [fitting] if fitting else []
+        elif task.lengths == "none":
+            groups = [()]
+        for group in groups:
+            decides = [_VERSION, eval_model.identity, settings.seed, task.name]
+            decides += [group] if task.lengths == "together" else group
+            decides += [*task.cache_key(settings), *([] if task.text == "unused" else [text])]
+            digest = hashlib.sha1(
+                json.dumps(decides, default=str).encode(), usedforsecurity=False
+            ).hexdigest()
+            tokens = sum(group) * (count or 0)
+            yield _Unit(task=task, lengths=group, key=digest[:12], tokens=tokens)
 
 
-def _check_benchmarks(names: list[str], settings: EvalSettings) -> None:
-    """What lm-evaluation-harness would refuse, before a model is loaded."""
-    for name in names:
-        near = difflib.get_close_matches(name, [*OWN_TASKS, "short-benchmarks"], 1, 0.75)
+def _check_tasks(tasks: Sequence[Task], settings: EvalSettings) -> None:
+    """Raise what measuring would raise, before the model is loaded."""
+    for task in tasks:
         try:
-            benchmarks.check_benchmarks([name], task_folder=settings.task_folder)
+            if task.check is not None:
+                task.check(settings)
         except SkipwiseError as error:
+            near = difflib.get_close_matches(
+                task.name, [*task_names(), "short-benchmarks"], 1, 0.75
+            )
             if near and "no task" in str(error):
-                raise SkipwiseError(f"{name!r} is no task: did you mean {near[0]}?") from error
+                raise SkipwiseError(f"no task {task.name!r}: did you mean {near[0]}?") from error
             raise
 
 
-def _without_text(texts: Texts, tasks: Sequence[str], lengths: list[int]) -> list[str]:
-    """What is not measured for want of text."""
+def _without_text(tasks: Sequence[Task], texts: Texts, lengths: Sequence[int]) -> list[str]:
+    """Tasks, or their lengths, that have no text."""
     out = []
-    if not texts.documents:
-        out += [f"{task} (no text)" for task in ("perplexity", "needle") if task in tasks]
-    elif "perplexity" in tasks:
-        fitting = fitting_lengths(texts.documents, lengths)
-        missed = [f"{length:,}" for length in lengths if length not in fitting]
-        if missed:
-            out.append(f"perplexity at {', '.join(missed)} (no document is as long)")
+    for task in tasks:
+        if task.text != "required":
+            continue
+        if not texts.documents:
+            out.append(f"{task.name} (no text)")
+        elif task.lengths == "together":
+            fitting = fitting_lengths(texts.documents, lengths)
+            if long := [f"{length:,}" for length in lengths if length not in fitting]:
+                out.append(f"{task.name} at {', '.join(long)} (no document is that long)")
     return out
 
 
-def _replaced(row: dict[str, Any], found: Rows, label: str) -> bool:
+def _replaced(row: Row, found: Rows, label: str, task: Task) -> bool:
     """Whether an old row of the model measures what a new one does, with other settings."""
     if row["model"] != label:
         return False
+    if task.lengths == "together" and row["task"] == task.name:
+        return True  # at other lengths it had other targets
     return any(
         (row["task"], row["metric"], row.get("context_length"))
         == (new["task"], new["metric"], new.get("context_length"))

@@ -1,4 +1,4 @@
-"""What tells whether a measurement would come out the same: of weights, configs and tasks."""
+"""Fingerprints of weights, configs and tasks: if they are equal, so would the results be."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_SAMPLES = 64  # blocks of a file of weights
+_SAMPLES = 64  # blocks read of each weight file
 
 
 def harness_identity(folder: str | None) -> list[Any]:
-    """Version of lm-evaluation-harness; names, sizes and times of a folder of tasks."""
+    """Version of lm-evaluation-harness, and names, sizes and times of a task folder's files."""
     try:
         version = metadata.version("lm_eval")
-    except metadata.PackageNotFoundError:  # the tasks will say so
+    except metadata.PackageNotFoundError:  # loading a task raises
         version = None
     if folder is None:
         return [version]
@@ -23,7 +23,7 @@ def harness_identity(folder: str | None) -> list[Any]:
 
 
 def files_identity(folder: str | Path) -> list[Any]:
-    """Sizes, times and samples of a folder's weights, and its configs; a hub name as it is."""
+    """Sizes, times and samples of a folder's weights, and its configs; for a hub model its name."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         return [str(folder)]

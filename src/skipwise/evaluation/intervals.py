@@ -1,4 +1,4 @@
-"""95 % intervals: Wilson for shares, Student's t over clusters for means."""
+"""95 % intervals: Wilson's for shares, Student's t over clusters for means."""
 
 from __future__ import annotations
 
@@ -7,26 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_Z = 1.959963984540054  # the normal's 97.5 % point
-
-
-def wilson(num_hits: float, num_samples: int) -> tuple[float, float]:
-    """Wilson's interval of a share; Brown, Cai & DasGupta 2001, section 3.1.1."""
-    n, z2 = num_samples, _Z * _Z
-    p = num_hits / n
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    low = 0.0 if num_hits == 0 else centre - half
-    high = 1.0 if num_hits == n else centre + half
-    return max(0.0, low), min(1.0, high)
+from skipwise.report.intervals import Z, wilson
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
-    """Mean of values that hang together in clusters, and its t interval.
+    """Mean of values that are correlated within clusters, and its t interval.
 
     Args:
         values: (n,) one for each window.
-        clusters: (n,) which document the window is from; with one document the windows count.
+        clusters: (n,) the document of each window; with one document, each window is a cluster.
 
     Returns:
         mean, low, high; the interval is (-inf, inf) with a single value.
@@ -38,7 +27,7 @@ def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, flo
     num = int(ids.max()) + 1
     if num < 2:
         return mean, -math.inf, math.inf
-    sums = np.bincount(ids, values - mean)  # what is common to a document does not average out
+    sums = np.bincount(ids, values - mean)  # errors shared within a document do not average out
     error = math.sqrt(float((sums**2).sum()) * num / (num - 1)) / len(values)
     half = t_quantile(num - 1) * error
     return mean, mean - half, mean + half
@@ -50,7 +39,7 @@ def t_quantile(degrees: int) -> float:
         return math.tan(math.pi * 0.475)
     if degrees == 2:
         return 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    z, v = _Z, float(degrees)
+    z, v = Z, float(degrees)
     return (
         z
         + (z**3 + z) / (4 * v)
@@ -60,10 +49,10 @@ def t_quantile(degrees: int) -> float:
 
 
 def mean_interval(shares: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of shares and a 95 % interval: Wilson's, which never collapses at 0 and 1.
+    """Mean of shares and its Wilson interval, which never collapses at 0 and 1.
 
-    A share of several answers is less spread than a hit or miss of the same mean, so for those the
-    interval is wide rather than narrow.
+    Shares of several answers vary less than hits and misses of the same mean; for those the
+    interval is wider than needed.
     """
     value = float(np.mean(shares))
     return value, *wilson(value * len(shares), len(shares))

@@ -1,14 +1,14 @@
 """Forward passes of an evaluation: memory is the key-value cache and little else.
 
-Long contexts go through the model in pieces, into a cache whose room is made once (a growing one
-holds a layer twice while it grows), and only the positions that are asked for get logits, a slice
-at a time: vocabulary x length never stands whole. Positions are plain and a mask of ones is always
-sent, but for padding.
+Chunked prefill: long contexts go through the model in chunks, into a preallocated cache (a growing
+cache holds a layer twice while it grows). Only requested positions get logits, a slice at a time:
+the full logits tensor is never materialized. Positions count up from 0, and a mask of ones is
+always passed, except for padding.
 
-Not every model can be read so: some lose their state between pieces, some count padding. `reading`
-tries it on a few tokens, and what a model cannot do is done in a slower way.
+Some models lose their state between chunks, or count padding as tokens. `reading` tries each way on
+a few tokens; a slower way replaces what a model cannot do.
 
-Shapes:  B = batch, S = tokens, K = positions asked for, V = vocabulary
+Shapes:  B = batch, S = tokens, K = positions that get logits, V = vocabulary
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from transformers.cache_utils import DynamicLayer
 
 from skipwise.config.batch import EVALUATION_LOGITS as _LOGITS
 
-PREFILL = 4096  # tokens of a row in one piece, at most
+PREFILL = 4096  # tokens of a row in one chunk, at most
 _LEAST_PIECE = 64
 _LEAST_MASK = 12 << 20  # bytes
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A layer's keys and values, written into room that was made for all of them."""
+    """A layer's keys and values in preallocated tensors."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -54,11 +54,11 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def keep(self, tokens: int) -> None:
-        """Go back to the first tokens; what comes next is written over the rest."""
+        """Keep only the first tokens; the next update overwrites the rest."""
         self.keys, self.values = self.key_room[:, :, :tokens], self.value_room[:, :, :tokens]
 
     def batch_repeat(self, rows: int) -> PreallocatedLayer:
-        """The same tokens in each of some rows."""
+        """The same tokens in several rows."""
         made = PreallocatedLayer(self.room)
         if self.is_initialized and self.keys is not None and self.values is not None:
             keys, values = (
@@ -82,25 +82,25 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def new_cache(model: Any, room: int) -> Any:
-    """An empty cache with room for some tokens; layers with a window or a state keep their own."""
+    """An empty cache with room for some tokens; sliding-window and state layers keep their own."""
     cache: Any = DynamicCache(config=model.config)
     cache.layers = [
         PreallocatedLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
-    cache.num_tokens = 0  # counted here: layers that hold a state do not know
+    cache.num_tokens = 0  # counted here: state layers do not count
     return cache
 
 
 def holds_all(cache: Any) -> bool:
-    """Whether every layer holds every key: then padding can be masked, and tokens taken back."""
+    """Whether every layer holds every key, so that padding can be masked and tokens removed."""
     return all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
 
 
 def batch_repeat(cache: Any, rows: int) -> Any:
-    """A cache to go on with in each of some rows; with one row it is the same cache.
+    """A cache for several rows that continue from the same tokens; for one row, the same cache.
 
-    After one row, `crop` gives the cache back as it was. Layers with a window or a state are
-    copied: they cannot be taken back.
+    After one row, `crop` restores the cache. Layers with a window or a state are copied, because
+    they cannot be cropped.
     """
     if rows == 1 and holds_all(cache):
         return cache
@@ -117,7 +117,7 @@ def batch_repeat(cache: Any, rows: int) -> Any:
 
 
 def crop(cache: Any, tokens: int) -> None:
-    """Take back what followed the first tokens, where the layers can."""
+    """Remove everything after the first tokens, from the layers that can."""
     cache.num_tokens = tokens
     for layer in cache.layers:
         if isinstance(layer, PreallocatedLayer) and layer.is_initialized:
@@ -141,7 +141,7 @@ def logits_at(
     Args:
         input_ids: (B, S) the tokens after `past`.
         positions: (K,) indices in `input_ids`, ascending.
-        past: key-value cache of the tokens before; None: there are none.
+        past: key-value cache of the tokens before, if any.
 
     Returns:
         (B, K, V) in the model's dtype.
@@ -152,7 +152,7 @@ def logits_at(
 def logits_in_slices(
     model: Any, input_ids: torch.Tensor, positions: torch.Tensor, *, past: Any = None
 ) -> Iterator[torch.Tensor]:
-    """The logits of `logits_at` a slice (B, k, V) of the positions at a time."""
+    """The logits of `logits_at` in slices (B, k, V) of the positions."""
     rows = len(input_ids)
     before = past.num_tokens if past is not None else 0
     end, start = int(positions[-1]) + 1, 0
@@ -163,7 +163,7 @@ def logits_in_slices(
         return
     piece = prefill_chunk_size(model, before + end, rows)
     if before == 0 and end <= PREFILL and not _is_eager(model.config):
-        piece = end  # with nothing before it no mask is made: it is causal and nothing else
+        piece = end  # without a cache attention is purely causal and needs no mask
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     most = max(1, _LOGITS // (rows * vocabulary))
     whole = end <= piece and len(positions) <= most
@@ -189,7 +189,7 @@ def logits_in_slices(
 def next_logits(
     model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, past: Any
 ) -> torch.Tensor:
-    """(B, V) logits after one more token (B, 1) at its position (B, 1), padding masked (B, kv)."""
+    """(B, V) logits after one more token (B, 1) at position (B, 1); `mask` is (B, kv)."""
     out = model(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -204,8 +204,8 @@ def next_logits(
 def prefill_chunk_size(model: Any, total: int, rows: int = 1) -> int:
     """Tokens that go through the model at once, in front of a cache of up to `total` tokens.
 
-    A piece needs a mask of its length x total (with eager attention, scores of every head): it is
-    cut so that this stays within a twentieth of what the cache of `total` tokens takes.
+    A chunk needs a mask of chunk x total (with eager attention, the scores of every head). Its size
+    keeps this within a twentieth of the memory of a cache of `total` tokens.
     """
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -247,24 +247,24 @@ def _forward(
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What gives a model's own logits, and may be done with it."""
+    """The ways to run a model that give the logits of a plain forward pass."""
 
-    pieces: bool  # several tokens behind others, also in rows that share them
+    pieces: bool  # several tokens after a cached prefix, also one shared by rows
     padding: bool  # rows of unequal length, with padding between prompt and answer
-    steps: bool  # a token at a time behind a prompt
+    steps: bool  # one token at a time after a prompt
 
 
 _READINGS: WeakKeyDictionary[Any, Reading] = WeakKeyDictionary()
 
 
 def reading(model: Any) -> Reading:
-    """How the model can be read, tried on random tokens when it is first asked for."""
+    """How the model can be run, tried on random tokens at the first call."""
     found = _READINGS.get(model)
     if found is None:
         _READINGS[model] = Reading(pieces=True, padding=True, steps=True)  # to try it
         config = model.config.get_text_config(decoder=True)
         steps = _agrees(model, _by_steps)
-        # learned windows and ALiBi may count the cache's places, padding among them
+        # learned positions and ALiBi may count cache slots, padding included
         rotary = bool(getattr(config, "rope_parameters", None))
         found = Reading(
             pieces=_agrees(model, _by_pieces),
@@ -274,8 +274,8 @@ def reading(model: Any) -> Reading:
         _READINGS[model] = found
         if not found.pieces:
             print(
-                f"{config.model_type} cannot go on from a cache: every trial is read whole"
-                + ("" if steps else ", anew for each token of its answer"),
+                f"{config.model_type} has no usable KV cache: each trial is a full forward pass"
+                + ("" if steps else " per token of its answer"),
                 file=sys.stderr,
             )
     return found
@@ -283,13 +283,13 @@ def reading(model: Any) -> Reading:
 
 @torch.inference_mode()
 def _agrees(model: Any, way: Callable[[Any, torch.Tensor], Any]) -> bool:
-    """Whether a way of reading gives the logits of plain passes, up to rounding."""
+    """Whether a way of running the model gives the logits of plain passes, up to rounding."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 58), generator=generator)
     try:
         have, want = way(model, ids.to(model.device))
-    except Exception:  # whatever a model says to an unusual call
+    except Exception:  # models raise anything on an unusual call
         return False
     error, want = (have.float() - want.float()).abs(), want.float()
     if have.dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar with the time left, or a line now and then in a log file."""
+"""Progress of an evaluation: a bar with the time left, or a line every 30 s in a log file."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-_EVERY = 30  # seconds between lines, where no bar is drawn
+_EVERY = 30  # seconds between log lines, if there is no bar
 
 
 class Progress:
-    """Counts the tokens of units of work; a context manager around all of them."""
+    """Counts the tokens of all units; a context manager."""
 
     def __init__(self, label: str, total: int, shown: bool) -> None:
         self.label, self.total, self.shown = label, max(1, total), shown
         self.done, self.end = 0, 0
-        self.started = self.said = time.monotonic()
+        self.started = self.printed = time.monotonic()
         self.bar = tqdm(
             desc=label,
             total=total,
@@ -38,24 +38,24 @@ class Progress:
         self.bar.close()
 
     def begin(self, name: str, tokens: int) -> None:
-        """The next unit, of so many tokens."""
+        """Start a unit of this many tokens."""
         self.name, self.end = name, self.end + tokens
         self.bar.set_postfix_str(name)
 
     def tick(self, tokens: int) -> None:
-        """So many of its tokens are done."""
+        """Count tokens as done."""
         more = min(tokens, self.end - self.done)
         self.done += more
         self.bar.update(more)
 
     def finish(self) -> None:
-        """The unit is done, whatever it took."""
+        """End the unit, whatever it took."""
         self.tick(self.end - self.done)
-        if not self.shown or not self.bar.disable or time.monotonic() - self.said < _EVERY:
+        if not self.shown or not self.bar.disable or time.monotonic() - self.printed < _EVERY:
             return
-        self.said = time.monotonic()
+        self.printed = time.monotonic()
         share = self.done / self.total
-        minutes = (self.said - self.started) * (1 - share) / max(share, 1e-6) / 60
+        minutes = (self.printed - self.started) * (1 - share) / max(share, 1e-6) / 60
         print(
             f"{self.label}: {self.name} done, {share:.0%}, about {minutes:.0f} min left",
             file=sys.stderr,

@@ -1,7 +1,7 @@
-"""Evaluate any model: a folder, a hub name, or the model of a run folder, with a baseline beside.
+"""Evaluate any model: a folder, a hub name, or the model of a run; optionally with a baseline.
 
-A run's results go into the run; those of a model into an evaluation folder of their own, which
-`skipwise report` reads as well. Both are added to, never measured twice.
+Results of a run go into its folder, those of a model into an evaluation folder of its own;
+`skipwise report` reads both. A second evaluation measures only what is missing.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from skipwise.data.readers import parse_sources
 from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprint
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.evaluator import (
-    OWN_TASKS,
     EvalModel,
-    Rows,
     Texts,
     check_settings,
     evaluate_model,
+    find_tasks,
 )
 from skipwise.evaluation.fingerprint import files_identity
 from skipwise.models.hf_config import load_config
 from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
 from skipwise.models.model_info import check_reach
+from skipwise.report.rows import Rows
 
 
 def evaluate(
@@ -49,16 +49,54 @@ def evaluate(
     """Tidy rows of a model, and of a baseline, and the folder that holds them.
 
     Args:
-        thing: model folder, hub name, or run folder (its exported model, lengths and text).
-        lengths: context lengths; none given: the run's own.
-        tasks: as `eval.tasks`; none given: the run's own, or all of Skipwise's.
-        data: text for perplexity and haystacks; none given: the run's own, or none.
-        baseline: a model to measure beside it, first; `base`: the run's own base model.
-        out: the evaluation folder of a model; None: runs/eval-NAME. A run is its own.
+        model_or_run: model folder, hub name, or run folder (its exported model, lengths and text).
+        lengths: context lengths. Defaults to the run's own.
+        tasks: as `eval.tasks`. Defaults to the run's own, or to all of Skipwise's.
+        data: text for perplexity and haystacks. Defaults to the run's own.
+        baseline: a model to measure first, for comparison; `base` is the run's own base model.
+        out: the evaluation folder of a model. Defaults to runs/eval-NAME. A run is its own.
 
     Raises:
-        SkipwiseError: a run without a model, a model without lengths, a task that is not known.
+        SkipwiseError: a run without a model, a model without lengths, an unknown task.
     """
+    recipe, run, is_run = _recipe_and_folder(model_or_run, tasks, overrides, out)
+    own_run = run if is_run else None
+    check_settings(recipe.eval)
+    lengths = lengths or _own_lengths(recipe, own_run)
+    if not lengths and any(t.lengths != "none" for t in find_tasks(recipe.eval.tasks)):
+        raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
+    labels = _labels(recipe, run, is_run, baseline)
+    own_folders = (str(run.model), str(run.converted)) if is_run else ()
+    load, load_own = recipe.load, recipe.load.of_own_folder()
+    eval_models = [  # mistakes show before a folder is made
+        make_eval_model(label, model, load_own if model in own_folders else load, lengths)
+        for label, model in labels.items()
+    ]
+    if not is_run:
+        _open_evaluation(run, labels, baseline, command)
+    need_text = [task.name for task in find_tasks(tasks) if task.text == "required"]
+    rows: Rows = []
+    with run.lock():
+        for eval_model in eval_models:
+            documents = evaluation_documents(recipe, eval_model.tokenizer, own_run, data)
+            if need_text and not documents:
+                raise SkipwiseError(f"{' and '.join(need_text)} need text: type --data PATH")
+            texts, save = Texts(documents=documents), run.write_results
+            rows += evaluate_model(
+                eval_model, texts, lengths, recipe.eval, done=run.results(), save=save
+            )
+    if not rows:
+        raise SkipwiseError(
+            "nothing was measured: no prompt fits these lengths, and no document is that long\n"
+            "type other --lengths, or --data with longer documents"
+        )
+    return rows, run
+
+
+def _recipe_and_folder(
+    model_or_run: str, tasks: list[str], overrides: list[str], out: str | Path | None
+) -> tuple[Recipe, RunFolder, bool]:
+    """The recipe of a run or of a model as it is, the results folder, and whether it is a run."""
     run = RunFolder(model_or_run)
     is_run = run.recipe_file.exists()
     if is_run:
@@ -71,61 +109,23 @@ def evaluate(
             raise SkipwiseError(f"--out: the results of a run go into it, {run.path}")
         tree = dataclasses.asdict(recipe)
     else:
-        name = (
-            Path(model_or_run).expanduser().resolve().name
-            if Path(model_or_run).exists()
-            else model_or_run
-        )
         tree = {"model": model_or_run, "target_length": 1}
         for key in (override.partition("=")[0] for override in overrides):
             if key.split(".")[0] not in ("eval", "load") and key != "data.text_field":
                 raise SkipwiseError(
-                    f"{key} does not take effect on a model as it is: keys of eval. and load. do\n"
-                    "type skipwise extend to change a model, --data for text"
+                    f"{key} does not take effect on a model as it is: only eval. and load. keys do"
+                    "\ntype skipwise extend to change a model, --data for text"
                 )
-        run = RunFolder(out or Path("runs") / f"eval-{name.replace('/', '-')}")
+        run = RunFolder(out or Path("runs") / f"eval-{_name(model_or_run).replace('/', '-')}")
     if tasks:
         tree["eval"] = {**tree.get("eval", {}), "tasks": tasks}
-    recipe = parse_recipe(tree, overrides)
-    check_settings(recipe.eval)
-    lengths = lengths or _own_lengths(recipe, run if is_run else None)
-    if not lengths and set(recipe.eval.tasks) & set(OWN_TASKS):
-        raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
-    labels = _labels(recipe, run, is_run, baseline)
-    subjects = []
-    for label, model in labels.items():  # mistakes show before a folder is made
-        ours = is_run and model in (str(run.model), str(run.converted))
-        settings = recipe.load.of_own_folder() if ours else recipe.load
-        subjects.append(make_eval_model(label, model, settings, lengths))
-    if not is_run:
-        _open(run, labels, baseline, command)
-    rows: Rows = []
-    with run.lock():
-        for one in subjects:
-            documents = evaluation_documents(recipe, one.tokenizer, run if is_run else None, data)
-            wanting = [task for task in tasks if task in ("perplexity", "needle")]
-            if wanting and not documents:
-                raise SkipwiseError(f"{' and '.join(wanting)} need text: type --data PATH")
-            rows += evaluate_model(
-                one,
-                Texts(documents=documents),
-                lengths,
-                recipe.eval,
-                done=run.results(),
-                save=run.write_results,
-            )
-    if not rows:
-        raise SkipwiseError(
-            "nothing was measured: no prompt fits these lengths, and no document is as long\n"
-            "type other --lengths, or --data with longer documents"
-        )
-    return rows, run
+    return parse_recipe(tree, overrides), run, is_run
 
 
 def make_eval_model(
     label: str, model: str, settings: ModelSettings, lengths: list[int], tokenizer: Any = None
 ) -> EvalModel:
-    """A folder or hub name to be measured with its own config, and tokenizer if none is given.
+    """A model to measure with its own config, and with its own tokenizer unless one is given.
 
     Raises:
         SkipwiseError: the config cannot be read, or has no positions for a length.
@@ -141,7 +141,7 @@ def make_eval_model(
         identity=[
             files_identity(model),
             settings.revision,
-            getattr(config, "_commit_hash", None),  # of the hub
+            getattr(config, "_commit_hash", None),  # of a hub model
             str(dtype),
             settings.attn_implementation,
             tokenizer_fingerprint(tokenizer),
@@ -154,8 +154,8 @@ def evaluation_documents(
 ) -> list[np.ndarray]:
     """Token ids of the documents to measure with: given, named by the recipe, or held out.
 
-    Where nothing is trained (`method: none`) there is nothing to keep apart from: all sources, but
-    for what a temperature is searched on.
+    Without training (`method: none`) these are all sources, except the text on which a temperature
+    is searched.
     """
     settings = recipe.data
     sources = data or settings.eval_sources
@@ -164,7 +164,7 @@ def evaluation_documents(
     if recipe.method == "none" and settings.sources:
         documents = _documents(settings.sources, recipe, tokenizer)
         searched = recipe.attention_temperature == "auto"
-        return _share_out(documents, recipe.target_length)[0] if searched else documents
+        return _split_for_search(documents, recipe.target_length)[0] if searched else documents
     if run is None or not run.eval_documents.exists():
         return []
     lines = run.eval_documents.read_text(encoding="utf-8").splitlines()
@@ -172,16 +172,16 @@ def evaluation_documents(
     own = load_tokenizer(str(run.model), ModelSettings()) if run.model.is_dir() else tokenizer
     if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(own):
         return [np.array(document["tokens"], np.int64) for document in held_out]
-    texts = [document["text"] for document in held_out]  # a baseline's tokenizer is another
+    texts = [document["text"] for document in held_out]  # a baseline may have another tokenizer
     return [np.array(encode(tokenizer, text), np.int64) for text in texts]
 
 
 def documents_for_search(recipe: Recipe, tokenizer: Any) -> list[np.ndarray]:
-    """Token ids of what `method: none` may search a temperature on: not what is measured with."""
+    """Token ids on which `method: none` searches a temperature, none of them evaluation text."""
     documents = _documents(recipe.data.sources, recipe, tokenizer)
     if recipe.data.eval_sources:
         return documents
-    return _share_out(documents, recipe.target_length)[1]
+    return _split_for_search(documents, recipe.target_length)[1]
 
 
 def _documents(sources: Any, recipe: Recipe, tokenizer: Any) -> list[np.ndarray]:
@@ -197,16 +197,20 @@ def _documents(sources: Any, recipe: Recipe, tokenizer: Any) -> list[np.ndarray]
     return [store.document(i) for store in stores for i in range(store.num_documents)]
 
 
-def _share_out(
+def _split_for_search(
     documents: list[np.ndarray], length: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(to measure with, to search on): every second long document, or halves of the only one."""
-    long = [i for i, tokens in enumerate(documents) if len(tokens) >= length]
-    if len(long) == 1 and len(documents[long[0]]) >= 2 * length:
-        whole = documents[long[0]]
-        half = len(whole) // 2
-        return [*documents[: long[0]], whole[:half], *documents[long[0] + 1 :]], [whole[half:]]
-    taken = set(long[1::2])
+    """(for evaluation, for search): alternate long documents, or two halves of the only one."""
+    long_indices = [i for i, tokens in enumerate(documents) if len(tokens) >= length]
+    if len(long_indices) == 1 and len(documents[long_indices[0]]) >= 2 * length:
+        document = documents[long_indices[0]]
+        half = len(document) // 2
+        return [
+            *documents[: long_indices[0]],
+            document[:half],
+            *documents[long_indices[0] + 1 :],
+        ], [document[half:]]
+    taken = set(long_indices[1::2])
     kept = [tokens for i, tokens in enumerate(documents) if i not in taken]
     return kept, [documents[i] for i in sorted(taken)]
 
@@ -219,13 +223,13 @@ def _own_lengths(recipe: Recipe, run: RunFolder | None) -> list[int]:
 
 
 def _labels(recipe: Recipe, run: RunFolder, is_run: bool, baseline: str | None) -> dict[str, str]:
-    """The models to measure by label, the baseline first."""
+    """Label -> model to measure, the baseline first."""
     if is_run:
         base = str(run.converted) if run.converted.is_dir() else recipe.model
         first: dict[str, str] = {}
         if baseline == "base":
             first = {"before": base}
-        elif baseline:  # some other model, not what the run began with
+        elif baseline:  # another model than the run's base
             name = _name(baseline)
             first = {baseline if name in ("before", "after") else name: baseline}
         return {**first, "after": str(run.model)}
@@ -242,17 +246,19 @@ def _name(model: str) -> str:
     return path.resolve().name if path.exists() else model
 
 
-def _place(model: str) -> str:
+def _resolved(model: str) -> str:
     path = Path(model).expanduser()
     return str(path.resolve()) if path.exists() else model
 
 
-def _open(run: RunFolder, labels: dict[str, str], baseline: str | None, command: str) -> None:
-    """Make the evaluation folder, or go on with it."""
-    facts = run.metadata()
-    if not facts and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+def _open_evaluation(
+    run: RunFolder, labels: dict[str, str], baseline: str | None, command: str
+) -> None:
+    """Create the evaluation folder, or add to an existing one."""
+    metadata = run.metadata()
+    if not metadata and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise SkipwiseError(f"{run.path} exists and holds something else: type another --out")
-    if facts and facts.get("kind") != "evaluation":
+    if metadata and metadata.get("kind") != "evaluation":
         raise SkipwiseError(f"{run.path} is not an evaluation folder: type another --out")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -260,16 +266,16 @@ def _open(run: RunFolder, labels: dict[str, str], baseline: str | None, command:
         raise SkipwiseError(f"{run.path} cannot be written: {error.strerror}") from error
     models = {label: {"name": model} for label, model in labels.items()}
     for label, model in models.items():
-        known = facts.get("models", {}).get(label, model)["name"]
-        if _place(known) != _place(model["name"]):
+        known = metadata.get("models", {}).get(label, model)["name"]
+        if _resolved(known) != _resolved(model["name"]):
             raise SkipwiseError(
                 f"{run.path} holds results of another {label} ({known})\ntype another --out"
             )
     run.update(
         name=run.path.name,
         kind="evaluation",
-        models={**facts.get("models", {}), **models},
-        baseline=next(iter(labels)) if baseline else facts.get("baseline"),
+        models={**metadata.get("models", {}), **models},
+        baseline=next(iter(labels)) if baseline else metadata.get("baseline"),
         command=command,
         machine=machine(),
         versions=versions(),

@@ -15,8 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.report import format_table
+from skipwise.report.format import metric_name, short_value
 from skipwise.report.headline import headline
-from skipwise.report.rows import find
+from skipwise.report.rows import find, other_tasks
 
 _COPIED_KEYS = ("license", "license_name", "license_link", "language")
 _PAPERS = {  # BibTeX of the methods
@@ -86,7 +87,7 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     is_folder = Path(recipe.model).expanduser().exists()
     T = recipe.target_length
     results = []
-    for task, metric in (("passkey", "exact match"), ("needle", "exact match"), ("perplexity", "")):
+    for task in ("passkey", "needle", "perplexity", *other_tasks(rows)):
         row = find(rows, "after", task, T)
         if row is None or row.get("value") is None:
             continue
@@ -96,8 +97,8 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
                 task_name="Text Generation",
                 dataset_type=f"skipwise-{task}",
                 dataset_name=f"{task} at {T:,} tokens",
-                metric_type="exact_match" if metric else "perplexity",
-                metric_name=metric or "perplexity",
+                metric_type=row["metric"],
+                metric_name=metric_name(row),
                 metric_value=round(float(row["value"]), 4),
             )
         )
@@ -182,7 +183,7 @@ and of transformers 4. The recipe is in `skipwise_recipe.yaml`.
 def _short_context_results(rows: list[dict[str, Any]], L: int) -> str:
     """Results at the original context length L, before and after."""
     results = []
-    for task in ("perplexity", "passkey", "needle"):
+    for task in ("perplexity", "passkey", "needle", *other_tasks(rows)):
         before, after = find(rows, "before", task, L), find(rows, "after", task, L)
         if not before or not after or before.get("value") is None or after.get("value") is None:
             continue
@@ -190,7 +191,7 @@ def _short_context_results(rows: list[dict[str, Any]], L: int) -> str:
         if task == "perplexity":
             results.append(f"perplexity {old:.2f} before, {new:.2f} after ({new / old - 1:+.1%})")
         else:
-            results.append(f"{task} {old:.0%} before, {new:.0%} after")
+            results.append(f"{task} {short_value(before)} before, {short_value(after)} after")
     if not results:
         return "The effect on short contexts was not measured."
     return f"At the original length of {L:,} tokens: {'; '.join(results)}."

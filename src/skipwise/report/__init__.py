@@ -1,9 +1,9 @@
-"""A folder's JSON to tables, figures and one self-contained page; never loads torch.
+"""Turns a folder's JSON into tables, figures and one self-contained page; never loads torch.
 
-Reading order:  rows.py (the format)  ruler.py, benchmarks.py (what is summed up)
-                tables.py (rows to a table)  verdict.py (rows to a sentence)
-                plots.py (figures)  words.py (figures for those who do not see them)
-                page.py (all of it on one page)  compare.py (several runs on one page)
+Reading order:  load.py (files to rows)  rows.py (the row format)  format.py (numbers to text)
+                ruler.py, benchmarks.py (summaries)  tables.py (rows to a table)
+                headline.py (rows to a sentence)  figures/ (curves, heat maps, their alt text)
+                page/page.py (the page of a run or evaluation)  page/compare.py (of several)
 """
 
 from skipwise.report.figures.positions import plot_positions

@@ -1,8 +1,8 @@
-"""Standard benchmarks of short contexts: what changed by more than its error, and what did not.
+"""Standard benchmarks at short context: what changed by more than its standard error.
 
-Two models answer the same questions, so their errors move together and the standard error of the
-difference is at most about sqrt(se1² + se2²), which is taken here: a change is called one too
-seldom rather than too often. With 1.96 errors, one in twenty unchanged tasks still looks changed.
+Two models answer the same questions, so their errors are correlated, and the standard error of the
+difference is at most about sqrt(se1² + se2²). This bound is used here: it calls too few changes
+real rather than too many. At 1.96 standard errors, one unchanged task in twenty looks changed.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from skipwise.report.format import is_share, listed, number, signed
+from skipwise.report.format import higher_is_better, is_share, listed, number, signed
 from skipwise.report.rows import Row, Rows, finite, is_benchmark, models_of
 
-Z = 1.96  # standard errors of a difference that are still within error
+Z = 1.96  # standard errors that count as within error
 _ORDER = ("boolq", "piqa", "winogrande", "truthfulqa_mc2", "arc_challenge", "hellaswag")
-_CHOICE = ("acc_norm", "acc")  # of a task's metrics the one that is judged
+_CHOICE = ("acc_norm", "acc")  # the metric of a task that is judged, the first it has
 
 Line = tuple[str, str, int]  # task, metric, num_fewshot (-1: not recorded)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A benchmark of the base and of the other model; shares and their errors are in 0 .. 1."""
+    """One benchmark on two models; shares and their errors are in 0 .. 1."""
 
     task: str
     metric: str
     base: float
     other: float
-    error: float | None  # standard error of the difference; None: not known
-    higher_is_better: bool = True
+    error: float | None  # standard error of the difference, if known
+    higher_is_better: bool
+    is_share: bool
 
     @property
     def change(self) -> float:
@@ -46,7 +47,7 @@ class Difference:
 
     @property
     def judgement(self) -> str:
-        """`within error`, `worse` or `better` beyond it, or that the error is not known."""
+        """`within error`, `worse`, `better` or `error not known`."""
         if self.error is None:
             return "error not known"
         if not self.beyond_error:
@@ -54,8 +55,8 @@ class Difference:
         return "worse" if self.worse else "better"
 
     def __str__(self) -> str:
-        """`−2.8 ± 0.6`, in points of percent where it is a share."""
-        scale, digits = (100, 1) if _share(self.metric, self.base, self.other) else (1, 2)
+        """`−2.8 ± 0.6`, in percentage points if it is a share."""
+        scale, digits = (100, 1) if self.is_share else (1, 2)
         shown = signed(scale * self.change, digits)
         return shown if self.error is None else f"{shown} ± {scale * self.error:.{digits}f}"
 
@@ -68,7 +69,7 @@ def benchmark_layout(rows: Rows) -> tuple[list[str], list[Line], dict[tuple[Line
 
 
 def differences(rows: Rows, base: str, other: str) -> list[Difference]:
-    """One for each task and number of shots that both have; acc_norm where a task has it."""
+    """One for each task and number of shots that both models have; acc_norm if a task has it."""
     _, lines, cells = benchmark_layout(rows)
     judged: dict[tuple[str, int], Difference] = {}
     for line in lines:  # acc_norm comes first
@@ -79,73 +80,67 @@ def differences(rows: Rows, base: str, other: str) -> list[Difference]:
 
 
 def line_difference(a: Row | None, b: Row | None) -> Difference | None:
-    """Of one line of the table, where both cells hold a value."""
+    """The difference of two cells, if both hold a value."""
     return _difference(a, b) if a and b else None
 
 
 def describe_benchmarks(rows: Rows) -> list[str]:
-    """A sentence for each model against the first: what changed beyond error, the mean change."""
+    """For each model but the first: what changed beyond error since the first, the mean change."""
     models, lines, _ = benchmark_layout(rows)
-    return [_describe(rows, lines, models[0], other) for other in models[1:]]
+    return [_describe_pair(rows, lines, models[0], other) for other in models[1:]]
 
 
-def fallen(rows: Rows, base: str, other: str) -> list[str]:
-    """`hellaswag from 75.9 to 73.1 %` for each benchmark that got worse beyond error."""
+def worse_benchmarks(rows: Rows, base: str, other: str) -> list[str]:
+    """`hellaswag from 75.9 to 73.1 %` for each benchmark that is worse beyond error."""
     return [
-        f"{d.task} from {_plain(d, d.base)} to {_plain(d, d.other)}"
-        + (" %" if _share(d.metric, d.base, d.other) else "")
+        f"{d.task} from {_format_score(d, d.base)} to {_format_score(d, d.other)}"
+        + (" %" if d.is_share else "")
         for d in differences(rows, base, other)
         if d.worse
     ]
 
 
 def format_benchmark(row: Row | None) -> str:
-    """`74.3 ± 1.2`: percent where it is a share, and its standard error where it is known."""
+    """`74.3 ± 1.2`: in percent if it is a share, with its standard error if known."""
     if row is None or row["value"] is None:
         return "not measured"
     value, error = row["value"], _stderr(row)
-    if not _share(row["metric"], value):
+    if not _is_share(row):
         return number(value) + ("" if error is None else f" ± {error:.2f}")
     return f"{100 * value:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
-
-
-def metric_label(line: Line, row: Row) -> str:
-    return f"{line[1]} {'↑' if _higher(row) else '↓'}"
 
 
 def shots_label(line: Line) -> str:
     return "not recorded" if line[2] < 0 else str(line[2])
 
 
-def _describe(rows: Rows, lines: list[Line], base: str, other: str) -> str:
+def _describe_pair(rows: Rows, lines: list[Line], base: str, other: str) -> str:
     found = differences(rows, base, other)
     start = f"Short contexts, {other} against {base}: "
     if not found:
         return f"{start}no benchmark was measured for both."
-    said = []
+    clauses = []
     for word, kept in (
         ("worse beyond error", [d for d in found if d.judgement == "worse"]),
         ("better beyond error", [d for d in found if d.judgement == "better"]),
         ("no standard error, so not judged", [d for d in found if d.error is None]),
     ):
         if kept:
-            said.append(f"{word}: {listed([f'{d.task} ({d})' for d in kept])}")
+            clauses.append(f"{word}: {listed([f'{d.task} ({d})' for d in kept])}")
     within = sum(d.judgement == "within error" for d in found)
     judged = sum(d.error is not None for d in found)
     if judged:
-        said.append(
+        clauses.append(
             f"{within} of {judged} {'benchmark' if judged == 1 else 'benchmarks'} within error"
         )
-    points = [
-        100 * d.change for d in found if d.higher_is_better and _share(d.metric, d.base, d.other)
-    ]
+    points = [100 * d.change for d in found if d.higher_is_better and d.is_share]
     if len(points) > 1:
         mean = signed(sum(points) / len(points), 2)
-        said.append(f"mean change {mean} points over {len(points)}")
+        clauses.append(f"mean change {mean} points over {len(points)}")
     missing = sorted({line[0] for line in lines} - {d.task for d in found}, key=_task_rank)
     if missing:
-        said.append(f"not measured for both: {listed(missing)}")
-    return start + "; ".join(said) + "."
+        clauses.append(f"not measured for both: {listed(missing)}")
+    return start + "; ".join(clauses) + "."
 
 
 def _difference(a: Row, b: Row) -> Difference | None:
@@ -159,7 +154,8 @@ def _difference(a: Row, b: Row) -> Difference | None:
         base=a["value"],
         other=b["value"],
         error=math.hypot(*known) if len(known) == 2 else None,
-        higher_is_better=_higher(a),
+        higher_is_better=higher_is_better(a),
+        is_share=_is_share(a) and _is_share(b),
     )
 
 
@@ -168,17 +164,13 @@ def _stderr(row: Row) -> float | None:
     return error if error is not None and math.isfinite(error) else None
 
 
-def _higher(row: Row) -> bool:
-    given = row.get("higher_is_better")
-    return is_share(row["metric"]) if given is None else bool(given)
+def _is_share(row: Row) -> bool:
+    """Metrics of lm-eval have any scale: a value beyond 0 .. 1 is a number."""
+    return is_share(row) and 0 <= row["value"] <= 1
 
 
-def _share(metric: str, *values: float) -> bool:
-    return is_share(metric) and all(0 <= value <= 1 for value in values)
-
-
-def _plain(difference: Difference, value: float) -> str:
-    if _share(difference.metric, difference.base, difference.other):
+def _format_score(difference: Difference, value: float) -> str:
+    if difference.is_share:
         return f"{100 * value:.1f}"
     return number(value)
 

@@ -6,17 +6,29 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-METRICS = {
-    "perplexity": "perplexity ↓",
-    "bits_per_byte": "bits per byte ↓",
-    "exact_match": "exact match ↑",
-    "recall": "recall ↑",
-}
+METRIC_NAMES = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
 _NUMBERS = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  # no shares
 
 
-def is_share(metric: str) -> bool:
-    return metric not in _NUMBERS
+def is_share(row: dict[str, Any]) -> bool:
+    """Whether values are in 0 .. 1 and written in percent: as the row says, else by its metric."""
+    given = row.get("is_share")
+    return row["metric"] not in _NUMBERS if given is None else bool(given)
+
+
+def higher_is_better(row: dict[str, Any]) -> bool:
+    given = row.get("higher_is_better")
+    return is_share(row) if given is None else bool(given)
+
+
+def metric_name(row: dict[str, Any]) -> str:
+    metric: str = row["metric"]
+    return METRIC_NAMES.get(metric, metric)
+
+
+def metric_label(row: dict[str, Any]) -> str:
+    """`exact match ↑`: the metric and which direction is better."""
+    return f"{metric_name(row)} {'↑' if higher_is_better(row) else '↓'}"
 
 
 def format_value(row: dict[str, Any]) -> str:
@@ -24,21 +36,28 @@ def format_value(row: dict[str, Any]) -> str:
     value, low, high = row["value"], row["low"], row["high"]
     known = low is not None or high is not None
     if value is None:
-        return "not measured" if is_share(row["metric"]) else "beyond measure"
-    if not is_share(row["metric"]):
+        return "not measured" if is_share(row) else "beyond measure"
+    if not is_share(row):
         digits = 3 if row["metric"] == "bits_per_byte" else 2
         shown = number(value, digits)
         interval = f"{number(low, digits)}, {number(high, digits)}"
     else:
         shown = f"{percent(value)} %"
         low, high = 100 * (low or 0), 100 * (1 if high is None else high)
-        digits = 0 if round(low) <= 100 * value <= round(high) else 1  # it holds the value
+        digits = (
+            0 if round(low) <= 100 * value <= round(high) else 1
+        )  # the rounded interval holds the value
         interval = f"{low:.{digits}f}, {high:.{digits}f}"
     return f"{shown} [{interval}]" if known else shown
 
 
+def short_value(row: dict[str, Any]) -> str:
+    """`8.14` or `98 %`, without the interval."""
+    return format_value(row).partition(" [")[0]
+
+
 def percent(share: float) -> str:
-    """Whole percent where it is whole, and never 100 or 0 where it is not."""
+    """A share in percent: no decimals if it has none, and 0 or 100 only if it is exactly that."""
     value = 100 * share
     if round(value, 6) == round(value):
         return f"{value:.0f}"
@@ -55,7 +74,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """`+0.4`, `−1.2`, `0.0`: a true minus, and no sign of a zero."""
+    """`+0.4`, `−1.2`, `0.0`: with a true minus sign, and no sign for zero."""
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return text
@@ -63,7 +82,7 @@ def signed(value: float, digits: int = 1) -> str:
 
 
 def length_names(lengths: Sequence[int]) -> list[str]:
-    """`256`, `2,048`; all in k where the longest is 8k or more and all are whole k."""
+    """`256`, `2,048`; all in k if the longest is 8k or more and all are multiples of 1,024."""
     if max(lengths) >= 8192 and all(n % 1024 == 0 for n in lengths):
         return [f"{n // 1024}k" for n in lengths]
     return [f"{n:,}" for n in lengths]
@@ -82,7 +101,7 @@ def duration(seconds: float) -> str:
 
 
 def short_count(count: float) -> str:
-    """`126 M`, `8.06 G`: three figures and the SI prefix."""
+    """`126 M`, `8.06 G`: three digits and the SI prefix."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= size:
             digits = 2 if count < 10 * size else 1 if count < 100 * size else 0

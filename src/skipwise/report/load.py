@@ -1,4 +1,4 @@
-"""Reading a folder of a run or an evaluation: JSON only, and what is wrong with it in words."""
+"""Reads the folder of a run or an evaluation: JSON only, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KEYS = ("model", "task", "metric", "value")  # that every row has
 
 
 def read_json(file: Path) -> Any:
-    """None where there is no such file.
+    """The content of a JSON file. None if there is no such file.
 
     Raises:
         SkipwiseError: the file is not JSON.
@@ -27,17 +27,17 @@ def read_json(file: Path) -> Any:
 
 
 def read_rows(folder: Path) -> Rows | None:
-    """The tidy rows of results.json; None where there is none.
+    """The tidy rows of results.json; None if there is no file.
 
     Raises:
-        SkipwiseError: it is not JSON, or no list of rows.
+        SkipwiseError: not JSON, or not a list of rows.
     """
     file = folder / "results.json"
     rows = read_json(file)
     if rows is None:
         return None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SkipwiseError(f"{file} is no list of rows: measure again with skipwise eval")
+        raise SkipwiseError(f"{file} is not a list of rows: measure again with skipwise eval")
     for row in rows:
         missing = [key for key in _KEYS if key not in row]
         if missing:
@@ -45,12 +45,12 @@ def read_rows(folder: Path) -> Rows | None:
                 f"{file} has a row without {', '.join(missing)}: measure again with skipwise eval"
             )
         if not isinstance(row["value"], int | float | None):
-            raise SkipwiseError(f"{file} has a value that is no number: {row['value']!r}")
+            raise SkipwiseError(f"{file} has a value that is not a number: {row['value']!r}")
     return rows
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """JSON lines; one that is cut off is left out."""
+    """JSON lines; incomplete ones are skipped."""
     if not file.exists():
         return []
     lines = []
@@ -66,23 +66,23 @@ def is_evaluation(run: dict[str, Any]) -> bool:
     return run.get("kind") == "evaluation"
 
 
-def part(run: dict[str, Any], key: str) -> dict[str, Any]:
-    """A dictionary inside run.json; empty where there is none."""
+def nested(run: dict[str, Any], key: str) -> dict[str, Any]:
+    """A dictionary inside run.json; empty if it is missing."""
     found = run.get(key)
     return found if isinstance(found, dict) else {}
 
 
 def all_training(run: dict[str, Any]) -> dict[str, Any]:
-    """Tokens, seconds and peak memory of training, with its full-length finish, where recorded."""
-    finish = part(run, "finish")
-    parts = [part(run, "training"), *([finish] if finish.get("seconds") is not None else [])]
+    """Tokens, seconds and peak memory of all training stages, as far as recorded."""
+    finish = nested(run, "finish")
+    stages = [nested(run, "training"), *([finish] if finish.get("seconds") is not None else [])]
     found = {}
     for key, join in (("num_tokens", sum), ("seconds", sum), ("peak_memory_gib", max)):
-        if values := [one[key] for one in parts if one.get(key)]:
+        if values := [one[key] for one in stages if one.get(key)]:
             found[key] = join(values)
     return found
 
 
 def count(found: dict[str, Any], key: str, noun: str) -> str | None:
-    """`1,234 documents`, or None where it is not known."""
+    """`1,234 documents`, or None if unknown."""
     return None if found.get(key) is None else f"{found[key]:,} {noun}"

@@ -1,9 +1,9 @@
-"""Tidy rows, the one format of what was measured: split, pooled, and in the order of the tables.
+"""Tidy rows, the format of all results: how to select, pool and order them.
 
 Rows:    {"model", "task", "metric", "context_length", ["depth"], "value", "low", "high",
-         "num_samples"}; a value that is null or not finite was measured and is beyond measure.
+         "num_samples"}; a value that is null or not finite was measured, but cannot be shown.
          A benchmark's row has "kind": "benchmark", no context length, "num_fewshot", "stderr".
-Source:  interval of a share: Wilson 1927, "Probable inference", JASA 22, 209-212
+         A row may say how it is shown: "title", "about", "higher_is_better", "is_share".
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from skipwise.report.intervals import wilson
+
 Row = dict[str, Any]
 Rows = list[Row]
-_Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
-# the tasks of RULER (arXiv 2404.06654) that skipwise has; RULER's own suite has 13
+# Skipwise's versions of RULER tasks (arXiv 2404.06654); the original suite has 13
 RULER_TASKS = (
     "niah_single_words",
     "niah_single_numbers",
@@ -33,7 +34,7 @@ _ORDER = ("perplexity", "passkey", "needle", *RULER_TASKS)
 
 
 def finite(rows: Iterable[Row]) -> Rows:
-    """The rows with None for every null, NaN and infinity that JSON may hold."""
+    """The rows with None in place of NaN and infinity, which JSON may hold."""
     out = []
     for row in rows:
         numbers = {key: row.get(key) for key in ("value", "low", "high")}
@@ -51,25 +52,31 @@ def is_ruler(row: Row) -> bool:
 
 
 def by_context(rows: Rows) -> Rows:
-    """The rows that were measured at a context length: all but the benchmarks."""
+    """The rows measured at a context length, which is all but the benchmarks."""
     return [row for row in rows if not is_benchmark(row)]
 
 
-def of(rows: Rows, task: str, metric: str | None = None) -> Rows:
-    """The finite rows of a task at context lengths; of perplexity those that hold perplexity."""
+def task_rows(rows: Rows, task: str, metric: str | None = None) -> Rows:
+    """The rows of a task at context lengths; for perplexity, not those in bits per byte."""
     metric = metric or ("perplexity" if task == "perplexity" else None)
     kept = (r for r in by_context(rows) if r["task"] == task and metric in (None, r["metric"]))
     return finite(kept)
 
 
+def other_tasks(rows: Rows) -> list[str]:
+    """The tasks at context lengths that the page has no section for by name."""
+    kept = (row["task"] for row in by_context(rows) if not is_ruler(row))
+    return sorted({task for task in kept if task not in _ORDER})
+
+
 def models_of(rows: Rows) -> list[str]:
-    """Before and after first, the others as they come."""
+    """The models of the rows: before and after first, the others in order of appearance."""
     names = dict.fromkeys(row["model"] for row in rows)
     return sorted(names, key=lambda name: {"before": 0, "after": 1}.get(name, 2))
 
 
 def pooled(rows: Rows) -> Rows:
-    """One row for each model, task and length; shares of several depths are put together.
+    """One row for each model, task and length; scores at several depths are pooled.
 
     The pooled share is weighted by samples and has Wilson's interval of the pooled counts.
     """
@@ -84,7 +91,7 @@ def pooled(rows: Rows) -> Rows:
             counted = [r for r in group if r["value"] is not None and r["num_samples"]]
             count = sum(r["num_samples"] for r in counted)
             hits = round(sum(r["value"] * r["num_samples"] for r in counted))
-            low, high = _wilson(hits, count) if count else (None, None)
+            low, high = wilson(hits, count) if count else (None, None)
             value = hits / count if count else None
             row.update(value=value, low=low, high=high, num_samples=count)
         out.append(row)
@@ -92,15 +99,15 @@ def pooled(rows: Rows) -> Rows:
 
 
 def find(rows: Rows, model: str, task: str, length: int) -> Row | None:
-    """The pooled row of a model, task and length, where one was measured; its value may be None."""
-    for row in pooled(of(rows, task)):
+    """The pooled row of a model, task and length, if measured; its value may be None."""
+    for row in pooled(task_rows(rows, task)):
         if (row["model"], row["context_length"]) == (model, length):
             return row
     return None
 
 
 def describe_mixed_texts(rows: Rows) -> str:
-    """Which tasks were measured on different texts, so that their columns do not compare."""
+    """A warning that names the tasks measured on different texts, whose columns do not compare."""
     texts: dict[str, set[str]] = {}
     for row in rows:
         if row.get("text"):
@@ -110,15 +117,7 @@ def describe_mixed_texts(rows: Rows) -> str:
 
 
 def line_order(line: tuple[str, str, int]) -> tuple[Any, ...]:
-    """Perplexity, bits per byte, passkey, needles, RULER, what is new, and RULER's average."""
+    """Sort key: perplexity, bits per byte, passkey, needle, RULER, other tasks, RULER average."""
     task, metric, length = line
     rank = _ORDER.index(task) if task in _ORDER else len(_ORDER)
     return task == RULER_AVERAGE, rank, task, metric != "perplexity", metric, length
-
-
-def _wilson(hits: int, count: int) -> tuple[float, float]:
-    p, z2 = hits / count, _Z * _Z
-    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count * count))
-    low, high = centre - half, centre + half
-    return (0.0 if hits == 0 else low), (1.0 if hits == count else high)

@@ -1,8 +1,8 @@
-"""RULER in two figures a model: the average over its tasks by length, and the effective length.
+"""RULER in two numbers per model: the average over its tasks by length, and the effective length.
 
 Source:  Hsieh et al. 2024, "RULER: What's the Real Context Size of Your Long-Context Language
-         Models?", arXiv 2404.06654, section 4 and table 3. The paper averages 13 tasks; an average
-         over fewer says over how many.
+         Models?", arXiv 2404.06654, section 4 and table 3. The paper averages 13 tasks; ours says
+         how many it is over.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ EFFECTIVE_LENGTH = "effective length"
 
 @dataclass(frozen=True, kw_only=True)
 class RulerSummary:
-    """What a model scores over the RULER tasks; `averages` is empty where they cannot be taken."""
+    """A model's scores over the RULER tasks; `averages` is empty if tasks are missing somewhere."""
 
     model: str
-    tasks: tuple[str, ...]  # that the averages are over, the same at every length
-    averages: dict[int, float]  # context length -> mean of the tasks' scores, each weighing as much
+    tasks: tuple[str, ...]  # the same at every length
+    averages: dict[int, float]  # context length -> unweighted mean of the tasks' scores
     num_samples: dict[int, int]
     reason: str = ""  # why there is no average
 
     @property
     def effective_length(self) -> int | None:
-        """The largest length that passes, as do all shorter ones measured; None: no length does."""
+        """The largest length at or above the threshold together with all shorter ones, or None."""
         effective = None
         for length in sorted(self.averages):
             if round(self.averages[length], 9) < EFFECTIVE_THRESHOLD:
@@ -39,7 +39,7 @@ class RulerSummary:
 
     @property
     def effective(self) -> str:
-        """`8,192`, `at least 32,768` where the longest length measured passes too, or `none`."""
+        """`8,192`, `at least 32,768` if the longest one passes, or `none`."""
         if not self.averages:
             return "not known"
         length = self.effective_length
@@ -49,7 +49,7 @@ class RulerSummary:
 
     @property
     def effective_short(self) -> str:
-        """`8k`, `≥ 32k` or `none`, for where there is little room."""
+        """`8k`, `≥ 32k` or `none`, for narrow places."""
         length = self.effective_length
         if length is None:
             return "none" if self.averages else "not known"
@@ -58,7 +58,7 @@ class RulerSummary:
 
 
 def summarise_ruler(rows: Rows) -> list[RulerSummary]:
-    """A summary for each model that has RULER rows; averages only over one and the same tasks."""
+    """A summary per model; it has averages only if every task was measured at every length."""
     kept = [row for row in pooled(rows) if is_ruler(row)]
     summaries = []
     for model in models_of(kept):
@@ -110,7 +110,7 @@ def average_rows(summaries: list[RulerSummary]) -> Rows:
 
 
 def describe_tasks(summaries: list[RulerSummary]) -> str:
-    """`mean of 9 tasks`, or how many for which model; why there is none."""
+    """`mean of 9 tasks`, or the number for each model, or why there is no average."""
     averaged = [s for s in summaries if s.averages]
     names = {s.tasks for s in averaged}
     if len(names) == 1:

@@ -1,4 +1,4 @@
-"""Tidy rows to Markdown tables: nothing here is said that the numbers do not say."""
+"""Markdown tables of the tidy rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from skipwise.report.benchmarks import (
     describe_benchmarks,
     format_benchmark,
     line_difference,
-    metric_label,
     shots_label,
 )
-from skipwise.report.format import METRICS, format_value
+from skipwise.report.format import format_value, metric_label
 from skipwise.report.rows import (
     RULER_AVERAGE,
     Rows,
@@ -32,9 +31,9 @@ from skipwise.report.ruler import (
 
 
 def layout(rows: Rows) -> tuple[list[str], list[tuple[str, str, int]], dict[tuple[Any, ...], Any]]:
-    """Columns (models, before and after first), lines (task, metric, length), pooled cells.
+    """The columns (models), the lines (task, metric, length) and the pooled cells of the table.
 
-    The RULER averages are lines too.
+    Before and after come first. The RULER averages are lines too.
     """
     kept = pooled(rows) + average_rows(summarise_ruler(rows))
     cells = {(r["task"], r["metric"], r["context_length"], r["model"]): r for r in kept}
@@ -45,8 +44,8 @@ def layout(rows: Rows) -> tuple[list[str], list[tuple[str, str, int]], dict[tupl
 def format_table(rows: Rows) -> str:
     """Markdown: a line a task and context length, a column a model; then the benchmarks.
 
-    Intervals stand in brackets, standard errors behind ±. Under the lines the averages over the
-    RULER tasks and the effective length, under the benchmarks what changed beyond error.
+    Intervals are in brackets, standard errors follow ±. The averages over the RULER tasks and the
+    effective length come last; below the benchmarks is a sentence on what changed beyond error.
     """
     parts = [_contexts(rows), describe_mixed_texts(rows), _benchmarks(rows)]
     return "\n\n".join(part for part in parts if part) or "nothing was measured"
@@ -62,7 +61,8 @@ def _contexts(rows: Rows) -> str:
         values = [format_value(cell) if cell else "not measured" for cell in found]
         if task == RULER_AVERAGE:
             values = [format_value(cell) if cell else "no average" for cell in found]
-        table.append([task, METRICS.get(metric, metric), f"{length:,}", *values])
+        label = metric_label(next(cell for cell in found if cell))
+        table.append([task, label, f"{length:,}", *values])
     summaries = summarise_ruler(rows)
     if summaries:
         effective = {s.model: s.effective for s in summaries}
@@ -87,7 +87,7 @@ def _benchmarks(rows: Rows) -> str:
     for line in lines:
         found = [cells.get((line, model)) for model in models]
         one = next(cell for cell in found if cell)
-        entries = [line[0], metric_label(line, one), shots_label(line)]
+        entries = [line[0], metric_label(one), shots_label(line)]
         entries += [format_benchmark(cell) for cell in found]
         if pair:
             difference = line_difference(*found)
@@ -100,7 +100,7 @@ def _benchmarks(rows: Rows) -> str:
 
 
 def markdown(table: list[list[str]], left: int) -> str:
-    """The first `left` columns to the left, the others to the right; the first line is the head."""
+    """A Markdown table; the first `left` columns are left-aligned, the first line is the header."""
     table = [[cell.replace("|", "\\|") for cell in row] for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
 

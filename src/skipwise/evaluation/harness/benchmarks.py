@@ -1,8 +1,8 @@
-"""Standard benchmarks through lm-evaluation-harness: what a longer window costs at short length.
+"""Standard benchmarks of lm-evaluation-harness: what a longer window costs at short context.
 
-Any task or group of the harness by its name, or the suite `short-benchmarks`. Prompts, targets and
-metrics are the harness's own; the model is the one at hand, with its own window. Tasks may also
-come from a folder of YAML files (see `task_folder`), so that nothing has to be downloaded.
+Any task or group of the harness can be named, or the suite `short-benchmarks`. Prompts, targets and
+metrics are the harness's own; the model keeps its own window. Tasks may also come from a folder of
+YAML files (see `task_folder`), so that nothing has to be downloaded.
 
 Source: the suite is table 6 of PoSE, Zhu et al. 2024, arXiv 2309.10400; metrics as on the Open LLM
         Leaderboard of its day, which takes acc_norm for ARC and HellaSwag and acc elsewhere
@@ -26,8 +26,11 @@ import torch
 import yaml
 
 from skipwise.errors import SkipwiseError
+from skipwise.evaluation.fingerprint import harness_identity
 from skipwise.evaluation.harness.adapter import first_line, guarded, script_refusal, wrap
 from skipwise.evaluation.harness.task_folder import read_folder
+from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.rows import Rows
 
 SHORT_BENCHMARKS = {  # task: (num_fewshot, metric)
     "boolq": (0, "acc"),
@@ -37,7 +40,7 @@ SHORT_BENCHMARKS = {  # task: (num_fewshot, metric)
     "arc_challenge": (25, "acc_norm"),
     "hellaswag": (10, "acc_norm"),
 }
-_SHARES = ("acc", "acc_norm", "exact_match")  # their intervals end at 0 and 1
+_SHARES = ("acc", "acc_norm", "exact_match")  # their intervals are within 0 .. 1
 _BOOTSTRAPS = 1000  # for metrics that are not means: the standard error to 2 %
 
 
@@ -47,8 +50,32 @@ def expand(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for some in each for name in some))
 
 
+def make_task(name: str) -> Task:
+    """A task or group of the harness as a task of the evaluation; its name is not checked here."""
+
+    def measure(inputs: TaskInputs) -> Rows:
+        settings = inputs.settings
+        return run_benchmark(
+            inputs.model,
+            inputs.tokenizer,
+            name,
+            limit=settings.limit,
+            task_folder=settings.task_folder,
+            seed=settings.seed,
+        )
+
+    return Task(
+        name=name,
+        measure=measure,
+        num_samples=lambda settings: settings.limit,
+        cache_key=lambda settings: (settings.limit, harness_identity(settings.task_folder)),
+        lengths="none",
+        check=lambda settings: check_benchmarks([name], task_folder=settings.task_folder),
+    )
+
+
 def check_benchmarks(names: Sequence[str], *, task_folder: str | None = None) -> None:
-    """Raise what `run_benchmark` would raise, before any hours are spent; gets the data sets."""
+    """Raise what `run_benchmark` would raise, before the model runs; downloads the data sets."""
     for name in expand(names):
         with guarded() as refused:
             _load(name, task_folder, refused)
@@ -64,26 +91,26 @@ def run_benchmark(
     batch_size: int = 8,
     max_length: int | None = None,
     seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Rows of one task or group, one a metric.
+) -> Rows:
+    """Rows of one task or group, one per metric.
 
     A task of `short-benchmarks` has the suite's few-shot count and metric. Any other has its own
-    few-shot count and all of its metrics; a group that the harness averages is one row a metric.
+    few-shot count and all of its metrics; a group that the harness averages has one row per metric.
 
     Args:
-        model: causal language model of transformers, on its device; comes back as it was.
-        limit: questions a task, the first ones; None: all of them.
-        task_folder: YAML files of tasks, whose names go before the harness's.
+        model: causal language model of transformers, on its device; it is not changed.
+        limit: number of questions per task, from the first. Defaults to all.
+        task_folder: YAML files of tasks; their names take precedence over the harness's.
         batch_size: rows of a forward pass; logits take rows x tokens x vocabulary x 4 bytes, twice.
-        max_length: tokens the model sees, longer prompts lose their start; None: its config's.
+        max_length: tokens the model sees; longer prompts lose their start. Defaults to its window.
         seed: draws the few-shot examples.
 
     Returns:
-        rows with `value`, its 95 % interval `low` and `high` (None where there is no standard
+        rows with `value`, its 95 % interval `low` and `high` (None without a standard
         error), and `num_truncated`, the prompts that lost their start.
 
     Raises:
-        SkipwiseError: lm-eval missing, unknown task, data set not reachable, code to be run.
+        SkipwiseError: lm-eval missing, unknown task, data set not reachable, task that runs code.
     """
     if limit is not None and limit < 1:
         raise SkipwiseError(f"limit={limit}: at least one question a task, or none for all")
@@ -99,11 +126,7 @@ def run_benchmark(
         torch.manual_seed(seed)
         lm = wrap(model, tokenizer, batch_size, max_length)
         results: Any = evaluate(
-            lm=lm,
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=_BOOTSTRAPS,
-            log_samples=False,
+            lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
         )
     if lm.num_truncated:
         warnings.warn(
@@ -156,13 +179,13 @@ def _load(name: str, task_folder: str | None, refused: list[str]) -> dict[str, A
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise SkipwiseError(
-                f"{name} runs code that the model writes, or shows it more than text: not done here"
+                f"{name} runs code that the model writes, or is multimodal: not supported"
             )
     return loaded
 
 
 def _set_fewshot(task: Any, num_fewshot: int | None, seed: int) -> None:
-    """None: the task's own. simple_evaluate would leave a task alone that says 0 itself."""
+    """Defaults to the task's own. simple_evaluate would not change a task that says 0 itself."""
     if num_fewshot is None:
         num_fewshot = task.get_config("num_fewshot") or 0
     pool = getattr(getattr(task, "sampler", None), "df", None)
@@ -192,7 +215,7 @@ def _reported(name: str, loaded: dict[str, Any], results: Any) -> list[str]:
     return list(loaded["tasks"])
 
 
-def _rows(name: str, results: Any) -> list[dict[str, Any]]:
+def _rows(name: str, results: Any) -> Rows:
     numbers = results["results"][name]
     rows = []
     for key, value in numbers.items():

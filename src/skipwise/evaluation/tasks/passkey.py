@@ -1,10 +1,9 @@
-"""Passkey retrieval, and the needle grid: five digits hidden at a depth, asked for at the end.
+"""Passkey retrieval and the needle grid: find five digits that are hidden at some depth.
 
-The passkey's haystack is five sentences repeated, with one needle, as published. The needle grid's
-is real text, where nothing tells a needle's line from the rest but its words. It holds a needle at
-every depth, each of its own name, and asks for one after the other: the haystack goes through the
-model once for all of them, and the others distract. With `per_haystack=1` it is the passkey's
-single needle in real text.
+The passkey's haystack repeats five sentences around one needle, as published. The needle grid uses
+real text with a needle at every depth, each with its own name, and asks for one after the other.
+The haystack goes through the model once for all of them, and the other needles distract. With
+`per_haystack=1` it is the passkey's single needle in real text.
 
 Source: Mohtashami & Jaggi 2023, arXiv 2305.16300, section 4; the template is PoSE's. The grid over
 depth and length follows Kamradt 2023, "Needle in a haystack".
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from skipwise.evaluation.intervals import wilson
-from skipwise.evaluation.scoring import Trial
+from skipwise.evaluation.scoring import Trial, exact_match
 from skipwise.evaluation.tasks.prompts import (
     answered,
     count_tokens,
@@ -27,6 +26,8 @@ from skipwise.evaluation.tasks.prompts import (
     random_words,
     token_ids,
 )
+from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.rows import Rows
 
 INTRO = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -48,7 +49,7 @@ def prompt(passkey: str, num_fillers: int, depth: float, filler: Sequence[str] =
     Args:
         passkey: the digits to hide.
         num_fillers: filler sentences in all; the `filler` sentences repeat in turn.
-        depth: share of them that stand before the needle, 0 .. 1.
+        depth: share of them before the needle, 0 .. 1.
     """
     before = round(depth * num_fillers)
     sentences = [filler[i % len(filler)] for i in range(num_fillers)]
@@ -61,7 +62,7 @@ def prompt_in_text(
     """The question about one of the needles in a text.
 
     Args:
-        needles: (depth, name, passkey) of each; no name: there is one needle only.
+        needles: (depth, name, passkey) of each; the name is empty if there is only one.
         asked: the name asked for.
     """
     lines = [
@@ -75,7 +76,7 @@ def prompt_in_text(
 def passkey_trials(
     tokenizer: Any, length: int, *, num_trials: int, num_depths: int, seed: int = 0
 ) -> list[Trial]:
-    """Prompts with answers, as long as fits in `length` tokens, by depth; none where none fits.
+    """Prompts with answers that fill `length` tokens, by depth; empty if none fits.
 
     Args:
         num_trials: spread evenly over the depths.
@@ -93,7 +94,7 @@ def passkey_trials(
         if found is None:
             return []
         guess = found[0]
-        trials += [_trial(asked, whole, depth) for asked, whole in found[1]]
+        trials += [_trial(asked, full, depth) for asked, full in found[1]]
     return trials
 
 
@@ -110,9 +111,9 @@ def needle_trials(
     """The same for the needle grid, haystack by haystack.
 
     Args:
-        words: of the text, with their whitespace; each haystack starts at a place of its own.
-        per_haystack: needles in one haystack, at depths spread over it, fewer where they do not
-            fit; 1: all of the same text.
+        words: of the text, with their whitespace; each haystack starts at its own place.
+        per_haystack: needles in one haystack, spread over it, or fewer if they do not fit. With 1,
+            all haystacks are the same text.
     """
     trials: list[Trial] = []
     guess = 16
@@ -154,8 +155,8 @@ def needle_trials(
                 )
             guess = found[0]
             trials += [
-                _trial(asked, whole, depth, haystack)
-                for (asked, whole), depth in zip(found[1], here, strict=True)
+                _trial(asked, full, depth, haystack)
+                for (asked, full), depth in zip(found[1], here, strict=True)
             ]
     return sorted(trials, key=lambda trial: (trial.haystack, trial.depth))
 
@@ -163,7 +164,7 @@ def needle_trials(
 def rows_by_depth(
     task: str, length: int, trials: Sequence[Trial], right: Sequence[bool]
 ) -> list[dict[str, Any]]:
-    """A row of results a depth."""
+    """One row of results per depth."""
     rows = []
     for depth in sorted({trial.depth or 0.0 for trial in trials}):
         hits = [hit for trial, hit in zip(trials, right, strict=True) if trial.depth == depth]
@@ -184,7 +185,7 @@ def rows_by_depth(
 
 
 def _depths(num_trials: int, num_depths: int) -> list[tuple[float, int]]:
-    """(depth, trials there), the trials spread evenly."""
+    """(depth, number of trials), with the trials spread evenly."""
     num = max(1, min(num_depths, num_trials))
     return [
         (float(depth), num_trials // num + (i < num_trials % num))
@@ -193,13 +194,9 @@ def _depths(num_trials: int, num_depths: int) -> list[tuple[float, int]]:
 
 
 def _filled(
-    tokenizer: Any,
-    text: Callable[[int], list[str]],
-    keys: Sequence[str],
-    length: int,
-    guess: int,
+    tokenizer: Any, text: Callable[[int], list[str]], keys: Sequence[str], length: int, guess: int
 ) -> tuple[int, list[tuple[list[int], list[int]]]] | None:
-    """Prompts, and prompts with their answers, of the most units that all of them fit with."""
+    """The largest number of units with which all fit; prompts without and with their answers."""
 
     def size(units: int) -> int:
         return count_tokens(tokenizer, f"{text(units)[0]} {keys[0]}")
@@ -208,20 +205,20 @@ def _filled(
     while units:
         texts = text(units)
         asked = [token_ids(tokenizer, prompt) for prompt in texts]
-        whole = [
+        full = [
             answered(tokenizer, prompt, ids, key)
             for prompt, ids, key in zip(texts, asked, keys, strict=True)
         ]
-        if max(map(len, whole)) <= length:
-            return units, list(zip(asked, whole, strict=True))
+        if max(map(len, full)) <= length:
+            return units, list(zip(asked, full, strict=True))
         units -= 1
     return None
 
 
-def _trial(asked: list[int], whole: list[int], depth: float, haystack: int = 0) -> Trial:
+def _trial(asked: list[int], full: list[int], depth: float, haystack: int = 0) -> Trial:
     return Trial(
-        input_ids=whole,
-        num_answer=len(whole) - len(asked),
+        input_ids=full,
+        num_answer=len(full) - len(asked),
         depth=round(depth, 3),
         haystack=haystack,
     )
@@ -233,3 +230,57 @@ def _needle(passkey: str, of: str = "") -> str:
 
 def _around(passkey: str, before: str, after: str) -> str:
     return "\n".join([INTRO, before, _needle(passkey), after, QUERY])
+
+
+def _measure_passkey(inputs: TaskInputs) -> Rows:
+    settings = inputs.settings
+    trials = passkey_trials(
+        inputs.tokenizer,
+        inputs.length,
+        num_trials=settings.passkey_samples,
+        num_depths=settings.num_depths,
+        seed=settings.seed,
+    )
+    return _score("passkey", inputs, trials)
+
+
+def _measure_needle(inputs: TaskInputs) -> Rows:
+    settings = inputs.settings
+    if not inputs.words:
+        return []
+    trials = needle_trials(
+        inputs.tokenizer,
+        inputs.length,
+        num_trials=settings.needle_samples,
+        num_depths=settings.num_depths,
+        words=inputs.words,
+        per_haystack=settings.needles_per_haystack,
+        seed=settings.seed,
+    )
+    return _score("needle", inputs, trials)
+
+
+def _score(task: str, inputs: TaskInputs, trials: list[Trial]) -> Rows:
+    if not trials:
+        return []
+    correct = exact_match(inputs.model, trials, inputs.settings.batch_tokens, inputs.tick)
+    return rows_by_depth(task, inputs.length, trials, correct)
+
+
+PASSKEY = Task(
+    name="passkey",
+    measure=_measure_passkey,
+    num_samples=lambda settings: settings.passkey_samples,
+    cache_key=lambda settings: (settings.passkey_samples, settings.num_depths),
+)
+NEEDLE = Task(
+    name="needle",
+    measure=_measure_needle,
+    num_samples=lambda settings: settings.needle_samples,
+    cache_key=lambda settings: (
+        settings.needle_samples,
+        settings.num_depths,
+        settings.needles_per_haystack,
+    ),
+    text="required",
+)

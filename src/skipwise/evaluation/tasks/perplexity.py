@@ -1,10 +1,10 @@
-"""Perplexity by context length: the same target tokens, seen with more and more context.
+"""Perplexity by context length: the same target tokens with more and more context.
 
-Windows of the longest context are laid over each document with stride S; the last S tokens of a
+Windows of the longest context slide over each document with stride S; the last S tokens of a
 window are its targets, scored at every context length c with the c - S tokens before them. So a
 lower value at a longer context means that the model uses it, not that the text is easier there.
-Bits per byte are the same loss counted per byte of the targets' text: they compare models of
-different tokenizers.
+Bits per byte are the same loss per byte of the targets' text, to compare models with different
+tokenizers.
 
 Source: the sliding window of Press et al. 2022, arXiv 2108.12409, appendix B, with stride S.
 Shapes:  c = context length, S = targets of a window, W = windows
@@ -21,8 +21,10 @@ import torch
 
 from skipwise.evaluation.intervals import clustered_mean
 from skipwise.evaluation.prefill import logits_in_slices
+from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.rows import Rows
 
-_BEFORE = 16  # tokens decoded before the targets, so that both ends are cut in the same way
+_BEFORE = 16  # tokens decoded before the targets, so that both ends are cut alike
 
 
 def perplexity(
@@ -39,12 +41,11 @@ def perplexity(
     """Rows of results, two a context length: perplexity, and bits per byte.
 
     Args:
-        documents: token ids; those below the longest context length are left out.
-        tokenizer: to count bytes with; None: no bits per byte.
-        stride: S; None: half the shortest context length, at most 512.
-        num_windows: windows in all, spread evenly over the documents; as many as fit are every
-            window of the sliding.
-        tick: is told of the tokens that went through the model.
+        documents: token ids; those shorter than the longest context length are left out.
+        tokenizer: to count bytes; without it there are no bits per byte.
+        stride: S. Defaults to half the shortest context length, at most 512.
+        num_windows: windows in total, spread evenly over the documents.
+        tick: called with the number of tokens that went through the model.
 
     Returns:
         tidy rows with 95 % intervals over documents; no rows where no document is long enough for
@@ -137,21 +138,44 @@ def _losses(
 
 
 def _bytes(tokenizer: Any, windows: np.ndarray, num_targets: int) -> int:
-    """UTF-8 bytes of the text of all targets; a cut character counts where it ends."""
+    """UTF-8 bytes of all targets; a character split between windows counts where it ends."""
     if tokenizer is None:
         return 0
     total = 0
     for window in windows:
         last = window[-num_targets - _BEFORE :].tolist()
-        whole, before = (
+        full, before = (
             tokenizer.decode(ids, clean_up_tokenization_spaces=False).rstrip("\ufffd")
             for ids in (last, last[:-num_targets])
         )
-        total += len(whole.encode()) - len(before.encode())
+        total += len(full.encode()) - len(before.encode())
     return total
 
 
 def _exp(loss: float) -> float | None:
-    """Perplexity; None where it is not a finite number (JSON has none)."""
+    """Perplexity, or None if it is not finite, which JSON cannot hold."""
     value = math.exp(loss) if loss < 700 else math.inf
     return value if math.isfinite(value) else None
+
+
+def _measure(inputs: TaskInputs) -> Rows:
+    return perplexity(
+        inputs.model,
+        inputs.documents,
+        inputs.lengths,
+        tokenizer=inputs.tokenizer,
+        stride=inputs.settings.perplexity_stride,
+        num_windows=inputs.settings.perplexity_windows,
+        batch_tokens=inputs.settings.batch_tokens,
+        tick=inputs.tick,
+    )
+
+
+PERPLEXITY = Task(
+    name="perplexity",
+    measure=_measure,
+    num_samples=lambda settings: settings.perplexity_windows,
+    cache_key=lambda settings: (settings.perplexity_windows, settings.perplexity_stride),
+    lengths="together",  # the shortest and the longest fix the targets of all
+    text="required",
+)

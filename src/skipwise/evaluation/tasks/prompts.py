@@ -1,4 +1,4 @@
-"""What the tasks' prompts are made of: haystacks, names, and filling a length to the token."""
+"""Parts of prompts: haystacks, random names and values, and fitting a prompt to a length."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "
 
 
 def fit_to_length(size: Callable[[int], int], length: int, guess: int = 16) -> int | None:
-    """The largest number of units whose prompt has at most `length` tokens; None: not even one.
+    """The largest number of units whose prompt has at most `length` tokens, or None.
 
     Args:
-        size: tokens of the prompt with a number of units in it; grows with the number.
-        guess: where to start, as the number that filled another prompt.
+        size: tokens of the prompt as a function of the number of units; it must not fall.
+        guess: first try, such as the result for another prompt.
     """
     best, best_size = 0, size(0)
     if size(1) > length:
         return None
-    worst: int | None = None  # the least number known not to fit
+    worst: int | None = None  # the smallest number known not to fit
     while worst is None or worst - best > 1:
         if worst is not None:
             guess = min(max(guess, best + 1), worst - 1)
@@ -44,38 +44,38 @@ def count_tokens(tokenizer: Any, text: str) -> int:
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text that goes on: without the token that some tokenizers put at the end of texts."""
+    """Token ids without the special token that some tokenizers put at the end of a text."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     return ids[: len(ids) - _num_ending(tokenizer)]
 
 
 def answered(tokenizer: Any, prompt: str, asked: list[int], answer: str) -> list[int]:
-    """The prompt's tokens and those of the answer after it.
+    """The tokens of the prompt followed by its answer.
 
-    As both are in one text, where that begins with the prompt's own tokens; a tokenizer that
-    merges over the space between them gets the answer's tokens apart.
+    They are tokenized as one text, unless the tokenizer merges across the space between them; then
+    the answer is tokenized separately.
     """
-    whole = token_ids(tokenizer, f"{prompt} {answer}")
-    if whole[: len(asked)] == asked and len(whole) > len(asked):
-        return whole
+    full = token_ids(tokenizer, f"{prompt} {answer}")
+    if full[: len(asked)] == asked and len(full) > len(asked):
+        return full
     return asked + tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
 
 
 def _num_ending(tokenizer: Any) -> int:
-    """Special tokens at the end of every text."""
-    whole, bare = (
+    """The number of special tokens at the end of every text."""
+    full, bare = (
         tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
     )
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return len(whole) - len(bare) - start
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return len(full) - len(bare) - start
     return 0
 
 
 def haystack_words(tokenizer: Any, documents: Sequence[np.ndarray], num_tokens: int) -> list[str]:
-    """Words of the documents' text with the whitespace after them, about so many tokens' worth.
+    """Words of the documents with the whitespace after them, for about this many tokens.
 
-    Text that is too short comes again from its start.
+    Text that is too short is repeated.
     """
     words: list[str] = []
     have = 0
@@ -92,7 +92,7 @@ def haystack_words(tokenizer: Any, documents: Sequence[np.ndarray], num_tokens: 
 
 
 def insert_needles(units: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
-    """The units in a row, with needles on lines of their own at depths of 0 .. 1."""
+    """The units joined, with each needle on its own line at its depth of 0 .. 1."""
     parts, start = [], 0
     for depth, needle in sorted(needles):
         at = max(start, round(depth * len(units)))
@@ -103,7 +103,7 @@ def insert_needles(units: Sequence[str], needles: Sequence[tuple[float, str]]) -
 
 
 def random_words(rng: np.random.Generator, count: int, syllables: int = 3) -> list[str]:
-    """Distinct words of no language, that no model can guess: `dorevi`, `kuvana`."""
+    """Distinct made-up words that no model can guess: `dorevi`, `kuvana`."""
     words: dict[str, None] = {}
     while len(words) < count:
         drawn = rng.integers(0, len(_SYLLABLES), (count, syllables))

@@ -1,19 +1,19 @@
 """RULER-like tasks: retrieval, tracing and counting over a context of exact length, no download.
 
 Each prompt is filled until prompt and answer take the context length, and ends with the start of
-the answer, so that base models can do it. Names and values are made up anew for each sample, so no
-model can know them. The score is RULER's: the share of the expected answers that stand in what the
-model says.
+the answer, so that base models can do it. Names and values are random in each sample, so no model
+can know them. The score is RULER's: the share of the expected answers in the generated text.
 
-Where it differs from RULER: words of no language instead of an English list, wording of its own,
-the evaluation's text as haystack (repeated filler where there is none), counts that shrink with
-short contexts, and one worked example for tracing and counting at any length.
+Differences from RULER: made-up words instead of an English list, different wording, the evaluation
+text as haystack (repeated filler without text), smaller counts at short contexts, and one worked
+example for tracing and counting at any length.
 
 Source: Hsieh et al. 2024, arXiv 2404.06654, section 3 and appendix B.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.evaluation.scoring import Trial
+from skipwise.evaluation.scoring import Trial, recall
 from skipwise.evaluation.tasks.passkey import FILLER
 from skipwise.evaluation.tasks.prompts import (
     count_tokens,
@@ -32,17 +32,19 @@ from skipwise.evaluation.tasks.prompts import (
     random_words,
     token_ids,
 )
+from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
+from skipwise.report.rows import RULER_TASKS, Rows
 
 _NUM_KEYS = 4  # of the multi-key, multi-value and multi-query tasks
 _NUM_HOPS = 4
 _NUM_COMMON = 10
 _TOP = 3
-_MARGIN = 1.5  # room for the answer, to its tokens; a base model may put words between
+_MARGIN = 1.5  # room for the answer, as a factor of its tokens; base models add words
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Question:
-    """A prompt as a function of how much haystack is in it."""
+    """A prompt as a function of the amount of haystack in it."""
 
     text: Callable[[int], str]  # of a number of units
     answers: tuple[str, ...]
@@ -58,17 +60,17 @@ def make_samples(
     seed: int = 0,
     words: Sequence[str] = (),
 ) -> list[Trial]:
-    """Samples of a task that fill `length` tokens with their answers; none where none fits.
+    """Samples of a task that fill `length` tokens with their answers; empty if none fits.
 
     Args:
-        task: a key of `TASKS`.
-        words: the haystack's, with their whitespace; none: filler sentences.
+        task: one of `RULER_TASKS`.
+        words: of the haystack, with their whitespace. Defaults to filler sentences.
     """
-    make = TASKS[task]
+    make = _QUESTIONS[task]
     samples = []
     num_units: int | None = 16
     for i in range(num_samples):
-        rng = np.random.default_rng([seed, length, i, list(TASKS).index(task)])
+        rng = np.random.default_rng([seed, length, i, RULER_TASKS.index(task)])
         haystack = _Haystack(words=words)
         question = make(rng, haystack, length)
         room = round(_MARGIN * count_tokens(tokenizer, question.spoken)) + 4
@@ -109,7 +111,7 @@ def _needles(
     num_values: int = 1,
     num_asked: int = 1,
 ) -> Callable[[np.random.Generator, _Haystack, int], _Question]:
-    """Needles that give each name its values; some names are asked for."""
+    """Needles that give each name its values; the question asks for some of the names."""
 
     def make(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
         names = random_words(rng, num_needles)
@@ -139,7 +141,7 @@ def _needles(
 
 
 def _tracing(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
-    """A value handed from variable to variable, over hops in the order of the text."""
+    """A value assigned from variable to variable, over several hops in the order of the text."""
     names = [name.upper() for name in random_words(rng, 2 * (_NUM_HOPS + 1), 2)]
     example, names = names[: _NUM_HOPS + 1], names[_NUM_HOPS + 1 :]
     other, value = random_numbers(rng, 2, 5)
@@ -169,7 +171,7 @@ def _tracing(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Que
 
 
 def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
-    """A list in which ten words come ten times as often as the others."""
+    """A list in which ten words are ten times as frequent as the others."""
     times = 3 if length >= 4096 else 1
     common = random_words(rng, _NUM_COMMON, 2)
     rare = [w for w in random_words(rng, max(64, length // 2), 3) if w not in common]
@@ -177,7 +179,9 @@ def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) ->
     what = f"The {_NUM_COMMON} most common words in the list are"
 
     def numbered(words: list[str]) -> str:
-        mixed = [words[i] for i in places[: len(words)].argsort()]  # one more moves no other
+        mixed = [
+            words[i] for i in places[: len(words)].argsort()
+        ]  # a longer list keeps the order of the shorter one
         return " ".join(f"{i + 1}. {word}" for i, word in enumerate(mixed))
 
     example = random_words(rng, _NUM_COMMON // 2, 2)
@@ -196,14 +200,14 @@ def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) ->
 
 
 def _frequent_words(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
-    """Words whose counts fall with the square of their rank; the first three are asked for."""
+    """Words whose counts fall with the square of their rank; the first three are the answer."""
     words = random_words(rng, max(32, length // 8), 2)
     shares = 1 / np.arange(1, len(words) + 1) ** 2.0  # zeta of 2, as RULER's alpha
     order = int(rng.integers(1 << 30))
 
     def text(units: int) -> str:
         counts = np.maximum((shares / shares.sum() * (units + 15)).round().astype(int), 0)
-        counts[:_TOP] += np.arange(_TOP, 0, -1)  # no ties among those asked for
+        counts[:_TOP] += np.arange(_TOP, 0, -1)  # no ties among the answers
         mixed = np.random.default_rng(order).permutation(np.repeat(words, counts))
         return (
             f"Find the {_TOP} most frequent words of this coded text.\n{' '.join(mixed)}\nThe "
@@ -217,19 +221,49 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-_WORDS = _needles(random_words, "word")
-_NUMBERS = _needles(random_numbers, "number")
-_UUIDS = _needles(random_uuids, "uuid")
-TASKS: dict[str, Callable[[np.random.Generator, _Haystack, int], _Question]] = {
-    "niah_single_words": _WORDS,
-    "niah_single_numbers": _NUMBERS,
-    "niah_single_uuids": _UUIDS,
-    "niah_multikey": _needles(random_numbers, "number", num_needles=_NUM_KEYS),
-    "niah_multivalue": _needles(random_numbers, "number", num_values=_NUM_KEYS),
-    "niah_multiquery": _needles(
-        random_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS
-    ),
-    "vt": _tracing,
-    "cwe": _common_words,
-    "fwe": _frequent_words,
+_QUESTIONS: dict[str, Callable[[np.random.Generator, _Haystack, int], _Question]] = dict(
+    zip(
+        RULER_TASKS,  # their order is part of each task's seed
+        (
+            _needles(random_words, "word"),
+            _needles(random_numbers, "number"),
+            _needles(random_uuids, "uuid"),
+            _needles(random_numbers, "number", num_needles=_NUM_KEYS),
+            _needles(random_numbers, "number", num_values=_NUM_KEYS),
+            _needles(random_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS),
+            _tracing,
+            _common_words,
+            _frequent_words,
+        ),
+        strict=True,
+    )
+)
+
+
+def _measure(task: str, inputs: TaskInputs) -> Rows:
+    settings = inputs.settings
+    samples = make_samples(
+        task,
+        inputs.tokenizer,
+        inputs.length,
+        num_samples=settings.ruler_samples,
+        seed=settings.seed,
+        words=inputs.words,
+    )
+    if not samples:
+        return []
+    scores = recall(inputs.model, inputs.tokenizer, samples, settings.batch_tokens, inputs.tick)
+    return [{**mean_row(task, "recall", inputs.length, scores), "group": "ruler"}]
+
+
+TASKS = {
+    name: Task(
+        name=name,
+        measure=functools.partial(_measure, name),
+        num_samples=lambda settings: settings.ruler_samples,
+        cache_key=lambda settings: (settings.ruler_samples,),
+        text="optional",
+        group="ruler",
+    )
+    for name in RULER_TASKS
 }

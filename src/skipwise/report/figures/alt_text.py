@@ -1,32 +1,31 @@
-"""The figures in words, for those who hear the page."""
+"""The figures in words, for screen readers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from skipwise.report.format import number, percent
-from skipwise.report.rows import Rows, models_of, of, pooled
+from skipwise.report.format import number, percent, short_value
+from skipwise.report.rows import Rows, models_of, pooled, task_rows
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, RulerSummary, describe_tasks
 
 
-def describe_perplexity(rows: Rows) -> str:
+def describe_curves(rows: Rows, title: str) -> str:
     """Every value, by model and length."""
     said = []
-    for model in models_of(of(rows, "perplexity")):
-        points = [r for r in of(rows, "perplexity") if r["model"] == model]
+    for model in models_of(rows):
+        points = (row for row in rows if row["model"] == model)
         values = ", ".join(
-            f"{number(r['value']) if r['value'] is not None else 'beyond measure'} "
-            f"at {r['context_length']:,}"
-            for r in sorted(points, key=lambda r: r["context_length"])
+            f"{short_value(row)} at {row['context_length']:,}"
+            for row in sorted(points, key=lambda row: row["context_length"])
         )
         said.append(f"{model}: {values}")
-    return f"Perplexity by tokens of context. {'; '.join(said)}."
+    return f"{title} by tokens of context. {'; '.join(said)}."
 
 
 def describe_grid(rows: Rows, task: str) -> str:
-    """The share over all depths by model and length, and the weakest depth of each."""
-    trials = [r for r in of(rows, task) if r["value"] is not None]
+    """The score over all depths by model and length, and the weakest depth of each."""
+    trials = [r for r in task_rows(rows, task) if r["value"] is not None]
     said = []
     for row in pooled(trials):
         at = (row["model"], row["context_length"])
@@ -87,7 +86,7 @@ def _describe_finish(metrics: list[dict[str, Any]]) -> str:
 def describe_positions(
     examples: Sequence[dict[str, Any]], coverage: Sequence[tuple[int, float]], L: int, T: int
 ) -> str:
-    """How far the examples reach and how often near, middle and far distances are shown."""
+    """How far the examples reach, and how often they show near, middle and far distances."""
     ends = [e["position_starts"][-1] + e["lengths"][-1] for e in examples if e["lengths"]]
     said = f"{len(examples)} training examples of {L:,} tokens as chunks on positions 0 to {T:,}"
     if ends:

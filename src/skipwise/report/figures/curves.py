@@ -21,27 +21,83 @@ from skipwise.report.figures.style import (
     palette,
     shorten,
 )
-from skipwise.report.format import number, percent
-from skipwise.report.rows import Row, Rows, models_of, of
+from skipwise.report.format import is_share, metric_label, number, percent
+from skipwise.report.rows import Row, Rows, models_of, task_rows
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, average_rows, summarise_ruler
 
 _MOST_STEPS = 400  # points of the loss curve
 
 
+@matplotlib.rc_context(STYLE)
 def plot_perplexity(
     rows: Rows, original_length: int | None = None, width: float = WIDE
 ) -> Figure | None:
-    """Perplexity against context length, a curve a model, with 95 % bands; at most 4 models."""
-    rows = [row for row in of(rows, "perplexity") if row["value"] is not None]
-    if not 1 <= len(models_of(rows)) <= MOST_CURVES:
+    """Perplexity against context length, one curve per model, with 95 % bands; at most 4 models."""
+    rows = [row for row in task_rows(rows, "perplexity") if row["value"] is not None]
+    figure, axes = _plot_by_length(rows, "perplexity", width, 3.6)
+    if axes is None:
         return None
-    lengths = sorted({r["context_length"] for r in rows})
-    values = [r["value"] for r in rows]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, 3.6), layout="constrained")
-        axes = figure.subplots()
+    axes.set_xlabel("tokens of context (same target tokens)")
+    if original_length:
+        lengths = [row["context_length"] for row in rows]
+        axes.axvline(original_length, color=INK, linewidth=1, linestyle=":")
+        axes.annotate(
+            "original window",
+            (original_length, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="center" if min(lengths) < original_length < max(lengths) else "left",
+            va="bottom",
+            fontsize=9,
+        )
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_ruler(rows: Rows, width: float = WIDE) -> Figure | None:
+    """The average over the RULER tasks against context length, at most 4 models."""
+    rows = average_rows(summarise_ruler(rows))
+    figure, axes = _plot_by_length(rows, "mean of the RULER tasks", width)
+    if axes is None:
+        return None
+    axes.axhline(100 * EFFECTIVE_THRESHOLD, color=INK, linewidth=1, linestyle="--")
+    axes.annotate(
+        f"{100 * EFFECTIVE_THRESHOLD:.1f} %",
+        (1.005, 100 * EFFECTIVE_THRESHOLD),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        fontsize=9,
+    )
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_metric(rows: Rows, width: float = WIDE) -> Figure | None:
+    """The rows of one task and metric against context length, at most 4 models."""
+    rows = [row for row in rows if row["value"] is not None]
+    return _plot_by_length(rows, metric_label(rows[0]), width)[0] if rows else None
+
+
+def _plot_by_length(
+    rows: Rows, ylabel: str, width: float, height: float = 3.4
+) -> tuple[Figure | None, Any]:
+    """One curve per model: shares in percent, numbers on a log scale if they differ by much."""
+    if not 1 <= len(models_of(rows)) <= MOST_CURVES:
+        return None, None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    values = [row["value"] for row in rows]
+    if is_share(rows[0]):
+        scaled = [
+            {**row, **{k: row[k] and 100 * row[k] for k in ("value", "low", "high")}}
+            for row in rows
+        ]
+        _curves(axes, scaled, lambda value: percent(value / 100), width)
+        axes.set_ylim(-14, 112)  # room for the values
+        axes.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    else:
         _curves(axes, rows, number, width)
-        if max(values) > 4 * min(values):
+        axes.margins(y=0.12)
+        if max(values) > 4 * min(values) > 0:
             axes.set_yscale("log")
             decades = np.log10(max(values) / min(values))
             axes.yaxis.set_major_locator(
@@ -51,54 +107,16 @@ def plot_perplexity(
             axes.yaxis.set_major_formatter(
                 FuncFormatter(lambda v, _: f"{v:,g}" if v < 1e6 else f"{v:.0e}")
             )
-        axes.margins(x=0.07, y=0.12)
-        length_axis(axes, lengths)
-        if original_length:
-            axes.axvline(original_length, color=INK, linewidth=1, linestyle=":")
-            axes.annotate(
-                "original window",
-                (original_length, 1.01),
-                xycoords=("data", "axes fraction"),
-                ha="center" if lengths[0] < original_length < lengths[-1] else "left",
-                va="bottom",
-                fontsize=9,
-            )
-        axes.set_xlabel("tokens of context (same target tokens)")
-        axes.set_ylabel("perplexity")
-        _legend(figure, axes, width)
-        return figure
-
-
-def plot_ruler(rows: Rows, width: float = WIDE) -> Figure | None:
-    """The average over the RULER tasks against context length, at most 4 models."""
-    rows = average_rows(summarise_ruler(rows))
-    if not 1 <= len(models_of(rows)) <= MOST_CURVES:
-        return None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, 3.4), layout="constrained")
-        axes = figure.subplots()
-        shares = [{**row, "value": 100 * row["value"]} for row in rows]
-        _curves(axes, shares, lambda value: percent(value / 100), width)
-        axes.set_ylim(-14, 112)  # room for the values
-        axes.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-        axes.margins(x=0.07)
-        length_axis(axes, sorted({row["context_length"] for row in rows}))
-        axes.axhline(100 * EFFECTIVE_THRESHOLD, color=INK, linewidth=1, linestyle="--")
-        axes.annotate(
-            f"{100 * EFFECTIVE_THRESHOLD:.1f} %",
-            (1.005, 100 * EFFECTIVE_THRESHOLD),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=9,
-        )
-        axes.set_xlabel("tokens of context")
-        axes.set_ylabel("mean of the RULER tasks")
-        _legend(figure, axes, width)
-        return figure
+    axes.margins(x=0.07)
+    length_axis(axes, sorted({row["context_length"] for row in rows}))
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel(ylabel)
+    _legend(figure, axes, width)
+    return figure, axes
 
 
 def plot_selection(selection: dict[str, Any], width: float = WIDE) -> Figure | None:
-    """The score of each checkpoint by its step, the chosen one ringed; from two on."""
+    """The score of each checkpoint by step, with a ring around the chosen one; None below two."""
     points = scored_checkpoints(selection)
     if len(points) < 2:
         return None
@@ -139,7 +157,7 @@ def plot_selection(selection: dict[str, Any], width: float = WIDE) -> Figure | N
 
 
 def scored_checkpoints(selection: dict[str, Any]) -> list[tuple[int, float]]:
-    """(step, score) of the candidates that have both, by step."""
+    """(step, score) of the candidates that have both, in order of steps."""
     pairs = ((c.get("step"), c.get("score")) for c in selection.get("candidates") or [])
     return sorted(
         (step, score)
@@ -149,13 +167,13 @@ def scored_checkpoints(selection: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 def is_share_of(selection: dict[str, Any]) -> bool:
-    """Whether the scores are shares: higher is better and all are in 0 .. 1."""
+    """Whether the scores are shares: higher is better, and all are in 0 .. 1."""
     higher = selection.get("higher_is_better", True)
     return bool(higher) and all(0 <= score <= 1 for _, score in scored_checkpoints(selection))
 
 
 def plot_loss(metrics: list[dict[str, Any]], width: float = WIDE) -> Figure | None:
-    """Training loss by step, with a running mean; beyond 400 steps the range of equal bins."""
+    """Training loss by step, with a running mean; above 400 steps, the range in equal bins."""
     points = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None and "step" in m]
     if len(points) < 2:
         return None
@@ -194,12 +212,12 @@ def plot_loss(metrics: list[dict[str, Any]], width: float = WIDE) -> Figure | No
 
 
 def finish_step(metrics: list[dict[str, Any]]) -> int | None:
-    """The first step at full length; None: there is none."""
+    """The first step at full length, if any."""
     return next((m["step"] for m in metrics if m.get("phase") == "finish"), None)
 
 
 def _curves(axes: Any, rows: Rows, write: Any, width: float) -> None:
-    """A line, marker and band a model; values are written at the points of one or two models."""
+    """A line and a band per model; with one or two models, values are written at the points."""
     models = models_of(rows)
     few = len({row["context_length"] for row in rows}) <= (8 if width >= WIDE else 5)
     means = {m: np.mean([r["value"] for r in rows if r["model"] == m]) for m in models}
@@ -247,13 +265,13 @@ def _curves(axes: Any, rows: Rows, write: Any, width: float) -> None:
 
 
 def _label(model: str) -> str:
-    """As the legend takes it: one that starts with an underscore is left out by matplotlib."""
+    """A legend label: matplotlib leaves out names that start with an underscore."""
     name = shorten(model, 40)
     return f" {name}" if name.startswith("_") else name
 
 
 def _legend(figure: Figure, axes: Any, width: float) -> None:
-    """Above the axes; names that do not stand beside each other stand in columns of two or one."""
+    """Above the axes, in as many columns as fit."""
     names = axes.get_legend_handles_labels()[1]
     room = 80 if width >= WIDE else 40  # characters
     columns = len(names)

@@ -1,4 +1,4 @@
-"""Heat maps of retrieval: depth by context length, a panel a model, for passkeys and needles."""
+"""Heat maps of retrieval: depth by context length, one panel per model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from matplotlib.patches import Rectangle
 
 from skipwise.report.figures.style import INK, STYLE, WIDE, share_colours, shorten
 from skipwise.report.format import length_names
-from skipwise.report.rows import Rows, models_of, of
+from skipwise.report.rows import Rows, models_of, task_rows
 
 MOST_PANELS = 12
 
 
 def grid_models(rows: Rows, task: str) -> list[str]:
     """The models that have the task at depths, in the order of the panels."""
-    return models_of([row for row in of(rows, task) if row.get("depth") is not None])
+    return models_of([row for row in task_rows(rows, task) if row.get("depth") is not None])
 
 
 def plot_grid(rows: Rows, task: str, width: float = WIDE) -> Figure | None:
@@ -25,7 +25,7 @@ def plot_grid(rows: Rows, task: str, width: float = WIDE) -> Figure | None:
 
     A cell that was measured has the id `cell-MODEL-DEPTH-LENGTH` (indices) in the SVG.
     """
-    rows = [row for row in of(rows, task) if row.get("depth") is not None]
+    rows = [row for row in task_rows(rows, task) if row.get("depth") is not None]
     models = models_of(rows)[:MOST_PANELS]
     if not models:
         return None

@@ -1,4 +1,4 @@
-"""The picture of PoSE: which positions training examples stand on, which distances they show."""
+"""The picture of PoSE: positions of training examples, and the relative distances they show."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What the figures have in common: style, colours, and how they become PNG and SVG.
+"""Shared by all figures: style, colours, axes, and the conversion to PNG and SVG.
 
 Each figure is drawn twice: wide for a laptop, and narrow for a phone, where the wide one's text
-would shrink to six pixels. Blue and orange are told apart in every common colour blindness, and
-each curve has a marker of its own. In the SVG the colours are the page's variables.
+would shrink to six pixels. Blue and orange differ for every common form of colour blindness,
+and each curve has its own marker. In the SVG the colours are the page's variables.
 
-Reading order:  curves.py (perplexity, RULER, loss, checkpoints)  grids.py (depth x length)
-                chunks.py (positions seen in training)
+Reading order:  curves.py (perplexity, RULER, loss, checkpoints)  heatmaps.py (depth x
+                length)  positions.py (positions seen in training)  alt_text.py (figures in words)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from skipwise.report.format import length_names
 
 WIDE, NARROW = 8.4, 4.9  # inches; 72 SVG units each
-MOST_CURVES = 4  # colours that are told apart; more models stand in the table only
+MOST_CURVES = 4  # colours that can be told apart; more models appear only in the table
 BEFORE, AFTER, CHUNKS = "#d9730d", "#2f6fde", ("#2f6fde", "#d9730d", "#1a936f", "#8f5bd6")
 INK, GRID = "#3a3f47", "#c9ccd1"
 _MARKERS = ("s", "o", "^", "D")
@@ -40,7 +40,7 @@ _SHARES = LinearSegmentedColormap.from_list("shares", ["#e8862e", "#efe3d3", "#2
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "skipwise",
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # a dollar sign in a name is not math
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
     "axes.edgecolor": GRID,
@@ -61,7 +61,7 @@ STYLE: Any = {
 
 
 def palette(models: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each model: before orange, after blue, the others what is left."""
+    """Colour and marker of each model: before is orange, after blue."""
     styles = list(zip((BEFORE, AFTER, *CHUNKS[2:]), _MARKERS, strict=True))
     fixed = {m: styles[i] for i, m in enumerate(("before", "after")) if m in models}
     left = [style for style in styles if style not in fixed.values()]
@@ -70,7 +70,7 @@ def palette(models: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def share_colours(share: float) -> tuple[str, str]:
-    """Background from orange (none) to blue (all), and the ink that is read on it."""
+    """Background from orange (none) to blue (all), and the text colour that is readable on it."""
     background = to_hex(_SHARES(share))
     return background, _readable(background)
 
@@ -84,7 +84,7 @@ def shorten(name: str, room: int) -> str:
 
 
 def to_svg(figure: Figure, name: str, kind: str) -> str:
-    """Inline SVG of class `kind`: no metadata, ids of its own, the page's colours and font."""
+    """Inline SVG of class `kind`: no metadata, unique ids, the page's colours and font."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -111,7 +111,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def length_axis(axes: Any, lengths: list[int]) -> None:
-    """Log2; a label at every length that has room for one."""
+    """A log2 axis with a label at every length, as far as there is room."""
     room = (np.log2(lengths[-1]) - np.log2(lengths[0])) / 9
     ticks = [lengths[-1]]
     for length in reversed(lengths[:-1]):

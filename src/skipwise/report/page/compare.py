@@ -1,7 +1,7 @@
-"""Several runs or evaluations side by side: their rows under distinct labels, on one page.
+"""Several runs or evaluations side by side on one page, each model under its own label.
 
-Of a run, `after` becomes the run's name. `before` stays one column where the runs started from
-one base with the same values, and is `before (NAME)` for each where they did not.
+The `after` of a run gets the run's name. `before` is one column if all runs started from one base
+model with the same values, else there is a `before (NAME)` for each base.
 """
 
 from __future__ import annotations
@@ -14,23 +14,16 @@ from typing import Any
 from skipwise.errors import SkipwiseError
 from skipwise.report.format import duration, short_count
 from skipwise.report.headline import evaluation_headline
-from skipwise.report.load import all_training, count, is_evaluation, part, read_json, read_rows
-from skipwise.report.page.html import definitions, facts_list, note, page, section
-from skipwise.report.page.results import (
-    benchmark_section,
-    grid_section,
-    measured_facts,
-    perplexity_section,
-    ruler_section,
-    table_section,
-)
+from skipwise.report.load import all_training, count, is_evaluation, nested, read_json, read_rows
+from skipwise.report.page.html import definitions, note, page, section, tile_list
+from skipwise.report.page.results import measured_sections, result_tiles, table_section
 from skipwise.report.rows import Row, Rows, finite, models_of
 from skipwise.report.tables import format_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A folder that is compared."""
+    """One of the folders compared."""
 
     folder: Path
     label: str  # distinct among those compared
@@ -40,7 +33,7 @@ class Compared:
     @property
     def base(self) -> str | None:
         """The model that a run started from."""
-        return part(self.run, "model").get("name")
+        return nested(self.run, "model").get("name")
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> str:
@@ -50,8 +43,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
         the table as Markdown.
 
     Raises:
-        SkipwiseError: fewer than two folders, one given twice, one without results or with broken
-            ones.
+        SkipwiseError: fewer than two folders, a folder given twice, missing or broken results.
     """
     compared = read_compared(folders)
     rows = merge_rows(compared)
@@ -60,16 +52,10 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
         title="Comparison · Skipwise",
         eyebrow=f"Skipwise comparison of {len(compared)} folders",
         headline=evaluation_headline({"name": "The comparison"}, rows),
-        facts=facts_list(measured_facts(rows)),
+        tiles=tile_list(result_tiles(rows)),
         sections=[
             table_section(rows, "Side by side", {}),
-            perplexity_section(
-                rows, windows.pop() if len(windows) == 1 else None, None, optional=True
-            ),
-            grid_section(rows, "passkey", None),
-            grid_section(rows, "needle", None),
-            ruler_section(rows, None),
-            benchmark_section(rows),
+            *measured_sections(rows, windows.pop() if len(windows) == 1 else None, None),
             _folders(compared),
         ],
     )
@@ -133,8 +119,8 @@ def merge_rows(compared: Sequence[Compared]) -> Rows:
 def _bases(compared: Sequence[Compared]) -> list[tuple[Rows, list[str]]]:
     """The rows of each base model, and the labels of the runs that measured them.
 
-    Rows of two runs are put together where all that both measured is the same, and they started
-    from a model of one name or measured the same things.
+    The rows of two runs are merged if everything that both measured is the same, and if their base
+    models have the same name or they measured the same things.
     """
     bases: list[tuple[dict[tuple[Any, ...], Row], list[Compared]]] = []
     for one in compared:
@@ -166,7 +152,7 @@ def _same(a: Row, b: Row) -> bool:
 
 
 def _distinct_ends(paths: Sequence[Path]) -> list[str]:
-    """Of each path as many last parts as tell it from the others."""
+    """The shortest path endings, in folders, that are all different."""
     full = [path.resolve() for path in paths]
     for num in range(1, max(len(path.parts) for path in full) + 1):
         ends = ["/".join(path.parts[-num:]) for path in full]
@@ -176,10 +162,10 @@ def _distinct_ends(paths: Sequence[Path]) -> list[str]:
 
 
 def _folders(compared: Sequence[Compared]) -> str:
-    """Where each stands, what it started from, what it was trained and measured on."""
+    """The path, base model, training, text and machine of each folder."""
     entries = {}
     for one in compared:
-        training, data = part(one.run, "training"), part(one.run, "data")
+        training, data = nested(one.run, "training"), nested(one.run, "data")
         taken = all_training(one.run)
         seconds, tokens = taken.get("seconds"), taken.get("num_tokens")
         sources = ", ".join(map(str, data.get("sources") or []))
@@ -192,13 +178,13 @@ def _folders(compared: Sequence[Compared]) -> str:
             f"{short_count(tokens)} tokens of training" if tokens else None,
             f"{duration(seconds)} of training" if seconds else None,
             f"text {sources}" if sources else None,
-            part(one.run, "machine").get("gpu") or part(one.run, "machine").get("cpu"),
+            nested(one.run, "machine").get("gpu") or nested(one.run, "machine").get("cpu"),
         ]
     return section(
         "What is compared",
         definitions(entries)
         + note(
-            "Perplexity compares only where it was taken on the same documents, and retrieval "
-            "where the trials were the same; see the folders' own pages."
+            "Perplexities compare only on the same documents, and retrieval scores only on the "
+            "same trials: see the page of each folder."
         ),
     )

@@ -1,4 +1,4 @@
-"""Pieces of the page: sections, figures, prose; every text from outside is escaped here."""
+"""HTML building blocks: sections, figures, prose. All text from outside is escaped here."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def note(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """Escaped; percent, ± and ≥ stay on the line of their number."""
+    """Escaped text; no line breaks between a number and its %, ± or ≥."""
     text = escape(text).replace(" %", "&nbsp;%").replace("≥ ", "≥&nbsp;")
     return text.replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def code_name(name: str) -> str:
-    """Escaped; a line may break behind an underscore."""
+    """Escaped; a line may break after an underscore."""
     return escape(name).replace("_", "_<wbr>")
 
 
@@ -42,9 +42,9 @@ def figure(
     label: Callable[[], str],
     caption: str,
 ) -> str:
-    """The figure at both widths with its words; its PNG too where there is a folder for it.
+    """The figure at both widths with its alt text; also written as PNG if there is a folder.
 
-    Empty where there is nothing to draw; a PNG of an earlier report is removed then.
+    Empty if there is nothing to draw; then the PNG of an earlier report is removed.
     """
     wide, narrow = draw(style.WIDE), draw(style.NARROW)
     png = png_folder / f"{name}.png" if png_folder else None
@@ -61,23 +61,23 @@ def figure(
     )
 
 
-def facts_list(facts: list[tuple[str, str]]) -> str:
-    """Boxes of a value and what it is."""
-    items = "".join(f"<li><b>{prose(a)}</b><span>{escape(b)}</span></li>" for a, b in facts)
-    return f'<ul class="facts">{items}</ul>\n' if facts else ""
+def tile_list(tiles: list[tuple[str, str]]) -> str:
+    """Tiles, each a value and its label."""
+    items = "".join(f"<li><b>{prose(a)}</b><span>{escape(b)}</span></li>" for a, b in tiles)
+    return f'<ul class="tiles">{items}</ul>\n' if tiles else ""
 
 
 def definitions(entries: dict[str, list[Any]]) -> str:
-    """A list of names and what is known of each; those with nothing known are left out."""
+    """A definition list; names without values are left out."""
     known = {k: ", ".join(str(x) for x in v if x) for k, v in entries.items()}
     body = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in known.items() if v)
     return f"<dl>{body}</dl>"
 
 
 def page(
-    *, title: str, eyebrow: str, headline: str, sections: list[str], notice: str = "", facts: str
+    *, title: str, eyebrow: str, headline: str, sections: list[str], notice: str = "", tiles: str
 ) -> str:
-    """The whole page, with the style in it and nothing to be fetched."""
+    """The complete page, with its style inside: nothing is fetched."""
     lead, _, rest = headline.partition(": ")
     return Template((_HERE / "page.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
@@ -86,6 +86,6 @@ def page(
         lead=prose(f"{lead}: " if rest else lead),
         rest=prose(rest),
         notice=notice,
-        facts=facts,
+        tiles=tiles,
         sections="".join(sections),
     )

@@ -1,9 +1,9 @@
-"""The page of a run, or of an evaluation without one: every word comes from the folder's JSON.
+"""The page of a run, or of an evaluation, from the folder's JSON alone.
 
-Whatever run.json does not hold is left out or said to be missing; nothing is guessed.
+What run.json does not hold is left out or marked as not recorded; nothing is guessed.
 
-Reading order:  folder.py (what is read)  results.py (sections of what was measured)
-                training.py (sections of how a run was made)  markup.py (the pieces of HTML)
+Reading order:  results.py (sections of what was measured)  training.py (sections of how a run was
+                made)  html.py (HTML building blocks)
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.report.format import length_names, percent
+from skipwise.report.format import length_names, short_value
 from skipwise.report.headline import evaluation_headline, headline
-from skipwise.report.load import count, is_evaluation, part, read_json, read_lines, read_rows
-from skipwise.report.page.html import definitions, facts_list, note, page, section
-from skipwise.report.page.results import (
-    benchmark_section,
-    grid_section,
-    measured_facts,
-    perplexity_section,
-    ruler_section,
-    table_section,
-)
+from skipwise.report.load import count, is_evaluation, nested, read_json, read_lines, read_rows
+from skipwise.report.page.html import definitions, note, page, section, tile_list
+from skipwise.report.page.results import measured_sections, result_tiles, table_section
 from skipwise.report.page.training import (
     checks_section,
     cost_section,
@@ -32,9 +25,9 @@ from skipwise.report.page.training import (
     loss_section,
     positions_section,
     selection_section,
-    training_metadata,
+    training_tiles,
 )
-from skipwise.report.rows import Rows, find
+from skipwise.report.rows import Rows, find, other_tasks
 from skipwise.report.ruler import summarise_ruler
 from skipwise.report.tables import format_table
 
@@ -49,7 +42,7 @@ def write_report(run_folder: str | Path) -> Path:
         the path of `report/index.html`.
 
     Raises:
-        SkipwiseError: the folder has no run.json, or a file that is not what it should be.
+        SkipwiseError: the folder has no run.json, or a broken file.
     """
     folder = Path(run_folder)
     run = read_json(folder / "run.json")
@@ -62,19 +55,19 @@ def write_report(run_folder: str | Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     name = run.get("name") or folder.name
     if is_evaluation(run):
-        # a baseline that was measured later is still what the others stand against
+        # the baseline comes first, even if it was measured later
         rows.sort(key=lambda row: row["model"] != run.get("baseline"))
-        said, facts = evaluation_headline({"name": name, **run}, rows), measured_facts(rows)
+        text, tiles = evaluation_headline({"name": name, **run}, rows), result_tiles(rows)
         sections, what = _evaluation(run, rows, out), "evaluation"
     else:
-        said, facts = headline(run, rows), _run_facts(run, rows)
+        text, tiles = headline(run, rows), _run_tiles(run, rows)
         sections, what = _run(folder, run, rows, out), "run"
     text = page(
         title=f"{name} · Skipwise",
         eyebrow=" · ".join([f"Skipwise {what} {name}", *_when(run)]),
-        headline=said,
+        headline=text,
         notice=_notice(run),
-        facts=facts_list(facts),
+        tiles=tile_list(tiles),
         sections=sections,
     )
     (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
@@ -86,11 +79,7 @@ def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
     names = {run.get("target_length"): "target", run.get("original_length"): "original"}
     return [
         table_section(rows, "Before and after", names),
-        perplexity_section(rows, run.get("original_length"), out),
-        grid_section(rows, "passkey", out, optional=False),
-        grid_section(rows, "needle", out),
-        ruler_section(rows, out),
-        benchmark_section(rows),
+        *measured_sections(rows, run.get("original_length"), out, optional=False),
         selection_section(run, out),
         loss_section(read_lines(folder / "metrics.jsonl"), out),
         positions_section(run, out),
@@ -102,15 +91,15 @@ def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
 
 
 def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
-    models, machine = part(run, "models"), part(run, "machine")
-    windows = {part(models, label).get("original_length") for label in models}
+    models, machine = nested(run, "models"), nested(run, "machine")
+    windows = {nested(models, label).get("original_length") for label in models}
     memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None
     entries = {
         label: [
-            part(models, label).get("name"),
-            part(models, label).get("family"),
-            count(part(models, label), "num_parameters", "parameters"),
-            count(part(models, label), "original_length", "tokens of original context"),
+            nested(models, label).get("name"),
+            nested(models, label).get("family"),
+            count(nested(models, label), "num_parameters", "parameters"),
+            count(nested(models, label), "original_length", "tokens of original context"),
         ]
         for label in models
     }
@@ -120,14 +109,10 @@ def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
         memory,
         machine.get("gpu") or ("no GPU" if machine else None),
     ]
-    entries["Versions"] = [f"{k} {v}" for k, v in part(run, "versions").items()]
+    entries["Versions"] = [f"{k} {v}" for k, v in nested(run, "versions").items()]
     return [
         table_section(rows, "What was measured", {}),
-        perplexity_section(rows, windows.pop() if len(windows) == 1 else None, out, optional=True),
-        grid_section(rows, "passkey", out),
-        grid_section(rows, "needle", out),
-        ruler_section(rows, out),
-        benchmark_section(rows),
+        *measured_sections(rows, windows.pop() if len(windows) == 1 else None, out),
         section("Models and machine", definitions(entries)),
         _reproduce(run, None),
     ]
@@ -135,7 +120,7 @@ def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
 
 def _when(run: dict[str, Any]) -> list[str]:
     created = str(run.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
-    version = part(run, "versions").get("skipwise")
+    version = nested(run, "versions").get("skipwise")
     return [x for x in (created, f"version {version}" if version else "") if x]
 
 
@@ -149,24 +134,24 @@ def _notice(run: dict[str, Any]) -> str:
     )
 
 
-def _run_facts(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
-    """The lengths, retrieval at the target and effective length before and after, the training."""
+def _run_tiles(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
+    """Lengths, scores at the target length, effective lengths, training time and memory."""
     L, T = run.get("original_length"), run.get("target_length")
-    facts = []
+    tiles = []
     if L and T:
-        facts.append((" → ".join(length_names([L, T])), "tokens of context"))
-        for task in ("passkey", "needle"):
+        tiles.append((" → ".join(length_names([L, T])), "tokens of context"))
+        for task in ("passkey", "needle", *other_tasks(rows)):
             found = [(m, find(rows, m, task, T)) for m in ("before", "after")]
-            shares = {m: percent(r["value"]) for m, r in found if r and r["value"] is not None}
-            if shares:
-                models = " and ".join(shares)
-                facts.append((f"{' → '.join(shares.values())} %", f"{task} at {T:,}, {models}"))
+            values = {m: short_value(r) for m, r in found if r and r["value"] is not None}
+            if values:
+                shown = " → ".join(values.values()).replace(" % →", " →")
+                tiles.append((shown, f"{task} at {T:,}, {' and '.join(values)}"))
     known = [s for s in summarise_ruler(rows) if s.averages and s.model in ("before", "after")]
     if known:
         models = " and ".join(s.model for s in known)
         lengths = " → ".join(s.effective_short for s in known)
-        facts.append((lengths, f"effective length (RULER), {models}"))
-    return facts + training_metadata(run)
+        tiles.append((lengths, f"effective length (RULER), {models}"))
+    return tiles + training_tiles(run)
 
 
 def _reproduce(run: dict[str, Any], recipe: Path | None) -> str:

@@ -1,7 +1,9 @@
-"""Sections of the page that show what was measured: the same for a run, an evaluation, several."""
+"""Sections that show what was measured, shared by all pages."""
 
 from __future__ import annotations
 
+import functools
+import re
 from html import escape
 from pathlib import Path
 
@@ -11,21 +13,30 @@ from skipwise.report.benchmarks import (
     describe_benchmarks,
     format_benchmark,
     line_difference,
-    metric_label,
     shots_label,
 )
 from skipwise.report.figures import alt_text, curves, heatmaps
 from skipwise.report.figures.style import MOST_CURVES, share_colours
-from skipwise.report.format import METRICS, format_value, length_names, percent
+from skipwise.report.format import (
+    format_value,
+    length_names,
+    metric_label,
+    metric_name,
+    percent,
+    short_value,
+)
 from skipwise.report.page.html import MISSING, code_name, figure, note, prose, section
 from skipwise.report.rows import (
     RULER_AVERAGE,
+    Row,
     Rows,
     describe_mixed_texts,
+    find,
     is_ruler,
     models_of,
-    of,
+    other_tasks,
     pooled,
+    task_rows,
 )
 from skipwise.report.ruler import (
     EFFECTIVE_LENGTH,
@@ -39,27 +50,47 @@ from skipwise.report.tables import layout
 _GRIDS = {
     "passkey": (
         "Passkey retrieval",
-        "Share of trials, in percent, in which greedy decoding gives exactly the digits, by how "
-        "deep in the context they stand (0 % is the start).",
+        "Percent of trials in which greedy decoding gives exactly the digits, by depth in the "
+        "context (0 % is the start).",
     ),
     "needle": (
         "Needle in real text",
-        "Share of trials, in percent, in which greedy decoding gives exactly the answer, by how "
-        "deep in the text the needle stands (0 % is the start).",
+        "Percent of trials in which greedy decoding gives exactly the answer, by depth of the "
+        "needle in the text (0 % is the start).",
     ),
 }
 _ABOUT = {
-    "perplexity": "Perplexity is taken on the same target tokens at every length.",
+    "perplexity": "Perplexity is on the same target tokens at every length.",
     "passkey": "Passkey is the share of exact answers over all depths, in repeated filler text.",
     "needle": "Needle is the share of exact answers over all depths, in real text.",
 }
 
 
-def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
-    """The table of everything at context lengths; of RULER only the averages.
+def measured_sections(
+    rows: Rows, original_length: int | None, png_folder: Path | None, optional: bool = True
+) -> list[str]:
+    """A section for each kind of task.
 
     Args:
-        names: what a context length is called, as `target`.
+        optional: leave out the perplexity and the passkey too where they were not measured.
+    """
+    for png in png_folder.glob("task-*.png") if png_folder else ():
+        png.unlink()
+    return [
+        perplexity_section(rows, original_length, png_folder, optional),
+        grid_section(rows, "passkey", png_folder, optional),
+        grid_section(rows, "needle", png_folder),
+        ruler_section(rows, png_folder),
+        *[task_section(rows, task, png_folder) for task in other_tasks(rows)],
+        benchmark_section(rows),
+    ]
+
+
+def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
+    """The table of all scores at context lengths; for RULER only the averages.
+
+    Args:
+        names: labels of context lengths, such as `target`.
     """
     if not rows:
         return section(title, MISSING)
@@ -72,9 +103,10 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
     body = ""
     for task, metric in dict.fromkeys(line[:2] for line in lines):
         lengths = [line[2] for line in lines if line[:2] == (task, metric)]
+        one = next(cell for key, cell in cells.items() if key[:2] == (task, metric))
         body += "<tbody>"
         for i, length in enumerate(lengths):
-            span = f'<th scope="rowgroup" rowspan="{len(lengths)}">{_task(task, metric)}</th>'
+            span = f'<th scope="rowgroup" rowspan="{len(lengths)}">{_task(one)}</th>'
             named = f"<small>{names[length]}</small> " if length in names else ""
             body += f'<tr>{span if i == 0 else ""}<th class="n" scope="row">{named}{length:,}</th>'
             for model in models:
@@ -85,9 +117,9 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
                 body += f'<td class="n">{escape(value)}{small}</td>'
             body += "</tr>\n"
         body += "</tbody>"
-    about = [text for task, text in _ABOUT.items() if of(rows, task)]
+    about = [text for task, text in _ABOUT.items() if task_rows(rows, task)]
     if any(cell["low"] is not None for cell in cells.values()):
-        about.append("In brackets 95 % intervals.")
+        about.append("95 % intervals are in brackets.")
     about += [mixed] if (mixed := describe_mixed_texts(rows)) else []
     return section(
         title,
@@ -100,18 +132,18 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
 def perplexity_section(
     rows: Rows, original_length: int | None, png_folder: Path | None, optional: bool = False
 ) -> str:
-    """The curve, or that it was not measured; nothing at all where it is optional."""
+    """The curve, or a note that it was not measured; nothing if it is optional."""
     title = "Perplexity against context length"
     drawn = figure(
         png_folder,
         "perplexity",
         lambda width: curves.plot_perplexity(rows, original_length, width),
-        lambda: alt_text.describe_perplexity(rows),
-        "The same target tokens, seen with more and more context: a lower value further right "
-        "means that the model uses it. Bands are 95 % intervals over documents, which differ "
-        f"far more from each other than the lengths do.{_beyond(rows)}",
+        lambda: alt_text.describe_curves(task_rows(rows, "perplexity"), "Perplexity"),
+        "The same target tokens with more and more context: a falling curve means that the model "
+        "uses it. Bands are 95 % intervals over documents, which differ from each other far more "
+        f"than the lengths do.{_beyond(rows)}",
     )
-    num = len(models_of(of(rows, "perplexity")))
+    num = len(models_of(task_rows(rows, "perplexity")))
     if not drawn and num > MOST_CURVES:
         drawn = _too_many(num)
     elif not drawn and optional:
@@ -120,7 +152,7 @@ def perplexity_section(
 
 
 def grid_section(rows: Rows, task: str, png_folder: Path | None, optional: bool = True) -> str:
-    """Heat maps of a task by depth and length, a panel a model."""
+    """Heat maps of a task by depth and length, one panel per model."""
     title, caption = _GRIDS[task]
     models = heatmaps.grid_models(rows, task)
     if len(models) > heatmaps.MOST_PANELS:
@@ -147,8 +179,8 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> str:
         lambda: alt_text.describe_ruler(summaries),
         f"Score by context length, {describe_tasks(summaries)}. Dashed: "
         f"{100 * EFFECTIVE_THRESHOLD:.1f} %, the average of Llama-2-7B at 4k tokens over RULER's "
-        "13 tasks (Hsieh et al. 2024). The effective length is the largest measured that is not "
-        "below it, nor any shorter one.",
+        "13 tasks (Hsieh et al. 2024). The effective length is the largest one measured that, with "
+        "all shorter ones, reaches this threshold.",
     )
     if not summaries:
         return ""
@@ -167,8 +199,25 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> str:
     return section("RULER tasks", f"{drawn}\n{effective}\n{tables}")
 
 
+def task_section(rows: Rows, task: str, png_folder: Path | None) -> str:
+    """Curves of a task that the report does not know, a figure a metric, as its rows say."""
+    points = pooled(task_rows(rows, task))
+    title, num = points[0].get("title") or task, len(models_of(points))
+    figures = ""
+    for metric in dict.fromkeys(row["metric"] for row in points):
+        kept = [row for row in points if row["metric"] == metric]
+        figures += figure(
+            png_folder,
+            "task-" + re.sub(r"\W+", "-", f"{task}-{metric}"),
+            functools.partial(curves.plot_metric, kept),
+            functools.partial(alt_text.describe_curves, kept, f"{title}, {metric_name(kept[0])},"),
+            points[0].get("about") or "Bands are 95 % intervals.",
+        )
+    return section(title, figures or (_too_many(num) if num > MOST_CURVES else MISSING))
+
+
 def benchmark_section(rows: Rows) -> str:
-    """Every benchmark with its standard errors, and what changed beyond them."""
+    """All benchmarks with their standard errors, and what changed beyond them."""
     models, lines, cells = benchmark_layout(rows)
     if not lines:
         return ""
@@ -181,21 +230,21 @@ def benchmark_section(rows: Rows) -> str:
         one = next(cell for cell in found if cell)
         body += (
             f'<tr><th scope="row">{code_name(line[0])}<small class="under">'
-            f"{escape(metric_label(line, one))}, shots: {escape(shots_label(line))}</small></th>"
+            f"{escape(metric_label(one))}, shots: {escape(shots_label(line))}</small></th>"
             + "".join(f'<td class="n">{_with_error(format_benchmark(cell))}</td>' for cell in found)
             + (_difference(line_difference(*found)) if pair else "")
             + "</tr>\n"
         )
-    verdicts = "".join(f"<p>{prose(said)}</p>" for said in describe_benchmarks(rows))
+    verdicts = "".join(f"<p>{prose(text)}</p>" for text in describe_benchmarks(rows))
     return section(
-        "Benchmarks of short contexts",
+        "Short-context benchmarks",
         '<div class="scroll"><table><thead><tr><th scope="col">Benchmark</th>'
         f"{head}</tr></thead><tbody>{body}</tbody></table>"
         f"</div>\n{verdicts}"
         + note(
-            "In percent ± standard error. A difference is beyond error from 1.96 standard errors "
-            "on, sqrt(se1² + se2²); of twenty tasks that did not change, one is expected to look "
-            "as if it had."
+            "Percent ± standard error. A difference is beyond error if it is larger than 1.96 "
+            "sqrt(se1² + se2²). Of twenty tasks that did not change, one is expected to look as if "
+            "it had."
         ),
     )
 
@@ -211,13 +260,13 @@ def _difference(difference: Difference | None) -> str:
 
 
 def _with_error(text: str) -> str:
-    """The standard error is small, and stands below its value on a phone."""
+    """The value, with its standard error in small type (below it on a phone)."""
     value, _, error = text.partition(" ± ")
     return escape(value) + (f" <small>±&nbsp;{escape(error)}</small>" if error else "")
 
 
 def _ruler_table(rows: Rows, model: str) -> str:
-    """Tasks by lengths with the cells in the colours of the heat maps."""
+    """Scores by task and length; cells have the colours of the heat maps."""
     kept = [r for r in pooled(rows) if is_ruler(r) and r["model"] == model]
     cells = {(r["task"], r["context_length"]): r["value"] for r in kept}
     lengths = sorted({r["context_length"] for r in kept})
@@ -244,43 +293,36 @@ def _share_cell(value: float | None) -> str:
     return f'<td class="n" style="background:{background};color:{ink}">{percent(value)}</td>'
 
 
-def _task(task: str, metric: str) -> str:
-    """The task and, small below it, its metric and which way is better."""
-    label = METRICS.get(metric, metric)
-    if metric == task == "perplexity":
-        return "perplexity<small>↓ lower is better</small>"
-    if metric == "bits_per_byte":
-        return "bits per byte<small>↓ lower is better</small>"
-    if task == RULER_AVERAGE:
-        return f"RULER average<small>{escape(label)}</small>"
-    return f"{code_name(task)}<small>{escape(label)}</small>"
+def _task(row: Row) -> str:
+    """The task and, small below it, its metric and which direction is better."""
+    task = row["task"]
+    if task == "perplexity":
+        return f"{metric_name(row)}<small>↓ lower is better</small>"
+    name = "RULER average" if task == RULER_AVERAGE else code_name(task)
+    return f"{name}<small>{escape(metric_label(row))}</small>"
 
 
 def _too_many(num: int) -> str:
-    return note(f"{num} models are more than can be told apart as curves: see the table.")
+    return note(f"{num} models are too many to tell apart as curves: see the table.")
 
 
 def _beyond(rows: Rows) -> str:
-    points = [r for r in of(rows, "perplexity") if r["value"] is None]
+    points = [r for r in task_rows(rows, "perplexity") if r["value"] is None]
     at = ", ".join(f"{r['model']} at {r['context_length']:,}" for r in points)
     return f" Beyond measure, and not drawn: {at}." if at else ""
 
 
-def measured_facts(rows: Rows) -> list[tuple[str, str]]:
-    """Effective lengths and retrieval at the longest length, of one or two models."""
+def result_tiles(rows: Rows) -> list[tuple[str, str]]:
+    """Effective lengths, and scores at the longest length, of one or two models."""
     models = models_of(rows)
     if len(models) > 2:
         return []
-    facts = []
-    summaries = {s.model: s.effective_short for s in summarise_ruler(rows) if s.averages}
-    for model in models:
-        if model in summaries:
-            facts.append((summaries[model], f"effective length (RULER), {model}"))
-    for task in ("passkey", "needle"):
-        longest = max((row["context_length"] for row in of(rows, task)), default=0)
-        for row in pooled(of(rows, task)):
-            if row["context_length"] == longest and row["value"] is not None:
-                facts.append(
-                    (f"{percent(row['value'])} %", f"{task} at {longest:,}, {row['model']}")
-                )
-    return facts
+    lengths = {s.model: s.effective_short for s in summarise_ruler(rows) if s.averages}
+    tiles = [(lengths[m], f"effective length (RULER), {m}") for m in models if m in lengths]
+    for task in ("passkey", "needle", *other_tasks(rows)):
+        longest = max((row["context_length"] for row in task_rows(rows, task)), default=0)
+        for model in models_of(task_rows(rows, task)):
+            row = find(rows, model, task, longest)
+            if row and row["value"] is not None:
+                tiles.append((short_value(row), f"{task} at {longest:,}, {model}"))
+    return tiles

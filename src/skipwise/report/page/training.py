@@ -1,4 +1,4 @@
-"""Sections of the page that show how a run was made: its choice, training, positions and cost."""
+"""Sections that show how a run was made: checkpoint choice, training, positions, cost, checks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from skipwise.report.figures import alt_text, curves
 from skipwise.report.figures.positions import plot_positions
 from skipwise.report.format import duration, number, percent, short_count
-from skipwise.report.load import all_training, count, part
+from skipwise.report.load import all_training, count, nested
 from skipwise.report.page.html import MISSING, definitions, figure, note, section
 
 
 def selection_section(run: dict[str, Any], png_folder: Path) -> str:
-    """How the checkpoint was chosen; nothing where none was."""
-    selection = part(run, "selection")
+    """How the checkpoint was chosen; nothing if none was."""
+    selection = nested(run, "selection")
     points, chosen = curves.scored_checkpoints(selection), selection.get("chosen")
     share = curves.is_share_of(selection)
     measure = str(selection.get("metric") or "score")
@@ -27,7 +27,7 @@ def selection_section(run: dict[str, Any], png_folder: Path) -> str:
         score = dict(points).get(chosen)
         shown = "" if score is None else f", {f'{percent(score)} %' if share else number(score)}"
         said += f"Chosen: step {chosen:,}{shown}. "
-    said += "The score of the best of several is flattered by the choosing."
+    said += "The best of several scores is biased upwards by the choice itself."
     drawn = figure(
         png_folder,
         "selection",
@@ -48,15 +48,15 @@ def loss_section(metrics: list[dict[str, Any]], png_folder: Path) -> str:
         "loss",
         lambda width: curves.plot_loss(metrics, width),
         lambda: alt_text.describe_loss(metrics),
-        "Pale: every logged step, beyond 400 the range in equal bins. Strong: a running mean "
-        f"over a twentieth of the steps.{finish}",
+        "Pale: every logged step, or the range in bins if there are over 400. Strong: the running "
+        f"mean over a twentieth of the steps.{finish}",
     )
     return section("Training loss", drawn or MISSING)
 
 
 def positions_section(run: dict[str, Any], png_folder: Path) -> str:
-    """Where the training examples stand, and which distances they show."""
-    title, positions = "Positions seen in training", part(run, "positions")
+    """The positions of training examples, and which relative distances they show."""
+    title, positions = "Positions seen in training", nested(run, "positions")
     L, T = run.get("train_length"), run.get("target_length")
     examples = positions.get("examples") or []
     pairs = zip(positions.get("distances") or [], positions.get("coverage") or [], strict=False)
@@ -77,18 +77,18 @@ def positions_section(run: dict[str, Any], png_folder: Path) -> str:
 
 
 def cost_section(run: dict[str, Any]) -> str:
-    """Tokens and attention pairs, counted, against full-length training."""
-    return section("What it cost, against full-length training", _cost(run))
+    """Tokens and attention pairs of the run, and of full-length training."""
+    return section("Cost compared with full-length training", _cost(run))
 
 
 def _cost(run: dict[str, Any]) -> str:
-    training, L, T = part(run, "training"), run.get("train_length"), run.get("target_length")
+    training, L, T = nested(run, "training"), run.get("train_length"), run.get("target_length")
     if not training or not L or not T:
         return _untrained(run)
     if not training.get("num_steps") or not training.get("batch_size"):
         return '<p class="note">The number of examples was not recorded.</p>'
     num = training["num_steps"] * training["batch_size"]
-    finish = part(run, "finish")
+    finish = nested(run, "finish")
     long = finish.get("num_tokens", 0) // T if finish.get("seconds") is not None else 0
     tokens = num * L + long * T
     lines = (
@@ -111,25 +111,25 @@ def _cost(run: dict[str, Any]) -> str:
         "".join(f"<p>{escape(text)}</p>\n" for text in said)
         + '<div class="scroll"><table><thead><tr><td></td><th class="n" scope="col">Tokens</th>'
         '<th class="n" scope="col">Attention pairs</th>'
-        f'<th class="n" scope="col">Pairs, to this run</th></tr></thead><tbody>{body}</tbody>'
+        f'<th class="n" scope="col">Ratio to this run</th></tr></thead><tbody>{body}</tbody>'
         f'</table></div>\n<p class="note">{num:,} examples of {L:,} tokens'
         f"{f' and {long:,} of {T:,}' if long else ''}; full length is {T:,}. "
         "Attention pairs are the query-key pairs of one causal layer and head, n (n + 1) / 2 ≈ "
         f"n² / 2 for an example of n tokens: at equal tokens the ratio is about T / L = {T / L:.3g}"
-        f", at equal examples its square. These are counted, not timed; of the work of a step, "
-        "only attention grows this way.</p>"
+        f", at equal examples its square. These pairs are counted, not timed; only the attention "
+        "share of a step grows this way.</p>"
     )
 
 
 def _spent(taken: dict[str, Any], num_tokens: int) -> str:
-    """Steps, time and memory of a part of training."""
+    """Steps, time and memory of one training stage."""
     spent = [f"{taken['num_steps']:,} steps of {taken['batch_size']:,} examples"]
     if taken.get("seconds"):
         speed = num_tokens / taken["seconds"]
         spent.append(f"{duration(taken['seconds'])}, {speed:,.0f} tokens a second")
     if taken.get("peak_memory_gib"):
-        each = ", of one process" if taken.get("num_processes", 1) > 1 else ""
-        spent.append(f"{taken['peak_memory_gib']:.2f} GiB of memory at the peak{each}")
+        each = " per process" if taken.get("num_processes", 1) > 1 else ""
+        spent.append(f"{taken['peak_memory_gib']:.2f} GiB peak memory{each}")
     return "; ".join(spent)
 
 
@@ -139,14 +139,14 @@ def checks_section(run: dict[str, Any]) -> str:
         kind, word = ("passed", "ok") if check.get("passed") else ("failed", "failed")
         text = escape(f"{check.get('name', '?')}: {check.get('detail', '')}")
         items += f'<li class="{kind}"><b>{word}</b><span>{text}</span></li>'
-    shown = f'<ul class="checks">{items}</ul>' if items else note("None has run.")
+    shown = f'<ul class="checks">{items}</ul>' if items else note("No check was run.")
     return section("Checks", shown)
 
 
 def details_section(run: dict[str, Any]) -> str:
     """Model, lengths, data, machine, times and versions."""
     model, data, machine, training = (
-        part(run, key) for key in ("model", "data", "machine", "training")
+        nested(run, key) for key in ("model", "data", "machine", "training")
     )
     lengths = [
         f"{run[key]:,} {key.removesuffix('_length')}"
@@ -161,14 +161,14 @@ def details_section(run: dict[str, Any]) -> str:
         count(data, "num_documents", "documents"),
         count(data, "num_tokens", "tokens"),
         f"{shorts} ({data.get('short_documents', '?')})" if shorts else None,
-        count(data, "num_bad_records", "records not readable"),
+        count(data, "num_bad_records", "unreadable records"),
     ]
     memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None
     hardware = [machine.get("cpu"), count(machine, "num_cpus", "CPUs"), memory]
     gpu = machine.get("gpu") or "no GPU"
     if machine.get("num_gpus", 1) > 1:
         gpu = f"{machine['num_gpus']} × {gpu}"
-    stages = part(run, "stages").items()
+    stages = nested(run, "stages").items()
     entries = {
         "Model": [
             model.get("name"),
@@ -177,36 +177,36 @@ def details_section(run: dict[str, Any]) -> str:
         ],
         "Lengths": lengths,
         "Trained": trained if training else [],
-        "RoPE": [f"{k} {v}" for k, v in part(run, "rope").items()],
-        "Temperature": _temperature(part(run, "temperature")),
+        "RoPE": [f"{k} {v}" for k, v in nested(run, "rope").items()],
+        "Temperature": _temperature(nested(run, "temperature")),
         "Text": data.get("sources") or [],
         "Documents": documents,
-        "Evaluation": [count(data, "num_eval_documents", "documents kept apart")],
+        "Evaluation": [count(data, "num_eval_documents", "documents held out")],
         "Machine": [*hardware, gpu] if machine else ["not recorded"],
         "Time": [f"{k} {duration(v)}".replace(" ", "\u00a0") for k, v in stages if v is not None],
-        "Versions": [f"{k} {v}" for k, v in part(run, "versions").items()],
+        "Versions": [f"{k} {v}" for k, v in nested(run, "versions").items()],
     }
     return section("Data, model and machine", definitions(entries))
 
 
 def _temperature(found: dict[str, Any]) -> list[str]:
-    """The attention temperature of the exported weights, and what its search has shown."""
+    """The attention temperature of the exported weights, and the result of its search."""
     if not found.get("value"):
         return []
     return [f"{found['value']:g} times every attention logit", str(found.get("detail", ""))]
 
 
-def training_metadata(run: dict[str, Any]) -> list[tuple[str, str]]:
-    """Tokens, time and memory of the training, for the boxes at the top."""
+def training_tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """Tokens, time and memory of the training, for the tiles at the top."""
     training = all_training(run)
-    facts = []
+    tiles = []
     if training.get("num_tokens"):
-        facts.append((short_count(training["num_tokens"]), "tokens of training"))
+        tiles.append((short_count(training["num_tokens"]), "tokens of training"))
     if training.get("seconds"):
-        facts.append((duration(training["seconds"]), "of training"))
+        tiles.append((duration(training["seconds"]), "of training"))
     if training.get("peak_memory_gib"):
-        facts.append((f"{training['peak_memory_gib']:.2f} GiB", "peak memory of training"))
-    return facts
+        tiles.append((f"{training['peak_memory_gib']:.2f} GiB", "peak memory of training"))
+    return tiles
 
 
 def _ratio(ratio: float) -> str:
