@@ -53,10 +53,7 @@ def first_stage(recipe: Recipe) -> Recipe:
 
 
 def full_length_stage(
-    recipe: Recipe,
-    original_length: int,
-    num_processes: int = 1,
-    batch: int | None = None,
+    recipe: Recipe, original_length: int, num_processes: int = 1, batch: int | None = None
 ) -> Recipe | None:
     """The full-length stage: its length, steps, batch size and learning rate. None if unused.
 

@@ -186,11 +186,7 @@ def build_corpus(
 
 
 def _pack(
-    store: TokenStore,
-    short: np.ndarray,
-    min_length: int,
-    target_length: int,
-    separator: int | None,
+    store: TokenStore, short: np.ndarray, min_length: int, target_length: int, separator: int | None
 ) -> PackedStore:
     """Join short documents in order, up to T tokens; keep the rest if it is long enough."""
     sizes = np.diff(store.offsets)[short] + (separator is not None)

@@ -252,11 +252,7 @@ def open_hub(source: Source) -> Any:
         ) from error
     with hub_errors(source):
         return datasets.load_dataset(
-            source.path,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
+            source.path, source.config, split=source.split, revision=source.revision, streaming=True
         )
 
 

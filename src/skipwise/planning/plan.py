@@ -122,12 +122,7 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
 
 
 def _costs(
-    recipe: Recipe,
-    info: ModelInfo,
-    job: Job,
-    memory: Memory,
-    num_gpus: int,
-    gpu: Gpu | None,
+    recipe: Recipe, info: ModelInfo, job: Job, memory: Memory, num_gpus: int, gpu: Gpu | None
 ) -> tuple[TrainingCost, ...]:
     own = _cost(recipe.method, job, memory)
     if recipe.method == "full":

@@ -43,11 +43,7 @@ def next_change(recipe: Recipe, num_processes: int = 1) -> str | None:
 
 
 def first_change(
-    recipe: Recipe,
-    info: ModelInfo,
-    architecture: Architecture,
-    gpu: Gpu,
-    num_gpus: int = 1,
+    recipe: Recipe, info: ModelInfo, architecture: Architecture, gpu: Gpu, num_gpus: int = 1
 ) -> str | None:
     """The first setting that makes a run fit, or several if one is not enough.
 

@@ -73,10 +73,7 @@ def check_labels(items: list[dict[str, Any]]) -> Check:
 
 
 def check_batch(
-    model: Any,
-    batch: dict[str, Any],
-    autocast: Callable[..., Any] = nullcontext,
-    inner: Any = None,
+    model: Any, batch: dict[str, Any], autocast: Callable[..., Any] = nullcontext, inner: Any = None
 ) -> list[Check]:
     """Chunk 2 learns from chunk 1, but chunk 1 does not learn from chunk 2, on a real batch.
 
@@ -137,10 +134,7 @@ def check_batch(
 
 
 def _gradient(
-    model: Any,
-    inputs: dict[str, Any],
-    captured: list[torch.Tensor],
-    autocast: Callable[..., Any],
+    model: Any, inputs: dict[str, Any], captured: list[torch.Tensor], autocast: Callable[..., Any]
 ) -> torch.Tensor:
     """(1, L, width) gradient of the model's own loss at the embeddings; 0 without labels."""
     captured.clear()
