@@ -35,7 +35,7 @@ from skipwise.models.convert_families import (
     sentencepiece_bpe,
     text_model,
 )
-from skipwise.models.hf_config import first_line
+from skipwise.models.hf_config import READ_BIN, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,10 +132,9 @@ def load_sentencepiece(model: str, settings: ModelSettings) -> Any:
     file = source / "tokenizer.model"
     if not file.is_file():
         raise SkipwiseError(f"{model} has no tokenizer.model, which is needed for its tokenizer")
-    settings_file = source / "tokenizer_config.json"
-    text = settings_file.read_text(encoding="utf-8") if settings_file.is_file() else "{}"
-    options = json.loads(text)
-    tokenizer = sentencepiece_bpe(file, options)
+    options = source / "tokenizer_config.json"
+    text = options.read_text(encoding="utf-8") if options.is_file() else "{}"
+    tokenizer = sentencepiece_bpe(file, json.loads(text))
     reference = SentencePieceProcessor(model_file=str(file))
     for text in _SAMPLES:
         if tokenizer(text, add_special_tokens=False)["input_ids"] != reference.encode(text):
@@ -163,11 +162,7 @@ def _fetch(model: str, settings: ModelSettings, patterns: tuple[str, ...] = ()) 
 
 
 def _weight_files(folder: Path, settings: ModelSettings) -> list[Path]:
-    """The source's weight files, as listed in its index.
-
-    Raises:
-        SkipwiseError: none in the requested format, or a listed file is missing.
-    """
+    """The source's weight files, as listed in its index; SkipwiseError if one is missing."""
     name = "model.safetensors" if settings.use_safetensors else "pytorch_model.bin"
     index = folder / f"{name}.index.json"
     if index.is_file():
@@ -180,8 +175,7 @@ def _weight_files(folder: Path, settings: ModelSettings) -> list[Path]:
         other = sorted(p.name for p in folder.glob("*.bin"))
         fix = "give a folder or hub name with all its weights"
         if other and settings.use_safetensors:
-            fix = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
-            fix = f"it has {other[0]}: {fix}"
+            fix = f"it has {other[0]}: {READ_BIN}"
         raise SkipwiseError(f"{folder} has no {missing[0]}\n{fix}")
     return files
 
@@ -202,8 +196,6 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
             stored = torch.load(file, map_location="cpu", weights_only=True)
         yield from stored.items()
-    except SkipwiseError:
-        raise
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise SkipwiseError(f"{file} is broken\n{first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError: other objects than weights
