@@ -137,9 +137,8 @@ def _chunked_loss(recipe: Recipe, num_gpus: int) -> _Change | None:
 
 def _no_distillation(recipe: Recipe, num_gpus: int) -> _Change | None:
     """Without a copy of the base model, which LoRA does not need unless the engine shards."""
-    if recipe.lora is not None and not shards(recipe.engine):
-        return None
-    if not distillation_weight(recipe)[0]:
+    needs_copy = recipe.lora is None or shards(recipe.engine)
+    if not needs_copy or not distillation_weight(recipe)[0]:
         return None
     return _set(recipe, num_gpus, "distillation.weight", 0)
 
@@ -157,10 +156,6 @@ def _shard_over(number: int) -> _Remedy:
         return " ".join(filter(None, (engine, more))), changed, number
 
     return remedy
-
-
-def _shard(recipe: Recipe, num_gpus: int) -> _Change | None:
-    return _shard_over(num_gpus)(recipe, num_gpus)
 
 
 def _lora(recipe: Recipe, num_gpus: int) -> _Change | None:
@@ -184,19 +179,16 @@ def _nf4(recipe: Recipe, num_gpus: int) -> _Change | None:
 
 
 def _eight_bit_optimizer(recipe: Recipe, num_gpus: int) -> _Change | None:
-    plain = ("adamw_torch", "adamw_torch_fused")
-    if recipe.engine not in ("auto", "ddp"):  # its states cannot be sharded
-        return None
-    if recipe.trainer.get("optim", "adamw_torch") not in plain:
+    plain = recipe.trainer.get("optim", "adamw_torch") in ("adamw_torch", "adamw_torch_fused")
+    if recipe.engine not in ("auto", "ddp") or not plain:  # its states cannot be sharded
         return None
     changed = dataclasses.replace(recipe, trainer={**recipe.trainer, "optim": "adamw_8bit"})
     return "trainer.optim=adamw_8bit", changed, num_gpus
 
 
 def _offload(recipe: Recipe, num_gpus: int) -> _Change | None:
-    if recipe.engine == "zero3-offload":
-        return None
-    if recipe.lora is not None and recipe.lora.quantization != "none":
+    quantised = recipe.lora is not None and recipe.lora.quantization != "none"
+    if recipe.engine == "zero3-offload" or quantised:
         return None
     changed = dataclasses.replace(recipe, engine="zero3-offload")
     return "--engine zero3-offload", changed, num_gpus
@@ -206,8 +198,7 @@ def _no_full_length(recipe: Recipe, num_gpus: int) -> _Change | None:
     """Without the full-length stage: a smaller fraction needs as much memory."""
     if not recipe.full_length.fraction:
         return None
-    changed = dataclasses.replace(recipe, full_length=FullLengthSettings())
-    return "full_length={}", changed, num_gpus
+    return "full_length={}", dataclasses.replace(recipe, full_length=FullLengthSettings()), num_gpus
 
 
 def _no_key_weights(recipe: Recipe, num_gpus: int) -> _Change | None:
@@ -237,7 +228,7 @@ _REMEDIES: tuple[_Remedy, ...] = (
     _checkpointing,
     _chunked_loss,
     _no_distillation,
-    _shard,
+    lambda recipe, num_gpus: _shard_over(num_gpus)(recipe, num_gpus),  # over those of the run
     *(_shard_over(number) for number in (2, 4, _MOST_GPUS)),
     _lora,
     _freeze_embeddings,
