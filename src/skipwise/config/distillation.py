@@ -52,11 +52,7 @@ def shards(engine: str) -> bool:
 
 
 def in_one_process(recipe: Recipe) -> Recipe:
-    """The recipe for a single process: engine auto, and no distillation if the engine shards.
-
-    Raises:
-        SkipwiseError: as `distillation_weight`.
-    """
+    """The recipe for a single process: engine auto, and no distillation if the engine shards."""
     taught = recipe.distillation
     if shards(recipe.engine) or not distillation_weight(recipe)[0]:
         taught = DistillationSettings(weight=0.0)

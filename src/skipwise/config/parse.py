@@ -96,11 +96,9 @@ def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
         name, key = where.split(".")
         section = tree.get(name)
         if isinstance(section, dict) and key in section:
-            value = section[key]
-            is_list = isinstance(value, list)
-            section[key] = (
-                [values.get(v, v) for v in value] if is_list else values.get(value, value)
-            )
+            given = section[key]
+            many = isinstance(given, list)
+            section[key] = [values.get(v, v) for v in given] if many else values.get(given, given)
     return tree
 
 
@@ -131,7 +129,6 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = [key for key in tree if key not in hints]
     if unknown:
-        keys = ", ".join(hints)
         old = _join(where, unknown[0])
         new = {a: b for a, b in RENAMED_KEYS.items() if a == old or a.startswith(f"{old}.")}
         if new:
@@ -139,9 +136,8 @@ def _build(cls: type, tree: Any, where: str) -> Any:
             raise SkipwiseError(f"{old} was renamed: {pairs}")
         inner = _paths_of(Recipe, unknown[0])
         meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
-        raise SkipwiseError(f"{old} is not a recipe key: choose from {keys}{meant}")
-    values = {key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()}
-    return cls(**values)
+        raise SkipwiseError(f"{old} is not a recipe key: choose from {', '.join(hints)}{meant}")
+    return cls(**{key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()})
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -164,9 +160,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise SkipwiseError(f"{where} is {value!r}: choose one of {', '.join(choices)}")
         return value
     if origin is tuple:
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        name = where.removesuffix("s")
-        return tuple(_value(args[0], item, name) for item in items)
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_value(args[0], item, where.removesuffix("s")) for item in items)
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise SkipwiseError(f"{where} is {value!r}: it must map keys to values")

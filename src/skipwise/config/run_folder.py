@@ -40,52 +40,22 @@ class RunFolder:
 
     def __init__(self, path: str | Path, parent: RunFolder | None = None) -> None:
         self.path = Path(path)
-        self._main = parent or self  # a stage writes metrics and candidates to the main folder
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self._main.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def converted(self) -> Path:
-        return self.path / "converted"
-
-    @property
-    def candidates(self) -> Path:
-        return self._main.path / "candidates"
+        main = self.path if parent is None else parent.path
+        self.metrics_file = main / "metrics.jsonl"  # a stage writes both to the main folder
+        self.candidates = main / "candidates"
+        self.recipe_file = self.path / "recipe.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.converted = self.path / "converted"
+        self.eval_documents = self.path / "eval_documents.jsonl"
+        self.model = self.path / "model"
+        self.adapter = self.path / "adapter"
+        self.gguf = self.path / "gguf"
+        self.report = self.path / "report"
 
     @property
     def finish(self) -> RunFolder:
         """The folder of the full-length stage."""
         return RunFolder(self.path / "finish", parent=self)
-
-    @property
-    def eval_documents(self) -> Path:
-        return self.path / "eval_documents.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def gguf(self) -> Path:
-        return self.path / "gguf"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
 
     def recipe(self) -> Recipe:
         if not self.recipe_file.exists():
@@ -113,23 +83,16 @@ class RunFolder:
         return rows
 
     def lock(self) -> AbstractContextManager[None]:
-        """Lock the results: two writers would overwrite each other's rows.
-
-        Raises:
-            SkipwiseError: another process holds the lock.
-        """
+        """Lock the results: two writers would overwrite each other's rows."""
         return self._locked(".lock", "measuring")
 
     def training_lock(self) -> AbstractContextManager[None]:
-        """Lock the checkpoints on rank 0; the other ranks do nothing.
-
-        Raises:
-            SkipwiseError: another process trains into this folder.
-        """
+        """Lock the checkpoints on rank 0; the other ranks do nothing."""
         return self._locked(".train.lock", "training") if is_main_process() else nullcontext()
 
     @contextmanager
     def _locked(self, name: str, what: str) -> Iterator[None]:
+        """Hold a lock file; SkipwiseError if another process holds it."""
         if fcntl is None:  # Windows
             yield
             return
@@ -162,9 +125,10 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
             if is_main_process():  # only the engine differs
                 write_text(run.recipe_file, text)
         elif old != text:
-            changed = [a.strip() for a, b in _changed_lines(old, text)][:3]
+            pairs = zip(old.splitlines(), text.splitlines(), strict=False)
+            changed = "; ".join([a.strip() for a, b in pairs if a != b][:3] or ["more keys"])
             raise SkipwiseError(
-                f"{run.path} holds a run of another recipe (it differs in {'; '.join(changed)})\n"
+                f"{run.path} holds a run of another recipe (it differs in {changed})\n"
                 "choose another --out, or remove the folder"
             )
         return run
@@ -200,11 +164,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, default=_jsonable) + "\n")
-
-
-def _changed_lines(old: str, new: str) -> list[tuple[str, str]]:
-    pairs = zip(old.splitlines(), new.splitlines(), strict=False)
-    return [(a, b) for a, b in pairs if a != b] or [("more keys", "")]
 
 
 def _read_json(path: Path, default: Any) -> Any:

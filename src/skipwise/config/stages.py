@@ -13,12 +13,7 @@ import dataclasses
 import math
 
 from skipwise.config.lengths import format_length
-from skipwise.config.recipe import (
-    DistillationSettings,
-    FullLengthSettings,
-    PositionSettings,
-    Recipe,
-)
+from skipwise.config.recipe import FullLengthSettings, PositionSettings, Recipe
 from skipwise.config.samplers import resolve_auto
 from skipwise.errors import SkipwiseError
 from skipwise.pose.samplers import SAMPLERS
@@ -53,10 +48,7 @@ def first_stage(recipe: Recipe) -> Recipe:
 
 
 def full_length_stage(
-    recipe: Recipe,
-    original_length: int,
-    num_processes: int = 1,
-    batch: int | None = None,
+    recipe: Recipe, original_length: int, num_processes: int = 1, batch: int | None = None
 ) -> Recipe | None:
     """The full-length stage: its length, steps, batch size and learning rate. None if unused.
 
@@ -90,17 +82,18 @@ def full_length_stage(
     steps = max(1, round(tokens / (G * T)))
     warmup = math.ceil(training.warmup_steps * steps / training.num_steps)
     rate = recipe.full_length.learning_rate
-    taught = not SAMPLERS[recipe.method].is_baseline or recipe.distillation.weight != "auto"
-    attention = recipe.load.attn_implementation
-    if attention == "flex_attention":  # only for importance weights, which this stage lacks
-        attention = "auto"
+    load, distillation = recipe.load, recipe.distillation
+    if load.attn_implementation == "flex_attention":  # only for importance weights: none here
+        load = dataclasses.replace(load, attn_implementation="auto")
+    if SAMPLERS[recipe.method].is_baseline and distillation.weight == "auto":
+        distillation = dataclasses.replace(distillation, weight=0.0)
     part = dataclasses.replace(
         recipe,
         method="full",
         train_length=T,
         positions=PositionSettings(),
-        load=dataclasses.replace(recipe.load, attn_implementation=attention),
-        distillation=recipe.distillation if taught else DistillationSettings(weight=0.0),
+        load=load,
+        distillation=distillation,
         training=dataclasses.replace(
             training,
             num_steps=steps,

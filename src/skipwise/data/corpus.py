@@ -12,7 +12,6 @@ Shapes:  n = documents of a group, T = target_length, P = tokens that are hashed
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -160,15 +159,13 @@ def build_corpus(
                 all_stores.append(packed)
                 rows.append((len(all_stores) - 1, packed.offsets[:-1], np.diff(packed.offsets)))
         table.append(rows)
-    store_ids = [
-        np.concatenate([np.full(len(s), i, np.int32) for i, s, _ in rows]) for rows in table
-    ]
+    ids = [[np.full(len(s), i, np.int32) for i, s, _ in rows] for rows in table]
+    store_ids = [np.concatenate(of_group) for of_group in ids]
     starts = [np.concatenate([s for _, s, _ in rows]) for rows in table]
     lengths = [np.concatenate([n for _, _, n in rows]) for rows in table]
+    held_out = []
     if num_held_out:
         held_out = _hold_out(all_stores, store_ids, starts, lengths, target_length, num_held_out)
-    else:
-        held_out = []
     keep = [g for g in range(len(groups)) if len(lengths[g]) and shares[g] > 0]
     if not keep:
         raise SkipwiseError(_too_short(stores, min_length, short_documents))
@@ -186,11 +183,7 @@ def build_corpus(
 
 
 def _pack(
-    store: TokenStore,
-    short: np.ndarray,
-    min_length: int,
-    target_length: int,
-    separator: int | None,
+    store: TokenStore, short: np.ndarray, min_length: int, target_length: int, separator: int | None
 ) -> PackedStore:
     """Join short documents in order, up to T tokens; keep the rest if it is long enough."""
     sizes = np.diff(store.offsets)[short] + (separator is not None)
@@ -261,19 +254,15 @@ def _prefix_hashes(
     """(n,) uint64 hashes of the documents' first P tokens, or of all tokens if fewer."""
     out = np.empty(len(starts), np.uint64)
     steps = np.arange(_PREFIX)
-    for i, rows in _blocks(store_ids):
-        inside = steps < lengths[rows, None]  # (rows, P)
-        indices = starts[rows, None] + np.minimum(steps, np.maximum(lengths[rows, None] - 1, 0))
-        tokens = stores[i].take(indices).astype(np.uint64)
-        out[rows] = _hash_rows((tokens + np.uint64(1)) * inside)
-    return out
-
-
-def _blocks(store_ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     for i in np.unique(store_ids):
-        rows = np.flatnonzero(store_ids == i)
-        for begin in range(0, len(rows), _ROWS):
-            yield int(i), rows[begin : begin + _ROWS]
+        of_store = np.flatnonzero(store_ids == i)
+        for begin in range(0, len(of_store), _ROWS):
+            rows = of_store[begin : begin + _ROWS]
+            sizes = lengths[rows, None]
+            indices = starts[rows, None] + np.minimum(steps, np.maximum(sizes - 1, 0))  # (rows, P)
+            tokens = stores[int(i)].take(indices).astype(np.uint64)
+            out[rows] = _hash_rows((tokens + np.uint64(1)) * (steps < sizes))
+    return out
 
 
 def _hash_rows(values: np.ndarray) -> np.ndarray:

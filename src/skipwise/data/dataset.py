@@ -34,10 +34,8 @@ class PoSEDataset(torch.utils.data.Dataset):
         self.corpus, self.sampler, self.seed = corpus, sampler, seed
         self.num_examples = num_examples
         T = sampler.target_length
-        self._slots = [
-            np.repeat(np.arange(len(n), dtype=np.int32), np.maximum(1, n // T))
-            for n in corpus.lengths
-        ]
+        uses = [np.maximum(1, lengths // T) for lengths in corpus.lengths]  # in an epoch
+        self._slots = [np.repeat(np.arange(len(n), dtype=np.int32), n) for n in uses]
         self._order = functools.lru_cache(maxsize=2 * len(self._slots))(self._draw_order)
         self._cycle = functools.lru_cache(maxsize=2)(self._draw_cycle)
         exact = np.array(corpus.shares) * _CYCLE
@@ -54,12 +52,8 @@ class PoSEDataset(torch.utils.data.Dataset):
         tokens = self.document(k)
         example = self.draw(np.random.default_rng([self.seed, k]), tokens)
         input_ids, labels = example.take(tokens)
-        return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": example.position_ids(),
-            "example": example,
-        }
+        item = {"input_ids": input_ids, "labels": labels}
+        return {**item, "position_ids": example.position_ids(), "example": example}
 
     def draw(self, rng: np.random.Generator, tokens: np.ndarray) -> Example:
         """Draw an example: which tokens of a document (L_x,) it takes, at which positions."""

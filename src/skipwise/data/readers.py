@@ -22,7 +22,6 @@ from skipwise.errors import SkipwiseError
 
 LARGEST = 1 << 30  # bytes of a text file, line or JSON array, each of which must fit in memory
 BROKEN_FILE = (OSError, EOFError, zlib.error)  # raised by files that cannot be read
-_LINES = {".jsonl", ".ndjson"}
 
 Kind = Literal["text", "lines", "array", "parquet"]
 
@@ -141,11 +140,7 @@ def fingerprint_fields(source: Source) -> list[Any]:
 
 
 def check_sizes(files: list[Path], sizes: list[int]) -> None:
-    """Check early that every file that must fit in memory does.
-
-    Raises:
-        SkipwiseError: a text file or JSON array of more than 1 GiB.
-    """
+    """Raise a SkipwiseError early for a text file or JSON array of more than 1 GiB."""
     for path, size in zip(files, sizes, strict=True):
         if size > LARGEST and file_kind(path) in ("text", "array"):
             raise _too_large(path)
@@ -160,7 +155,7 @@ def file_kind(path: Path) -> Kind:
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix == ".parquet":
         return "parquet"
-    if suffix in _LINES:
+    if suffix in (".jsonl", ".ndjson"):
         return "lines"
     if suffix != ".json":
         return "text"
@@ -246,17 +241,11 @@ def open_hub(source: Source) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise SkipwiseError(
-            f"{source.path} is not a local file or folder\n"
-            "to read hub datasets: pip install 'skipwise[hub]'"
-        ) from error
+        fix = "to read hub datasets: pip install 'skipwise[hub]'"
+        raise SkipwiseError(f"{source.path} is not a local file or folder\n{fix}") from error
     with hub_errors(source):
         return datasets.load_dataset(
-            source.path,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
+            source.path, source.config, split=source.split, revision=source.revision, streaming=True
         )
 
 
@@ -268,9 +257,8 @@ def hub_errors(source: Source) -> Iterator[None]:
     except SkipwiseError:
         raise
     except Exception as error:
-        raise SkipwiseError(
-            f"{source.path}: no local file or folder, and no readable hub dataset\n{error}"
-        ) from error
+        what = "no local file or folder, and no readable hub dataset"
+        raise SkipwiseError(f"{source.path}: {what}\n{error}") from error
 
 
 def read_record(where: str, record: Any, text_field: str) -> Outcome:
@@ -381,9 +369,5 @@ def _positive_integer(value: Any) -> int | None:
 
 def _is_hub_name(name: str) -> bool:
     parts = name.split("/")
-    return (
-        len(parts) <= 2
-        and all(parts)
-        and not name.startswith((".", "/", "~"))
-        and (len(parts) == 2 or "." not in name)
-    )
+    is_path = name.startswith((".", "/", "~")) or (len(parts) == 1 and "." in name)
+    return len(parts) <= 2 and all(parts) and not is_path

@@ -17,23 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipwise.data.readers import (
-    BROKEN_FILE,
-    BadRecord,
-    BadRecords,
-    Outcome,
-    Source,
-    check_sizes,
-    file_kind,
-    hub_errors,
-    list_files,
-    open_file,
-    open_hub,
-    read_json_lines,
-    read_record,
-    read_records,
-    read_text,
-)
+from skipwise.data import readers
+from skipwise.data.readers import BROKEN_FILE, BadRecord, BadRecords, Outcome, Source, open_file
 
 _SHARD = 1 << 22  # bytes: hundreds to thousands of documents, a second of work
 _RECORD = 64  # bytes that each record counts beside its text, to limit empty records
@@ -60,14 +45,12 @@ class Span:
     def read(self, text_field: str) -> Iterator[Outcome]:
         try:
             if self.is_text:
-                yield read_text(self.path)
+                yield readers.read_text(self.path)
                 return
             with open_file(self.path) as file:
                 if self._seek(file):
-                    begin = file.tell()
-                    yield from read_json_lines(
-                        file, self.path, text_field, start=begin, stop=self.stop
-                    )
+                    span = {"start": file.tell(), "stop": self.stop}
+                    yield from readers.read_json_lines(file, self.path, text_field, **span)
         except BROKEN_FILE as error:
             yield _broken(self.path, error)
 
@@ -138,9 +121,9 @@ class _ShardBuilder:
 
 
 def _file_shards(source: Source, start: Cursor) -> Iterator[Shard]:
-    files = list_files(source)
+    files = readers.list_files(source)
     sizes = [path.stat().st_size for path in files]
-    check_sizes(files, sizes)
+    readers.check_sizes(files, sizes)
     before = sum(sizes[: start.file])
     builder = _ShardBuilder(source.text_field)
     for i in range(start.file, len(files)):
@@ -162,7 +145,7 @@ def _file_items(
     A broken file ends with its bad record, so that reading does not find it again after a resume.
     """
     try:
-        kind = file_kind(path)
+        kind = readers.file_kind(path)
         zipped = path.suffix == ".gz"
         if kind == "text":
             span = Span(path=path, is_text=True, start=0, stop=size)
@@ -175,7 +158,7 @@ def _file_items(
                 span = Span(path=path, is_text=False, start=begin, stop=stop)
                 yield span, stop - begin, stop if stop < size else math.inf, stop
         else:
-            records = read_records(path, kind, text_field, skip=at)
+            records = readers.read_records(path, kind, text_field, skip=at)
             for number, (outcome, done) in enumerate(records, at + 1):
                 yield outcome, _size(outcome), number, done
     except BROKEN_FILE as error:
@@ -185,10 +168,10 @@ def _file_items(
 def _hub_shards(source: Source, start: Cursor) -> Iterator[Shard]:
     builder = _ShardBuilder(source.text_field)
     number = start.at
-    with hub_errors(source):
-        records = open_hub(source)
+    with readers.hub_errors(source):
+        records = readers.open_hub(source)
         for record in _resume(records, start):
-            outcome = read_record(f"{source.path}[{number}]", record, source.text_field)
+            outcome = readers.read_record(f"{source.path}[{number}]", record, source.text_field)
             number += 1
             if builder.add(outcome, _size(outcome)):
                 yield builder.take(Cursor(at=number, state=_state_of(records)), 0)

@@ -98,9 +98,8 @@ def open_store(folder: Path) -> TokenStore:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")
     dtype = np.dtype(meta["dtype"])
-    empty = np.zeros(0, dtype)
     return TokenStore(
-        tokens=np.memmap(folder / "tokens.bin", dtype, "r") if offsets[-1] else empty,
+        tokens=np.memmap(folder / "tokens.bin", dtype, "r") if offsets[-1] else np.zeros(0, dtype),
         offsets=offsets,
         num_bad_records=meta["num_bad_records"],
         bad_records=meta["bad_records"],

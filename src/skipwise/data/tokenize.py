@@ -30,18 +30,11 @@ from typing import Any
 
 import numpy as np
 
+from skipwise.data import token_cache
 from skipwise.data.progress import TokenBar, warn_of_disk_space
 from skipwise.data.readers import BadRecord, BadRecords, Source, fingerprint_fields, list_files
 from skipwise.data.shards import Shard, read_shards
-from skipwise.data.token_cache import (
-    StoreProgress,
-    TokenStore,
-    TokenWriter,
-    is_complete,
-    lock_unfinished,
-    open_store,
-    remove_abandoned,
-)
+from skipwise.data.token_cache import StoreProgress, TokenStore, TokenWriter, is_complete
 from skipwise.errors import SkipwiseError
 
 _FORMAT = 2  # version of the cache format; increase it when the files change
@@ -80,11 +73,11 @@ def tokenize_source(
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / fingerprint
     if is_complete(folder):
-        return open_store(folder)
+        return token_cache.open_store(folder)
     try:
-        with lock_unfinished(folder) as part:
+        with token_cache.lock_unfinished(folder) as part:
             if not is_complete(folder):  # no other process was faster
-                remove_abandoned(folder.parent)
+                token_cache.remove_abandoned(folder.parent)
                 with TokenWriter(part, _dtype(tokenizer)) as writer:
                     _tokenize(source, tokenizer, writer, on_bad_record, num_proc, progress)
                     if fingerprint_fields(source) != fields:
@@ -101,7 +94,7 @@ def tokenize_source(
             "free some space, or set SKIPWISE_CACHE to a folder on a larger disk; finished work is "
             "kept"
         ) from error
-    return open_store(folder)
+    return token_cache.open_store(folder)
 
 
 def cache_folder() -> Path:
@@ -152,8 +145,7 @@ def _tokenize(
         first=list(now.bad_records),
     )
     bar = TokenBar(source, size, now, shown)
-    saved = time.monotonic()
-    is_warned = False
+    saved, is_warned = time.monotonic(), False
     shards = iter(()) if now.is_complete else read_shards(source, now.position)
     work = _encode_all(shards, tokenizer, num_proc)
     try:
@@ -173,9 +165,8 @@ def _tokenize(
         bar.close()
         writer.save(now)  # on Ctrl-C and at a bad record as well
     if not now.num_documents and bad.count:
-        raise SkipwiseError(
-            f"{source.path}: none of its {bad.count} records could be read\n{bad.first[0]}"
-        )
+        found = f"none of its {bad.count} records could be read\n{bad.first[0]}"
+        raise SkipwiseError(f"{source.path}: {found}")
 
 
 def _append(
@@ -274,9 +265,8 @@ def _encode_batch(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
     later = [piece for pieces in split for piece in pieces[1:]]
     # Special tokens belong only at the start of the text.
     rest = _ids(tokenizer, later, add_special_tokens=False)
-    return [
-        np.concatenate([next(first), *itertools.islice(rest, len(pieces) - 1)]) for pieces in split
-    ]
+    later_counts = [len(pieces) - 1 for pieces in split]
+    return [np.concatenate([next(first), *itertools.islice(rest, n)]) for n in later_counts]
 
 
 def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarray]:
@@ -291,8 +281,7 @@ def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarr
 
 
 def _split(text: str) -> list[str]:
-    pieces = []
-    start = 0
+    pieces, start = [], 0
     while len(text) - start > _PIECE:
         end = text.rfind("\n", start + _PIECE // 2, start + _PIECE) + 1 or start + _PIECE
         pieces.append(text[start:end])

@@ -24,18 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.convert_families import (
-    DROPPED_BUFFERS,
-    Conversion,
-    has_norm_head,
-    llama_config,
-    llama_tensors,
-    phi_config,
-    phi_tensors,
-    sentencepiece_bpe,
-    text_model,
-)
-from skipwise.models.hf_config import first_line
+from skipwise.models import convert_families as families
+from skipwise.models.convert_families import Conversion
+from skipwise.models.hf_config import READ_BIN, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,10 +52,11 @@ def conversion_for(config: dict[str, Any], text_only: bool = False) -> Conversio
             transformers has no class for.
     """
     if text_only:
-        return text_model(config)
+        return families.text_model(config)
     match config.get("model_type"):
         case "gptj":
-            return Conversion(source="GPT-J", target="Phi", config=phi_config, tensors=phi_tensors)
+            make_config, convert = families.phi_config, families.phi_tensors
+            return Conversion(source="GPT-J", target="Phi", config=make_config, tensors=convert)
         case "baichuan":
             # 13B has only model_max_length; 7B has max_position_embeddings
             if "max_position_embeddings" not in config or config.get("hidden_size") == 5120:
@@ -72,12 +64,12 @@ def conversion_for(config: dict[str, Any], text_only: bool = False) -> Conversio
                     "Baichuan-13B has ALiBi, and PoSE extends rotary position embeddings (RoPE) "
                     "only\nchoose Baichuan-7B or Baichuan2-7B, or another RoPE model"
                 )
-            normed = has_norm_head(config)
+            normed = families.has_norm_head(config)
             return Conversion(
                 source="Baichuan2-7B" if normed else "Baichuan-7B",
                 target="Llama",
-                config=llama_config,
-                tensors=llama_tensors,
+                config=families.llama_config,
+                tensors=families.llama_tensors,
                 sentencepiece=True,
                 frozen=("lm_head.weight",) if normed else (),
             )
@@ -132,10 +124,9 @@ def load_sentencepiece(model: str, settings: ModelSettings) -> Any:
     file = source / "tokenizer.model"
     if not file.is_file():
         raise SkipwiseError(f"{model} has no tokenizer.model, which is needed for its tokenizer")
-    settings_file = source / "tokenizer_config.json"
-    text = settings_file.read_text(encoding="utf-8") if settings_file.is_file() else "{}"
-    options = json.loads(text)
-    tokenizer = sentencepiece_bpe(file, options)
+    options = source / "tokenizer_config.json"
+    text = options.read_text(encoding="utf-8") if options.is_file() else "{}"
+    tokenizer = families.sentencepiece_bpe(file, json.loads(text))
     reference = SentencePieceProcessor(model_file=str(file))
     for text in _SAMPLES:
         if tokenizer(text, add_special_tokens=False)["input_ids"] != reference.encode(text):
@@ -163,11 +154,7 @@ def _fetch(model: str, settings: ModelSettings, patterns: tuple[str, ...] = ()) 
 
 
 def _weight_files(folder: Path, settings: ModelSettings) -> list[Path]:
-    """The source's weight files, as listed in its index.
-
-    Raises:
-        SkipwiseError: none in the requested format, or a listed file is missing.
-    """
+    """The source's weight files, as listed in its index; SkipwiseError if one is missing."""
     name = "model.safetensors" if settings.use_safetensors else "pytorch_model.bin"
     index = folder / f"{name}.index.json"
     if index.is_file():
@@ -180,8 +167,7 @@ def _weight_files(folder: Path, settings: ModelSettings) -> list[Path]:
         other = sorted(p.name for p in folder.glob("*.bin"))
         fix = "give a folder or hub name with all its weights"
         if other and settings.use_safetensors:
-            fix = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
-            fix = f"it has {other[0]}: {fix}"
+            fix = f"it has {other[0]}: {READ_BIN}"
         raise SkipwiseError(f"{folder} has no {missing[0]}\n{fix}")
     return files
 
@@ -202,8 +188,6 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
             stored = torch.load(file, map_location="cpu", weights_only=True)
         yield from stored.items()
-    except SkipwiseError:
-        raise
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise SkipwiseError(f"{file} is broken\n{first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError: other objects than weights
@@ -233,7 +217,7 @@ def _write_shards(
 
     for file in tqdm(files, desc="converting", unit=" files", disable=None):
         for name, tensor in _tensors(file):
-            if DROPPED_BUFFERS.search(name):
+            if families.DROPPED_BUFFERS.search(name):
                 continue
             for new, value in conversion.tensors(name, tensor, config):
                 held[new] = value.contiguous()

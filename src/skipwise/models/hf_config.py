@@ -17,6 +17,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo, read_model_info
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
+READ_BIN = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
@@ -112,7 +113,7 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     family = raw.get("model_type", "unknown")
     known = defaults().get(family, {})
     if raw.get("auto_map") and not known:
-        raise SkipwiseError(_own_code(f"this {family} model"))
+        raise _own_code(f"this {family} model")
     config = {k: v for k, v in known.items() if k not in SHAPE} | raw
     parameters = raw.get("rope_scaling") or raw.get("rope_parameters")  # the older key wins
     default = known.get("rope_parameters")
@@ -150,23 +151,20 @@ def _read_local_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_code(raw: dict[str, Any], model: str, settings: ModelSettings) -> None:
-    if raw.get("auto_map") and not settings.trust_remote_code and _needs_code(raw):
-        raise SkipwiseError(_own_code(f"{model} ({raw.get('model_type', 'no model_type')})"))
+    family = raw.get("model_type")
+    if not raw.get("auto_map") or settings.trust_remote_code or family in defaults():
+        return
+    from transformers import CONFIG_MAPPING
+
+    if family not in CONFIG_MAPPING:
+        raise _own_code(f"{model} ({raw.get('model_type', 'no model_type')})")
 
 
-def _own_code(what: str) -> str:
-    return (
+def _own_code(what: str) -> SkipwiseError:
+    return SkipwiseError(
         f"{what} brings its own code, which does not run without your permission\n"
         "read it, and type load.trust_remote_code=true if you trust it"
     )
-
-
-def _needs_code(raw: dict[str, Any]) -> bool:
-    if raw.get("model_type") in defaults():
-        return False
-    from transformers import CONFIG_MAPPING
-
-    return raw.get("model_type") not in CONFIG_MAPPING
 
 
 def _rope_parameters(

@@ -16,7 +16,7 @@ from skipwise.config.machine import cpu_has_bf16
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import Check, SkipwiseError
 from skipwise.models.attention.masks import FLEX
-from skipwise.models.hf_config import first_line, is_local
+from skipwise.models.hf_config import READ_BIN, first_line, is_local
 
 
 def load_tokenizer(model: str, settings: ModelSettings) -> Any:
@@ -67,8 +67,6 @@ def load_model(
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
-    except SkipwiseError:
-        raise
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
         raise SkipwiseError(
             f"the weights of {model} could not be loaded\n{first_line(error)}"
@@ -86,9 +84,8 @@ def has_persistent_buffers(config: Any, settings: ModelSettings) -> bool:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=settings.trust_remote_code
-        )
+        trusted = settings.trust_remote_code
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     return any(
         buffer is not None and name not in module._non_persistent_buffers_set
         for module in model.modules()
@@ -100,17 +97,12 @@ def load_for_evaluation(
     model: str, config: Any, settings: ModelSettings, *, dtype: torch.dtype
 ) -> Any:
     """Load on the best device, or spread by `load.device_map`; raises as `load_model`."""
-    asked = settings.attn_implementation
-    loaded = load_model(
-        model,
-        config,
-        settings,
-        dtype=dtype,
-        # flex_attention is for training; sdpa handles cached keys and short queries
-        attn_implementation=None if asked in ("auto", "flex_attention") else asked,
-        device_map=settings.device_map,
-    )
-    if settings.device_map is None:
+    asked, device_map = settings.attn_implementation, settings.device_map
+    # flex_attention is for training; sdpa handles cached keys and short queries
+    attention = None if asked in ("auto", "flex_attention") else asked
+    options: Any = {"attn_implementation": attention, "device_map": device_map}
+    loaded = load_model(model, config, settings, dtype=dtype, **options)
+    if device_map is None:
         loaded.to(best_device())
     return loaded.eval()
 
@@ -126,9 +118,7 @@ def check_weights(folder: Path, settings: ModelSettings) -> None:
             f"{folder} has no weights\ngive a folder or hub name with safetensors weights; "
             "only skipwise check works with a config.json alone"
         )
-    fix = "leave load.use_safetensors out"
-    if settings.use_safetensors:
-        fix = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
+    fix = READ_BIN if settings.use_safetensors else "leave load.use_safetensors out"
     raise SkipwiseError(f"{folder} has {other[0]} but no {wanted[2:]} weights\n{fix}")
 
 
@@ -193,9 +183,8 @@ def mask_reason(settings: ModelSettings, config: Any) -> str:
         return "load.attn_implementation is set"
     if config is None:
         return "no config was given"
-    if settings.trust_remote_code and "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    ):
+    own_classes = getattr(config, "auto_map", None) or {}
+    if settings.trust_remote_code and "AutoModelForCausalLM" in own_classes:
         return "the model brings code of its own"
     return unsupported_by_machine() or unsupported_by_model(config)
 

@@ -29,10 +29,8 @@ def quantization_for(lora: LoRASettings | None, dtype: torch.dtype, engine: str)
             "type --engine ddp, or --engine fsdp2"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise SkipwiseError(
-            f"lora.quantization: {lora.quantization} needs bitsandbytes\n"
-            "pip install 'skipwise[qlora]'"
-        )
+        what = f"lora.quantization: {lora.quantization} needs bitsandbytes"
+        raise SkipwiseError(f"{what}\npip install 'skipwise[qlora]'")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -68,16 +66,16 @@ def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
     from peft import LoraConfig, get_peft_model
 
     fully_trained: set[str] = set()
+    routers = []  # some are linear layers that return more than a tensor
+    embeddings = model.get_input_embeddings()
     for name, module in model.named_modules():
-        if settings.train_norms and "norm" in type(module).__name__.lower():
+        is_norm = "norm" in type(module).__name__.lower()
+        if (settings.train_norms and is_norm) or (
+            settings.train_embeddings and module is embeddings
+        ):
             fully_trained.add(name.rsplit(".", 1)[-1])
-    if settings.train_embeddings:
-        embeddings = model.get_input_embeddings()
-        name = next(n for n, m in model.named_modules() if m is embeddings)
-        fully_trained.add(name.rsplit(".", 1)[-1])
-    routers = [  # some are linear layers that return more than a tensor
-        name for name, module in model.named_modules() if "router" in type(module).__name__.lower()
-    ]
+        if "router" in type(module).__name__.lower():
+            routers.append(name)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,

@@ -17,16 +17,9 @@ from skipwise.pose.rope_config import from_rope_parameters
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid", "conv"}
 _OTHER_POSITIONS = {
-    "gpt2": "learned absolute positions",
-    "gpt_neo": "learned absolute positions",
-    "gpt_bigcode": "learned absolute positions",
-    "opt": "learned absolute positions",
-    "bloom": "ALiBi",
-    "mpt": "ALiBi",
-    "mamba": "no attention",
-    "mamba2": "no attention",
-    "falcon_mamba": "no attention",
-    "rwkv": "no attention",
+    **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt"), "learned absolute positions"),
+    **dict.fromkeys(("bloom", "mpt"), "ALiBi"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv"), "no attention"),
 }
 _ALIASES = {  # names in older config classes
     "hidden_size": ("d_model", "n_embd"),
@@ -91,9 +84,8 @@ def read_model_info(config: Mapping[str, Any], original_length: int | None = Non
     for key in ("vocab_size", "hidden_size", "num_attention_heads"):
         if not _get(config, key):
             raise SkipwiseError(f"the config of this {family} model is incomplete: it has no {key}")
-    head_dim = config.get("head_dim") or _get(config, "hidden_size") // _get(
-        config, "num_attention_heads"
-    )
+    hidden, heads = _get(config, "hidden_size"), _get(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or hidden // heads
     layers = set(config.get("layer_types") or [])
     window = config.get("sliding_window")
     if config.get("use_sliding_window", True) is False or (layers and _SLIDING not in layers):
@@ -118,11 +110,7 @@ def read_model_info(config: Mapping[str, Any], original_length: int | None = Non
 
 
 def check_extendable(config: Mapping[str, Any]) -> None:
-    """Refuse models without RoPE, and models that Skipwise cannot extend.
-
-    Raises:
-        SkipwiseError: why, and what to do.
-    """
+    """Refuse models without RoPE, and models that Skipwise cannot extend, with a SkipwiseError."""
     family = config.get("model_type", "unknown")
     if config.get("is_encoder_decoder"):
         raise SkipwiseError(
@@ -164,11 +152,7 @@ def check_extendable(config: Mapping[str, Any]) -> None:
 
 
 def check_reach(config: Mapping[str, Any], length: int) -> None:
-    """Refuse to evaluate learned positions beyond the end of their table.
-
-    Raises:
-        SkipwiseError: the length is beyond the model's table of positions.
-    """
+    """Refuse, with a SkipwiseError, to evaluate learned positions beyond their table's end."""
     family = config.get("model_type", "unknown")
     stated = _get(config, "max_position_embeddings")
     if _OTHER_POSITIONS.get(family, "").startswith("learned") and stated and length > stated:

@@ -72,9 +72,8 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
         make_sampler(recipe, info.original_length)
         attention_for(recipe.load, recipe.positions.key_weights, info.hybrid, config)
         if recipe.training.num_steps < 1:
-            raise SkipwiseError(
-                "training.num_steps is 0: type method=none to rescale without training"
-            )
+            why = "training.num_steps is 0: type method=none to rescale without training"
+            raise SkipwiseError(why)
     scaled = scaled_config(config, info, scaling, recipe.target_length)
     distillation_weight(recipe, router_loss=bool(getattr(config, "output_router_logits", False)))
     if recipe.attention_temperature not in ("auto", 1.0):
@@ -112,13 +111,12 @@ def convert_weights(prepared: PreparedModel, folder: Path) -> PreparedModel:
     Raises:
         SkipwiseError: the weights cannot be converted.
     """
+    recipe = prepared.recipe
     if prepared.conversion is None:
         return prepared
     if not folder.is_dir():
-        convert_model(
-            prepared.recipe.model, prepared.raw, prepared.recipe.load, folder, prepared.tokenizer
-        )
-    tied = read_config(str(folder), prepared.recipe.load)["tie_word_embeddings"]
+        convert_model(recipe.model, prepared.raw, recipe.load, folder, prepared.tokenizer)
+    tied = read_config(str(folder), recipe.load)["tie_word_embeddings"]
     for config in (prepared.config, prepared.scaled):
         config.tie_word_embeddings = tied
     info = dataclasses.replace(prepared.info, tied_embeddings=tied)
@@ -143,8 +141,6 @@ def load_scaled(
     prepared = prepare_model(parse_recipe(tree))
     with tempfile.TemporaryDirectory() as folder:
         prepared = convert_weights(prepared, Path(folder) / "converted")
-        settings = prepared.load
-        loaded = load_model(
-            prepared.source, prepared.scaled, settings, dtype=dtype or torch.float32
-        )
+        source, config, dtype = prepared.source, prepared.scaled, dtype or torch.float32
+        loaded = load_model(source, config, prepared.load, dtype=dtype)
     return loaded, prepared.tokenizer, prepared.info

@@ -58,18 +58,11 @@ def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dic
     A sliding window in every layer (Mistral-7B-v0.1) would hide tokens further back, so it is
     removed. In hybrid models the windows stay, because those layers are local by design.
     """
-    if isinstance(info.scaling, Unscaled):
-        before = info.original_length
-    else:  # the length that the extended scaling counts from
-        before = getattr(scaling, "original_length", None) or round(
-            info.original_length / info.scaling.factor
-        )
-    settings = scaling.to_config(
-        theta=info.rope_theta,
-        dim=info.rotary_dim,
-        original_length=before,
-        target_length=target_length,
-    )
+    before = info.original_length
+    if not isinstance(info.scaling, Unscaled):  # the length that the extended scaling counts from
+        before = getattr(scaling, "original_length", None) or round(before / info.scaling.factor)
+    lengths = {"original_length": before, "target_length": target_length}
+    settings = scaling.to_config(theta=info.rope_theta, dim=info.rotary_dim, **lengths)
     if "partial_rotary_factor" in info.rope_parameters:
         share = info.rope_parameters["partial_rotary_factor"]
         settings["rope_parameters"]["partial_rotary_factor"] = share

@@ -70,13 +70,9 @@ def teacher(job: Job) -> list[Allocation]:
     share = 1.0 / job.num_gpus if shards(job.engine) else 1.0
     if job.engine == "zero3-offload":
         share = 0.0
-    found = [
-        Allocation("teacher", share * number * each * size, each * size)
-        for number, _, each in _tensors(job)
-    ]
-    return found + [
-        Allocation("teacher", n * size, n * size) for n in (a.embedding, a.head, a.final)
-    ]
+    blocks = [(share * number * each * size, each * size) for number, _, each in _tensors(job)]
+    blocks += [(n * size, n * size) for n in (a.embedding, a.head, a.final)]
+    return [Allocation("teacher", total, block) for total, block in blocks]
 
 
 def _lora_blocks(job: Job) -> list[int]:
@@ -111,17 +107,15 @@ def optimizer_states(job: Job) -> list[Allocation]:
     if job.optimizer == "adafactor":
         sums = sum(count * m.copies * (m.rows_in + m.rows_out) for count, m in a.matrices())
         sums = 4 * (sums + a.vectors + 2 * (a.vocab_size + a.hidden_size))
-        sums = min(sums, 8 * job.trainable_parameters)
         numbers = job.trainable_parameters
-        return [
-            Allocation("optimizer", float(sums + master * numbers), sums / max(1, a.num_layers))
-        ]
-    each = job.state_bytes
+        sums = min(sums, 8 * numbers)
+        total = float(sums + master * numbers)
+        return [Allocation("optimizer", total, sums / max(1, a.num_layers))]
     found = []
     for n, block in trainable(job):
         # transformers tells bitsandbytes to keep an embedding's states in 32 bits
         embedding = "8bit" in job.optimizer and n == a.embedding and job.trains_embeddings
-        width = (8.0 if "adam" in job.optimizer else 4.0) if embedding else each
+        width = (8.0 if "adam" in job.optimizer else 4.0) if embedding else job.state_bytes
         found.append(Allocation("optimizer", n * (width + master), block * 4))
     return found
 
@@ -197,10 +191,7 @@ def layer_activations(job: Job, layer: Layer, tokens: int, batch_size: int) -> l
     widths += [c * H * h, c * keys * h, c * keys * a.value_dim, c * H * a.value_dim]
     if a.qk_norm:
         widths += [4 * H * h, 4 * K * h, c * H * h, c * K * h]
-    if job.attention == "eager":
-        widths += [c * H * a.value_dim]
-    else:
-        widths += [4 * H]
+    widths += [c * H * a.value_dim] if job.attention == "eager" else [4 * H]
     F = layer.mlp_width
     widths += [c * F] * ((4 if a.gated else 2) + 3 * a.composed_gelu)
     if a.num_experts and layer.matrices[-1].name != "down":  # rows sorted by expert, and back

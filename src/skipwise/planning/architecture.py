@@ -111,9 +111,7 @@ class Architecture:
     @property
     def vectors(self) -> int:
         """Numbers in norms, biases and other vectors."""
-        matrices = sum(
-            layer.count * m.copies * m.weight for layer in self.layers for m in layer.matrices
-        )
+        matrices = sum(count * m.copies * m.weight for count, m in self.matrices())
         return self.layer_parameters + self.final - matrices
 
     def matrices(self) -> Iterator[tuple[int, Matrix]]:
@@ -151,36 +149,27 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         h = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     value_dim = config.get("v_head_dim", h) if latent else h
     experts = _first_present(config, _EXPERTS, 0) if traits.experts else 0
-    dense = count
-    if experts:
-        dense = min(count, _first_present(config, _DENSE_FIRST, 0))
+    dense = min(count, _first_present(config, _DENSE_FIRST, 0)) if experts else count
     attention = _latent(config, d, H) if latent else _attention(config, traits, d, H, K, h)
     layers = []
     for number, sparse in ((dense, False), (count - dense, True)):
-        if number:
-            mlp, width = (
-                _experts(config, traits, family, d, F) if sparse else _mlp(config, traits, d, F)
-            )
-            norms = _num_norms(config, traits, family)
-            layers.append(
-                Layer(
-                    count=number,
-                    matrices=(*attention, *mlp),
-                    vectors=_vectors(config, traits, family, d, H, K, h, F, norms)
-                    + (experts if sparse and family == "ernie4_5_moe" else 0),  # router's offsets
-                    norms=norms,
-                    mlp_width=width,
-                )
-            )
+        if not number:
+            continue
+        norms = _num_norms(config, traits, family)
+        vectors = _vectors(config, traits, d, H, K, h, F, norms)
+        mlp, width = _mlp(config, traits, d, F)
+        if sparse:
+            mlp, width = _experts(config, traits, family, d, F)
+            vectors += experts if family == "ernie4_5_moe" else 0  # the router's offsets
+        counts = {"count": number, "vectors": vectors, "norms": norms, "mlp_width": width}
+        layers.append(Layer(matrices=(*attention, *mlp), **counts))
     tied = bool(config.get("tie_word_embeddings", False))
     norm = traits.norm_weight * (1 + traits.norm_bias) * d
     kinds = list(config.get("layer_types") or [])
     window = config.get("sliding_window")
-    sliding = 0
-    if window and "full_attention" in kinds:
-        sliding = kinds.count("sliding_attention")
-        if len(kinds) != count:  # config.json does not list the layers: Gemma 2 has half of each
-            sliding = _sliding_layers(config, count) if sliding else 0
+    sliding = kinds.count("sliding_attention") if window and "full_attention" in kinds else 0
+    if sliding and len(kinds) != count:  # config.json does not list the layers
+        sliding = _sliding_layers(config, count)
     return Architecture(
         family=family,
         exact=family in FAMILIES
@@ -223,10 +212,8 @@ def _attention(
     if traits.fused_qkv:
         return [Matrix(name="qkv", rows_in=d, rows_out=(H + 2 * K) * h, bias=bias), out]
     sizes = (("q", H), ("k", K), ("v", K))
-    return [
-        *(Matrix(name=name, rows_in=d, rows_out=heads * h, bias=bias) for name, heads in sizes),
-        out,
-    ]
+    qkv = [Matrix(name=name, rows_in=d, rows_out=heads * h, bias=bias) for name, heads in sizes]
+    return [*qkv, out]
 
 
 def _latent(config: Mapping[str, Any], d: int, H: int) -> list[Matrix]:
@@ -301,38 +288,22 @@ def _shared_width(config: Mapping[str, Any], family: str, width: int) -> int:
 
 
 def _vectors(
-    config: Mapping[str, Any],
-    traits: Family,
-    family: str,
-    d: int,
-    H: int,
-    K: int,
-    h: int,
-    F: int,
-    norms: int,
+    config: Mapping[str, Any], traits: Family, d: int, H: int, K: int, h: int, F: int, norms: int
 ) -> int:
     """Numbers of a layer that are in no matrix."""
     weights = 1 + traits.norm_bias
     found = norms * d * weights * traits.norm_weight
-    switched = traits.qk_norm_if is None or bool(
-        config.get(traits.qk_norm_if, family == "persimmon")
-    )
+    by_default = config.get("model_type") == "persimmon"
+    switched = traits.qk_norm_if is None or bool(config.get(traits.qk_norm_if, by_default))
     if traits.qk_norm == "head" and switched:
         found += 2 * h * weights
     if traits.qk_norm == "full" and switched:
         found += (H + K) * h
     if config.get("kv_lora_rank"):
         found += config["kv_lora_rank"] + (config.get("q_lora_rank") or 0)
-    return (
-        found
-        + {
-            "none": 0,
-            "bitnet": d + F,  # norms inside attention and MLP
-            "diffllama": 4 * h,
-            "sinks": H,
-            "apertus": 2,  # in its activation
-        }[traits.extra]
-    )
+    # bitnet: norms inside attention and MLP; apertus: in its activation
+    extra = {"none": 0, "bitnet": d + F, "diffllama": 4 * h, "sinks": H, "apertus": 2}
+    return found + extra[traits.extra]
 
 
 def _num_norms(config: Mapping[str, Any], traits: Family, family: str) -> int:
@@ -354,6 +325,7 @@ def _kv_heads(config: Mapping[str, Any], family: str, H: int) -> int:
 
 
 def _sliding_layers(config: Mapping[str, Any], count: int) -> int:
+    """Every n-th layer is full; without such a key half of the layers are, as in Gemma 2."""
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
     return count - count // every if every else count // 2
 

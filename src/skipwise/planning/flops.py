@@ -21,8 +21,7 @@ _EVALUATION_MASK = 0.05  # share of the cache that the mask of a prefill chunk m
 def step_flops(job: Job) -> float:
     """Operations of one training step."""
     a = job.architecture
-    n = a.active_parameters
-    head = a.vocab_size * a.hidden_size
+    n, head = a.active_parameters, a.vocab_size * a.hidden_size
     weights = 4.0 * n if job.lora is not None else 6.0 * n  # LoRA: frozen weights get no gradient
     weights += 6.0 * job.lora_parameters
     keys = _keys(job)

@@ -11,7 +11,7 @@ from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import UTILISATION
 from skipwise.planning.job import Job
 from skipwise.planning.memory import GIB, LATE_IMPORTS, Memory, predict_memory
-from skipwise.planning.plan import GpuFit, Measured, Plan, TrainingCost
+from skipwise.planning.plan import Measured, Plan, TrainingCost
 
 _NAME, _FIGURE = 22, 18
 
@@ -43,25 +43,20 @@ def _headline(plan: Plan) -> str:
 
 def _parameters(a: Architecture, job: Job) -> str:
     layer = a.layers[-1]
-    heads = f"{a.num_heads} heads" + (
-        f", {a.num_kv_heads} for keys and values" if a.num_kv_heads != a.num_heads else ""
-    )
-    mlp = "gated MLP" if a.gated else "MLP"
+    heads = f"{a.num_heads} heads"
+    if a.num_kv_heads != a.num_heads:
+        heads += f", {a.num_kv_heads} for keys and values"
+    mlp = f"{'gated MLP' if a.gated else 'MLP'} of {layer.mlp_width:,}"
     if a.num_experts:
         mlp = f"{a.num_experts} experts, {a.experts_per_token} per token"
-    trainable = job.trainable_parameters
+    each, trainable = f"{layer.size:,} each: {heads}, {mlp}", job.trainable_parameters
     note = f"{100 * trainable / a.num_parameters:.3g} %"
     if job.lora is not None:
         note += f"; LoRA of rank {job.lora.rank} has {job.lora_parameters:,}"
     rows = [
         ("parameters", f"{a.num_parameters:,}", "" if a.exact else "an estimate"),
         ("  embedding", f"{a.embedding:,}", "tied to the head" if a.tied else ""),
-        (
-            f"  {a.num_layers} layers",
-            f"{a.layer_parameters:,}",
-            f"{layer.size:,} each: {heads}, {mlp}"
-            + (f" of {layer.mlp_width:,}" if not a.num_experts else ""),
-        ),
+        (f"  {a.num_layers} layers", f"{a.layer_parameters:,}", each),
         ("  head", f"{a.head:,}", "") if a.head else None,
         ("  active", f"{a.active_parameters:,}", "per token") if a.num_experts else None,
         ("  trained", f"{trainable:,}", note),
@@ -124,14 +119,10 @@ def _precision(job: Job) -> str:
 def _evaluation(plan: Plan) -> str:
     a = plan.architecture
     head = ("evaluation", "cache, GiB", "peak, GiB (bf16, one context at a time)")
-    rows = [
-        (
-            f"  {length:,} tokens",
-            f"{flops.cache_bytes(a, length) / GIB:,.2f}",
-            f"{flops.evaluation_bytes(a, length) / GIB:,.2f}",
-        )
-        for length in plan.lengths
-    ]
+    rows = []
+    for n in plan.lengths:
+        cache, peak = flops.cache_bytes(a, n) / GIB, flops.evaluation_bytes(a, n) / GIB
+        rows.append((f"  {n:,} tokens", f"{cache:,.2f}", f"{peak:,.2f}"))
     return _table([head, *rows])
 
 
@@ -141,9 +132,8 @@ def _training(plan: Plan) -> str:
     job = plan.job
 
     def row(name: str, values: Iterable[str]) -> str:
-        return (
-            f"{name:<{_NAME}}" + "".join(f"{value:>{_FIGURE + 2}}" for value in values)
-        ).rstrip()
+        figures = "".join(f"{value:>{_FIGURE + 2}}" for value in values)
+        return f"{name:<{_NAME}}{figures}".rstrip()
 
     def each(text: str, figure: Callable[[TrainingCost], str]) -> str:
         return row(text, [figure(cost) for cost in costs])
@@ -157,7 +147,8 @@ def _training(plan: Plan) -> str:
         each("  PFLOP per step", lambda c: _round(c.flops_per_step / 1e15)),
         each("  GPU memory, GiB", lambda c: f"{c.memory.total / GIB:,.1f}"),
     ]
-    shown = plan.gpus[0] if len(plan.gpus) == 1 else _fit_on(plan, "A100-80GB")
+    common = next((fit for fit in plan.gpus if fit.gpu.name == "A100-80GB"), None)
+    shown = plan.gpus[0] if len(plan.gpus) == 1 else common
     if shown is not None:
 
         def time(cost: TrainingCost) -> str:
@@ -168,27 +159,19 @@ def _training(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _fit_on(plan: Plan, name: str) -> GpuFit | None:
-    return next((row for row in plan.gpus if row.gpu.name == name), None)
-
-
 def _gpus(plan: Plan) -> str:
     lines = [f"{'GPU':<12}{'GiB':>7}{'needs':>9}{'hours':>10}   fits"]
     for row in plan.gpus:
-        if row.fits:
-            verdict = "yes"
-        elif row.change is None:
-            verdict = "no, with no known change"
-        else:
-            verdict = f"no: {row.change}"
+        verdict = "no, with no known change" if row.change is None else f"no: {row.change}"
+        verdict = "yes" if row.fits else verdict
         lines.append(
             f"{row.gpu.name:<12}{row.gpu.memory_gib:>7.1f}{row.memory.total / GIB:>9.1f}"
             f"{_hours(row.hours):>10}   {verdict}"
         )
+    gpus = f"{plan.job.num_gpus} GPUs" if plan.job.num_gpus > 1 else "a GPU"
     lines.append(
-        f"hours are an estimate, at {UTILISATION:.0%} of the peak"
-        + (f" of {plan.job.num_gpus} GPUs" if plan.job.num_gpus > 1 else " of a GPU")
-        + "; after no comes the first change that makes it fit"
+        f"hours are an estimate, at {UTILISATION:.0%} of the peak of {gpus}; "
+        "after no comes the first change that makes it fit"
     )
     return "\n".join(lines)
 
@@ -207,21 +190,14 @@ def format_measured(plan: Plan, measured: Measured) -> str:
         memory = predict_memory(job)
         predicted = memory.total - memory.parts["runtime"]  # the allocator does not count it
     seconds = "" if gpu is None or measured.on_cpu else f"{flops.seconds_per_step(job, gpu):,.2f}"
-    num_flops = flops.step_flops(job)
-    rate = f"{num_flops / measured.seconds_per_step / 1e12:,.3g} TFLOP/s"
+    rate = f"{flops.step_flops(job) / measured.seconds_per_step / 1e12:,.3g} TFLOP/s"
+    peak = f"{predicted / GIB:,.2f}   {memory.phase}"
+    run = "  hours, first stage" if plan.full_length else "  hours in total"
     rows = [
         (f"measured, {measured.device}", "measured", "predicted"),
-        (
-            "  peak memory, GiB",
-            f"{measured.peak_bytes / GIB:,.2f}",
-            f"{predicted / GIB:,.2f}   {memory.phase}",
-        ),
+        ("  peak memory, GiB", f"{measured.peak_bytes / GIB:,.2f}", peak),
         ("  seconds per step", f"{measured.seconds_per_step:,.2f}", f"{seconds or '-'}   {rate}"),
-        (
-            "  hours, first stage" if plan.full_length else "  hours in total",
-            _hours(job.num_steps * measured.seconds_per_step / 3600),
-            "",
-        ),
+        (run, _hours(job.num_steps * measured.seconds_per_step / 3600), ""),
     ]
     return _table(rows)
 

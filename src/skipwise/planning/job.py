@@ -28,19 +28,11 @@ from skipwise.pose.samplers import Sampler
 # Bytes of optimizer state per trainable parameter. Source: torch.optim, bitsandbytes; 8-bit
 # optimizers keep a float32 scale per 256 numbers of each state.
 _STATE_BYTES = {
-    "adamw_torch": 8.0,
-    "adamw_torch_fused": 8.0,
-    "adamw_apex_fused": 8.0,
-    "adamw_bnb_8bit": 2 + 2 * 4 / 256,
-    "adamw_8bit": 2 + 2 * 4 / 256,
-    "paged_adamw_8bit": 2 + 2 * 4 / 256,
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_apex_fused"), 8.0),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2 + 2 * 4 / 256),
     "paged_adamw_32bit": 8.0,
-    "lion_32bit": 4.0,
-    "paged_lion_32bit": 4.0,
-    "lion_8bit": 1 + 4 / 256,
-    "paged_lion_8bit": 1 + 4 / 256,
-    "adagrad": 4.0,
-    "rmsprop": 4.0,
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "adagrad", "rmsprop"), 4.0),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), 1 + 4 / 256),
     "sgd": 0.0,
     "adafactor": 0.0,  # rows and columns, counted separately
 }
@@ -98,11 +90,8 @@ class Job:
         """The sum of rank x (rows_in + rows_out) over matrices with an adapter."""
         if self.lora is None:
             return 0
-        return sum(
-            count * self.lora.rank * (m.rows_in + m.rows_out)
-            for count, m in self.architecture.matrices()
-            if self.has_lora(m)
-        )
+        adapted = [(n, m) for n, m in self.architecture.matrices() if self.has_lora(m)]
+        return sum(n * self.lora.rank * (m.rows_in + m.rows_out) for n, m in adapted)
 
     @property
     def trains_embeddings(self) -> bool:
@@ -114,11 +103,8 @@ class Job:
         if self.lora is None:
             return a.num_parameters
         norms = a.final + sum(layer.count * layer.vectors for layer in a.layers)
-        return (
-            self.lora_parameters
-            + (norms if self.lora.train_norms else 0)
-            + (a.embedding if self.lora.train_embeddings else 0)
-        )
+        copies = norms * self.lora.train_norms + a.embedding * self.lora.train_embeddings
+        return self.lora_parameters + copies
 
 
 def read_model(recipe: Recipe) -> tuple[ModelInfo, Architecture]:
@@ -134,10 +120,8 @@ def read_model(recipe: Recipe) -> tuple[ModelInfo, Architecture]:
     scaling_for(recipe, info)
     architecture = read_architecture(config)
     if is_local(recipe.model):
-        stored = _stored_bytes(Path(recipe.model).expanduser())
-        architecture = dataclasses.replace(
-            architecture, stored_bytes=stored or architecture.stored_bytes
-        )
+        stored = _stored_bytes(Path(recipe.model).expanduser()) or architecture.stored_bytes
+        architecture = dataclasses.replace(architecture, stored_bytes=stored)
     return info, architecture
 
 
@@ -155,12 +139,8 @@ def make_jobs(
         SkipwiseError: as `make_job`; a full-length stage of less than one step.
     """
     last = full_length_stage(recipe, info.original_length, num_gpus)
-    first, full_length = (
-        stage and make_job(stage, info, architecture, num_gpus=num_gpus, gpu=gpu)
-        for stage in (first_stage(recipe), last)
-    )
-    assert first is not None
-    return first, full_length
+    first = make_job(first_stage(recipe), info, architecture, num_gpus=num_gpus, gpu=gpu)
+    return first, last and make_job(last, info, architecture, num_gpus=num_gpus, gpu=gpu)
 
 
 def make_job(
@@ -184,7 +164,6 @@ def make_job(
     settings = recipe.training
     sampler = make_sampler(recipe, info.original_length)
     length = sampler.train_length
-    num_passes = accumulation(settings, num_gpus)
     asked = recipe.load.attn_implementation
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
     distilled = 0.0
@@ -194,7 +173,7 @@ def make_job(
         architecture=architecture,
         batch_size=settings.micro_batch_size,
         length=length,
-        accumulation=num_passes,
+        accumulation=accumulation(settings, num_gpus),
         num_steps=settings.num_steps,
         global_batch_size=settings.global_batch_size,
         bf16=_uses_bf16(recipe, gpu, on_cpu),

@@ -66,10 +66,9 @@ def predict_memory(job: Job, *, on_cpu: bool = False, runtime: float | None = No
     phases = {}
     for name, items in found.items():
         phases[name] = sum(item.total for item in items) * (1 + GPU_FRAGMENTATION) + GPU_RUNTIME
-    phase = max(phases, key=lambda name: phases[name])
+    phase, total = max(phases.items(), key=lambda item: item[1])
     parts = _by_kind(found[phase])
-    parts["runtime"] = phases[phase] - sum(parts.values())
-    total = phases[phase]
+    parts["runtime"] = total - sum(parts.values())
     return Memory(phase=phase, parts=parts, total=total, phases=phases, host=host_bytes(job))
 
 
@@ -168,17 +167,13 @@ def _saved_activations(job: Job) -> list[Allocation]:
 def _engine_buffers(job: Job) -> list[Allocation]:
     """The engine's own memory: DDP's buckets, or the weights gathered for a layer."""
     a = job.architecture
-    if job.engine == "ddp":
+    largest, outer = max(layer.size for layer in a.layers), a.embedding + a.head
+    if job.engine == "ddp":  # a copy of the gradients, in buckets
         size = 4.0 * job.trainable_parameters if job.num_gpus > 1 else 0.0
-        return [Allocation("engine", size, size)]  # a copy of the gradients, in buckets
-    if job.engine == "fsdp2":
-        largest = max(layer.size for layer in a.layers)
-        outer = a.embedding + a.head
-        width = 2 if job.bf16 else 4
-        size = width * (2.0 * largest + outer) + 4.0 * largest  # this layer, the next, a gradient
-        return [Allocation("engine", size, size)]
-    largest = max(layer.size for layer in a.layers) + a.embedding + a.head
-    size = 2.0 * min(a.num_parameters, max(_LIVE_PARAMETERS, largest))
+    elif job.engine == "fsdp2":  # this layer, the next, a gradient
+        size = (2 if job.bf16 else 4) * (2.0 * largest + outer) + 4.0 * largest
+    else:
+        size = 2.0 * min(a.num_parameters, max(_LIVE_PARAMETERS, largest + outer))
     return [Allocation("engine", size, size)]
 
 

@@ -6,13 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from skipwise.config.recipe import (
-    DistillationSettings,
-    FullLengthSettings,
-    PositionSettings,
-    Recipe,
-    context_lengths,
-)
+from skipwise.config import recipe as recipes
+from skipwise.config.recipe import Recipe
 from skipwise.config.samplers import resolve_auto
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
@@ -96,17 +91,13 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
     memory = predict_memory(job)
     rows = []
     for one in (gpu,) if gpu else GPUS:
-        stages = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=one)
-        found = max((predict_memory(stage) for stage in stages if stage), key=lambda m: m.total)
-        rows.append(
-            GpuFit(
-                gpu=one,
-                memory=found,
-                fits=fits(found, one),
-                hours=sum(flops.hours(stage, one) for stage in stages if stage),
-                change=first_change(recipe, info, architecture, one, num_gpus),
-            )
-        )
+        jobs = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=one)
+        stages = [stage for stage in jobs if stage]
+        most = max((predict_memory(stage) for stage in stages), key=lambda m: m.total)
+        hours = sum(flops.hours(stage, one) for stage in stages)
+        change = first_change(recipe, info, architecture, one, num_gpus)
+        row = GpuFit(gpu=one, memory=most, fits=fits(most, one), hours=hours, change=change)
+        rows.append(row)
     return Plan(
         recipe=recipe,
         info=info,
@@ -116,18 +107,13 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
         costs=_costs(recipe, info, job, memory, num_gpus, gpu),
         full_length=None if last is None else _cost("full-length stage", last),
         gpus=tuple(rows),
-        lengths=context_lengths(recipe, info.original_length),
+        lengths=recipes.context_lengths(recipe, info.original_length),
         notes=_notes(recipe, architecture, job),
     )
 
 
 def _costs(
-    recipe: Recipe,
-    info: ModelInfo,
-    job: Job,
-    memory: Memory,
-    num_gpus: int,
-    gpu: Gpu | None,
+    recipe: Recipe, info: ModelInfo, job: Job, memory: Memory, num_gpus: int, gpu: Gpu | None
 ) -> tuple[TrainingCost, ...]:
     own = _cost(recipe.method, job, memory)
     if recipe.method == "full":
@@ -136,9 +122,9 @@ def _costs(
         recipe,
         method="full",
         train_length=None,
-        positions=PositionSettings(),
-        full_length=FullLengthSettings(),
-        distillation=DistillationSettings(weight=0.0),
+        positions=recipes.PositionSettings(),
+        full_length=recipes.FullLengthSettings(),
+        distillation=recipes.DistillationSettings(weight=0.0),
     )
     long = make_job(full, info, job.architecture, num_gpus=num_gpus, gpu=gpu)
     same_examples = _cost("full, same examples", long)
@@ -198,12 +184,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "active": a.active_parameters,
             "trainable": job.trainable_parameters,
         },
-        "memory": {
-            "phase": plan.memory.phase,
-            "total": plan.memory.total,
-            "parts": plan.memory.parts,
-            "host": plan.memory.host,
-        },
+        "memory": {key: getattr(plan.memory, key) for key in ("phase", "total", "parts", "host")},
         "evaluation": [
             {
                 "context_length": length,

@@ -43,11 +43,7 @@ def next_change(recipe: Recipe, num_processes: int = 1) -> str | None:
 
 
 def first_change(
-    recipe: Recipe,
-    info: ModelInfo,
-    architecture: Architecture,
-    gpu: Gpu,
-    num_gpus: int = 1,
+    recipe: Recipe, info: ModelInfo, architecture: Architecture, gpu: Gpu, num_gpus: int = 1
 ) -> str | None:
     """The first setting that makes a run fit, or several if one is not enough.
 
@@ -114,38 +110,33 @@ def _apply(
     return words, (recipe, num_gpus)
 
 
-def _set(recipe: Recipe, num_gpus: int, key: str, value: Any) -> _Change:
+def _set(key: str, value: Any, applies: Callable[[Recipe], bool]) -> _Remedy:
+    """Set this key, if the remedy applies to the recipe."""
     section, name = key.split(".")
-    settings = dataclasses.replace(getattr(recipe, section), **{name: value})
     word = f"{key}={value}".replace("=True", "=true").replace("=False", "=false")
-    return word, dataclasses.replace(recipe, **{section: settings}), num_gpus
+
+    def remedy(recipe: Recipe, num_gpus: int) -> _Change | None:
+        if not applies(recipe):
+            return None
+        settings = dataclasses.replace(getattr(recipe, section), **{name: value})
+        return word, dataclasses.replace(recipe, **{section: settings}), num_gpus
+
+    return remedy
 
 
-def _micro_batch(recipe: Recipe, num_gpus: int) -> _Change | None:
-    if recipe.training.micro_batch_size <= 1:
-        return None
-    return _set(recipe, num_gpus, "training.micro_batch_size", 1)
+def _copies_base(recipe: Recipe) -> bool:
+    """Whether distillation needs a copy of the base model; with LoRA only if the engine shards."""
+    needs_copy = recipe.lora is None or shards(recipe.engine)
+    return needs_copy and distillation_weight(recipe)[0] > 0
 
 
-def _checkpointing(recipe: Recipe, num_gpus: int) -> _Change | None:
-    if recipe.training.gradient_checkpointing:
-        return None
-    return _set(recipe, num_gpus, "training.gradient_checkpointing", True)
+def _trains_lora_embeddings(recipe: Recipe) -> bool:
+    return recipe.lora is not None and recipe.lora.train_embeddings
 
 
-def _chunked_loss(recipe: Recipe, num_gpus: int) -> _Change | None:
-    if recipe.training.loss != "full":
-        return None
-    return _set(recipe, num_gpus, "training.loss", "chunked")
-
-
-def _no_distillation(recipe: Recipe, num_gpus: int) -> _Change | None:
-    """Without a copy of the base model, which LoRA does not need unless the engine shards."""
-    if recipe.lora is not None and not shards(recipe.engine):
-        return None
-    if not distillation_weight(recipe)[0]:
-        return None
-    return _set(recipe, num_gpus, "distillation.weight", 0)
+def _can_quantise(recipe: Recipe) -> bool:
+    plain_lora = recipe.lora is not None and recipe.lora.quantization == "none"
+    return plain_lora and not recipe.engine.startswith("zero3")  # DeepSpeed cannot shard nf4
 
 
 def _shard_over(number: int) -> _Remedy:
@@ -163,44 +154,23 @@ def _shard_over(number: int) -> _Remedy:
     return remedy
 
 
-def _shard(recipe: Recipe, num_gpus: int) -> _Change | None:
-    return _shard_over(num_gpus)(recipe, num_gpus)
-
-
 def _lora(recipe: Recipe, num_gpus: int) -> _Change | None:
     if recipe.lora is not None:
         return None
     return "--lora", dataclasses.replace(recipe, lora=LoRASettings()), num_gpus
 
 
-def _freeze_embeddings(recipe: Recipe, num_gpus: int) -> _Change | None:
-    if recipe.lora is None or not recipe.lora.train_embeddings:
-        return None
-    return _set(recipe, num_gpus, "lora.train_embeddings", False)
-
-
-def _nf4(recipe: Recipe, num_gpus: int) -> _Change | None:
-    if recipe.lora is None or recipe.lora.quantization != "none":
-        return None
-    if recipe.engine.startswith("zero3"):  # DeepSpeed cannot shard quantised weights
-        return None
-    return _set(recipe, num_gpus, "lora.quantization", "nf4")
-
-
 def _eight_bit_optimizer(recipe: Recipe, num_gpus: int) -> _Change | None:
-    plain = ("adamw_torch", "adamw_torch_fused")
-    if recipe.engine not in ("auto", "ddp"):  # its states cannot be sharded
-        return None
-    if recipe.trainer.get("optim", "adamw_torch") not in plain:
+    plain = recipe.trainer.get("optim", "adamw_torch") in ("adamw_torch", "adamw_torch_fused")
+    if recipe.engine not in ("auto", "ddp") or not plain:  # its states cannot be sharded
         return None
     changed = dataclasses.replace(recipe, trainer={**recipe.trainer, "optim": "adamw_8bit"})
     return "trainer.optim=adamw_8bit", changed, num_gpus
 
 
 def _offload(recipe: Recipe, num_gpus: int) -> _Change | None:
-    if recipe.engine == "zero3-offload":
-        return None
-    if recipe.lora is not None and recipe.lora.quantization != "none":
+    quantised = recipe.lora is not None and recipe.lora.quantization != "none"
+    if recipe.engine == "zero3-offload" or quantised:
         return None
     changed = dataclasses.replace(recipe, engine="zero3-offload")
     return "--engine zero3-offload", changed, num_gpus
@@ -210,14 +180,7 @@ def _no_full_length(recipe: Recipe, num_gpus: int) -> _Change | None:
     """Without the full-length stage: a smaller fraction needs as much memory."""
     if not recipe.full_length.fraction:
         return None
-    changed = dataclasses.replace(recipe, full_length=FullLengthSettings())
-    return "full_length={}", changed, num_gpus
-
-
-def _no_key_weights(recipe: Recipe, num_gpus: int) -> _Change | None:
-    if recipe.positions.key_weights == "none":
-        return None
-    return _set(recipe, num_gpus, "positions.key_weights", "none")
+    return "full_length={}", dataclasses.replace(recipe, full_length=FullLengthSettings()), num_gpus
 
 
 def _shorter_examples(original_length: int | None) -> _Remedy:
@@ -237,17 +200,17 @@ def _shorter_examples(original_length: int | None) -> _Remedy:
 
 
 _REMEDIES: tuple[_Remedy, ...] = (
-    _micro_batch,
-    _checkpointing,
-    _chunked_loss,
-    _no_distillation,
-    _shard,
+    _set("training.micro_batch_size", 1, lambda r: r.training.micro_batch_size > 1),
+    _set("training.gradient_checkpointing", True, lambda r: not r.training.gradient_checkpointing),
+    _set("training.loss", "chunked", lambda r: r.training.loss == "full"),
+    _set("distillation.weight", 0, _copies_base),
+    lambda recipe, num_gpus: _shard_over(num_gpus)(recipe, num_gpus),  # over those of the run
     *(_shard_over(number) for number in (2, 4, _MOST_GPUS)),
     _lora,
-    _freeze_embeddings,
-    _nf4,
+    _set("lora.train_embeddings", False, _trains_lora_embeddings),
+    _set("lora.quantization", "nf4", _can_quantise),
     _eight_bit_optimizer,
     _offload,
     _no_full_length,
-    _no_key_weights,
+    _set("positions.key_weights", "none", lambda r: r.positions.key_weights != "none"),
 )

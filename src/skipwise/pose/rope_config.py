@@ -47,9 +47,8 @@ def from_rope_parameters(
     given: dict[str, Any] = {"factor": factor, "original_length": length, **options}
     for field in dataclasses.fields(known[name]):
         if field.default is dataclasses.MISSING and given.get(field.name) is None:
-            raise SkipwiseError(
-                f"the config's rope_type is {name} and it has no {field.name}: add it"
-            )
+            what = f"the config's rope_type is {name} and it has no {field.name}: add it"
+            raise SkipwiseError(what)
     return make_scaling(name, **given)
 
 

@@ -174,19 +174,14 @@ class PoSE:
         else:
             text_biases = np.minimum(biases, window - L)
         offsets = _offsets(lengths)
-        return Example(
-            lengths=lengths,
-            position_starts=offsets + biases,
-            text_starts=base + offsets + text_biases,
-        )
+        text_starts = base + offsets + text_biases
+        return Example(lengths=lengths, position_starts=offsets + biases, text_starts=text_starts)
 
     def _lengths(self, rng: np.random.Generator) -> np.ndarray:
         L, N = self.train_length, self.num_chunks
-        if self.chunk_lengths == "first-half":
-            first = int(rng.integers(1, (L + 1) // 2 + 1))
-            return np.array([first, L - first])
         if N == 2:
-            first = int(rng.integers(1, L))
+            end = (L + 1) // 2 + 1 if self.chunk_lengths == "first-half" else L
+            first = int(rng.integers(1, end))
             return np.array([first, L - first])
         cuts = np.sort(rng.choice(L - 1, N - 1, replace=False)) + 1
         return np.diff(np.concatenate([[0], cuts, [L]]))
@@ -220,12 +215,8 @@ class RandPos:
         L = self.train_length
         _check_document(num_tokens, L)
         positions = np.sort(rng.choice(self.target_length, L, replace=False))
-        start = int(rng.integers(num_tokens - L + 1))
-        return Example(
-            lengths=np.ones(L, np.int64),
-            position_starts=positions,
-            text_starts=start + np.arange(L),
-        )
+        text = int(rng.integers(num_tokens - L + 1)) + np.arange(L)
+        return Example(lengths=np.ones(L, np.int64), position_starts=positions, text_starts=text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,9 +288,8 @@ class CREAM:
             text_biases = np.full(3, rng.integers(window - L + 1))
         else:
             text_biases = np.minimum(positions - offsets, window - L)
-        return Example(
-            lengths=lengths, position_starts=positions, text_starts=base + offsets + text_biases
-        )
+        text_starts = base + offsets + text_biases
+        return Example(lengths=lengths, position_starts=positions, text_starts=text_starts)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (PoSE, FullLength, RandPos, CREAM)}

@@ -45,12 +45,8 @@ def check_documents(
         detail += f"; none reaches {target:,}, so text at that distance is never seen"
     if not enough:
         detail = f"the longest has {longest:,} tokens, and an example needs {train_length:,}"
-    return Check(
-        name="documents",
-        passed=enough,
-        detail=detail,
-        numbers={"num_documents": num_documents, "longest": longest},
-    )
+    numbers = {"num_documents": num_documents, "longest": longest}
+    return Check(name="documents", passed=enough, detail=detail, numbers=numbers)
 
 
 def check_labels(items: list[dict[str, Any]]) -> Check:
@@ -73,10 +69,7 @@ def check_labels(items: list[dict[str, Any]]) -> Check:
 
 
 def check_batch(
-    model: Any,
-    batch: dict[str, Any],
-    autocast: Callable[..., Any] = nullcontext,
-    inner: Any = None,
+    model: Any, batch: dict[str, Any], autocast: Callable[..., Any] = nullcontext, inner: Any = None
 ) -> list[Check]:
     """Chunk 2 learns from chunk 1, but chunk 1 does not learn from chunk 2, on a real batch.
 
@@ -137,10 +130,7 @@ def check_batch(
 
 
 def _gradient(
-    model: Any,
-    inputs: dict[str, Any],
-    captured: list[torch.Tensor],
-    autocast: Callable[..., Any],
+    model: Any, inputs: dict[str, Any], captured: list[torch.Tensor], autocast: Callable[..., Any]
 ) -> torch.Tensor:
     """(1, L, width) gradient of the model's own loss at the embeddings; 0 without labels."""
     captured.clear()
@@ -172,9 +162,8 @@ def _check_skips(
     its full-attention layers have no positions (Cohere 2, EXAONE 4). Runs in float32 if the weights
     and the attention implementation allow it, because rounding is smallest there.
     """
-    mixed = (inner.config._attn_implementation or "").startswith(("flash", FLEX)) or any(
-        parameter.dtype != torch.float32 for parameter in inner.parameters()
-    )
+    mixed = (inner.config._attn_implementation or "").startswith(("flash", FLEX))
+    mixed = mixed or any(p.dtype != torch.float32 for p in inner.parameters())
     if not mixed:  # the mask was made for bf16
         inputs = {**inputs, "attention_mask": _in_float32(inputs.get("attention_mask"))}
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner

@@ -48,24 +48,20 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
     """
     raw = read_config(recipe.model, recipe.load)
     conversion = conversion_for(raw, recipe.load.text_only)
-    info = read_model_info(
-        complete(conversion.config(raw) if conversion else raw), recipe.original_length
-    )
+    config = complete(conversion.config(raw) if conversion else raw)
+    info = read_model_info(config, recipe.original_length)
     scaling = scaling_for(recipe, info)
     changes = config_changes(info, scaling, recipe.target_length)
-    inv_freq = scaling.inv_freq(info.rope_theta, info.rotary_dim)
+    slowest = float(scaling.inv_freq(info.rope_theta, info.rotary_dim)[-1])
     converted = f"{conversion.source}, converted exactly to " if conversion else ""
     found = {
         "model": f"{converted}{info.family}; rope_theta is {info.rope_theta:,.0f}, and RoPE "
         f"rotates {info.rotary_dim} of a head's {info.head_dim} dimensions",
-        "rope": f"the lowest frequency turns once in {2 * math.pi / inv_freq[-1]:,.0f} tokens; the "
+        "rope": f"the lowest frequency turns once in {2 * math.pi / slowest:,.0f} tokens; the "
         f"attention factor is {scaling.attention_factor:.4f}",
         "attention window": _window(info),
     }
-    numbers = {
-        "slowest_inv_freq": float(inv_freq[-1]),
-        "attention_factor": float(scaling.attention_factor),
-    }
+    numbers = {"slowest_inv_freq": slowest, "attention_factor": float(scaling.attention_factor)}
     if recipe.method != "none":
         length = make_sampler(recipe, info.original_length).train_length
         found["training"] = (

@@ -36,16 +36,13 @@ def check_rope(model: Any, info: ModelInfo, scaling: Scaling) -> Check:
     problem = "" if modules else "no rotary embedding was found in the model"
     for module, prefix in modules:
         factor = getattr(module, f"{prefix}attention_scaling", None)
-        problem = problem or _rope_problem(
-            getattr(module, f"{prefix}inv_freq").detach().cpu(), factor, want, scaling
-        )
+        inv_freq = getattr(module, f"{prefix}inv_freq").detach().cpu()
+        problem = problem or _rope_problem(inv_freq, factor, want, scaling)
     detail = (
         f"the model's frequencies and attention factor are {scaling.name} by {scaling.factor:g}"
     )
-    numbers = {
-        "slowest_inv_freq": float(want[-1]),
-        "attention_factor": float(scaling.attention_factor),
-    }
+    slowest, factor = float(want[-1]), float(scaling.attention_factor)
+    numbers = {"slowest_inv_freq": slowest, "attention_factor": factor}
     return Check(name="rope", passed=not problem, detail=problem or detail, numbers=numbers)
 
 
