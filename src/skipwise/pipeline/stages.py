@@ -35,12 +35,7 @@ from skipwise.training.full_length_stage import (
     release,
     train_full_length,
 )
-from skipwise.training.inputs import (
-    TrainingData,
-    data_metadata,
-    load_training_data,
-    text_changed,
-)
+from skipwise.training.inputs import TrainingData, data_metadata, load_training_data, text_changed
 from skipwise.training.setup import set_up, train
 
 

@@ -115,11 +115,7 @@ def make_full_length_stage(
     return FullLengthStage(
         prepared=dataclasses.replace(prepared, recipe=recipe),
         data=dataclasses.replace(
-            data,
-            corpus=corpus,
-            sampler=sampler,
-            dataset=dataset,
-            collator=ExampleCollator(),
+            data, corpus=corpus, sampler=sampler, dataset=dataset, collator=ExampleCollator()
         ),
         run=folder,
         offset=StageOffset(num_steps=first.num_steps, num_tokens=num_tokens),
@@ -159,9 +155,7 @@ def check_step(stage: FullLengthStage, run: RunFolder) -> Check:
         settings, num_steps=1, global_batch_size=passes * world_size(), warmup_steps=0
     )
     recipe = dataclasses.replace(
-        stage.recipe,
-        training=settings,
-        trainer={**stage.recipe.trainer, "report_to": "none"},
+        stage.recipe, training=settings, trainer={**stage.recipe.trainer, "report_to": "none"}
     )
     with _scratch(stage.run.path / "trial") as scratch:
         training = set_up(dataclasses.replace(stage.prepared, recipe=recipe), stage.data, scratch)

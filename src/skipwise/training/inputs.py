@@ -166,11 +166,7 @@ def check_data(
     return [
         *check_config(prepared.info, prepared.scaling, T),
         check_documents(
-            corpus.longest,
-            corpus.num_documents,
-            data.sampler.train_length,
-            T,
-            ", ".join(left_out),
+            corpus.longest, corpus.num_documents, data.sampler.train_length, T, ", ".join(left_out)
         ),
         _check_held_out(corpus, held_out, T),
         check_labels(items),
