@@ -56,10 +56,8 @@ def check_selection(
     else:
         fits = by != "passkey" or passkey_trials(tokenizer, longest, **one)
     if not fits:
-        raise SkipwiseError(
-            f"export.checkpoint: {by}: no prompt fits {longest:,} tokens\n"
-            "type export.checkpoint=perplexity"
-        )
+        fix = "type export.checkpoint=perplexity"
+        raise SkipwiseError(f"export.checkpoint: {by}: no prompt fits {longest:,} tokens\n{fix}")
 
 
 def chosen_checkpoint(prepared: PreparedModel, run: RunFolder) -> Path | None:

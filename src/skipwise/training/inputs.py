@@ -99,10 +99,8 @@ def load_training_data(
     digest = hashlib.sha256("".join(store.digest() for store in stores).encode()).hexdigest()[:16]
     changed = False if run is None else text_changed(run, digest)
     if run is not None and changed and not trained_checkpoint(run, recipe):
-        raise SkipwiseError(
-            f"the text has changed since {run.path} started to train on it\n"
-            "restore the old text, or type another --out to start again"
-        )
+        fix = "restore the old text, or type another --out to start again"
+        raise SkipwiseError(f"the text has changed since {run.path} started to train on it\n{fix}")
     corpus = build_corpus(
         stores,
         [source.weight for source in sources],

@@ -52,10 +52,8 @@ def engine_of(recipe: Recipe) -> str:
             "set engine=auto to use the launcher's, or launch without a configuration"
         )
     if recipe.engine.startswith("zero3") and importlib.util.find_spec("deepspeed") is None:
-        raise SkipwiseError(
-            f"engine: {recipe.engine} needs DeepSpeed\n"
-            "pip install 'skipwise[deepspeed]', or pass --engine fsdp2"
-        )
+        fix = "pip install 'skipwise[deepspeed]', or pass --engine fsdp2"
+        raise SkipwiseError(f"engine: {recipe.engine} needs DeepSpeed\n{fix}")
     if recipe.engine in SHARDED_ENGINES and "WORLD_SIZE" not in os.environ:
         raise SkipwiseError(
             f"engine: {recipe.engine} shards the model over processes that a launcher starts\n"
