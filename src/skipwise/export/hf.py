@@ -262,11 +262,9 @@ def _check_reload(
         return Check(name=name, passed=False, detail=str(failed))
     error = float(np.abs(have - want).max())
     positions = f"positions up to {int(probe[1].max()):,}"
-    return Check(
-        name=name,
-        passed=error <= _TOLERANCE,
-        detail=f"transformers alone, in a new process, gives the same logits at {positions} "
-        f"(largest difference {error:.0e})"
-        if error <= _TOLERANCE
-        else f"transformers alone gives different logits at {positions}: off by {error:.1e}",
-    )
+    passed = error <= _TOLERANCE  # False for NaN
+    detail = f"transformers alone, in a new process, gives the same logits at {positions} "
+    detail += f"(largest difference {error:.0e})"
+    if not passed:
+        detail = f"transformers alone gives different logits at {positions}: off by {error:.1e}"
+    return Check(name=name, passed=passed, detail=detail)

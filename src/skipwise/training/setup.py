@@ -109,12 +109,8 @@ class Preflight:
         first_lengths = inputs.pop("first_lengths", None)  # chunk 2 learns by its own loss
         checks = check_batch(wrapped, inputs, autocast, self.trainer.model)
         if self.distillation is not None:
-            taught = (inputs["input_ids"], first_lengths)
-            checks.append(
-                check_distillation(
-                    self.distillation, self.prepared, *taught, self.engine.name, autocast
-                )
-            )
+            taught = self.distillation, self.prepared, inputs["input_ids"], first_lengths
+            checks.append(check_distillation(*taught, self.engine.name, autocast))
         return checks
 
     def check_before_training(self) -> None:
@@ -253,15 +249,10 @@ def _load_base(prepared: PreparedModel, engine: Engine, offset: StageOffset) -> 
     in_float32 = recipe.lora is None and not engine.deepspeed
     quantization = quantization_for(recipe.lora, engine.dtype, engine.name)
     attention = attention_for(recipe.load, key_weights, prepared.info.hybrid, prepared.scaled)
+    options = {"attn_implementation": attention, "quantization": quantization}
+    dtype = torch.float32 if in_float32 else engine.dtype
     with loading(engine.load_once):
-        model = load_model(
-            source,
-            prepared.scaled,
-            load,
-            dtype=torch.float32 if in_float32 else engine.dtype,
-            attn_implementation=attention,
-            quantization=quantization,
-        )
+        model = load_model(source, prepared.scaled, load, dtype=dtype, **options)
     model.config.use_cache = False
     for name in prepared.conversion.frozen if prepared.conversion else ():
         model.get_parameter(name).requires_grad_(False)
