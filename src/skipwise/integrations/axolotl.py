@@ -87,9 +87,8 @@ class SkipwisePlugin(BasePlugin):
         given = dict(cfg.get(name or "model_config") or {})
         for key in ("rope_scaling", "rope_theta", *changes):
             if key in given and given[key] != changes.get(key):
-                raise SkipwiseError(
-                    f"model_config.{key} is set by the skipwise section\nleave it out"
-                )
+                fix = "leave it out"
+                raise SkipwiseError(f"model_config.{key} is set by the skipwise section\n{fix}")
         cfg[name or "model_config"] = {**given, **changes}
         sampler = make_sampler(prepared.recipe, prepared.info.original_length)
         if cfg.get("sequence_len") is None:
