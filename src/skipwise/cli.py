@@ -174,23 +174,14 @@ def _add_eval_verb(verbs: Any) -> None:
     keys = "a key of `eval:` or `load:`, e.g. eval.passkey_samples=100 load.device_map=auto"
     sub = _add_verb(verbs, "eval", commands.eval_verb, text, example, keys)
     sub.add_argument("thing", metavar="MODEL|RUN", help="model folder, hub name or run folder")
-    sub.add_argument(
-        "--lengths", metavar="L,L,...", help="4k..32k or 4k,20k (a run: as in its recipe)"
-    )
-    sub.add_argument(
-        "--tasks",
-        metavar="T,T,...",
-        help="perplexity, passkey, needle, ruler or one of its tasks; short-benchmarks or any task "
-        "of lm-evaluation-harness (perplexity,passkey,needle,ruler)",
-    )
+    lengths = "4k..32k or 4k,20k (a run: as in its recipe)"
+    sub.add_argument("--lengths", metavar="L,L,...", help=lengths)
+    tasks = "perplexity, passkey, needle, ruler or one of its tasks; short-benchmarks or any task "
+    tasks += "of lm-evaluation-harness (perplexity,passkey,needle,ruler)"
+    sub.add_argument("--tasks", metavar="T,T,...", help=tasks)
     sub.add_argument("--data", nargs="+", metavar="PATH", help="text for perplexity and haystacks")
-    sub.add_argument(
-        "--baseline",
-        nargs="?",
-        const="base",
-        metavar="MODEL",
-        help="also evaluate this model, first (a run: its base model)",
-    )
+    baseline = "also evaluate this model, first (a run: its base model)"
+    sub.add_argument("--baseline", nargs="?", const="base", metavar="MODEL", help=baseline)
     sub.add_argument("--limit", type=int, metavar="N", help="documents per lm-eval task (all)")
     sub.add_argument("--out", metavar="FOLDER", help="results folder of a model (runs/eval-NAME)")
     sub.add_argument("--json", action="store_true", help="print the rows as JSON")
@@ -231,9 +222,8 @@ def _add_recipe_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_engine_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--engine", metavar="E", help="ddp, fsdp2, zero3 or zero3-offload (several GPUs: ddp)"
-    )
+    engines = "ddp, fsdp2, zero3 or zero3-offload (several GPUs: ddp)"
+    sub.add_argument("--engine", metavar="E", help=engines)
     sub.add_argument("--gpus", type=int, metavar="N", help="number of GPUs to train on (all)")
 
 

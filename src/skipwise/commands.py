@@ -71,8 +71,7 @@ def quickstart_verb(args: argparse.Namespace) -> None:
     from skipwise.pipeline.quickstart import make_recipe
 
     out = Path(args.out or "runs/quickstart")
-    run = extend(make_recipe(args.overrides), out, command=_command_line())
-    print_summary(run)
+    print_summary(extend(make_recipe(args.overrides), out, command=_command_line()))
 
 
 def extend_verb(args: argparse.Namespace) -> None:
@@ -85,13 +84,8 @@ def extend_verb(args: argparse.Namespace) -> None:
     _silence_libraries()
     from skipwise.pipeline.extend import extend
 
-    run = extend(
-        recipe,
-        _out_folder(recipe, args),
-        command=_command_line(),
-        num_processes=_num_processes(args, recipe),
-    )
-    print_summary(run)
+    out, num_processes = _out_folder(recipe, args), _num_processes(args, recipe)
+    print_summary(extend(recipe, out, command=_command_line(), num_processes=num_processes))
 
 
 def _num_processes(args: argparse.Namespace, recipe: Recipe) -> int:

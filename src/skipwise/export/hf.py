@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +103,11 @@ def export_model(
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     model.config.use_cache = True
-    part = run.path / "model.part"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with _replacing(run.model) as part:
         model.save_pretrained(part, max_shard_size=_SHARD)
         save_tokenizer(prepared.tokenizer, prepared.source, part)
         make_portable(part, recipe.target_length)
         write_text(part / "skipwise_recipe.yaml", dump_recipe(without_local_paths(recipe)))
-        shutil.rmtree(run.model, ignore_errors=True)
-        os.replace(part, run.model)
-    except OSError as error:
-        raise SkipwiseError(f"cannot write {run.model}: {error.strerror}") from error
     return [_check_reload(run.model, probe, want)]
 
 
@@ -128,10 +123,7 @@ def export_adapter(prepared: PreparedModel, run: RunFolder, checkpoint: Path | N
     if prepared.recipe.lora is None:
         raise SkipwiseError(f"{run.path} trained all weights: it has no adapter\npass --to hf")
     checkpoint = require_trained(run, checkpoint)
-    part = run.path / "adapter.part"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with _replacing(run.adapter) as part:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(checkpoint / name, part / name)
         base = prepared.recipe.model if prepared.conversion is None else prepared.source
@@ -141,13 +133,23 @@ def export_adapter(prepared: PreparedModel, run: RunFolder, checkpoint: Path | N
         save_tokenizer(prepared.tokenizer, prepared.source, part)
         make_portable(part, prepared.recipe.target_length)
         write_text(part / "README.md", _ADAPTER.format(base=base) + _temperature_note(run))
-        shutil.rmtree(run.adapter, ignore_errors=True)
-        os.replace(part, run.adapter)
-    except OSError as error:
-        raise SkipwiseError(f"cannot write {run.adapter}: {error.strerror}") from error
     probe = _probe(prepared.info.vocab_size, prepared.recipe.target_length)
     want = _logits(trained_model(prepared, checkpoint), probe)
     return [_check_reload(run.adapter, probe, want, "reload of the adapter", _RELOAD_ADAPTER)]
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which replaces `folder` when it is complete."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except OSError as error:
+        raise SkipwiseError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def require_trained(run: RunFolder, checkpoint: Path | None) -> Path:
@@ -262,11 +264,9 @@ def _check_reload(
         return Check(name=name, passed=False, detail=str(failed))
     error = float(np.abs(have - want).max())
     positions = f"positions up to {int(probe[1].max()):,}"
-    return Check(
-        name=name,
-        passed=error <= _TOLERANCE,
-        detail=f"transformers alone, in a new process, gives the same logits at {positions} "
-        f"(largest difference {error:.0e})"
-        if error <= _TOLERANCE
-        else f"transformers alone gives different logits at {positions}: off by {error:.1e}",
-    )
+    passed = error <= _TOLERANCE  # False for NaN
+    detail = f"transformers alone, in a new process, gives the same logits at {positions} "
+    detail += f"(largest difference {error:.0e})"
+    if not passed:
+        detail = f"transformers alone gives different logits at {positions}: off by {error:.1e}"
+    return Check(name=name, passed=passed, detail=detail)

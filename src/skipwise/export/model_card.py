@@ -21,30 +21,25 @@ from skipwise.report.rows import find, other_tasks
 
 _COPIED_KEYS = ("license", "license_name", "license_link", "language")
 _PAPERS = {  # BibTeX of the methods
-    "pose": (
-        "@inproceedings{zhu2024pose,\n"
-        "  title={PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise "
-        "Training},\n"
-        "  author={Zhu, Dawei and Yang, Nan and Wang, Liang and Song, Yifan and Wu, Wenhao and "
-        "Wei, Furu and Li, Sujian},\n"
-        "  booktitle={International Conference on Learning Representations},\n"
-        "  year={2024}\n}"
-    ),
-    "yarn": (
-        "@inproceedings{peng2024yarn,\n"
-        "  title={YaRN: Efficient Context Window Extension of Large Language Models},\n"
-        "  author={Peng, Bowen and Quesnelle, Jeffrey and Fan, Honglu and Shippole, Enrico},\n"
-        "  booktitle={International Conference on Learning Representations},\n"
-        "  year={2024}\n}"
-    ),
-    "linear": (
-        "@article{chen2023extending,\n"
-        "  title={Extending Context Window of Large Language Models via Positional "
-        "Interpolation},\n"
-        "  author={Chen, Shouyuan and Wong, Sherman and Chen, Liangjian and Tian, Yuandong},\n"
-        "  journal={arXiv preprint arXiv:2306.15595},\n"
-        "  year={2023}\n}"
-    ),
+    "pose": """@inproceedings{zhu2024pose,
+  title={PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training},
+  author={Zhu, Dawei and Yang, Nan and Wang, Liang and Song, Yifan and Wu, Wenhao and \
+Wei, Furu and Li, Sujian},
+  booktitle={International Conference on Learning Representations},
+  year={2024}
+}""",
+    "yarn": """@inproceedings{peng2024yarn,
+  title={YaRN: Efficient Context Window Extension of Large Language Models},
+  author={Peng, Bowen and Quesnelle, Jeffrey and Fan, Honglu and Shippole, Enrico},
+  booktitle={International Conference on Learning Representations},
+  year={2024}
+}""",
+    "linear": """@article{chen2023extending,
+  title={Extending Context Window of Large Language Models via Positional Interpolation},
+  author={Chen, Shouyuan and Wong, Sherman and Chen, Liangjian and Tian, Yuandong},
+  journal={arXiv preprint arXiv:2306.15595},
+  year={2023}
+}""",
 }
 
 

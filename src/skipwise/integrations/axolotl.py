@@ -57,16 +57,12 @@ class SkipwisePlugin(BasePlugin):
         """
         section = dict(cfg.get("skipwise") or {})
         if "target_length" not in section:
-            raise SkipwiseError(
-                "the YAML has Skipwise's plugin, but no target length\n"
-                "write skipwise: {target_length: 32768}"
-            )
+            fix = "write skipwise: {target_length: 32768}"
+            raise SkipwiseError(f"the YAML has Skipwise's plugin, but no target length\n{fix}")
         unknown = [key for key in section if key not in _KEYS]
         if unknown:
-            raise SkipwiseError(
-                f"skipwise.{unknown[0]} is set by Axolotl, or unknown\n"
-                f"the section takes {', '.join(_KEYS)}"
-            )
+            fix = f"the section takes {', '.join(_KEYS)}"
+            raise SkipwiseError(f"skipwise.{unknown[0]} is set by Axolotl, or unknown\n{fix}")
         for key, what in _REFUSED.items():
             if cfg.get(key):
                 raise SkipwiseError(f"{key} {what}\nset {key}: false")
@@ -91,9 +87,8 @@ class SkipwisePlugin(BasePlugin):
         given = dict(cfg.get(name or "model_config") or {})
         for key in ("rope_scaling", "rope_theta", *changes):
             if key in given and given[key] != changes.get(key):
-                raise SkipwiseError(
-                    f"model_config.{key} is set by the skipwise section\nleave it out"
-                )
+                fix = "leave it out"
+                raise SkipwiseError(f"model_config.{key} is set by the skipwise section\n{fix}")
         cfg[name or "model_config"] = {**given, **changes}
         sampler = make_sampler(prepared.recipe, prepared.info.original_length)
         if cfg.get("sequence_len") is None:

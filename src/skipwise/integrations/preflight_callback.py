@@ -139,23 +139,19 @@ def _check_scaled(model: Any, target_length: int, base: ModelInfo | None) -> lis
     """The config's window is the target, and the model computes what its config says."""
     config = model.config.get_text_config()
     info, window = _window_of(config.to_dict(), target_length)
-    dim, scaling = info.rotary_dim, info.scaling
-    reaches = window >= target_length
-    detail = (
-        f"a window of {window:,} tokens, {scaling.name}"
-        if reaches
-        else f"the model's config has a window of {window:,} tokens, and positions go up to "
-        f"{target_length - 1:,}: load it by skipwise.models.prepared.load_scaled"
-    )
-    if reaches and base is not None:
+    scaling, reaches = info.scaling, window >= target_length
+    detail = f"a window of {window:,} tokens, {scaling.name}"
+    if not reaches:
+        detail = f"the model's config has a window of {window:,} tokens, and positions go up to "
+        detail += f"{target_length - 1:,}: load it by skipwise.models.prepared.load_scaled"
+    elif base is not None:
         before = base.scaling.inv_freq(base.rope_theta, base.rotary_dim)
-        have = scaling.inv_freq(info.rope_theta, dim)
+        have = scaling.inv_freq(info.rope_theta, info.rotary_dim)
         if have.shape == before.shape and np.allclose(have, before, rtol=1e-6, atol=0):
             reaches = False
-            detail = (
-                f"the frequencies are those of the base, whose window is "
-                f"{base.original_length:,}: load the model by skipwise.models.prepared.load_scaled"
-            )
+            detail = "the frequencies are those of the base, whose window is "
+            detail += f"{base.original_length:,}: load the model by "
+            detail += "skipwise.models.prepared.load_scaled"
     rescaled = Check(name="rescaled", passed=reaches, detail=detail)
     return [rescaled, *check_model(model, config, info, scaling, target_length)]
 
@@ -187,10 +183,8 @@ def _check_rows(rows: list[dict[str, Any]], collator: PoSECollator | None) -> li
         return [Check(name=name, passed=False, detail="the data set is empty")]
     missing = [k for k in ("input_ids", "labels", "position_ids") if rows[0].get(k) is None]
     if missing:
-        detail = (
-            f"no {' and no '.join(missing)} in the trainer's batches: give the trainer "
-            "data_collator=PoSECollator(...)"
-        )
+        detail = f"no {' and no '.join(missing)} in the trainer's batches: give the trainer "
+        detail += "data_collator=PoSECollator(...)"
         return [Check(name=name, passed=False, detail=detail)]
     num_skipping = sum(_distance(row) < np.inf for row in rows)
     may_be_plain = collator is not None and isinstance(collator.sampler, FullLength)
@@ -198,12 +192,13 @@ def _check_rows(rows: list[dict[str, Any]], collator: PoSECollator | None) -> li
     if not num_skipping:
         longest = max(int(row["input_ids"].shape[1]) for row in rows)
         length = collator.sampler.train_length if collator is not None else 0
-        detail = f"in none of the first {len(rows)} records, so far positions are not trained: " + (
-            f"the longest has {longest:,} tokens, and train_length is {length:,}; pack the records "
-            "or take a smaller train_length"
-            if longest < length
-            else "the trainer makes its own position_ids; give it data_collator=PoSECollator(...)"
-        )
+        detail = f"in none of the first {len(rows)} records, so far positions are not trained: "
+        if longest < length:
+            detail += f"the longest has {longest:,} tokens, and train_length is {length:,}; pack "
+            detail += "the records or take a smaller train_length"
+        else:
+            detail += "the trainer makes its own position_ids; "
+            detail += "give it data_collator=PoSECollator(...)"
     return [Check(name=name, passed=num_skipping > 0 or may_be_plain, detail=detail)]
 
 
@@ -225,21 +220,17 @@ def _check_open_labels(
         want = collator([record])["labels"]
         have = row["labels"][:, : want.shape[1]]
         if have.shape != want.shape:
-            detail = (
-                f"a batch of {row['labels'].shape[1]:,} tokens, and the collator makes "
-                f"{want.shape[1]:,}: give the trainer the same collator as the callback"
-            )
+            detail = f"a batch of {row['labels'].shape[1]:,} tokens, and the collator makes "
+            detail += f"{want.shape[1]:,}: give the trainer the same collator as the callback"
             return [Check(name="labels", passed=False, detail=detail)]
         masked = want == IGNORE_INDEX
         num_masked += int(masked.sum())
         num_open += int((masked & (have != IGNORE_INDEX)).sum())
-    detail = (
-        f"{num_masked:,} masked in {len(rows)} records: prompts, padding, and the first after each "
-        "jump of the text"
-        if num_open == 0
-        else f"{num_open:,} that the collator masks are not masked in the batch, after a jump of "
-        "the text or in a prompt: the trainer makes its own labels after the collator"
-    )
+    detail = f"{num_masked:,} masked in {len(rows)} records: prompts, padding, and the first after "
+    detail += "each jump of the text"
+    if num_open:
+        detail = f"{num_open:,} that the collator masks are not masked in the batch, after a jump "
+        detail += "of the text or in a prompt: the trainer makes its own labels after the collator"
     return [Check(name="labels", passed=num_open == 0, detail=detail)]
 
 

@@ -121,9 +121,8 @@ def _preflight(
     recipe, T = prepared.recipe, prepared.recipe.target_length
     if inputs is None:
         checks = check_config(prepared.info, prepared.scaling, T)
-        model: Any = load_model(
-            prepared.source, prepared.scaled, prepared.load, dtype=compute_dtype(recipe.load)
-        )
+        dtype = compute_dtype(recipe.load)
+        model: Any = load_model(prepared.source, prepared.scaled, prepared.load, dtype=dtype)
         checks += check_model(model, prepared.scaled, prepared.info, prepared.scaling, T)
     elif recipe.data.sources:
         checks = _text_checks(prepared, inputs, run)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from skipwise.training.checkpoints import trained_checkpoint
 
 _TRIALS = 20  # at each length
 _WINDOWS = 16
-_TASKS = {"needle": "needle", "passkey": "passkey", "perplexity": "perplexity"}
 
 
 def check_selection(
@@ -56,10 +56,8 @@ def check_selection(
     else:
         fits = by != "passkey" or passkey_trials(tokenizer, longest, **one)
     if not fits:
-        raise SkipwiseError(
-            f"export.checkpoint: {by}: no prompt fits {longest:,} tokens\n"
-            "type export.checkpoint=perplexity"
-        )
+        fix = "type export.checkpoint=perplexity"
+        raise SkipwiseError(f"export.checkpoint: {by}: no prompt fits {longest:,} tokens\n{fix}")
 
 
 def chosen_checkpoint(prepared: PreparedModel, run: RunFolder) -> Path | None:
@@ -119,17 +117,14 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
     lengths = list(context_lengths(recipe, prepared.info.original_length))[-2:]
     settings = dataclasses.replace(
         EvalSettings(),
-        tasks=(_TASKS[recipe.export.checkpoint],),
+        tasks=(recipe.export.checkpoint,),
         passkey_samples=_TRIALS,
         needle_samples=_TRIALS,
         perplexity_windows=_WINDOWS,
         batch_tokens=recipe.eval.batch_tokens,
         seed=recipe.eval.seed + 1,  # other questions than the evaluation asks
     )
-
-    def load() -> Any:
-        return load_for_scoring(prepared, folder)
-
+    load = partial(load_for_scoring, prepared, folder)
     documents = evaluation_documents(recipe, prepared.tokenizer, run)
     eval_model = EvalModel(label=folder.name, load=load, tokenizer=prepared.tokenizer)
     rows = evaluate_model(eval_model, Texts(documents=documents), lengths, settings, progress=False)

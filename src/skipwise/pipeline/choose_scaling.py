@@ -83,10 +83,9 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
     names = [n for n in scalings_for(prepared.info.refused_types) if SCALINGS[n].auto_candidate]
     if len(names) < 2:
         return {"type": fallback, "detail": f"{fallback}, the only one that the family takes"}
-    spare = prepared.recipe.attention_temperature == "auto" or bool(
-        prepared.recipe.data.eval_sources
-    )
-    if prepared.recipe.method == "none" and not spare:  # the evaluation reads all of the text
+    recipe = prepared.recipe
+    spare = recipe.attention_temperature == "auto" or bool(recipe.data.eval_sources)
+    if recipe.method == "none" and not spare:  # the evaluation reads all of the text
         return {"type": fallback, "detail": f"{fallback}, not measured: no text to spare"}
     lengths, read, _ = search_text(prepared, data)
     c, chosen = longer_length(lengths, L, T)
@@ -110,15 +109,11 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
     best = min(rows, key=lambda row: row["loss"])
     if best["loss"] > rows[0]["loss"] - _LEAST_GAIN:
         best = rows[0]
-    others = ", ".join(
-        [f"{row['type']} {_perplexity(row)}" for row in rows if row["type"] != best["type"]]
-        + [f"{name} left out ({why})" for name, why in left_out.items()]
-    )
-    detail = (
-        f"{best['type']}, perplexity {_perplexity(best)} untrained over {L:,} to {contexts[-1]:,} "
-        f"tokens, {best['passkeys']} of {best['num_passkeys']} passkeys; {others} "
-        f"({len(documents)} documents)"
-    )
+    others = [f"{row['type']} {_perplexity(row)}" for row in rows if row["type"] != best["type"]]
+    others += [f"{name} left out ({why})" for name, why in left_out.items()]
+    detail = f"{best['type']}, perplexity {_perplexity(best)} untrained over {L:,} to "
+    detail += f"{contexts[-1]:,} tokens, {best['passkeys']} of {best['num_passkeys']} passkeys; "
+    detail += f"{', '.join(others)} ({len(documents)} documents)"
     found = {"type": best["type"], "detail": detail, "measured": rows}
     return {**found, "left_out": left_out, "context_lengths": contexts}
 
@@ -126,11 +121,7 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
 def _of_one(
     prepared: PreparedModel, name: str, documents: Sequence[np.ndarray], contexts: list[int]
 ) -> dict[str, Any]:
-    """Measure one scaling at its best temperature.
-
-    Raises:
-        SkipwiseError: the model does not take it.
-    """
+    """Measure one scaling at its best temperature. Raises if the model does not take it."""
     recipe, scaled = prepared.recipe, rescale(prepared, name).scaled
     batch_tokens = recipe.eval.batch_tokens
     dtype = compute_dtype(recipe.load)
@@ -150,9 +141,8 @@ def _of_one(
         best = min(tried, key=lambda row: row["loss"])
         if weights is not None:
             weights.set(best["temperature"])
-        trials = passkey_trials(
-            prepared.tokenizer, contexts[-1], num_trials=_TRIALS, num_depths=_TRIALS, seed=1
-        )
+        counts = {"num_trials": _TRIALS, "num_depths": _TRIALS}
+        trials = passkey_trials(prepared.tokenizer, contexts[-1], **counts, seed=1)
         right = exact_match(model, trials, batch_tokens)
         return {**best, "passkeys": sum(right), "num_passkeys": len(right)}
     finally:

@@ -102,16 +102,11 @@ def search_temperature(
     """
     weights = QueryWeights(model)
     weights.check(GRID[-1])
+    contexts, count = (original_length, longer_length), num_windows(original_length)
 
     def measure(t: float) -> Candidate:
         weights.set(t)
-        rows = perplexity(
-            model,
-            documents,
-            (original_length, longer_length),
-            num_windows=num_windows(original_length),
-            batch_tokens=batch_tokens,
-        )
+        rows = perplexity(model, documents, contexts, num_windows=count, batch_tokens=batch_tokens)
         near, far = (math.inf if row["value"] is None else row["value"] for row in rows)
         return Candidate(temperature=t, near=near, far=far)
 

@@ -32,11 +32,7 @@ STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "repo
 
 
 def extend(
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    command: str = "skipwise extend",
-    num_processes: int = 0,
+    recipe: Recipe, out: str | Path, *, command: str = "skipwise extend", num_processes: int = 0
 ) -> RunFolder:
     """Run every stage, from a recipe to an exported model with its report.
 

@@ -53,16 +53,10 @@ def _shortened(recipe: Recipe) -> Recipe:
     recipe = in_one_process(recipe)
     training = recipe.training
     passes = min(2, max(1, training.global_batch_size // max(1, training.micro_batch_size)))
-    return dataclasses.replace(
-        recipe,
-        full_length=FullLengthSettings(),
-        training=dataclasses.replace(
-            training,
-            num_steps=_STEPS,
-            save_steps=_STEPS,
-            global_batch_size=passes * training.micro_batch_size,
-        ),
-    )
+    steps = {"num_steps": _STEPS, "save_steps": _STEPS}
+    batch = passes * training.micro_batch_size
+    training = dataclasses.replace(training, **steps, global_batch_size=batch)
+    return dataclasses.replace(recipe, full_length=FullLengthSettings(), training=training)
 
 
 def _run(task: str, *arguments: Path) -> None:

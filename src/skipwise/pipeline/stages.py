@@ -35,12 +35,7 @@ from skipwise.training.full_length_stage import (
     release,
     train_full_length,
 )
-from skipwise.training.inputs import (
-    TrainingData,
-    data_metadata,
-    load_training_data,
-    text_changed,
-)
+from skipwise.training.inputs import TrainingData, data_metadata, load_training_data, text_changed
 from skipwise.training.setup import set_up, train
 
 
@@ -127,11 +122,9 @@ def prepare_training(
 def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
     """Measure the base model (`before`) or the exported one (`after`) into results.json."""
     recipe = prepared.recipe
-    model, settings = (
-        (prepared.source, prepared.load)
-        if label == "before"
-        else (str(run.model), recipe.load.of_own_folder())
-    )
+    model, settings = prepared.source, prepared.load
+    if label != "before":
+        model, settings = str(run.model), recipe.load.of_own_folder()
     lengths = list(context_lengths(recipe, prepared.info.original_length))
     with run.lock():
         evaluate_model(

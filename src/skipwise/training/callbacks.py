@@ -82,15 +82,9 @@ class RunCallback(TrainerCallback):
             disable=None,
         )
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs.get("logs") or {}
+        if "loss" not in logs:
             return
         loss = logs["loss"]
         if not math.isfinite(loss) or not math.isfinite(logs.get("grad_norm", 0.0)):

@@ -45,19 +45,16 @@ def make_distillation(
     if not weight:
         none = Check(name=_CHECK, passed=True, detail=f"none: {reason}")
         return None, data, [none] if reason else []
-    config = base_config(prepared.config, prepared.info)
+    config, source = base_config(prepared.config, prepared.info), prepared.source
     if shards(engine):
         offload = engine == "zero3-offload"
-        teacher = load_sharded_teacher(
-            prepared.source, config, prepared.load, dtype, model, offload
-        )
+        teacher = load_sharded_teacher(source, config, prepared.load, dtype, model, offload)
     elif recipe.lora is None:
-        teacher = load_teacher(prepared.source, config, prepared.load, dtype, model)
+        teacher = load_teacher(source, config, prepared.load, dtype, model)
     else:
         teacher = teacher_sharing_weights(model, config)
-    collator = ExampleCollator(
-        recipe.positions.key_weights, base_length=prepared.info.original_length
-    )
+    L = prepared.info.original_length
+    collator = ExampleCollator(recipe.positions.key_weights, base_length=L)
     data = dataclasses.replace(data, collator=collator)
     return Distillation(teacher=teacher, weight=weight), data, []
 
@@ -98,11 +95,8 @@ def check_distillation(
         parameters = list(teacher.parameters())
         count = sum(isinstance(p, DTensor) for p in parameters)
         weights = f"a frozen copy, {count} of its {len(parameters)} tensors sharded"
-    return Check(
-        name=_CHECK,
-        passed=close,
-        detail=f"w = {distillation.weight:g} by the base's weights, {weights}; its logits on "
-        f"{size} tokens of a first chunk equal the base's to {error:.0e}"
-        if close
-        else f"the teacher's logits in distillation are off by {error:.1e} from a plain call",
-    )
+    detail = f"w = {distillation.weight:g} by the base's weights, {weights}; its logits on "
+    detail += f"{size} tokens of a first chunk equal the base's to {error:.0e}"
+    if not close:
+        detail = f"the teacher's logits in distillation are off by {error:.1e} from a plain call"
+    return Check(name=_CHECK, passed=close, detail=detail)

@@ -83,10 +83,8 @@ def explain_error(error: BaseException, recipe: Recipe, run: RunFolder) -> Skipw
     disk_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     pattern = r"no space left|os error 28|unexpected pos \d+ vs"  # of safetensors and torch.save
     if disk_full or re.search(pattern, str(error), re.IGNORECASE):
-        return SkipwiseError(
-            f"the disk of {run.path} is full: cannot write the checkpoint\n"
-            f"free space and run the command again; it resumes from {resume_point(run)}"
-        )
+        fix = f"free space and run the command again; it resumes from {resume_point(run)}"
+        return SkipwiseError(f"the disk of {run.path} is full: cannot write the checkpoint\n{fix}")
     if is_out_of_memory(error):
         return out_of_memory(recipe)
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):

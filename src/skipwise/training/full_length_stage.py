@@ -105,22 +105,14 @@ def make_full_length_stage(
         )
     sampler = FullLength(target_length=T)
     settings = recipe.training
-    dataset = PoSEDataset(
-        corpus,
-        sampler,
-        seed=recipe.seed + _SEED,
-        num_examples=settings.num_steps * settings.global_batch_size,
-    )
+    num_examples = settings.num_steps * settings.global_batch_size
+    seed = recipe.seed + _SEED
+    dataset = PoSEDataset(corpus, sampler, seed=seed, num_examples=num_examples)
     num_tokens = first.num_steps * first.global_batch_size * data.sampler.train_length
+    parts = {"corpus": corpus, "sampler": sampler, "dataset": dataset}
     return FullLengthStage(
         prepared=dataclasses.replace(prepared, recipe=recipe),
-        data=dataclasses.replace(
-            data,
-            corpus=corpus,
-            sampler=sampler,
-            dataset=dataset,
-            collator=ExampleCollator(),
-        ),
+        data=dataclasses.replace(data, **parts, collator=ExampleCollator()),
         run=folder,
         offset=StageOffset(num_steps=first.num_steps, num_tokens=num_tokens),
     )
@@ -130,9 +122,8 @@ def make_inputs(
     prepared: PreparedModel, data: TrainingData, run: RunFolder, num_processes: int = 0
 ) -> RunInputs:
     """The data with the stage at full length; arguments as `make_full_length_stage` has them."""
-    return RunInputs(
-        data=data, full_length=make_full_length_stage(prepared, data, run, num_processes)
-    )
+    stage = make_full_length_stage(prepared, data, run, num_processes)
+    return RunInputs(data=data, full_length=stage)
 
 
 def check_long_text(stage: FullLengthStage) -> Check:
@@ -153,16 +144,11 @@ def check_step(stage: FullLengthStage, run: RunFolder) -> Check:
         SkipwiseError: the step fails, for example out of memory.
         RunStopped: the user stopped it.
     """
-    settings = stage.recipe.training
+    settings, trainer = stage.recipe.training, {**stage.recipe.trainer, "report_to": "none"}
     passes = min(2, settings.global_batch_size // world_size())
-    settings = dataclasses.replace(
-        settings, num_steps=1, global_batch_size=passes * world_size(), warmup_steps=0
-    )
-    recipe = dataclasses.replace(
-        stage.recipe,
-        training=settings,
-        trainer={**stage.recipe.trainer, "report_to": "none"},
-    )
+    batch = passes * world_size()
+    settings = dataclasses.replace(settings, num_steps=1, global_batch_size=batch, warmup_steps=0)
+    recipe = dataclasses.replace(stage.recipe, training=settings, trainer=trainer)
     with _scratch(stage.run.path / "trial") as scratch:
         training = set_up(dataclasses.replace(stage.prepared, recipe=recipe), stage.data, scratch)
         training.trainer.add_callback(_Unsaved())
@@ -173,12 +159,9 @@ def check_step(stage: FullLengthStage, run: RunFolder) -> Check:
         release(training)
     length, said = stage.recipe.target_length, "2 passes" if passes == 2 else "a pass"
     run.update(finish={**run.metadata().get("finish", {}), "checked_on": place(stage.recipe)})
-    return Check(
-        name="full-length step",
-        passed=True,
-        detail=f"tried: {said} of {length:,} tokens a process, and an update, "
-        f"{peak_memory_gib():.2f} GiB at the peak",
-    )
+    detail = f"tried: {said} of {length:,} tokens a process, and an update, "
+    detail += f"{peak_memory_gib():.2f} GiB at the peak"
+    return Check(name="full-length step", passed=True, detail=detail)
 
 
 def is_checked(stage: FullLengthStage, run: RunFolder) -> bool:
@@ -201,9 +184,8 @@ def train_full_length(stage: FullLengthStage, run: RunFolder) -> None:
     def write_down(taken: dict[str, Any]) -> None:  # its seconds are those of the whole curve
         earlier = run.metadata().get("training", {}).get("seconds") or 0.0
         taken = {**taken, "seconds": round(taken["seconds"] - earlier, 3)}
-        run.update(
-            finish={**run.metadata().get("finish", {}), **full_length_metadata(stage), **taken}
-        )
+        before = run.metadata().get("finish", {})
+        run.update(finish={**before, **full_length_metadata(stage), **taken})
 
     offset = dataclasses.replace(stage.offset, checkpoint=checkpoint)
     training = set_up(stage.prepared, stage.data, stage.run, offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,23 +87,14 @@ def load_training_data(
     settings = recipe.data
     sampler = make_sampler(recipe, prepared.info.original_length)
     sources = find_sources(recipe)
-    stores = [
-        tokenize_source(
-            source,
-            prepared.tokenizer,
-            on_bad_record=settings.on_bad_record,
-            num_proc=settings.num_proc,
-            progress=progress,
-        )
-        for source in sources
-    ]
+    on_bad_record, num_proc = settings.on_bad_record, settings.num_proc
+    read = partial(tokenize_source, on_bad_record=on_bad_record, num_proc=num_proc)
+    stores = [read(source, prepared.tokenizer, progress=progress) for source in sources]
     digest = hashlib.sha256("".join(store.digest() for store in stores).encode()).hexdigest()[:16]
     changed = False if run is None else text_changed(run, digest)
     if run is not None and changed and not trained_checkpoint(run, recipe):
-        raise SkipwiseError(
-            f"the text has changed since {run.path} started to train on it\n"
-            "restore the old text, or type another --out to start again"
-        )
+        fix = "restore the old text, or type another --out to start again"
+        raise SkipwiseError(f"the text has changed since {run.path} started to train on it\n{fix}")
     corpus = build_corpus(
         stores,
         [source.weight for source in sources],
@@ -115,15 +107,11 @@ def load_training_data(
     if run is not None and not settings.eval_sources and is_main_process() and not changed:
         _write_held_out(run, corpus, prepared.tokenizer)
     training = first_stage(recipe).training
+    num_examples = training.num_steps * training.global_batch_size
     return TrainingData(
         corpus=corpus,
         sampler=sampler,
-        dataset=PoSEDataset(
-            corpus,
-            sampler,
-            seed=recipe.seed,
-            num_examples=training.num_steps * training.global_batch_size,
-        ),
+        dataset=PoSEDataset(corpus, sampler, seed=recipe.seed, num_examples=num_examples),
         collator=ExampleCollator(recipe.positions.key_weights),
         num_bad_records=sum(store.num_bad_records for store in stores),
         bad_records=[line for store in stores for line in store.bad_records][:5],
@@ -155,7 +143,6 @@ def check_data(
     prepared: PreparedModel, data: TrainingData, held_out: list[np.ndarray]
 ) -> list[Check]:
     """The checks that need no model: lengths, documents, held-out text, labels."""
-    items = data.items(16)
     corpus, T = data.corpus, prepared.recipe.target_length
     left_out = []
     if corpus.num_short:
@@ -163,17 +150,12 @@ def check_data(
         left_out.append(f"{corpus.num_short:,} shorter ones {done}")
     if data.num_bad_records:
         left_out.append(f"{data.num_bad_records:,} unreadable records ({data.bad_records[0]})")
+    L, count = data.sampler.train_length, corpus.num_documents
     return [
         *check_config(prepared.info, prepared.scaling, T),
-        check_documents(
-            corpus.longest,
-            corpus.num_documents,
-            data.sampler.train_length,
-            T,
-            ", ".join(left_out),
-        ),
+        check_documents(corpus.longest, count, L, T, ", ".join(left_out)),
         _check_held_out(corpus, held_out, T),
-        check_labels(items),
+        check_labels(data.items(16)),
     ]
 
 
@@ -215,10 +197,6 @@ def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: i
 
 
 def _write_held_out(run: RunFolder, corpus: Corpus, tokenizer: Any) -> None:
-    lines = [
-        json.dumps(
-            {"text": tokenizer.decode(tokens), "tokens": tokens.tolist()}, ensure_ascii=False
-        )
-        for tokens in corpus.held_out
-    ]
-    write_text(run.eval_documents, "".join(line + "\n" for line in lines))
+    documents = [{"text": tokenizer.decode(x), "tokens": x.tolist()} for x in corpus.held_out]
+    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
+    write_text(run.eval_documents, "".join(lines))

@@ -43,19 +43,7 @@ from skipwise.training.callbacks import (
 from skipwise.training.checkpoints import last_checkpoint, num_processes_of, remove_incomplete
 from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
-from skipwise.training.distributed.engines import (
-    check_engine,
-    convert_to_universal_checkpoint,
-    cpu_ram_efficient_loading,
-    engine_of,
-    init_cpu_backend,
-    is_kind,
-    keep_rope_in_float32,
-    loading,
-    on_cpu,
-    set_fsdp2_mixed_precision,
-    unshare_step_counters,
-)
+from skipwise.training.distributed import engines
 from skipwise.training.error_hints import explain_error
 from skipwise.training.inputs import TrainingData
 from skipwise.training.teacher import move_teacher
@@ -74,7 +62,7 @@ class Engine:
 
     @property
     def deepspeed(self) -> bool:
-        return is_kind(self.name, "deepspeed")
+        return engines.is_kind(self.name, "deepspeed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +97,8 @@ class Preflight:
         first_lengths = inputs.pop("first_lengths", None)  # chunk 2 learns by its own loss
         checks = check_batch(wrapped, inputs, autocast, self.trainer.model)
         if self.distillation is not None:
-            taught = (inputs["input_ids"], first_lengths)
-            checks.append(
-                check_distillation(
-                    self.distillation, self.prepared, *taught, self.engine.name, autocast
-                )
-            )
+            taught = self.distillation, self.prepared, inputs["input_ids"], first_lengths
+            checks.append(check_distillation(*taught, self.engine.name, autocast))
         return checks
 
     def check_before_training(self) -> None:
@@ -130,8 +114,8 @@ class Preflight:
             return
         self.restore_rope()
         if self.engine.converted:
-            unshare_step_counters(self.trainer)
-        again = [check_engine(self.engine.name, self.trainer), *self.check_model()]
+            engines.unshare_step_counters(self.trainer)
+        again = [engines.check_engine(self.engine.name, self.trainer), *self.check_model()]
         if self.engine.name != "ddp":
             again += self.check_batch(self.trainer.model_wrapped)
         names = {check.name for check in again}
@@ -199,7 +183,7 @@ def _set_up(
     trainer = _make_trainer(peft_model, model.config, arguments, prepared, data, run, callback)
     if distillation is not None and not shards(engine.name):
         move_teacher(distillation.teacher, arguments.device)
-    set_fsdp2_mixed_precision(trainer, engine.dtype)
+    engines.set_fsdp2_mixed_precision(trainer, engine.dtype)
     preflight = Preflight(
         prepared=prepared,
         trainer=trainer,
@@ -207,7 +191,7 @@ def _set_up(
         engine=engine,
         distillation=distillation,
         batch=data.probe_batch(),
-        restore_rope=keep_rope_in_float32(model),
+        restore_rope=engines.keep_rope_in_float32(model),
         checks=[*scaled, *kernel, *taught],
     )
     preflight.check_before_training()
@@ -224,16 +208,16 @@ def _set_up(
 def _start_engine(prepared: PreparedModel, run: RunFolder) -> Engine:
     """Start the engine's backend, and convert a checkpoint that other processes have saved."""
     recipe = prepared.recipe
-    name = engine_of(recipe)
+    name = engines.engine_of(recipe)
     dtype = training_dtype(recipe, name)
-    init_cpu_backend(name, on_cpu())
+    engines.init_cpu_backend(name, engines.on_cpu())
     resume_from, converted = last_checkpoint(run), False
     if resume_from is not None:
         saved_by = num_processes_of(resume_from, name)
-        converted = saved_by != world_size() and is_kind(name, "deepspeed")
+        converted = saved_by != world_size() and engines.is_kind(name, "deepspeed")
         if converted:
-            convert_to_universal_checkpoint(resume_from)
-    load_once = cpu_ram_efficient_loading(name, recipe.lora, prepared.info.tied_embeddings)
+            engines.convert_to_universal_checkpoint(resume_from)
+    load_once = engines.cpu_ram_efficient_loading(name, recipe.lora, prepared.info.tied_embeddings)
     if load_once and has_persistent_buffers(prepared.scaled, prepared.load):
         load_once = False  # accelerate 1.15: AttributeError
     return Engine(
@@ -253,15 +237,10 @@ def _load_base(prepared: PreparedModel, engine: Engine, offset: StageOffset) -> 
     in_float32 = recipe.lora is None and not engine.deepspeed
     quantization = quantization_for(recipe.lora, engine.dtype, engine.name)
     attention = attention_for(recipe.load, key_weights, prepared.info.hybrid, prepared.scaled)
-    with loading(engine.load_once):
-        model = load_model(
-            source,
-            prepared.scaled,
-            load,
-            dtype=torch.float32 if in_float32 else engine.dtype,
-            attn_implementation=attention,
-            quantization=quantization,
-        )
+    options = {"attn_implementation": attention, "quantization": quantization}
+    dtype = torch.float32 if in_float32 else engine.dtype
+    with engines.loading(engine.load_once):
+        model = load_model(source, prepared.scaled, load, dtype=dtype, **options)
     model.config.use_cache = False
     for name in prepared.conversion.frozen if prepared.conversion else ():
         model.get_parameter(name).requires_grad_(False)
@@ -380,7 +359,7 @@ def training_metadata(training: Training, run: RunFolder, recipe: Recipe) -> dic
     return {
         "method": recipe.method,
         "mode": "full" if lora is None else "lora" if lora.quantization == "none" else "qlora",
-        "engine": engine_of(recipe),
+        "engine": engines.engine_of(recipe),
         "num_processes": world_size(),
         "num_steps": trainer.args.max_steps,
         "batch_size": examples_per_step(trainer.args),

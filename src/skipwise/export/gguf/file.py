@@ -45,9 +45,7 @@ def set_numbers(file: Path, values: dict[str, int | float]) -> None:
 
 
 def rewrite(
-    file: Path,
-    keys: dict[str, str | int | float | None],
-    tensors: dict[str, np.ndarray],
+    file: Path, keys: dict[str, str | int | float | None], tensors: dict[str, np.ndarray]
 ) -> None:
     """Copy the file with other keys and other float32 tensors. None removes a key.
 

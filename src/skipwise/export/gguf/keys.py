@@ -72,10 +72,8 @@ def _check_frequencies(
 ) -> Check:
     name, scaling, architecture = "gguf rope", requirements.scaling, keys["general.architecture"]
     if architecture in _OWN_WAY and not isinstance(scaling, Unscaled):
-        detail = (
-            f"llama.cpp has its own scaling for {architecture}, which Skipwise does not compute: "
-            "compare its answers at full length with those of transformers"
-        )
+        detail = f"llama.cpp has its own scaling for {architecture}, which Skipwise does not "
+        detail += "compute: compare its answers at full length with those of transformers"
         return Check(name=name, passed=False, detail=detail)
     have, want = llama_cpp_rope(keys, tables)[0], requirements.inv_freq()
     if len(have) != len(want):
@@ -88,12 +86,11 @@ def _check_frequencies(
     found += " and a table" if tables else ""
     worst = int(np.abs(have / want - 1).argmax())
     same, what = np.allclose(have, want, rtol=1e-5, atol=0), f"{scaling.name} by {scaling.factor:g}"
-    detail = f"{found}: llama.cpp has " + (
-        f"the frequencies of {what}"
-        if same
-        else f"{have[worst]:.4g} for the frequency of pair {worst} of {len(want)}, and {what} has "
-        f"{want[worst]:.4g}"
-    )
+    computed = f"the frequencies of {what}"
+    if not same:
+        computed = f"{have[worst]:.4g} for the frequency of pair {worst} of {len(want)}, and "
+        computed += f"{what} has {want[worst]:.4g}"
+    detail = f"{found}: llama.cpp has {computed}"
     return Check(name=name, passed=same, detail=detail)
 
 

@@ -51,29 +51,18 @@ def _type(report: FolderReport) -> Iterator[Issue]:
             dim = 2 * len(plain.inv_freq)
             theta = plain.rope_theta * factor ** (dim / (dim - 2))
             fix = f'set rope_type to "default" and rope_theta to {theta!r}, and remove factor'
-        yield Issue(
-            name="rope_type",
-            runtimes=ALL,
-            what="only vLLM knows rope_type ntk, with its own formula; transformers and SGLang do "
-            "not load it, and llama.cpp's converter drops it without a warning",
-            fix=fix,
-        )
+        what = "only vLLM knows rope_type ntk, with its own formula; transformers and SGLang do "
+        what += "not load it, and llama.cpp's converter drops it without a warning"
+        yield Issue(name="rope_type", runtimes=ALL, what=what, fix=fix)
     if name == "su":
-        yield Issue(
-            name="rope_type",
-            runtimes=(T5, T4, SGLANG),
-            what="rope_type su is an older name of longrope, and only vLLM and Phi-3 know it",
-            fix='write "longrope"',
-        )
+        what = "rope_type su is an older name of longrope, and only vLLM and Phi-3 know it"
+        yield Issue(name="rope_type", runtimes=(T5, T4, SGLANG), what=what, fix='write "longrope"')
     both = given.get("type"), given.get("rope_type")
     if None not in both and both[0] != both[1] and both != ("su", "longrope"):
-        yield Issue(
-            name="rope_type",
-            runtimes=(T4, VLLM),
-            what=f"type is {both[0]} and rope_type {both[1]} in one dictionary: transformers 5 "
-            "takes rope_type, transformers 4 type, vLLM neither",
-            fix="make them equal, or remove type",
-        )
+        what = f"type is {both[0]} and rope_type {both[1]} in one dictionary: transformers 5 "
+        what += "takes rope_type, transformers 4 type, vLLM neither"
+        fix = "make them equal, or remove type"
+        yield Issue(name="rope_type", runtimes=(T4, VLLM), what=what, fix=fix)
 
 
 def _spellings(report: FolderReport) -> Iterator[Issue]:
@@ -87,34 +76,26 @@ def _spellings(report: FolderReport) -> Iterator[Issue]:
     if older and newer:
         keys = _differing(report.folder.family, older, newer)
         if keys:
-            yield Issue(
-                name="two spellings",
-                runtimes=ALL,
-                what=f"rope_scaling says {_describe(older, keys)}, rope_parameters says "
-                f"{_describe(newer, keys)}: transformers, vLLM and SGLang take rope_scaling, "
-                "llama.cpp's converter takes rope_parameters",
-                fix="delete the wrong one; if neither is right, write the scaling that the weights "
-                "were trained with under both names",
-            )
+            what = f"rope_scaling says {_describe(older, keys)}, rope_parameters says "
+            what += f"{_describe(newer, keys)}: transformers, vLLM and SGLang take rope_scaling, "
+            what += "llama.cpp's converter takes rope_parameters"
+            fix = "delete the wrong one; if neither is right, write the scaling that the weights "
+            fix += "were trained with under both names"
+            yield Issue(name="two spellings", runtimes=ALL, what=what, fix=fix)
             return
     if top is not None and inside is not None and top != inside:
-        yield Issue(
-            name="two spellings",
-            runtimes=(T4,),
-            what=f"{theta_key} is {top:,.0f} at the top level, which transformers 4 takes, and "
-            f"{inside:,.0f} in rope_parameters; transformers 5 takes {reference.rope_theta:,.0f}",
-            fix=f"set both to the theta that the weights were trained with: the {theta_key} of "
-            "the base, changed only by ntk",
-        )
+        what = f"{theta_key} is {top:,.0f} at the top level, which transformers 4 takes, and "
+        what += f"{inside:,.0f} in rope_parameters; "
+        what += f"transformers 5 takes {reference.rope_theta:,.0f}"
+        fix = f"set both to the theta that the weights were trained with: the {theta_key} of "
+        fix += "the base, changed only by ntk"
+        yield Issue(name="two spellings", runtimes=(T4,), what=what, fix=fix)
     dropped = older and top is None and older.get("rope_theta") is None and inside is not None
     if dropped and inside != reference.rope_theta:
-        yield Issue(
-            name="two spellings",
-            runtimes=ALL,
-            what=f"rope_scaling has no {theta_key} beside it, so all runtimes but llama.cpp take "
-            f"theta {reference.rope_theta:,.0f} and not the {inside:,.0f} of rope_parameters",
-            fix=f'add "{theta_key}": {inside!r} beside rope_scaling',
-        )
+        what = f"rope_scaling has no {theta_key} beside it, so all runtimes but llama.cpp take "
+        what += f"theta {reference.rope_theta:,.0f} and not the {inside:,.0f} of rope_parameters"
+        fix = f'add "{theta_key}": {inside!r} beside rope_scaling'
+        yield Issue(name="two spellings", runtimes=ALL, what=what, fix=fix)
         return
     if not newer or four.error or reference.error or four.same_rope(reference):
         return
@@ -127,15 +108,12 @@ def _spellings(report: FolderReport) -> Iterator[Issue]:
     keys = [*missing, "rope_local_base_freq"]
     added = {key: spelled[key] for key in keys if key in spelled and spelled[key] != raw.get(key)}
     added = {k: v for k, v in added.items() if v is not None}
-    yield Issue(
-        name="older spelling missing",
-        runtimes=(T4,),
-        what=f"transformers 5 reads {describe(reference)}; transformers 4 reads {describe(four)}: "
-        f"{' and '.join(missing)} {verb} missing beside rope_parameters",
-        fix=f"add to config.json {json.dumps(added)[1:-1]}"
-        if added
-        else "transformers 4 has no keys for it: serve this model with transformers 5",
-    )
+    what = f"transformers 5 reads {describe(reference)}; transformers 4 reads {describe(four)}: "
+    what += f"{' and '.join(missing)} {verb} missing beside rope_parameters"
+    fix = "transformers 4 has no keys for it: serve this model with transformers 5"
+    if added:
+        fix = f"add to config.json {json.dumps(added)[1:-1]}"
+    yield Issue(name="older spelling missing", runtimes=(T4,), what=what, fix=fix)
 
 
 def _completed(report: FolderReport) -> dict[str, Any]:
@@ -159,45 +137,34 @@ def _original(report: FolderReport) -> Iterator[Issue]:
     factor = report.parameters.get("factor") or 1.0
     if name == "longrope":
         if not folder.raw.get("original_max_position_embeddings") and top is None:
-            yield Issue(
-                name="original length",
-                runtimes=(T4,),
-                what="longrope has no original_max_position_embeddings at the top level, the only "
-                f"place where transformers 4 looks: it counts from {folder.length:,}",
-                fix=f'add "original_max_position_embeddings": '
-                f"{inside or report.original_length or 'L'} beside max_position_embeddings",
-            )
+            what = "longrope has no original_max_position_embeddings at the top level, the only "
+            what += f"place where transformers 4 looks: it counts from {folder.length:,}"
+            fix = 'add "original_max_position_embeddings": '
+            fix += f"{inside or report.original_length or 'L'} beside max_position_embeddings"
+            yield Issue(name="original length", runtimes=(T4,), what=what, fix=fix)
     elif not inside:
         guess = report.original_length or top or round(folder.length / factor)
         four = "fails" if name == "llama3" else f"{folder.length:,}"
         cpp = "8,192" if name == "llama3" else "fails"
-        yield Issue(
-            name="original length",
-            runtimes=(T4, LLAMA_CPP) if top else ALL,
-            what=f"{name} has no original_max_position_embeddings inside: transformers 5, vLLM and "
-            f"SGLang count from {top or folder.length:,}, transformers 4: {four}, "
-            f"llama.cpp: {f'{top:,}' if top else cpp}",
-            fix=f'add "original_max_position_embeddings": {guess} to rope_parameters and '
-            "rope_scaling, if the weights were trained at that length",
-        )
+        what = f"{name} has no original_max_position_embeddings inside: transformers 5, vLLM and "
+        what += f"SGLang count from {top or folder.length:,}, transformers 4: {four}, "
+        what += f"llama.cpp: {f'{top:,}' if top else cpp}"
+        fix = f'add "original_max_position_embeddings": {guess} to rope_parameters and '
+        fix += "rope_scaling, if the weights were trained at that length"
+        runtimes = (T4, LLAMA_CPP) if top else ALL
+        yield Issue(name="original length", runtimes=runtimes, what=what, fix=fix)
     if inside and top and inside != top and "original_max_position_embeddings" in folder.raw:
-        yield Issue(
-            name="original length",
-            runtimes=(T4, LLAMA_CPP),
-            what=f"original_max_position_embeddings is {top:,} at the top level, where transformers"
-            f" 5, vLLM and SGLang look first, and {inside:,} inside, where llama.cpp does, and "
-            "transformers 4 for any type but longrope",
-            fix="make them equal",
-        )
+        what = f"original_max_position_embeddings is {top:,} at the top level, where transformers"
+        what += f" 5, vLLM and SGLang look first, and {inside:,} inside, where llama.cpp does, and "
+        what += "transformers 4 for any type but longrope"
+        fix = "make them equal"
+        yield Issue(name="original length", runtimes=(T4, LLAMA_CPP), what=what, fix=fix)
     read = report.reference.original_length
     if report.original_length and read and read != report.original_length and inside:
-        yield Issue(
-            name="original length",
-            runtimes=ALL,
-            what=f"the config counts from {read:,} tokens, and the model was trained at "
-            f"{report.original_length:,}",
-            fix=f"set original_max_position_embeddings to {report.original_length}",
-        )
+        L = report.original_length
+        what = f"the config counts from {read:,} tokens, and the model was trained at {L:,}"
+        fix = f"set original_max_position_embeddings to {L}"
+        yield Issue(name="original length", runtimes=ALL, what=what, fix=fix)
 
 
 def _lengths(report: FolderReport) -> Iterator[Issue]:
@@ -207,26 +174,20 @@ def _lengths(report: FolderReport) -> Iterator[Issue]:
     named = names_length(folder) and report.parameters.get("factor")
     if name == "yarn" and named and length != report.window:
         beyond = f", and vLLM has no angles beyond {report.window:,}" * (length > report.window)
-        yield Issue(
-            name="length",
-            runtimes=(VLLM, SGLANG, LLAMA_CPP),
-            what=f"yarn reaches {factor:g} x {report.window / factor:,.0f} = {report.window:,} "
-            f"tokens and max_position_embeddings is {length:,}: vLLM and SGLang serve that many"
-            f"{beyond}; transformers 4.51 to 4.55 compute another factor from it",
-            fix=f"set max_position_embeddings to {report.window}",
-        )
+        what = f"yarn reaches {factor:g} x {report.window / factor:,.0f} = {report.window:,} "
+        what += f"tokens and max_position_embeddings is {length:,}: vLLM and SGLang serve that many"
+        what += f"{beyond}; transformers 4.51 to 4.55 compute another factor from it"
+        fix = f"set max_position_embeddings to {report.window}"
+        yield Issue(name="length", runtimes=(VLLM, SGLANG, LLAMA_CPP), what=what, fix=fix)
     if report.keeps_length:
         yield from _multiplied(report, factor)
     for runtime in (VLLM, SGLANG):
         reading, key = report.readings[runtime], _other_length(folder, runtime)
         if key and not reading.error and folder.raw[key] != length:
-            yield Issue(
-                name="other length",
-                runtimes=(runtime,),
-                what=f"{runtime} takes {key} {folder.raw[key]:,}, not max_position_embeddings "
-                f"{length:,}, and serves {reading.max_length:,} tokens",
-                fix=f"remove {key} from config.json",
-            )
+            what = f"{runtime} takes {key} {folder.raw[key]:,}, not max_position_embeddings "
+            what += f"{length:,}, and serves {reading.max_length:,} tokens"
+            fix = f"remove {key} from config.json"
+            yield Issue(name="other length", runtimes=(runtime,), what=what, fix=fix)
 
 
 def _multiplied(report: FolderReport, factor: float) -> Iterator[Issue]:
@@ -234,25 +195,19 @@ def _multiplied(report: FolderReport, factor: float) -> Iterator[Issue]:
     tokens = report.folder.tokenizer_length
     L = report.original_length
     if L and length != L:
-        yield Issue(
-            name="length",
-            runtimes=(VLLM, SGLANG),
-            what=f"{name} needs the length before scaling, and max_position_embeddings is "
-            f"{length:,}: vLLM and SGLang multiply it by {factor:g} and serve "
-            f"{length * factor:,.0f} tokens",
-            fix=f"set max_position_embeddings to {L}",
-        )
+        what = f"{name} needs the length before scaling, and max_position_embeddings is "
+        what += f"{length:,}: vLLM and SGLang multiply it by {factor:g} and serve "
+        what += f"{length * factor:,.0f} tokens"
+        fix = f"set max_position_embeddings to {L}"
+        yield Issue(name="length", runtimes=(VLLM, SGLANG), what=what, fix=fix)
     elif not L and factor > 1 and tokens == length:
-        yield Issue(
-            name="length",
-            runtimes=(VLLM, SGLANG),
-            what=f"max_position_embeddings and the tokenizer's model_max_length are both "
-            f"{length:,}, and vLLM and SGLang multiply the first by {factor:g} ({name}): they "
-            f"serve {length * factor:,.0f} tokens",
-            fix=f"if {length:,} is the window with the scaling, set max_position_embeddings to "
-            f"{round(length / factor)}; if it is the one before scaling, set the tokenizer's "
-            f"model_max_length to {round(length * factor)}",
-        )
+        what = "max_position_embeddings and the tokenizer's model_max_length are both "
+        what += f"{length:,}, and vLLM and SGLang multiply the first by {factor:g} ({name}): they "
+        what += f"serve {length * factor:,.0f} tokens"
+        fix = f"if {length:,} is the window with the scaling, set max_position_embeddings to "
+        fix += f"{round(length / factor)}; if it is the one before scaling, set the tokenizer's "
+        fix += f"model_max_length to {round(length * factor)}"
+        yield Issue(name="length", runtimes=(VLLM, SGLANG), what=what, fix=fix)
 
 
 def _attention(report: FolderReport) -> Iterator[Issue]:
@@ -268,74 +223,52 @@ def _attention(report: FolderReport) -> Iterator[Issue]:
         name = "attention_factor" if explicit else "mscale and mscale_all_dim"
         readers = "transformers and vLLM 0.33" if explicit else "transformers, vLLM and SGLang"
         others = "SGLang, llama.cpp" if explicit else "llama.cpp"
-        yield Issue(
-            name="attention factor",
-            runtimes=(SGLANG, LLAMA_CPP) if explicit else (LLAMA_CPP,),
-            what=f"{name} makes it {A:.4f} for {readers}; {others} and vLLM up to 0.15 "
-            f"compute {default:.4f}",
-            fix=f"remove it if the weights were trained with {default:.4f}; if not, GGUF needs "
-            f"{key} = {A / default:.6f} (skipwise export --to gguf writes it)"
-            + (f", and SGLang attn_factor = {A / default:.6f}" if explicit else ""),
-        )
+        runtimes = (SGLANG, LLAMA_CPP) if explicit else (LLAMA_CPP,)
+        what = f"{name} makes it {A:.4f} for {readers}; {others} and vLLM up to 0.15 "
+        what += f"compute {default:.4f}"
+        fix = f"remove it if the weights were trained with {default:.4f}; if not, GGUF needs "
+        fix += f"{key} = {A / default:.6f} (skipwise export --to gguf writes it)"
+        fix += f", and SGLang attn_factor = {A / default:.6f}" if explicit else ""
+        yield Issue(name="attention factor", runtimes=runtimes, what=what, fix=fix)
     if p.get("attn_factor") not in (None, 1, 1.0):
-        yield Issue(
-            name="attention factor",
-            runtimes=(SGLANG,),
-            what=f"only SGLang and vLLM up to 0.15 read attn_factor {p['attn_factor']:g}",
-            fix="remove it",
-        )
+        what = f"only SGLang and vLLM up to 0.15 read attn_factor {p['attn_factor']:g}"
+        yield Issue(name="attention factor", runtimes=(SGLANG,), what=what, fix="remove it")
     ramp = [key for key in ("truncate", "beta_fast", "beta_slow") if p.get(key) is not None]
     cpp = report.readings[LLAMA_CPP]
     if ramp and cpp.rope_type == "yarn" and not cpp.same_pairs(reference):
-        yield Issue(
-            name="ramp",
-            runtimes=(LLAMA_CPP,),
-            what=f"{', '.join(f'{key} {p[key]}' for key in ramp)}: llama.cpp's yarn ramp goes "
-            "from 32 rotations to 1, with its ends rounded to pairs",
-            fix=_TO_GGUF,
-        )
+        what = f"{', '.join(f'{key} {p[key]}' for key in ramp)}: llama.cpp's yarn ramp goes "
+        what += "from 32 rotations to 1, with its ends rounded to pairs"
+        yield Issue(name="ramp", runtimes=(LLAMA_CPP,), what=what, fix=_TO_GGUF)
 
 
 def _portable(report: FolderReport) -> Iterator[Issue]:
     """Types that mean something else in each runtime."""
     name, folder, cpp = report.rope_type, report.folder, report.readings[LLAMA_CPP]
     if name == "dynamic":
-        yield Issue(
-            name="not portable",
-            runtimes=(VLLM, SGLANG, LLAMA_CPP),
-            what="dynamic follows the longest position seen in transformers, stays unscaled in "
-            "vLLM, is fixed at the full factor in SGLang, and is dropped by llama.cpp",
-            fix="extend with rope.type=yarn, or serve it with transformers",
-        )
+        what = "dynamic follows the longest position seen in transformers, stays unscaled in "
+        what += "vLLM, is fixed at the full factor in SGLang, and is dropped by llama.cpp"
+        fix = "extend with rope.type=yarn, or serve it with transformers"
+        yield Issue(name="not portable", runtimes=(VLLM, SGLANG, LLAMA_CPP), what=what, fix=fix)
     dropped = not cpp.error and cpp.rope_type == "default" and name != "default"
     if folder.family in LLAMA_CPP_WITHOUT_ROPE:
         if not cpp.same_rope(report.reference):
-            yield Issue(
-                name="not portable",
-                runtimes=(LLAMA_CPP,),
-                what=f"llama.cpp's converter writes no RoPE for {folder.family}: it uses theta "
-                f"10,000 without scaling, and the config has {describe(report.reference)}",
-                fix=f"{_TO_GGUF}, or start llama.cpp with {_flags(report.reference)}",
-            )
+            what = f"llama.cpp's converter writes no RoPE for {folder.family}: it uses theta "
+            what += f"10,000 without scaling, and the config has {describe(report.reference)}"
+            fix = f"{_TO_GGUF}, or start llama.cpp with {_flags(report.reference)}"
+            yield Issue(name="not portable", runtimes=(LLAMA_CPP,), what=what, fix=fix)
     elif dropped and name not in ("dynamic", "ntk", "su", "proportional"):
-        yield Issue(
-            name="not portable",
-            runtimes=(LLAMA_CPP,),
-            what=f"llama.cpp's converter drops {name} for {folder.family} without a warning",
-            fix=f"{_TO_GGUF} if it can, or extend with rope.type=yarn",
-        )
+        what = f"llama.cpp's converter drops {name} for {folder.family} without a warning"
+        fix = f"{_TO_GGUF} if it can, or extend with rope.type=yarn"
+        yield Issue(name="not portable", runtimes=(LLAMA_CPP,), what=what, fix=fix)
     if name == "longrope":
         pair = report.readings[VLLM], report.readings[SGLANG]
         for r in (r for r in pair if not r.error and not r.same_rope(report.reference)):
-            yield Issue(
-                name="not portable",
-                runtimes=(r.runtime,),
-                what=f"{r.runtime} takes longrope's attention factor from the lengths, "
-                f"{r.attention_factor:.4f}, and transformers has "
-                f"{report.reference.attention_factor:.4f}",
-                fix="leave attention_factor out and set factor to max_position_embeddings / "
-                "original_max_position_embeddings",
-            )
+            have, want = r.attention_factor, report.reference.attention_factor
+            what = f"{r.runtime} takes longrope's attention factor from the lengths, {have:.4f}, "
+            what += f"and transformers has {want:.4f}"
+            fix = "leave attention_factor out and set factor to max_position_embeddings / "
+            fix += "original_max_position_embeddings"
+            yield Issue(name="not portable", runtimes=(r.runtime,), what=what, fix=fix)
 
 
 def _flags(reading: Reading) -> str:
@@ -361,13 +294,10 @@ def _window(report: FolderReport) -> Iterator[Issue]:
         return
     if window < report.window:
         where = "" if "sliding_window" in folder.raw else " (the class's default)"
-        yield Issue(
-            name="sliding window",
-            runtimes=(T5, T4, VLLM, SGLANG),
-            what=f"sliding_window is {window:,}{where} in every layer, and the window "
-            f"{report.window:,}: tokens further back are hidden",
-            fix='set "sliding_window": null, if the weights were trained without it',
-        )
+        what = f"sliding_window is {window:,}{where} in every layer, and the window "
+        what += f"{report.window:,}: tokens further back are hidden"
+        fix = 'set "sliding_window": null, if the weights were trained without it'
+        yield Issue(name="sliding window", runtimes=(T5, T4, VLLM, SGLANG), what=what, fix=fix)
 
 
 def _unreadable(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
@@ -389,12 +319,8 @@ def _unreadable(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
         else:
             fix = "export the model again, or write the scaling that it was trained with"
         verb = "" if reason.startswith(NOT_COMPUTED) else " cannot load it"
-        yield Issue(
-            name="does not load",
-            runtimes=tuple(runtimes),
-            what=f"{', '.join(runtimes)}{verb}: {reason}",
-            fix=fix,
-        )
+        what = f"{', '.join(runtimes)}{verb}: {reason}"
+        yield Issue(name="does not load", runtimes=tuple(runtimes), what=what, fix=fix)
 
 
 def is_new_family(reading: Reading) -> bool:
@@ -410,24 +336,16 @@ def _unexplained(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
         if runtime in reported or reading.error or reference.inv_freq is None:
             continue
         if not reading.same_rope(reference):
-            yield Issue(
-                name="other frequencies",
-                runtimes=(runtime,),
-                what=f"{runtime} reads {describe(reading)}, transformers 5 {describe(reference)}",
-                fix="make rope_parameters, rope_scaling and rope_theta agree",
-            )
-        elif (
-            runtime in (VLLM, SGLANG)
-            and reading.max_length != report.window
-            and report.rope_type != "longrope"  # vLLM serves L by default: a note
-        ):
-            yield Issue(
-                name="length",
-                runtimes=(runtime,),
-                what=f"{runtime} serves {reading.max_length:,} tokens, the window is "
-                f"{report.window:,}",
-                fix="set max_position_embeddings as the type needs it",
-            )
+            what = f"{runtime} reads {describe(reading)}, transformers 5 {describe(reference)}"
+            fix = "make rope_parameters, rope_scaling and rope_theta agree"
+            yield Issue(name="other frequencies", runtimes=(runtime,), what=what, fix=fix)
+        elif report.rope_type == "longrope":  # vLLM serves L by default: a note
+            continue
+        elif runtime in (VLLM, SGLANG) and reading.max_length != report.window:
+            what = f"{runtime} serves {reading.max_length:,} tokens, "
+            what += f"the window is {report.window:,}"
+            fix = "set max_position_embeddings as the type needs it"
+            yield Issue(name="length", runtimes=(runtime,), what=what, fix=fix)
 
 
 def _differing(family: str, older: dict[str, Any], newer: dict[str, Any]) -> list[str]:

@@ -18,21 +18,15 @@ def _tokenizer(report: FolderReport) -> Iterator[Issue]:
     if settings is None:
         return
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        yield Issue(
-            name="tokenizer class",
-            runtimes=(T4,),
-            what="tokenizer_class is TokenizersBackend, which transformers 4 does not have",
-            fix='set tokenizer_class to "PreTrainedTokenizerFast" in tokenizer_config.json',
-        )
+        what = "tokenizer_class is TokenizersBackend, which transformers 4 does not have"
+        fix = 'set tokenizer_class to "PreTrainedTokenizerFast" in tokenizer_config.json'
+        yield Issue(name="tokenizer class", runtimes=(T4,), what=what, fix=fix)
     multiplied = report.keeps_length and tokens == report.folder.length
     if tokens and tokens < report.window and not (multiplied and not report.original_length):
-        yield Issue(
-            name="tokenizer length",
-            runtimes=(T5, T4),
-            what=f"the tokenizer's model_max_length is {tokens:,} and the window "
-            f"{report.window:,}: it warns about longer text, and cuts it with truncation=True",
-            fix=f"set model_max_length to {report.window} in tokenizer_config.json",
-        )
+        what = f"the tokenizer's model_max_length is {tokens:,} and the window "
+        what += f"{report.window:,}: it warns about longer text, and cuts it with truncation=True"
+        fix = f"set model_max_length to {report.window} in tokenizer_config.json"
+        yield Issue(name="tokenizer length", runtimes=(T5, T4), what=what, fix=fix)
 
 
 def _generation(report: FolderReport) -> Iterator[Issue]:
@@ -40,21 +34,13 @@ def _generation(report: FolderReport) -> Iterator[Issue]:
     settings = {"config.json": folder.raw, "generation_config.json": folder.generation}
     for file, values in settings.items():
         if values.get("use_cache") is False:
-            yield Issue(
-                name="use_cache",
-                runtimes=(T5, T4),
-                what=f"use_cache is false in {file}: each new token reads the whole prompt again",
-                fix="set it to true",
-            )
+            what = f"use_cache is false in {file}: each new token reads the whole prompt again"
+            yield Issue(name="use_cache", runtimes=(T5, T4), what=what, fix="set it to true")
     limit = folder.generation.get("max_length")
     if isinstance(limit, int) and limit < report.window:
-        yield Issue(
-            name="generation length",
-            runtimes=(T5, T4),
-            what=f"max_length is {limit:,} in generation_config.json: generate stops there, prompt "
-            "included, unless max_new_tokens is given",
-            fix="remove max_length",
-        )
+        what = f"max_length is {limit:,} in generation_config.json: generate stops there, prompt "
+        what += "included, unless max_new_tokens is given"
+        yield Issue(name="generation length", runtimes=(T5, T4), what=what, fix="remove max_length")
 
 
 def _adapter(report: FolderReport) -> Iterator[Issue]:
@@ -68,22 +54,15 @@ def _adapter(report: FolderReport) -> Iterator[Issue]:
         known = f"which is {describe(report.reference)}"
     else:
         return
-    yield Issue(
-        name="adapter",
-        runtimes=ALL,
-        what=f"this is an adapter, which has no RoPE of its own: a runtime loads that of {name}, "
-        f"{known}",
-        fix="merge it (skipwise export, or peft's merge_and_unload) and share the merged model, or "
-        "load the base with config= of the scaled config.json",
-    )
+    what = f"this is an adapter, which has no RoPE of its own: a runtime loads that of {name}, "
+    what += known
+    fix = "merge it (skipwise export, or peft's merge_and_unload) and share the merged model, or "
+    fix += "load the base with config= of the scaled config.json"
+    yield Issue(name="adapter", runtimes=ALL, what=what, fix=fix)
 
 
 def _weights(report: FolderReport) -> Iterator[Issue]:
     missing = report.folder.missing_weights
     if missing:
-        yield Issue(
-            name="weights",
-            runtimes=ALL,
-            what=f"the index lists {len(missing)} files that the folder lacks, first {missing[0]}",
-            fix="copy them into the folder",
-        )
+        what = f"the index lists {len(missing)} files that the folder lacks, first {missing[0]}"
+        yield Issue(name="weights", runtimes=ALL, what=what, fix="copy them into the folder")

@@ -87,8 +87,6 @@ def describe(reading: Reading) -> str:
     if reading.rope_type == "default":
         return f"no scaling, theta {reading.rope_theta:,.0f}"
     of = f" of {reading.original_length:,}" if reading.original_length else ""
-    times = f", attention factor {reading.attention_factor:.4f}"
-    return (
-        f"{reading.rope_type} x{reading.factor:g}{of}, theta {reading.rope_theta:,.0f}"
-        f"{times if reading.attention_factor != 1 else ''}"
-    )
+    factor = reading.attention_factor
+    times = f", attention factor {factor:.4f}" if factor != 1 else ""
+    return f"{reading.rope_type} x{reading.factor:g}{of}, theta {reading.rope_theta:,.0f}{times}"

@@ -92,11 +92,9 @@ class Reading:
 
     def same_rope(self, other: Reading) -> bool:
         """Whether both compute the same cos and sin."""
-        return (
-            self.same_pairs(other)
-            and abs(self.attention_factor - other.attention_factor) < 1e-5
-            and self.sliding_theta == other.sliding_theta
-        )
+        same_factor = abs(self.attention_factor - other.attention_factor) < 1e-5
+        same_sliding = self.sliding_theta == other.sliding_theta
+        return self.same_pairs(other) and same_factor and same_sliding
 
 
 def read_all(folder: ModelFolder) -> tuple[Reading, ...]:
@@ -391,15 +389,9 @@ def _partial(folder: ModelFolder, p: dict[str, Any]) -> float:
     """The fraction of a head that rotates."""
     default = folder.known.get("rope_parameters") or {}
     default = (default.get("full_attention") or default).get("partial_rotary_factor")
-    for value in (
-        p.get("partial_rotary_factor"),
-        folder.raw.get("partial_rotary_factor"),
-        folder.raw.get("rotary_pct"),
-        default,
-    ):
-        if value is not None:
-            return float(value)
-    return 1.0
+    stated = [d.get("partial_rotary_factor") for d in (p, folder.raw)]
+    values = (*stated, folder.raw.get("rotary_pct"), default, 1.0)
+    return float(next(value for value in values if value is not None))
 
 
 def _dim(folder: ModelFolder, p: dict[str, Any]) -> int:

@@ -83,11 +83,8 @@ def as_json(verdict: Verdict) -> dict[str, Any]:
 
 def _plain(reading: Reading) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(reading) if f.name != "inv_freq"]
-    ends = reading.inv_freq
-    return {
-        **{name: getattr(reading, name) for name in names},
-        "inv_freq_ends": None if ends is None else [float(ends[0]), float(ends[-1])],
-    }
+    found, ends = {name: getattr(reading, name) for name in names}, reading.inv_freq
+    return {**found, "inv_freq_ends": None if ends is None else [float(ends[0]), float(ends[-1])]}
 
 
 def _row(reading: Reading) -> tuple[str, ...]:

@@ -28,29 +28,17 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
     folder = cache_folder() / "quickstart"
     model = folder / "skipwise-tiny"
     shutil.copytree(MODEL, model, dirs_exist_ok=True)
-    texts = (
-        folder
-        / f"python-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    )
-    write_documents(
-        texts,
-        AutoTokenizer.from_pretrained(MODEL),
-        length=_TRAIN_LENGTH,
-        num_passkeys=_NUM_PASSKEYS,
-    )
-    sources = [(texts / "source.jsonl", 3), (texts / "passkeys.jsonl", 1)]
-    listed = ", ".join(
-        f"{{path: {_with_tilde(path)}, weight: {weight}}}" for path, weight in sources
-    )
-    return load_recipe(
-        Path(__file__).with_name("recipe.yaml"),
-        [
-            f"model={_with_tilde(model)}",
-            f"data.sources=[{listed}]",
-            f"data.eval_sources=[{_with_tilde(texts / 'evaluation.jsonl')}]",
-            *(overrides or []),
-        ],
-    )
+    texts = folder / f"python-{'.'.join(map(str, sys.version_info[:3]))}"
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    write_documents(texts, tokenizer, length=_TRAIN_LENGTH, num_passkeys=_NUM_PASSKEYS)
+    weights = {"source.jsonl": 3, "passkeys.jsonl": 1}
+    sources = [f"{{path: {_with_tilde(texts / k)}, weight: {w}}}" for k, w in weights.items()]
+    keys = [
+        f"model={_with_tilde(model)}",
+        f"data.sources=[{', '.join(sources)}]",
+        f"data.eval_sources=[{_with_tilde(texts / 'evaluation.jsonl')}]",
+    ]
+    return load_recipe(Path(__file__).with_name("recipe.yaml"), [*keys, *(overrides or [])])
 
 
 def _with_tilde(path: Path) -> str:

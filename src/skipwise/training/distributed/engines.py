@@ -52,10 +52,8 @@ def engine_of(recipe: Recipe) -> str:
             "set engine=auto to use the launcher's, or launch without a configuration"
         )
     if recipe.engine.startswith("zero3") and importlib.util.find_spec("deepspeed") is None:
-        raise SkipwiseError(
-            f"engine: {recipe.engine} needs DeepSpeed\n"
-            "pip install 'skipwise[deepspeed]', or pass --engine fsdp2"
-        )
+        fix = "pip install 'skipwise[deepspeed]', or pass --engine fsdp2"
+        raise SkipwiseError(f"engine: {recipe.engine} needs DeepSpeed\n{fix}")
     if recipe.engine in SHARDED_ENGINES and "WORLD_SIZE" not in os.environ:
         raise SkipwiseError(
             f"engine: {recipe.engine} shards the model over processes that a launcher starts\n"
@@ -173,9 +171,8 @@ def set_fsdp2_mixed_precision(trainer: Any, dtype: torch.dtype) -> None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32
-    )
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    plugin.mixed_precision_policy = policy
 
 
 def check_engine(engine: str, trainer: Any) -> Check:
@@ -191,16 +188,11 @@ def check_engine(engine: str, trainer: Any) -> Check:
     else:
         is_ddp = isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
         sharded = len(parameters) if is_ddp else 0
-    passed = sharded == len(parameters)
-    done = "sharded" if engine != "ddp" else "synchronized"
-    return Check(
-        name="engine",
-        passed=passed,
-        detail=f"{engine} over {world_size()} processes, all {sharded} trained tensors {done}"
-        if passed
-        else f"{engine}: {len(parameters) - sharded} of {len(parameters)} trained tensors are not "
-        f"{done}",
-    )
+    total, done = len(parameters), "sharded" if engine != "ddp" else "synchronized"
+    detail = f"{engine} over {world_size()} processes, all {sharded} trained tensors {done}"
+    if sharded != total:
+        detail = f"{engine}: {total - sharded} of {total} trained tensors are not {done}"
+    return Check(name="engine", passed=sharded == total, detail=detail)
 
 
 def cpu_ram_efficient_loading(engine: str, lora: LoRASettings | None, tied: bool) -> bool:
