@@ -162,7 +162,7 @@ def test_a_collator_that_makes_labels_anew_is_caught_by_the_data_sets_own_exampl
         batch = ExampleCollator()(rows)
         return {**batch, "labels": batch["input_ids"].clone()}
 
-    for collator, said in ((ExampleCollator(), None), (anew, "right after a jump of the text")):
+    for collator, said in ((ExampleCollator(), None), (anew, "right after a gap in the text")):
         callback = PreflightCallback(target_length=T, report=lambda check: None)
         trainer = make_trainer(
             loaded(tiny)[0], items, collator, callback, tmp_path, remove_unused_columns=False

@@ -475,7 +475,7 @@ def test_text_that_is_read_again_and_again_is_said(tiny, text_folder, tmp_path, 
     recipe = make_recipe(tiny, text_folder, "training.num_steps=1200")
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     assert main(["check", str(tmp_path / "r.yaml")]) == 0
-    assert "408 examples of them: each stretch of text is read about" in capsys.readouterr().out
+    assert "408 examples of them; each stretch of text is read about" in capsys.readouterr().out
 
 
 def test_the_whole_job_hands_over_what_the_finish_made(tiny, text_folder, tmp_path):

@@ -333,9 +333,9 @@ def test_an_adapter_is_read_with_the_rope_of_its_base(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "holds no config.json"),
+        (None, "has no config.json"),
         ("{", "is not JSON"),
-        ("[]", "should map keys to values"),
+        ("[]", "must map keys to values"),
         (json.dumps({"model_type": "gpt2"}), "without rotary position embeddings"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4}), "neither head_dim nor hidden_size"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4, "hidden_size": 64}), "incomplete"),
