@@ -227,7 +227,7 @@ def _check_open_labels(
         num_masked += int(masked.sum())
         num_open += int((masked & (have != IGNORE_INDEX)).sum())
     detail = f"{num_masked:,} masked in {len(rows)} records: prompts, padding, and the first after "
-    detail += "each jump of the text"
+    detail += "each gap in the text"
     if num_open:
         detail = f"{num_open:,} that the collator masks are not masked in the batch, after a jump "
         detail += "of the text or in a prompt: the trainer makes its own labels after the collator"
