@@ -126,5 +126,5 @@ def test_what_was_left_out_of_the_data_is_said(tiny, tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text(f'{long}\n{{"text": "short"}}\nbroken\n')
     assert main(["check", str(tiny), "--to", "256", "--data", str(tmp_path / "x.jsonl")]) == 0
     out = capsys.readouterr().out
-    assert "1 shorter ones dropped" in out and "1 records not readable" in out
+    assert "1 shorter ones dropped" in out and "1 unreadable records" in out
     assert "x.jsonl:3: not JSON" in out
