@@ -146,8 +146,11 @@ def check_settings(settings: EvalSettings) -> None:
         if getattr(settings, key) == 0:
             raise SkipwiseError(f"eval.{key} is 0: give 1 or more")
     if not settings.tasks or not all(settings.tasks):
-        names = ", ".join([*task_names(), "short-benchmarks"])
-        raise SkipwiseError(f"eval.tasks is empty: choose from {names}")
+        raise SkipwiseError(f"eval.tasks is empty: choose from {', '.join(_known_names())}")
+
+
+def _known_names() -> list[str]:
+    return [*task_names(), "short-benchmarks"]
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
@@ -182,9 +185,8 @@ def _units(
             decides = [_VERSION, eval_model.identity, settings.seed, task.name]
             decides += [group] if task.lengths == "together" else group
             decides += [*task.cache_key(settings), *([] if task.text == "unused" else [text])]
-            digest = hashlib.sha1(
-                json.dumps(decides, default=str).encode(), usedforsecurity=False
-            ).hexdigest()
+            encoded = json.dumps(decides, default=str).encode()
+            digest = hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
             tokens = sum(group) * (count or 0)
             yield _Unit(task=task, lengths=group, key=digest[:12], tokens=tokens)
 
@@ -196,9 +198,7 @@ def _check_tasks(tasks: Sequence[Task], settings: EvalSettings) -> None:
             if task.check is not None:
                 task.check(settings)
         except SkipwiseError as error:
-            near = difflib.get_close_matches(
-                task.name, [*task_names(), "short-benchmarks"], 1, 0.75
-            )
+            near = difflib.get_close_matches(task.name, _known_names(), 1, 0.75)
             if near and "no task" in str(error):
                 raise SkipwiseError(f"no task {task.name!r}: did you mean {near[0]}?") from error
             raise

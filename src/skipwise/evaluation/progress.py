@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -18,23 +17,13 @@ class Progress:
         self.label, self.total, self.shown = label, max(1, total), shown
         self.done, self.end = 0, 0
         self.started = self.printed = time.monotonic()
-        self.bar = tqdm(
-            desc=label,
-            total=total,
-            unit=" tokens",
-            unit_scale=True,
-            disable=None if shown else True,
-        )
+        off = None if shown else True  # None: off if stderr is not a terminal
+        self.bar = tqdm(desc=label, total=total, unit=" tokens", unit_scale=True, disable=off)
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
 
     def begin(self, name: str, tokens: int) -> None:
@@ -56,8 +45,5 @@ class Progress:
         self.printed = time.monotonic()
         share = self.done / self.total
         minutes = (self.printed - self.started) * (1 - share) / max(share, 1e-6) / 60
-        print(
-            f"{self.label}: {self.name} done, {share:.0%}, about {minutes:.0f} min left",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{self.label}: {self.name} done, {share:.0%}, about {minutes:.0f} min left"
+        print(line, file=sys.stderr, flush=True)

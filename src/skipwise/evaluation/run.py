@@ -21,13 +21,7 @@ from skipwise.config.run_folder import RunFolder
 from skipwise.data.readers import parse_sources
 from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprint
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation.evaluator import (
-    EvalModel,
-    Texts,
-    check_settings,
-    evaluate_model,
-    find_tasks,
-)
+from skipwise.evaluation import evaluator
 from skipwise.evaluation.fingerprint import files_identity
 from skipwise.models.hf_config import load_config
 from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
@@ -61,9 +55,9 @@ def evaluate(
     """
     recipe, run, is_run = _recipe_and_folder(model_or_run, tasks, overrides, out)
     own_run = run if is_run else None
-    check_settings(recipe.eval)
+    evaluator.check_settings(recipe.eval)
     lengths = lengths or _own_lengths(recipe, own_run)
-    if not lengths and any(t.lengths != "none" for t in find_tasks(recipe.eval.tasks)):
+    if not lengths and any(t.lengths != "none" for t in evaluator.find_tasks(recipe.eval.tasks)):
         raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
     labels = _labels(recipe, run, is_run, baseline)
     own_folders = (str(run.model), str(run.converted)) if is_run else ()
@@ -74,15 +68,15 @@ def evaluate(
     ]
     if not is_run:
         _open_evaluation(run, labels, baseline, command)
-    need_text = [task.name for task in find_tasks(tasks) if task.text == "required"]
+    need_text = [task.name for task in evaluator.find_tasks(tasks) if task.text == "required"]
     rows: Rows = []
     with run.lock():
         for eval_model in eval_models:
             documents = evaluation_documents(recipe, eval_model.tokenizer, own_run, data)
             if need_text and not documents:
                 raise SkipwiseError(f"{' and '.join(need_text)} need text: type --data PATH")
-            texts, save = Texts(documents=documents), run.write_results
-            rows += evaluate_model(
+            texts, save = evaluator.Texts(documents=documents), run.write_results
+            rows += evaluator.evaluate_model(
                 eval_model, texts, lengths, recipe.eval, done=run.results(), save=save
             )
     if not rows:
@@ -124,7 +118,7 @@ def _recipe_and_folder(
 
 def make_eval_model(
     label: str, model: str, settings: ModelSettings, lengths: list[int], tokenizer: Any = None
-) -> EvalModel:
+) -> evaluator.EvalModel:
     """A model to measure with its own config, and with its own tokenizer unless one is given.
 
     Raises:
@@ -134,7 +128,7 @@ def make_eval_model(
     check_reach(config.to_dict(), max(lengths, default=0))
     dtype = compute_dtype(settings)
     tokenizer = tokenizer or load_tokenizer(model, settings)
-    return EvalModel(
+    return evaluator.EvalModel(
         label=label,
         load=lambda: load_for_evaluation(model, config, settings, dtype=dtype),
         tokenizer=tokenizer,

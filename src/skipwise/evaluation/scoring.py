@@ -16,16 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipwise.evaluation.prefill import (
-    batch_repeat,
-    crop,
-    logits_at,
-    logits_in_slices,
-    new_cache,
-    next_logits,
-    prefill,
-    reading,
-)
+from skipwise.evaluation import prefill
 
 _MIN_PREFIX = 64  # tokens; a shorter prefix is not worth a cache
 _PREFIX_SLACK = 32  # prefix tokens that a row may give up to join a batch
@@ -64,16 +55,15 @@ def exact_match(
     after the tokens before it.
     """
     correct: dict[int, bool] = {}
-    for indices, suffixes, cache in _batches(
-        model, trials, batch_tokens, lambda t: t.input_ids[:-1]
-    ):
+    batches = _batches(model, trials, batch_tokens, lambda trial: trial.input_ids[:-1])
+    for indices, suffixes, cache in batches:
         batch = [trials[i] for i in indices]
         width = max(map(len, suffixes))
         # padding comes last, so a causal model does not see it
         ids = torch.tensor([r + [0] * (width - len(r)) for r in suffixes], device=model.device)
         first = min(len(r) - t.num_answer for r, t in zip(suffixes, batch, strict=True))
         positions = torch.arange(first, width)
-        parts = logits_in_slices(model, ids, positions, past=cache)
+        parts = prefill.logits_in_slices(model, ids, positions, past=cache)
         likeliest = torch.cat([part.argmax(-1) for part in parts], 1).cpu()
         for i, row, suffix, trial in zip(indices, likeliest.tolist(), suffixes, batch, strict=True):
             at = len(suffix) - trial.num_answer - first
@@ -84,7 +74,6 @@ def exact_match(
     return [correct[i] for i in range(len(trials))]
 
 
-@torch.inference_mode()
 def recall(
     model: Any, tokenizer: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
 ) -> list[float]:
@@ -92,35 +81,38 @@ def recall(
 
     Case is ignored; a row stops as soon as it has all its answers.
     """
-    shares: dict[int, float] = {}
-    for indices, suffixes, cache in _batches(model, trials, batch_tokens, lambda t: t.input_ids):
-        batch = [trials[i] for i in indices]
 
-        def done(row: int, tokens: list[int], batch: list[Trial] = batch) -> bool:
-            return _share(tokenizer, tokens, batch[row].answers) == 1
+    def share(trial: Trial, tokens: list[int]) -> float:
+        text = tokenizer.decode(tokens, skip_special_tokens=True).lower()
+        return sum(answer.lower() in text for answer in trial.answers) / len(trial.answers)
 
-        max_new = [trial.max_new_tokens for trial in batch]
-        generated = _greedy(model, suffixes, max_new, end_tokens(model, tokenizer), cache, done)
-        for i, tokens, trial in zip(indices, generated, batch, strict=True):
-            shares[i] = _share(tokenizer, tokens, trial.answers)
-        if tick is not None:
-            tick(sum(trial.reach for trial in batch))
-    return [shares[i] for i in range(len(trials))]
+    def done(trial: Trial, tokens: list[int]) -> bool:
+        return share(trial, tokens) == 1
+
+    generated = greedy(model, tokenizer, trials, batch_tokens, tick, done)
+    return [share(trial, tokens) for trial, tokens in zip(trials, generated, strict=True)]
 
 
 @torch.inference_mode()
 def greedy(
-    model: Any, tokenizer: Any, trials: Sequence[Trial], batch_tokens: int
+    model: Any,
+    tokenizer: Any,
+    trials: Sequence[Trial],
+    batch_tokens: int,
+    tick: Tick | None = None,
+    done: Callable[[Trial, list[int]], bool] = lambda trial, tokens: False,
 ) -> list[list[int]]:
     """The tokens that `generate(do_sample=False)` generates after each prompt.
 
-    Penalties and minimal lengths of a generation_config are ignored.
+    Penalties and minimal lengths of a generation_config are ignored. `done` ends a row early.
     """
     out: dict[int, list[int]] = {}
     for indices, suffixes, cache in _batches(model, trials, batch_tokens, lambda t: t.input_ids):
-        max_new = [trials[i].max_new_tokens for i in indices]
-        generated = _greedy(model, suffixes, max_new, end_tokens(model, tokenizer), cache)
+        batch, stop_ids = [trials[i] for i in indices], end_tokens(model, tokenizer)
+        generated = _greedy(model, suffixes, batch, stop_ids, cache, done)
         out.update(zip(indices, generated, strict=True))
+        if tick is not None:
+            tick(sum(trial.reach for trial in batch))
     return [out[i] for i in range(len(trials))]
 
 
@@ -154,11 +146,11 @@ def _batches_of_one(
     The prefix is what a trial shares with the last one. Haystacks are the same up to the needle, so
     trials should be in order of its depth: the prefix grows from batch to batch, computed once.
     """
-    ways = reading(model)
+    ways = prefill.reading(model)
     rows = [input_of(trial) for trial in trials]
     shared = _shared(rows, rows[-1], [len(t.prompt) - 1 for t in trials])
     room = max(trial.reach for trial in trials)
-    base = new_cache(model, room)
+    base = prefill.new_cache(model, room)
     if not ways.pieces or sum(n >= _MIN_PREFIX for n in shared) < 2:
         shared = [0] * len(trials)
     order = sorted(range(len(trials)), key=lambda i: (shared[i], len(rows[i])))
@@ -171,9 +163,9 @@ def _batches_of_one(
         have = base.num_tokens
         more = torch.tensor([rows[-1][have:prefix]], device=model.device)
         if more.shape[1]:
-            prefill(model, more, base)
-        yield indices, suffixes, batch_repeat(base, len(indices))
-        crop(base, prefix)
+            prefill.prefill(model, more, base)
+        yield indices, suffixes, prefill.batch_repeat(base, len(indices))
+        prefill.crop(base, prefix)
 
 
 def _shared(rows: list[list[int]], last: list[int], limits: list[int]) -> list[int]:
@@ -215,25 +207,26 @@ def _grouped(
 def _greedy(
     model: Any,
     suffixes: list[list[int]],
-    max_new: list[int],
+    batch: list[Trial],
     stop_ids: set[int],
     past: Any,
-    done: Callable[[int, list[int]], bool] | None = None,
+    done: Callable[[Trial, list[int]], bool],
 ) -> list[list[int]]:
     """Greedy continuations of rows that follow the same cache.
 
     Rows are padded on the right; padding is masked, and positions continue from each row's length.
     """
-    if not reading(model).steps:
-        return _greedy_without_cache(model, suffixes, max_new, stop_ids, done)
+    if not prefill.reading(model).steps:
+        return _greedy_without_cache(model, suffixes, batch, stop_ids, done)
+    max_new = [trial.max_new_tokens for trial in batch]
     device = model.device
     lengths = torch.tensor([len(r) for r in suffixes], device=device)
     width = int(lengths.max())
     before = past.num_tokens if past is not None else 0
-    past = past if past is not None else new_cache(model, width + max(max_new))
+    past = past if past is not None else prefill.new_cache(model, width + max(max_new))
     ids = torch.tensor([r + [0] * (width - len(r)) for r in suffixes], device=device)
     first = int(lengths.min()) - 1
-    logits = logits_at(model, ids, torch.arange(first, width), past=past)
+    logits = prefill.logits_at(model, ids, torch.arange(first, width), past=past)
     tokens = logits[torch.arange(len(suffixes), device=device), lengths - 1 - first].argmax(-1)
     mask = torch.ones(len(suffixes), before + width + max(max_new), dtype=torch.long, device=device)
     slots = torch.arange(before, before + width, device=device)
@@ -246,35 +239,30 @@ def _greedy(
             if open_rows[row]:
                 generated[row].append(token)
                 full = len(generated[row]) >= max_new[row] or token in stop_ids
-                open_rows[row] = not full and not (done is not None and done(row, generated[row]))
+                open_rows[row] = not full and not done(batch[row], generated[row])
         if not any(open_rows):
             break
         seen = mask[:, : before + width + step + 1]
         # a finished row keeps its position: GPT-2 has no positions past its window
         positions = (before + lengths + torch.clamp(last, max=step))[:, None]
-        tokens = next_logits(model, tokens[:, None], positions, seen, past).argmax(-1)
+        tokens = prefill.next_logits(model, tokens[:, None], positions, seen, past).argmax(-1)
     return generated
 
 
 def _greedy_without_cache(
     model: Any,
     rows: list[list[int]],
-    max_new: list[int],
+    batch: list[Trial],
     stop_ids: set[int],
-    done: Callable[[int, list[int]], bool] | None,
+    done: Callable[[Trial, list[int]], bool],
 ) -> list[list[int]]:
     """The same without a cache, for models that cannot continue from one: a pass per token."""
     generated: list[list[int]] = [[] for _ in rows]
-    for row, prompt in enumerate(rows):
-        while len(generated[row]) < max_new[row]:
-            ids = torch.tensor([prompt + generated[row]], device=model.device)
+    for prompt, trial, tokens in zip(rows, batch, generated, strict=True):
+        while len(tokens) < trial.max_new_tokens:
+            ids = torch.tensor([prompt + tokens], device=model.device)
             last = torch.tensor([ids.shape[1] - 1])
-            generated[row].append(int(logits_at(model, ids, last)[0, -1].argmax()))
-            if generated[row][-1] in stop_ids or (done is not None and done(row, generated[row])):
+            tokens.append(int(prefill.logits_at(model, ids, last)[0, -1].argmax()))
+            if tokens[-1] in stop_ids or done(trial, tokens):
                 break
     return generated
-
-
-def _share(tokenizer: Any, tokens: list[int], answers: tuple[str, ...]) -> float:
-    text = tokenizer.decode(tokens, skip_special_tokens=True).lower()
-    return sum(answer.lower() in text for answer in answers) / len(answers)

@@ -73,15 +73,25 @@ def differences(rows: Rows, base: str, other: str) -> list[Difference]:
     _, lines, cells = benchmark_layout(rows)
     judged: dict[tuple[str, int], Difference] = {}
     for line in lines:  # acc_norm comes first
-        a, b = cells.get((line, base)), cells.get((line, other))
-        if a and b and (found := _difference(a, b)):
+        if found := line_difference(cells.get((line, base)), cells.get((line, other))):
             judged.setdefault((line[0], line[2]), found)
     return list(judged.values())
 
 
 def line_difference(a: Row | None, b: Row | None) -> Difference | None:
     """The difference of two cells, if both hold a value."""
-    return _difference(a, b) if a and b else None
+    if a is None or b is None or a["value"] is None or b["value"] is None:
+        return None
+    known = [error for error in (_stderr(a), _stderr(b)) if error is not None]
+    return Difference(
+        task=a["task"],
+        metric=a["metric"],
+        base=a["value"],
+        other=b["value"],
+        error=math.hypot(*known) if len(known) == 2 else None,
+        higher_is_better=higher_is_better(a),
+        is_share=_is_share(a) and _is_share(b),
+    )
 
 
 def describe_benchmarks(rows: Rows) -> list[str]:
@@ -130,9 +140,8 @@ def _describe_pair(rows: Rows, lines: list[Line], base: str, other: str) -> str:
     within = sum(d.judgement == "within error" for d in found)
     judged = sum(d.error is not None for d in found)
     if judged:
-        clauses.append(
-            f"{within} of {judged} {'benchmark' if judged == 1 else 'benchmarks'} within error"
-        )
+        noun = "benchmark" if judged == 1 else "benchmarks"
+        clauses.append(f"{within} of {judged} {noun} within error")
     points = [100 * d.change for d in found if d.higher_is_better and d.is_share]
     if len(points) > 1:
         mean = signed(sum(points) / len(points), 2)
@@ -141,22 +150,6 @@ def _describe_pair(rows: Rows, lines: list[Line], base: str, other: str) -> str:
     if missing:
         clauses.append(f"not measured for both: {listed(missing)}")
     return start + "; ".join(clauses) + "."
-
-
-def _difference(a: Row, b: Row) -> Difference | None:
-    if a["value"] is None or b["value"] is None:
-        return None
-    errors = _stderr(a), _stderr(b)
-    known = [e for e in errors if e is not None]
-    return Difference(
-        task=a["task"],
-        metric=a["metric"],
-        base=a["value"],
-        other=b["value"],
-        error=math.hypot(*known) if len(known) == 2 else None,
-        higher_is_better=higher_is_better(a),
-        is_share=_is_share(a) and _is_share(b),
-    )
 
 
 def _stderr(row: Row) -> float | None:
@@ -170,9 +163,7 @@ def _is_share(row: Row) -> bool:
 
 
 def _format_score(difference: Difference, value: float) -> str:
-    if difference.is_share:
-        return f"{100 * value:.1f}"
-    return number(value)
+    return f"{100 * value:.1f}" if difference.is_share else number(value)
 
 
 def _line(row: Row) -> Line:

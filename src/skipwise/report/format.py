@@ -44,9 +44,8 @@ def format_value(row: dict[str, Any]) -> str:
     else:
         shown = f"{percent(value)} %"
         low, high = 100 * (low or 0), 100 * (1 if high is None else high)
-        digits = (
-            0 if round(low) <= 100 * value <= round(high) else 1
-        )  # the rounded interval holds the value
+        # no decimals if the rounded interval holds the value
+        digits = 0 if round(low) <= 100 * value <= round(high) else 1
         interval = f"{low:.{digits}f}, {high:.{digits}f}"
     return f"{shown} [{interval}]" if known else shown
 

@@ -51,24 +51,20 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
         shortfalls.append(f"worse beyond error on short contexts: {listed(worse)}")
     failed = [c.get("name", "?") for c in run.get("checks") or [] if not c.get("passed")]
     shortfalls += [f"the check “{check}” failed" for check in failed]
-    if not any(
-        find(rows, "after", task, T) for task in ("passkey", "perplexity", *other_tasks(rows))
-    ):
+    tasks = ("passkey", "perplexity", *other_tasks(rows))
+    if not any(find(rows, "after", task, T) for task in tasks):
         out = f"{name} was set up for {T:,} tokens instead of {L:,}; it was not measured at {T:,}"
         return f"{out}, and {'; '.join(shortfalls)}." if shortfalls else f"{out}."
+    extended = f"{name} was extended from {L:,} to {T:,} tokens"
+    measured, short = "; ".join(results), "; ".join(shortfalls)
     if broken:
-        return (
-            f"Extending {name} from {L:,} to {T:,} tokens did not work: {'; '.join(shortfalls)}. "
-            f"Measured: {'; '.join(results)}."
-        )
+        failure = f"Extending {name} from {L:,} to {T:,} tokens did not work"
+        return f"{failure}: {short}. Measured: {measured}."
     if shortfalls:
-        return (
-            f"{name} was extended from {L:,} to {T:,} tokens but falls short: "
-            f"{'; '.join(shortfalls)}. Measured: {'; '.join(results)}."
-        )
+        return f"{extended} but falls short: {short}. Measured: {measured}."
     if not find(rows, "after", "passkey", T):
-        return f"{name} was extended from {L:,} to {T:,} tokens: {'; '.join(results)}."
-    return f"{name} now reads {T:,} tokens instead of {L:,}: {'; '.join(results)}."
+        return f"{extended}: {measured}."
+    return f"{name} now reads {T:,} tokens instead of {L:,}: {measured}."
 
 
 def evaluation_headline(run: dict[str, Any], rows: Rows) -> str:
@@ -141,27 +137,16 @@ def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
     before = find(rows, "before", "passkey", T)
     results = [_score(after, before)]
     shortfalls = []
-    low = [
-        r
-        for r in pooled(task_rows(rows, "passkey"))
-        if r["model"] == "after"
-        and L < r["context_length"] <= T
-        and r["value"] is not None
-        and r["value"] < PASSKEY_ENOUGH
-    ]
-    if low:
+    own = [r for r in task_rows(rows, "passkey") if r["model"] == "after"]
+    beyond = [r for r in pooled(own) if L < r["context_length"] <= T and r["value"] is not None]
+    if low := [r for r in beyond if r["value"] < PASSKEY_ENOUGH]:
         lengths = ", ".join(f"{n:,}" for n in sorted(r["context_length"] for r in low))
         worst = min(r["value"] for r in low)
         shortfalls.append(
             f"passkey below {100 * PASSKEY_ENOUGH:.0f} % at {lengths} (lowest {percent(worst)} %)"
         )
-    depths = [
-        r
-        for r in task_rows(rows, "passkey")
-        if (r["model"], r["context_length"]) == ("after", T)
-        and r.get("depth") is not None
-        and r["value"] is not None
-    ]
+    at_depths = [r for r in own if r["context_length"] == T and r.get("depth") is not None]
+    depths = [r for r in at_depths if r["value"] is not None]
     weakest = min(depths, key=lambda r: r["value"], default=None)
     if weakest and weakest["value"] < DEPTH_ENOUGH and after["value"] >= PASSKEY_ENOUGH:
         shortfalls.append(

@@ -73,21 +73,15 @@ def summarise_ruler(rows: Rows) -> list[RulerSummary]:
                     samples[length] = samples.get(length, 0) + row["num_samples"]
         task_sets = {frozenset(found) for found in scores.values()}
         if len(task_sets) > 1 or frozenset() in task_sets:
-            summaries.append(
-                RulerSummary(
-                    model=model,
-                    tasks=(),
-                    averages={},
-                    num_samples={},
-                    reason="not every task was measured at every length",
-                )
-            )
-            continue
-        averages = {n: sum(found.values()) / len(found) for n, found in sorted(scores.items())}
-        tasks = tuple(sorted(next(iter(task_sets)), key=_rank))
-        summaries.append(
-            RulerSummary(model=model, tasks=tasks, averages=averages, num_samples=samples)
+            tasks, averages, samples = (), {}, {}
+            reason = "not every task was measured at every length"
+        else:
+            averages = {n: sum(found.values()) / len(found) for n, found in sorted(scores.items())}
+            tasks, reason = tuple(sorted(next(iter(task_sets)), key=_rank)), ""
+        summary = RulerSummary(
+            model=model, tasks=tasks, averages=averages, num_samples=samples, reason=reason
         )
+        summaries.append(summary)
     return summaries
 
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from skipwise.report.benchmarks import (
-    benchmark_layout,
-    describe_benchmarks,
-    format_benchmark,
-    line_difference,
-    shots_label,
-)
+from skipwise.report import benchmarks, ruler
 from skipwise.report.format import format_value, metric_label
 from skipwise.report.rows import (
     RULER_AVERAGE,
@@ -21,13 +15,6 @@ from skipwise.report.rows import (
     models_of,
     pooled,
 )
-from skipwise.report.ruler import (
-    EFFECTIVE_LENGTH,
-    EFFECTIVE_THRESHOLD,
-    average_rows,
-    describe_tasks,
-    summarise_ruler,
-)
 
 
 def layout(rows: Rows) -> tuple[list[str], list[tuple[str, str, int]], dict[tuple[Any, ...], Any]]:
@@ -35,7 +22,7 @@ def layout(rows: Rows) -> tuple[list[str], list[tuple[str, str, int]], dict[tupl
 
     Before and after come first. The RULER averages are lines too.
     """
-    kept = pooled(rows) + average_rows(summarise_ruler(rows))
+    kept = pooled(rows) + ruler.average_rows(ruler.summarise_ruler(rows))
     cells = {(r["task"], r["metric"], r["context_length"], r["model"]): r for r in kept}
     lines = sorted({key[:3] for key in cells}, key=line_order)
     return models_of(by_context(rows)), lines, cells
@@ -58,28 +45,22 @@ def _contexts(rows: Rows) -> str:
     table = [["Task", "Metric", "Context", *models]]
     for task, metric, length in lines:
         found = [cells.get((task, metric, length, model)) for model in models]
-        values = [format_value(cell) if cell else "not measured" for cell in found]
-        if task == RULER_AVERAGE:
-            values = [format_value(cell) if cell else "no average" for cell in found]
+        missing = "no average" if task == RULER_AVERAGE else "not measured"
+        values = [format_value(cell) if cell else missing for cell in found]
         label = metric_label(next(cell for cell in found if cell))
         table.append([task, label, f"{length:,}", *values])
-    summaries = summarise_ruler(rows)
+    summaries = ruler.summarise_ruler(rows)
     if summaries:
         effective = {s.model: s.effective for s in summaries}
-        table.append(
-            [
-                EFFECTIVE_LENGTH,
-                f"average ≥ {100 * EFFECTIVE_THRESHOLD:.1f} %",
-                "",
-                *(effective.get(model, "not measured") for model in models),
-            ]
-        )
+        threshold = f"average ≥ {100 * ruler.EFFECTIVE_THRESHOLD:.1f} %"
+        values = [effective.get(model, "not measured") for model in models]
+        table.append([ruler.EFFECTIVE_LENGTH, threshold, "", *values])
     out = markdown(table, left=2)
-    return f"{out}\n\nruler average: {describe_tasks(summaries)}" if summaries else out
+    return f"{out}\n\nruler average: {ruler.describe_tasks(summaries)}" if summaries else out
 
 
 def _benchmarks(rows: Rows) -> str:
-    models, lines, cells = benchmark_layout(rows)
+    models, lines, cells = benchmarks.benchmark_layout(rows)
     if not lines:
         return ""
     pair = models if len(models) == 2 else None
@@ -87,16 +68,14 @@ def _benchmarks(rows: Rows) -> str:
     for line in lines:
         found = [cells.get((line, model)) for model in models]
         one = next(cell for cell in found if cell)
-        entries = [line[0], metric_label(one), shots_label(line)]
-        entries += [format_benchmark(cell) for cell in found]
+        entries = [line[0], metric_label(one), benchmarks.shots_label(line)]
+        entries += [benchmarks.format_benchmark(cell) for cell in found]
         if pair:
-            difference = line_difference(*found)
-            entries.append(
-                f"{difference}, {difference.judgement}" if difference else "not measured"
-            )
+            change = benchmarks.line_difference(*found)
+            entries.append(f"{change}, {change.judgement}" if change else "not measured")
         table.append(entries)
     note = "percent ± standard error, and of a difference sqrt(se1² + se2²)"
-    return "\n\n".join([markdown(table, left=2), note, *describe_benchmarks(rows)])
+    return "\n\n".join([markdown(table, left=2), note, *benchmarks.describe_benchmarks(rows)])
 
 
 def markdown(table: list[list[str]], left: int) -> str:

@@ -54,14 +54,10 @@ def make_task(name: str) -> Task:
     """A task or group of the harness as a task of the evaluation; its name is not checked here."""
 
     def measure(inputs: TaskInputs) -> Rows:
-        settings = inputs.settings
+        settings, model = inputs.settings, inputs.model
+        limit, folder, seed = settings.limit, settings.task_folder, settings.seed
         return run_benchmark(
-            inputs.model,
-            inputs.tokenizer,
-            name,
-            limit=settings.limit,
-            task_folder=settings.task_folder,
-            seed=settings.seed,
+            model, inputs.tokenizer, name, limit=limit, task_folder=folder, seed=seed
         )
 
     return Task(
@@ -135,9 +131,8 @@ def run_benchmark(
             stacklevel=2,
         )
     reported = _reported(name, loaded, results)
-    rows = [
-        row for key in reported for row in _rows(key, results) if metric in (None, row["metric"])
-    ]
+    found = [row for key in reported for row in _rows(key, results)]
+    rows = [row for row in found if metric in (None, row["metric"])]
     if not rows:
         raise SkipwiseError(f"{name} gave no number for {metric or 'any metric'}")
     return [{**row, "num_truncated": lm.num_truncated} for row in rows]

@@ -53,7 +53,8 @@ def prompt(passkey: str, num_fillers: int, depth: float, filler: Sequence[str] =
     """
     before = round(depth * num_fillers)
     sentences = [filler[i % len(filler)] for i in range(num_fillers)]
-    return _around(passkey, " ".join(sentences[:before]), " ".join(sentences[before:]))
+    start, end = " ".join(sentences[:before]), " ".join(sentences[before:])
+    return "\n".join([INTRO, start, _needle(passkey), end, QUERY])
 
 
 def prompt_in_text(
@@ -65,9 +66,7 @@ def prompt_in_text(
         needles: (depth, name, passkey) of each; the name is empty if there is only one.
         asked: the name asked for.
     """
-    lines = [
-        (depth, _needle(passkey, f" of {name}" if name else "")) for depth, name, passkey in needles
-    ]
+    lines = [(depth, _needle(passkey, name)) for depth, name, passkey in needles]
     of = f" of {asked}" if asked else ""
     query = f"What is the pass key{of}? The pass key{of} is"
     return "\n".join([INTRO, insert_needles(words, lines).rstrip(), query])
@@ -134,10 +133,8 @@ def needle_trials(
             needles = list(zip(here, names, keys, strict=True))
 
             def text(units: int, needles: list[Any] = needles, start: int = start) -> list[str]:
-                shown = [
-                    *words[start : start + units],
-                    *words[: max(0, start + units - len(words))],
-                ]
+                wrapped = words[: max(0, start + units - len(words))]
+                shown = [*words[start : start + units], *wrapped]
                 return [prompt_in_text(needles, name, shown) for _, name, _ in needles]
 
             found = _filled(tokenizer, text, keys, length, guess)
@@ -224,22 +221,16 @@ def _trial(asked: list[int], full: list[int], depth: float, haystack: int = 0) -
     )
 
 
-def _needle(passkey: str, of: str = "") -> str:
+def _needle(passkey: str, name: str = "") -> str:
+    of = f" of {name}" if name else ""
     return f"The pass key{of} is {passkey}. Remember it. {passkey} is the pass key{of}."
-
-
-def _around(passkey: str, before: str, after: str) -> str:
-    return "\n".join([INTRO, before, _needle(passkey), after, QUERY])
 
 
 def _measure_passkey(inputs: TaskInputs) -> Rows:
     settings = inputs.settings
+    num, depths, seed = settings.passkey_samples, settings.num_depths, settings.seed
     trials = passkey_trials(
-        inputs.tokenizer,
-        inputs.length,
-        num_trials=settings.passkey_samples,
-        num_depths=settings.num_depths,
-        seed=settings.seed,
+        inputs.tokenizer, inputs.length, num_trials=num, num_depths=depths, seed=seed
     )
     return _score("passkey", inputs, trials)
 

@@ -13,7 +13,7 @@ Shapes:  c = context length, S = targets of a window, W = windows
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 
 from skipwise.evaluation.intervals import clustered_mean
 from skipwise.evaluation.prefill import logits_in_slices
+from skipwise.evaluation.scoring import Tick
 from skipwise.evaluation.tasks.task import Task, TaskInputs
 from skipwise.report.rows import Rows
 
@@ -36,7 +37,7 @@ def perplexity(
     stride: int | None = None,
     num_windows: int = 32,
     batch_tokens: int = 16384,
-    tick: Callable[[int], object] | None = None,
+    tick: Tick | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of results, two a context length: perplexity, and bits per byte.
 
@@ -56,16 +57,13 @@ def perplexity(
         return []
     num_targets = max(1, min(stride or min(lengths[0] // 2, 512), lengths[0] - 1))
     windows, owners = _windows(documents, lengths[-1], num_targets, num_windows)
-    bytes_per_token = _bytes(tokenizer, windows, num_targets) / (len(windows) * num_targets)
+    num_samples = len(windows) * num_targets
+    bytes_per_token = _bytes(tokenizer, windows, num_targets) / num_samples
     rows = []
     for c in lengths:
         losses = _losses(model, windows[:, -c:], num_targets, batch_tokens, tick)
         mean, low, high = clustered_mean(losses, owners)
-        common = {
-            "task": "perplexity",
-            "context_length": c,
-            "num_samples": len(windows) * num_targets,
-        }
+        common = {"task": "perplexity", "context_length": c, "num_samples": num_samples}
         values = {"value": _exp(mean), "low": _exp(low), "high": _exp(high)}
         rows.append({**common, "metric": "perplexity", **values})
         if bytes_per_token:
@@ -109,11 +107,7 @@ def _windows(
 
 @torch.inference_mode()
 def _losses(
-    model: Any,
-    windows: np.ndarray,
-    num_targets: int,
-    batch_tokens: int,
-    tick: Callable[[int], object] | None,
+    model: Any, windows: np.ndarray, num_targets: int, batch_tokens: int, tick: Tick | None
 ) -> np.ndarray:
     """(W,) mean loss of each window's targets, in nats."""
     length = windows.shape[1]

@@ -15,23 +15,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from skipwise.evaluation.scoring import Trial, recall
+from skipwise.evaluation.tasks import prompts
 from skipwise.evaluation.tasks.passkey import FILLER
-from skipwise.evaluation.tasks.prompts import (
-    count_tokens,
-    fit_to_length,
-    insert_needles,
-    random_numbers,
-    random_uuids,
-    random_words,
-    token_ids,
-)
 from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
 from skipwise.report.rows import RULER_TASKS, Rows
 
@@ -49,6 +41,10 @@ class _Question:
     text: Callable[[int], str]  # of a number of units
     answers: tuple[str, ...]
     spoken: str  # the answer as a model would say it
+
+
+# a question from a random generator, the words of the haystack and the context length
+_Make = Callable[[np.random.Generator, Sequence[str], int], _Question]
 
 
 def make_samples(
@@ -71,36 +67,24 @@ def make_samples(
     num_units: int | None = 16
     for i in range(num_samples):
         rng = np.random.default_rng([seed, length, i, RULER_TASKS.index(task)])
-        haystack = _Haystack(words=words)
-        question = make(rng, haystack, length)
-        room = round(_MARGIN * count_tokens(tokenizer, question.spoken)) + 4
+        question = make(rng, words, length)
+        room = round(_MARGIN * prompts.count_tokens(tokenizer, question.spoken)) + 4
 
         def size(units: int, text: Callable[[int], str] = question.text, room: int = room) -> int:
-            return count_tokens(tokenizer, text(units)) + room
+            return prompts.count_tokens(tokenizer, text(units)) + room
 
-        num_units = fit_to_length(size, length, num_units)
+        num_units = prompts.fit_to_length(size, length, num_units)
         if num_units is None:
             return []
-        samples.append(
-            Trial(
-                input_ids=token_ids(tokenizer, question.text(num_units)),
-                answers=question.answers,
-                max_new_tokens=room,
-            )
-        )
+        ids = prompts.token_ids(tokenizer, question.text(num_units))
+        samples.append(Trial(input_ids=ids, answers=question.answers, max_new_tokens=room))
     return samples
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Haystack:
-    """Text or filler to hide needles in."""
-
-    words: Sequence[str] = field(default=())
-
-    def units(self, count: int) -> Sequence[str]:
-        if self.words:
-            return self.words[:count]
-        return [FILLER[i % len(FILLER)] + " " for i in range(count)]
+def _hide(needles: Sequence[tuple[float, str]], haystack: Sequence[str], count: int) -> str:
+    """The needles in so many words of the haystack, or in filler sentences if it is empty."""
+    filler = [FILLER[i % len(FILLER)] + " " for i in range(count)]
+    return prompts.insert_needles(haystack[:count] if haystack else filler, needles)
 
 
 def _needles(
@@ -110,11 +94,11 @@ def _needles(
     num_needles: int = 1,
     num_values: int = 1,
     num_asked: int = 1,
-) -> Callable[[np.random.Generator, _Haystack, int], _Question]:
+) -> _Make:
     """Needles that give each name its values; the question asks for some of the names."""
 
-    def make(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
-        names = random_words(rng, num_needles)
+    def make(rng: np.random.Generator, haystack: Sequence[str], length: int) -> _Question:
+        names = prompts.random_words(rng, num_needles)
         values = kind(rng, num_needles * num_values)
         depths = rng.random(num_needles * num_values)
         needles = [
@@ -131,7 +115,7 @@ def _needles(
         def text(units: int) -> str:
             return (
                 f"Special {noun}s are hidden in this text. Remember them: they are asked for at "
-                f"the end.\n{insert_needles(haystack.units(units), needles)}\n{what} "
+                f"the end.\n{_hide(needles, haystack, units)}\n{what} "
                 f"The special {nouns} for {listed} {are}"
             )
 
@@ -140,11 +124,11 @@ def _needles(
     return make
 
 
-def _tracing(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
+def _tracing(rng: np.random.Generator, haystack: Sequence[str], length: int) -> _Question:
     """A value assigned from variable to variable, over several hops in the order of the text."""
-    names = [name.upper() for name in random_words(rng, 2 * (_NUM_HOPS + 1), 2)]
+    names = [name.upper() for name in prompts.random_words(rng, 2 * (_NUM_HOPS + 1), 2)]
     example, names = names[: _NUM_HOPS + 1], names[_NUM_HOPS + 1 :]
-    other, value = random_numbers(rng, 2, 5)
+    other, value = prompts.random_numbers(rng, 2, 5)
 
     def chain(names: list[str], value: str) -> list[str]:
         first = f"VAR {names[0]} = {value}"
@@ -164,27 +148,26 @@ def _tracing(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Que
         return (
             f"Follow the variables through the text.\n{shown}\n{question(other)} "
             f"{' '.join(example)}.\n\nFollow the variables through the text.\n"
-            f"{insert_needles(haystack.units(units), needles)}\n{question(value)}"
+            f"{_hide(needles, haystack, units)}\n{question(value)}"
         )
 
     return _Question(text=text, answers=tuple(names), spoken=" " + " ".join(names))
 
 
-def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
+def _common_words(rng: np.random.Generator, haystack: Sequence[str], length: int) -> _Question:
     """A list in which ten words are ten times as frequent as the others."""
     times = 3 if length >= 4096 else 1
-    common = random_words(rng, _NUM_COMMON, 2)
-    rare = [w for w in random_words(rng, max(64, length // 2), 3) if w not in common]
+    common = prompts.random_words(rng, _NUM_COMMON, 2)
+    rare = [w for w in prompts.random_words(rng, max(64, length // 2), 3) if w not in common]
     places = rng.random(10 * times * _NUM_COMMON + times * len(rare))
     what = f"The {_NUM_COMMON} most common words in the list are"
 
     def numbered(words: list[str]) -> str:
-        mixed = [
-            words[i] for i in places[: len(words)].argsort()
-        ]  # a longer list keeps the order of the shorter one
+        # a longer list keeps the order of the shorter one
+        mixed = [words[i] for i in places[: len(words)].argsort()]
         return " ".join(f"{i + 1}. {word}" for i, word in enumerate(mixed))
 
-    example = random_words(rng, _NUM_COMMON // 2, 2)
+    example = prompts.random_words(rng, _NUM_COMMON // 2, 2)
     short = numbered(example * 3 + rare[-4:])
 
     def text(units: int) -> str:
@@ -199,9 +182,9 @@ def _common_words(rng: np.random.Generator, haystack: _Haystack, length: int) ->
     return _Question(text=text, answers=tuple(common), spoken=" " + " ".join(common))
 
 
-def _frequent_words(rng: np.random.Generator, haystack: _Haystack, length: int) -> _Question:
+def _frequent_words(rng: np.random.Generator, haystack: Sequence[str], length: int) -> _Question:
     """Words whose counts fall with the square of their rank; the first three are the answer."""
-    words = random_words(rng, max(32, length // 8), 2)
+    words = prompts.random_words(rng, max(32, length // 8), 2)
     shares = 1 / np.arange(1, len(words) + 1) ** 2.0  # zeta of 2, as RULER's alpha
     order = int(rng.integers(1 << 30))
 
@@ -221,34 +204,26 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-_QUESTIONS: dict[str, Callable[[np.random.Generator, _Haystack, int], _Question]] = dict(
-    zip(
-        RULER_TASKS,  # their order is part of each task's seed
-        (
-            _needles(random_words, "word"),
-            _needles(random_numbers, "number"),
-            _needles(random_uuids, "uuid"),
-            _needles(random_numbers, "number", num_needles=_NUM_KEYS),
-            _needles(random_numbers, "number", num_values=_NUM_KEYS),
-            _needles(random_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS),
-            _tracing,
-            _common_words,
-            _frequent_words,
-        ),
-        strict=True,
-    )
+_MAKERS: tuple[_Make, ...] = (
+    _needles(prompts.random_words, "word"),
+    _needles(prompts.random_numbers, "number"),
+    _needles(prompts.random_uuids, "uuid"),
+    _needles(prompts.random_numbers, "number", num_needles=_NUM_KEYS),
+    _needles(prompts.random_numbers, "number", num_values=_NUM_KEYS),
+    _needles(prompts.random_numbers, "number", num_needles=_NUM_KEYS, num_asked=_NUM_KEYS),
+    _tracing,
+    _common_words,
+    _frequent_words,
 )
+# the order of RULER_TASKS is part of each seed
+_QUESTIONS: dict[str, _Make] = dict(zip(RULER_TASKS, _MAKERS, strict=True))
 
 
 def _measure(task: str, inputs: TaskInputs) -> Rows:
     settings = inputs.settings
+    num, seed, words = settings.ruler_samples, settings.seed, inputs.words
     samples = make_samples(
-        task,
-        inputs.tokenizer,
-        inputs.length,
-        num_samples=settings.ruler_samples,
-        seed=settings.seed,
-        words=inputs.words,
+        task, inputs.tokenizer, inputs.length, num_samples=num, seed=seed, words=words
     )
     if not samples:
         return []

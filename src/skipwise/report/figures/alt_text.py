@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from skipwise.report.figures.curves import finish_step
 from skipwise.report.format import number, percent, short_value
 from skipwise.report.rows import Rows, models_of, pooled, task_rows
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, RulerSummary, describe_tasks
@@ -26,14 +27,11 @@ def describe_curves(rows: Rows, title: str) -> str:
 def describe_grid(rows: Rows, task: str) -> str:
     """The score over all depths by model and length, and the weakest depth of each."""
     trials = [r for r in task_rows(rows, task) if r["value"] is not None]
+    at_depths = [r for r in trials if r.get("depth") is not None]
     said = []
     for row in pooled(trials):
         at = (row["model"], row["context_length"])
-        depths = [
-            r
-            for r in trials
-            if (r["model"], r["context_length"]) == at and r.get("depth") is not None
-        ]
+        depths = [r for r in at_depths if (r["model"], r["context_length"]) == at]
         text = f"{row['model']} at {row['context_length']:,}: "
         text += "not measured" if row["value"] is None else f"{percent(row['value'])} %"
         weakest = min(depths, key=lambda r: r["value"], default=None)
@@ -71,16 +69,13 @@ def describe_loss(metrics: list[dict[str, Any]]) -> str:
     if not losses:
         return "Training loss."
     tenth = max(1, len(losses) // 10)
+    step = finish_step(metrics)
+    finish = "" if step is None else f" The examples from step {step:,} on have full length."
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     return (
         f"Training loss over {len(losses):,} logged steps: {first:.3f} on average over the first "
-        f"tenth, {last:.3f} over the last.{_describe_finish(metrics)}"
+        f"tenth, {last:.3f} over the last.{finish}"
     )
-
-
-def _describe_finish(metrics: list[dict[str, Any]]) -> str:
-    first = next((m["step"] for m in metrics if m.get("phase") == "finish"), None)
-    return "" if first is None else f" The examples from step {first:,} on have full length."
 
 
 def describe_positions(
@@ -91,15 +86,12 @@ def describe_positions(
     said = f"{len(examples)} training examples of {L:,} tokens as chunks on positions 0 to {T:,}"
     if ends:
         said += f", the furthest reaching position {max(ends):,}"
-    shares = ", ".join(
-        f"{distance:,} by {share:.1%}" for distance, share in milestones(coverage, L, T)
-    )
+    points = milestones(coverage, L, T)
+    shares = ", ".join(f"{distance:,} by {share:.1%}" for distance, share in points)
     return f"{said}. Share of examples that show a relative distance: {shares}."
 
 
 def milestones(coverage: Sequence[tuple[int, float]], L: int, T: int) -> list[tuple[int, float]]:
     """The points of the coverage nearest to half the training length, half the target, its end."""
-    wanted = (L // 2, T // 2, T)
-    return (
-        [min(coverage, key=lambda point: abs(point[0] - at)) for at in wanted] if coverage else []
-    )
+    wanted = (L // 2, T // 2, T) if coverage else ()
+    return [min(coverage, key=lambda point: abs(point[0] - at)) for at in wanted]

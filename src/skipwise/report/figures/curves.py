@@ -10,17 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from skipwise.report.figures.style import (
-    AFTER,
-    BEFORE,
-    INK,
-    MOST_CURVES,
-    STYLE,
-    WIDE,
-    length_axis,
-    palette,
-    shorten,
-)
+from skipwise.report.figures import style
+from skipwise.report.figures.style import AFTER, BEFORE, INK, MOST_CURVES, STYLE, WIDE
 from skipwise.report.format import is_share, metric_label, number, percent
 from skipwise.report.rows import Row, Rows, models_of, task_rows
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, average_rows, summarise_ruler
@@ -40,15 +31,8 @@ def plot_perplexity(
     axes.set_xlabel("tokens of context (same target tokens)")
     if original_length:
         lengths = [row["context_length"] for row in rows]
-        axes.axvline(original_length, color=INK, linewidth=1, linestyle=":")
-        axes.annotate(
-            "original window",
-            (original_length, 1.01),
-            xycoords=("data", "axes fraction"),
-            ha="center" if min(lengths) < original_length < max(lengths) else "left",
-            va="bottom",
-            fontsize=9,
-        )
+        inside = min(lengths) < original_length < max(lengths)
+        _dotted_line(axes, original_length, "original window", "center" if inside else "left")
     return figure
 
 
@@ -60,13 +44,9 @@ def plot_ruler(rows: Rows, width: float = WIDE) -> Figure | None:
     if axes is None:
         return None
     axes.axhline(100 * EFFECTIVE_THRESHOLD, color=INK, linewidth=1, linestyle="--")
-    axes.annotate(
-        f"{100 * EFFECTIVE_THRESHOLD:.1f} %",
-        (1.005, 100 * EFFECTIVE_THRESHOLD),
-        xycoords=("axes fraction", "data"),
-        va="center",
-        fontsize=9,
-    )
+    beside, place = (1.005, 100 * EFFECTIVE_THRESHOLD), ("axes fraction", "data")
+    text = f"{100 * EFFECTIVE_THRESHOLD:.1f} %"
+    axes.annotate(text, beside, xycoords=place, va="center", fontsize=9)
     return figure
 
 
@@ -100,15 +80,13 @@ def _plot_by_length(
         if max(values) > 4 * min(values) > 0:
             axes.set_yscale("log")
             decades = np.log10(max(values) / min(values))
-            axes.yaxis.set_major_locator(
-                LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,))
-            )
+            subs = (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs))
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(
-                FuncFormatter(lambda v, _: f"{v:,g}" if v < 1e6 else f"{v:.0e}")
-            )
+            formatter = FuncFormatter(lambda v, _: f"{v:,g}" if v < 1e6 else f"{v:.0e}")
+            axes.yaxis.set_major_formatter(formatter)
     axes.margins(x=0.07)
-    length_axis(axes, sorted({row["context_length"] for row in rows}))
+    style.length_axis(axes, sorted({row["context_length"] for row in rows}))
     axes.set_xlabel("tokens of context")
     axes.set_ylabel(ylabel)
     _legend(figure, axes, width)
@@ -125,33 +103,23 @@ def plot_selection(selection: dict[str, Any], width: float = WIDE) -> Figure | N
     scale, unit = (100, " %") if share else (1, "")
     chosen = [(step, score) for step, score in points if step == selection.get("chosen")]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, 2.9), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _step_axes(width)
         axes.plot(steps, [scale * s for s in scores], color=AFTER, marker="o", linewidth=2)
         for step, score in chosen:
             axes.plot(step, scale * score, "o", ms=14, mfc="none", mec=BEFORE, mew=2.2)
             up = selection.get("higher_is_better", True)  # the curve is on the other side
-            axes.annotate(
-                f"chosen: step {step:,}, {percent(score) if share else number(score)}{unit}",
-                (step, scale * score),
-                xytext=(0, 13 if up else -13),
-                textcoords="offset points",
-                ha={steps[0]: "left", steps[-1]: "right"}.get(step, "center"),
-                va="bottom" if up else "top",
-                fontsize=9,
-            )
+            text = f"chosen: step {step:,}, {percent(score) if share else number(score)}{unit}"
+            ha = {steps[0]: "left", steps[-1]: "right"}.get(step, "center")
+            style.label_point(axes, text, (step, scale * score), 13 if up else -13, ha)
         axes.margins(x=0.06, y=0.25)
         most = 8 if width >= WIDE else 4
         few = len(steps) <= most
-        axes.xaxis.set_major_locator(
-            FixedLocator(steps) if few else MaxNLocator(most, integer=True)
-        )
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        locator = FixedLocator(steps) if few else MaxNLocator(most, integer=True)
+        axes.xaxis.set_major_locator(locator)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(
             FuncFormatter(lambda v, _: "" if share and not 0 <= v <= 100 else f"{v:,g}{unit}")
         )
-        axes.set_xlabel("step")
         axes.set_ylabel(str(selection.get("metric") or "score"))
         return figure
 
@@ -179,8 +147,7 @@ def plot_loss(metrics: list[dict[str, Any]], width: float = WIDE) -> Figure | No
         return None
     steps, losses = (np.array(x, float) for x in zip(*points, strict=True))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, 2.9), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _step_axes(width)
         if len(steps) > _MOST_STEPS:
             edges = np.linspace(0, len(steps), _MOST_STEPS // 2 + 1).astype(int)[:-1]
             lows, highs = np.minimum.reduceat(losses, edges), np.maximum.reduceat(losses, edges)
@@ -194,19 +161,10 @@ def plot_loss(metrics: list[dict[str, Any]], width: float = WIDE) -> Figure | No
         axes.plot(steps[window - 1 :][::every], smooth[::every], color=AFTER, linewidth=2)
         first = finish_step(metrics)
         if first is not None:
-            axes.axvline(first - 0.5, color=INK, linewidth=1, linestyle=":")
-            axes.annotate(
-                "full length",
-                (first - 0.5, 1.01),
-                xycoords=("data", "axes fraction"),
-                ha="center" if first < 0.9 * steps[-1] else "right",
-                va="bottom",
-                fontsize=9,
-            )
+            ha = "center" if first < 0.9 * steps[-1] else "right"
+            _dotted_line(axes, first - 0.5, "full length", ha)
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(8 if width >= WIDE else 4, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
-        axes.set_xlabel("step")
         axes.set_ylabel("loss (nats a token)")
         return figure
 
@@ -216,12 +174,28 @@ def finish_step(metrics: list[dict[str, Any]]) -> int | None:
     return next((m["step"] for m in metrics if m.get("phase") == "finish"), None)
 
 
+def _step_axes(width: float) -> tuple[Figure, Any]:
+    """A figure whose x axis is the training step."""
+    figure = Figure(figsize=(width, 2.9), layout="constrained")
+    axes = figure.subplots()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+    axes.set_xlabel("step")
+    return figure, axes
+
+
+def _dotted_line(axes: Any, x: float, text: str, ha: str) -> None:
+    """A vertical line with its name above the axes."""
+    axes.axvline(x, color=INK, linewidth=1, linestyle=":")
+    above = ("data", "axes fraction")
+    axes.annotate(text, (x, 1.01), xycoords=above, ha=ha, va="bottom", fontsize=9)
+
+
 def _curves(axes: Any, rows: Rows, write: Any, width: float) -> None:
     """A line and a band per model; with one or two models, values are written at the points."""
     models = models_of(rows)
     few = len({row["context_length"] for row in rows}) <= (8 if width >= WIDE else 5)
     means = {m: np.mean([r["value"] for r in rows if r["model"] == m]) for m in models}
-    styles = palette(models)
+    styles = style.palette(models)
     for model in models:
         colour, marker = styles[model]
         points: Sequence[Row] = sorted(
@@ -230,22 +204,10 @@ def _curves(axes: Any, rows: Rows, write: Any, width: float) -> None:
         x, y = ([p[key] for p in points] for key in ("context_length", "value"))
         axes.plot(x, y, marker=marker, color=colour, label=_label(model), linewidth=2)
         bands = [p for p in points if p["low"] is not None and p["high"] is not None]
-        axes.fill_between(
-            [p["context_length"] for p in bands],
-            [p["low"] for p in bands],
-            [p["high"] for p in bands],
-            color=colour,
-            alpha=0.15,
-            linewidth=0,
-        )
+        at, low, high = ([p[key] for p in bands] for key in ("context_length", "low", "high"))
+        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         if len(bands) == 1:  # a band of one length would have no width
-            axes.vlines(
-                bands[0]["context_length"],
-                bands[0]["low"],
-                bands[0]["high"],
-                color=colour,
-                alpha=0.4,
-            )
+            axes.vlines(at, low, high, color=colour, alpha=0.4)
         if len(models) > 2 or not few:
             continue
         up = 1 if means[model] == max(means.values()) else -1  # the upper curve's above it
@@ -253,20 +215,12 @@ def _curves(axes: Any, rows: Rows, write: Any, width: float) -> None:
         for at, value in zip(x, y, strict=True):
             if up < 0 and (at, write(value)) in others:
                 continue  # written above already
-            axes.annotate(
-                write(value),
-                (at, value),
-                xytext=(0, 7 * up),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if up > 0 else "top",
-                fontsize=9,
-            )
+            style.label_point(axes, write(value), (at, value), 7 * up, "center")
 
 
 def _label(model: str) -> str:
     """A legend label: matplotlib leaves out names that start with an underscore."""
-    name = shorten(model, 40)
+    name = style.shorten(model, 40)
     return f" {name}" if name.startswith("_") else name
 
 

@@ -47,15 +47,9 @@ def plot_grid(rows: Rows, task: str, width: float = WIDE) -> Figure | None:
                 square.set_clip_on(False)
                 square.set_gid(f"cell-{i}-{y}-{x}")
                 axes.add_patch(square)
-                axes.text(
-                    x,
-                    y,
-                    f"{100 * row['value']:.0f}{' %' if cell > 34 else ''}",
-                    ha="center",
-                    va="center",
-                    color=ink,
-                    fontsize=9 if cell > 26 else 7,
-                )
+                text = f"{100 * row['value']:.0f}{' %' if cell > 34 else ''}"
+                size = 9 if cell > 26 else 7
+                axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=size)
             axes.set_xlim(-0.5, len(lengths) - 0.5)
             axes.set_ylim(len(depths) - 0.5, -0.5)
             axes.set_xticks(range(len(lengths)), length_names(lengths))

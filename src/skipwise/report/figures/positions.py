@@ -12,7 +12,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter
 
 from skipwise.report.figures.alt_text import milestones
-from skipwise.report.figures.style import AFTER, CHUNKS, INK, STYLE, WIDE
+from skipwise.report.figures.style import AFTER, CHUNKS, INK, STYLE, WIDE, label_point
 
 _MOST_CHUNKS = 600  # rectangles in the picture of positions
 
@@ -60,15 +60,8 @@ def plot_positions(
         bottom.fill_between(x, y, color=AFTER, alpha=0.25, linewidth=0)
         bottom.plot(x, y, color=AFTER, linewidth=2)
         for distance, share in milestones(coverage, L, T)[1:2]:
-            bottom.annotate(
-                f"{100 * share:.3g} % at {distance:,}",
-                (distance, 100 * share),
-                xytext=(0, 5 if share < 0.8 else -5),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if share < 0.8 else "top",
-                fontsize=9,
-            )
+            text, up = f"{100 * share:.3g} % at {distance:,}", 5 if share < 0.8 else -5
+            label_point(bottom, text, (distance, 100 * share), up, "center")
         bottom.set_ylim(0, 108)
         bottom.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
         bottom.set_xlim(0, T)
@@ -79,12 +72,6 @@ def plot_positions(
         bottom.set_xlabel("relative distance of two tokens")
         if L < T:
             bottom.axvline(L, color=INK, linewidth=1, linestyle=":")
-            bottom.annotate(
-                "training length",
-                (L, 95),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="top",
-                fontsize=9,
-            )
+            place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points"}
+            bottom.annotate("training length", (L, 95), **place, va="top", fontsize=9)
         return figure

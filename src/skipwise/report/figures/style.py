@@ -124,6 +124,12 @@ def length_axis(axes: Any, lengths: list[int]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: names.get(round(v), "")))
 
 
+def label_point(axes: Any, text: str, point: tuple[float, float], up: float, ha: str) -> None:
+    """Text at a distance of `up` points above a data point, or below it if `up` is negative."""
+    place, va = {"xytext": (0, up), "textcoords": "offset points"}, "bottom" if up > 0 else "top"
+    axes.annotate(text, point, **place, ha=ha, va=va, fontsize=9)
+
+
 def _readable(background: str) -> str:
     """The ink, dark or white, with the higher contrast (WCAG 2.2, relative luminance)."""
     channels = [int(background[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -71,17 +71,15 @@ def read_compared(folders: Sequence[Path]) -> list[Compared]:
     if len(paths) < 2:
         raise SkipwiseError("a comparison needs two or more folders: skipwise report runs/a runs/b")
     if len({path.resolve() for path in paths}) < len(paths):
-        raise SkipwiseError(
-            f"a folder is given twice: {' '.join(map(str, paths))}; name each one once"
-        )
+        names = " ".join(map(str, paths))
+        raise SkipwiseError(f"a folder is given twice: {names}; name each one once")
     found = []
     for folder in paths:
         rows = read_rows(folder)
         if not rows:
             reason = "no results.json" if rows is None else "nothing in its results.json"
-            raise SkipwiseError(
-                f"{folder} has {reason}: give the folder of a finished run or evaluation"
-            )
+            advice = "give the folder of a finished run or evaluation"
+            raise SkipwiseError(f"{folder} has {reason}: {advice}")
         run = read_json(folder / "run.json")
         found.append((folder, run if isinstance(run, dict) else {}, rows))
     names = [str(run.get("name") or folder.resolve().name) for folder, run, _ in found]
@@ -123,6 +121,7 @@ def _bases(compared: Sequence[Compared]) -> list[tuple[Rows, list[str]]]:
     models have the same name or they measured the same things.
     """
     bases: list[tuple[dict[tuple[Any, ...], Row], list[Compared]]] = []
+    measured = ("value", "num_samples")
     for one in compared:
         if is_evaluation(one.run):
             continue
@@ -131,7 +130,7 @@ def _bases(compared: Sequence[Compared]) -> list[tuple[Rows, list[str]]]:
             continue
         for known, owners in bases:
             common = known.keys() & cells.keys()
-            agree = all(_same(known[key], cells[key]) for key in common)
+            agree = all(known[key][x] == cells[key][x] for key in common for x in measured)
             one_name = one.base is not None and one.base == owners[0].base
             if agree and common and (one_name or known.keys() == cells.keys()):
                 known.update({**cells, **known})
@@ -145,10 +144,6 @@ def _bases(compared: Sequence[Compared]) -> list[tuple[Rows, list[str]]]:
 def _cell(row: Row) -> tuple[Any, ...]:
     keys = ("task", "metric", "context_length", "depth", "num_fewshot")
     return tuple(row.get(key) for key in keys)
-
-
-def _same(a: Row, b: Row) -> bool:
-    return (a["value"], a["num_samples"]) == (b["value"], b["num_samples"])
 
 
 def _distinct_ends(paths: Sequence[Path]) -> list[str]:

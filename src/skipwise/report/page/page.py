@@ -16,17 +16,9 @@ from skipwise.errors import SkipwiseError
 from skipwise.report.format import length_names, short_value
 from skipwise.report.headline import evaluation_headline, headline
 from skipwise.report.load import count, is_evaluation, nested, read_json, read_lines, read_rows
+from skipwise.report.page import training
 from skipwise.report.page.html import definitions, note, page, section, tile_list
 from skipwise.report.page.results import measured_sections, result_tiles, table_section
-from skipwise.report.page.training import (
-    checks_section,
-    cost_section,
-    details_section,
-    loss_section,
-    positions_section,
-    selection_section,
-    training_tiles,
-)
 from skipwise.report.rows import Rows, find, other_tasks
 from skipwise.report.ruler import summarise_ruler
 from skipwise.report.tables import format_table
@@ -47,9 +39,8 @@ def write_report(run_folder: str | Path) -> Path:
     folder = Path(run_folder)
     run = read_json(folder / "run.json")
     if not isinstance(run, dict):
-        raise SkipwiseError(
-            f"{folder} has no run.json: give the folder of a run, as runs/quickstart"
-        )
+        advice = "give the folder of a run, as runs/quickstart"
+        raise SkipwiseError(f"{folder} has no run.json: {advice}")
     rows = read_rows(folder) or []
     out = folder / "report"
     out.mkdir(parents=True, exist_ok=True)
@@ -80,12 +71,12 @@ def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
     return [
         table_section(rows, "Before and after", names),
         *measured_sections(rows, run.get("original_length"), out, optional=False),
-        selection_section(run, out),
-        loss_section(read_lines(folder / "metrics.jsonl"), out),
-        positions_section(run, out),
-        cost_section(run),
-        checks_section(run),
-        details_section(run),
+        training.selection_section(run, out),
+        training.loss_section(read_lines(folder / "metrics.jsonl"), out),
+        training.positions_section(run, out),
+        training.cost_section(run),
+        training.checks_section(run),
+        training.details_section(run),
         _reproduce(run, folder / "recipe.yaml"),
     ]
 
@@ -94,21 +85,14 @@ def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
     models, machine = nested(run, "models"), nested(run, "machine")
     windows = {nested(models, label).get("original_length") for label in models}
     memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None
-    entries = {
-        label: [
-            nested(models, label).get("name"),
-            nested(models, label).get("family"),
-            count(nested(models, label), "num_parameters", "parameters"),
-            count(nested(models, label), "original_length", "tokens of original context"),
-        ]
-        for label in models
-    }
-    entries["Machine"] = [
-        machine.get("cpu"),
-        count(machine, "num_cpus", "CPUs"),
-        memory,
-        machine.get("gpu") or ("no GPU" if machine else None),
-    ]
+    entries = {}
+    for label in models:
+        model = nested(models, label)
+        parameters = count(model, "num_parameters", "parameters")
+        window = count(model, "original_length", "tokens of original context")
+        entries[label] = [model.get("name"), model.get("family"), parameters, window]
+    gpu = machine.get("gpu") or ("no GPU" if machine else None)
+    entries["Machine"] = [machine.get("cpu"), count(machine, "num_cpus", "CPUs"), memory, gpu]
     entries["Versions"] = [f"{k} {v}" for k, v in nested(run, "versions").items()]
     return [
         table_section(rows, "What was measured", {}),
@@ -129,9 +113,8 @@ def _notice(run: dict[str, Any]) -> str:
     if status in (None, "finished"):
         return ""
     what = "evaluation" if is_evaluation(run) else "run"
-    return (
-        f'<p class="notice">This {what} has not finished; its status is “{escape(status)}”.</p>\n'
-    )
+    text = f"This {what} has not finished; its status is “{escape(status)}”."
+    return f'<p class="notice">{text}</p>\n'
 
 
 def _run_tiles(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
@@ -151,7 +134,7 @@ def _run_tiles(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
         models = " and ".join(s.model for s in known)
         lengths = " → ".join(s.effective_short for s in known)
         tiles.append((lengths, f"effective length (RULER), {models}"))
-    return tiles + training_tiles(run)
+    return tiles + training.training_tiles(run)
 
 
 def _reproduce(run: dict[str, Any], recipe: Path | None) -> str:

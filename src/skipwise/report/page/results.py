@@ -7,14 +7,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from skipwise.report.benchmarks import (
-    Difference,
-    benchmark_layout,
-    describe_benchmarks,
-    format_benchmark,
-    line_difference,
-    shots_label,
-)
+from skipwise.report import benchmarks, ruler
 from skipwise.report.figures import alt_text, curves, heatmaps
 from skipwise.report.figures.style import MOST_CURVES, share_colours
 from skipwise.report.format import (
@@ -37,13 +30,6 @@ from skipwise.report.rows import (
     other_tasks,
     pooled,
     task_rows,
-)
-from skipwise.report.ruler import (
-    EFFECTIVE_LENGTH,
-    EFFECTIVE_THRESHOLD,
-    describe_tasks,
-    ruler_tasks,
-    summarise_ruler,
 )
 from skipwise.report.tables import layout
 
@@ -156,9 +142,8 @@ def grid_section(rows: Rows, task: str, png_folder: Path | None, optional: bool 
     title, caption = _GRIDS[task]
     models = heatmaps.grid_models(rows, task)
     if len(models) > heatmaps.MOST_PANELS:
-        caption += (
-            f" The first {heatmaps.MOST_PANELS} of {len(models)} models; all are in the table."
-        )
+        first = f"The first {heatmaps.MOST_PANELS} of {len(models)} models"
+        caption += f" {first}; all are in the table."
     drawn = figure(
         png_folder,
         task,
@@ -171,29 +156,29 @@ def grid_section(rows: Rows, task: str, png_folder: Path | None, optional: bool 
 
 def ruler_section(rows: Rows, png_folder: Path | None) -> str:
     """The averages as curves, the effective lengths, and every task by length for each model."""
-    summaries = summarise_ruler(rows)
+    summaries = ruler.summarise_ruler(rows)
     drawn = figure(
         png_folder,
         "ruler",
         lambda width: curves.plot_ruler(rows, width),
         lambda: alt_text.describe_ruler(summaries),
-        f"Score by context length, {describe_tasks(summaries)}. Dashed: "
-        f"{100 * EFFECTIVE_THRESHOLD:.1f} %, the average of Llama-2-7B at 4k tokens over RULER's "
-        "13 tasks (Hsieh et al. 2024). The effective length is the largest one measured that, with "
-        "all shorter ones, reaches this threshold.",
+        f"Score by context length, {ruler.describe_tasks(summaries)}. Dashed: "
+        f"{100 * ruler.EFFECTIVE_THRESHOLD:.1f} %, the average of Llama-2-7B at 4k tokens over "
+        "RULER's 13 tasks (Hsieh et al. 2024). The effective length is the largest one measured "
+        "that, with all shorter ones, reaches this threshold.",
     )
     if not summaries:
         return ""
     num = sum(bool(s.averages) for s in summaries)
     if not drawn:
-        drawn = _too_many(num) if num > MOST_CURVES else note(f"{describe_tasks(summaries)}.")
+        drawn = _too_many(num) if num > MOST_CURVES else note(f"{ruler.describe_tasks(summaries)}.")
     lines = "".join(
         f'<tr><th scope="row">{escape(s.model)}</th><td class="n">{escape(s.effective)}</td></tr>'
         for s in summaries
     )
     effective = (
         '<table class="short"><thead><tr><th scope="col">Model</th><th class="n" scope="col">'
-        f"{EFFECTIVE_LENGTH.capitalize()}</th></tr></thead><tbody>{lines}</tbody></table>"
+        f"{ruler.EFFECTIVE_LENGTH.capitalize()}</th></tr></thead><tbody>{lines}</tbody></table>"
     )
     tables = "".join(_ruler_table(rows, s.model) for s in summaries)
     return section("RULER tasks", f"{drawn}\n{effective}\n{tables}")
@@ -218,7 +203,7 @@ def task_section(rows: Rows, task: str, png_folder: Path | None) -> str:
 
 def benchmark_section(rows: Rows) -> str:
     """All benchmarks with their standard errors, and what changed beyond them."""
-    models, lines, cells = benchmark_layout(rows)
+    models, lines, cells = benchmarks.benchmark_layout(rows)
     if not lines:
         return ""
     pair = len(models) == 2
@@ -227,20 +212,19 @@ def benchmark_section(rows: Rows) -> str:
     body = ""
     for line in lines:
         found = [cells.get((line, model)) for model in models]
-        one = next(cell for cell in found if cell)
+        label = escape(metric_label(next(cell for cell in found if cell)))
         body += (
-            f'<tr><th scope="row">{code_name(line[0])}<small class="under">'
-            f"{escape(metric_label(one))}, shots: {escape(shots_label(line))}</small></th>"
-            + "".join(f'<td class="n">{_with_error(format_benchmark(cell))}</td>' for cell in found)
-            + (_difference(line_difference(*found)) if pair else "")
-            + "</tr>\n"
+            f'<tr><th scope="row">{code_name(line[0])}<small class="under">{label}, '
+            f"shots: {escape(benchmarks.shots_label(line))}</small></th>"
         )
-    verdicts = "".join(f"<p>{prose(text)}</p>" for text in describe_benchmarks(rows))
+        shown = [_with_error(benchmarks.format_benchmark(cell)) for cell in found]
+        body += "".join(f'<td class="n">{value}</td>' for value in shown)
+        body += (_difference(benchmarks.line_difference(*found)) if pair else "") + "</tr>\n"
+    verdicts = [f"<p>{prose(text)}</p>" for text in benchmarks.describe_benchmarks(rows)]
     return section(
         "Short-context benchmarks",
         '<div class="scroll"><table><thead><tr><th scope="col">Benchmark</th>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table>"
-        f"</div>\n{verdicts}"
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>\n{''.join(verdicts)}"
         + note(
             "Percent ± standard error. A difference is beyond error if it is larger than 1.96 "
             "sqrt(se1² + se2²). Of twenty tasks that did not change, one is expected to look as if "
@@ -249,7 +233,7 @@ def benchmark_section(rows: Rows) -> str:
     )
 
 
-def _difference(difference: Difference | None) -> str:
+def _difference(difference: benchmarks.Difference | None) -> str:
     if difference is None:
         return '<td class="n">not measured</td>'
     kind = {"worse": "bad", "better": "good"}.get(difference.judgement, "")
@@ -275,7 +259,7 @@ def _ruler_table(rows: Rows, model: str) -> str:
         f'<tr><th scope="row">{code_name(task)}</th>'
         + "".join(_share_cell(cells.get((task, n))) for n in lengths)
         + "</tr>\n"
-        for task in ruler_tasks(kept)
+        for task in ruler.ruler_tasks(kept)
     )
     samples = sorted({r["num_samples"] for r in kept})
     num = f"{samples[0]:,}" if len(samples) == 1 else f"{samples[0]:,} to {samples[-1]:,}"
@@ -317,7 +301,7 @@ def result_tiles(rows: Rows) -> list[tuple[str, str]]:
     models = models_of(rows)
     if len(models) > 2:
         return []
-    lengths = {s.model: s.effective_short for s in summarise_ruler(rows) if s.averages}
+    lengths = {s.model: s.effective_short for s in ruler.summarise_ruler(rows) if s.averages}
     tiles = [(lengths[m], f"effective length (RULER), {m}") for m in models if m in lengths]
     for task in ("passkey", "needle", *other_tasks(rows)):
         longest = max((row["context_length"] for row in task_rows(rows, task)), default=0)

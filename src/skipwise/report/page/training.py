@@ -145,9 +145,9 @@ def checks_section(run: dict[str, Any]) -> str:
 
 def details_section(run: dict[str, Any]) -> str:
     """Model, lengths, data, machine, times and versions."""
-    model, data, machine, training = (
-        nested(run, key) for key in ("model", "data", "machine", "training")
-    )
+    keys = ("model", "data", "machine", "training")
+    model, data, machine, training = (nested(run, key) for key in keys)
+    parameters = count(model, "num_parameters", "parameters")
     lengths = [
         f"{run[key]:,} {key.removesuffix('_length')}"
         for key in ("original_length", "train_length", "target_length")
@@ -169,16 +169,16 @@ def details_section(run: dict[str, Any]) -> str:
     if machine.get("num_gpus", 1) > 1:
         gpu = f"{machine['num_gpus']} × {gpu}"
     stages = nested(run, "stages").items()
+    found, temperature = nested(run, "temperature"), []  # of the exported weights
+    if found.get("value"):
+        effect, search = f"{found['value']:g} times every attention logit", found.get("detail", "")
+        temperature = [effect, str(search)]
     entries = {
-        "Model": [
-            model.get("name"),
-            model.get("family"),
-            count(model, "num_parameters", "parameters"),
-        ],
+        "Model": [model.get("name"), model.get("family"), parameters],
         "Lengths": lengths,
         "Trained": trained if training else [],
         "RoPE": [f"{k} {v}" for k, v in nested(run, "rope").items()],
-        "Temperature": _temperature(nested(run, "temperature")),
+        "Temperature": temperature,
         "Text": data.get("sources") or [],
         "Documents": documents,
         "Evaluation": [count(data, "num_eval_documents", "documents held out")],
@@ -187,13 +187,6 @@ def details_section(run: dict[str, Any]) -> str:
         "Versions": [f"{k} {v}" for k, v in nested(run, "versions").items()],
     }
     return section("Data, model and machine", definitions(entries))
-
-
-def _temperature(found: dict[str, Any]) -> list[str]:
-    """The attention temperature of the exported weights, and the result of its search."""
-    if not found.get("value"):
-        return []
-    return [f"{found['value']:g} times every attention logit", str(found.get("detail", ""))]
 
 
 def training_tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
