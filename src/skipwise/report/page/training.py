@@ -138,9 +138,19 @@ def checks_section(run: dict[str, Any]) -> str:
     for check in run.get("checks") or []:
         kind, word = ("passed", "ok") if check.get("passed") else ("failed", "failed")
         text = escape(f"{check.get('name', '?')}: {check.get('detail', '')}")
+        numbers = check.get("numbers")
+        if isinstance(numbers, dict) and numbers:
+            named = (f"{key.replace('_', ' ')} {_short_number(n)}" for key, n in numbers.items())
+            text += f" <small>({escape(', '.join(named))})</small>"
         items += f'<li class="{kind}"><b>{word}</b><span>{text}</span></li>'
     shown = f'<ul class="checks">{items}</ul>' if items else note("No check was run.")
     return section("Checks", shown)
+
+
+def _short_number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def details_section(run: dict[str, Any]) -> str:
