@@ -326,7 +326,7 @@ def test_a_hybrid_model_needs_its_config_in_the_collator_and_the_preflight_asks_
             trainer.train()
             assert sliding_reach(model.config, collator(make_records(4))) < 16
         else:
-            assert "send a mask for each kind of layer" in stopped(trainer)
+            assert "send a mask for each layer type" in stopped(trainer)
 
 
 def test_the_callback_says_what_it_needs():

@@ -147,7 +147,7 @@ def test_text_that_changed_since_a_checkpoint_is_refused(tiny, text_folder, tmp_
     monkeypatch.undo()
     held_out = RunFolder(tmp_path / "run").eval_documents.read_bytes()
     file.write_bytes(kept.replace(b"return", b"retura", 1))
-    with pytest.raises(SkipwiseError, match=r"text has changed since .*run began to train"):
+    with pytest.raises(SkipwiseError, match=r"text has changed since .*run started to train"):
         run_training(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").eval_documents.read_bytes() == held_out
     file.write_bytes(kept)  # read anew, for it is newer, and the same
@@ -301,7 +301,7 @@ def test_the_train_verb_writes_a_failed_check_down(
         ("trainer.max_steps=3", "set by training.num_steps"),
         ("trainer.no_such_thing=3", "not an argument"),
         ("training.micro_batch_size=3", "not a multiple"),
-        ("training.lr_scheduler=nonsense", "do not fit"),
+        ("training.lr_scheduler=nonsense", "refuses the training settings"),
     ],
 )
 def test_training_settings_that_do_not_fit_are_errors(tiny, text_folder, tmp_path, override, word):
@@ -312,7 +312,7 @@ def test_training_settings_that_do_not_fit_are_errors(tiny, text_folder, tmp_pat
 
 def test_an_optimizer_that_would_not_be_used_is_an_error(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "trainer.optim=adafactor")
-    with pytest.raises(SkipwiseError, match="zero3-offload has an optimizer of its own"):
+    with pytest.raises(SkipwiseError, match="zero3-offload has its own optimizer"):
         training_arguments(recipe, RunFolder(tmp_path), torch.float32, "zero3-offload")
 
 
