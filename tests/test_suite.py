@@ -160,7 +160,7 @@ def test_lengths_are_lists_and_doublings():
     assert parse_lengths("4k..32k") == [4096, 8192, 16384, 32768]
     assert parse_lengths("4k..20k") == [4096, 8192, 16384, 20480]
     assert parse_lengths("8k,4k") == [4096, 8192]
-    with pytest.raises(SkipwiseError, match="below the first"):
+    with pytest.raises(SkipwiseError, match="smaller than the first"):
         parse_lengths("8k..4k")
 
 
