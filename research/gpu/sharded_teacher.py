@@ -120,7 +120,7 @@ def read(teacher, length: int) -> torch.Tensor:
     """Hidden states of the first tokens, as the loss asks for them; on the CPU."""
     ids = torch.arange(length, device=best_device())[None] % 1000
     lengths = torch.tensor([length], device=best_device())
-    return Distillation(teacher=teacher, weight=1.0).read(ids, lengths)[0].float().cpu()
+    return Distillation(teacher=teacher, weight=1.0).run_teacher(ids, lengths)[0].float().cpu()
 
 
 def memory(reset: bool = False) -> tuple[int, int]:

@@ -74,8 +74,8 @@ def coverages() -> Any:
         samplers = (
             ("N = 2", PoSE(**both)),
             ("N = 3", PoSE(**both, num_chunks=3)),
-            ("N = 3, sorted gaps", PoSE(**both, num_chunks=3, gaps="sorted")),
-            ("N = 4, sorted gaps", PoSE(**both, num_chunks=4, gaps="sorted")),
+            ("N = 3, sorted gaps", PoSE(**both, num_chunks=3, skips="sorted")),
+            ("N = 4, sorted gaps", PoSE(**both, num_chunks=4, skips="sorted")),
             ("RandPos", RandPos(**both)),
             ("full length", FullLength(target_length=T)),
         )
