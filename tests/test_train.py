@@ -150,7 +150,7 @@ def test_text_that_changed_since_a_checkpoint_is_refused(tiny, text_folder, tmp_
     with pytest.raises(SkipwiseError, match=r"text has changed since .*run started to train"):
         run_training(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").eval_documents.read_bytes() == held_out
-    file.write_bytes(kept)  # read anew, for it is newer, and the same
+    file.write_bytes(kept)  # read again, for it is newer, and the same
     run = run_training(recipe, tmp_path / "run")
     data = run.metadata()["data"]
     file.write_bytes(kept.replace(b"return", b"retura", 1))
