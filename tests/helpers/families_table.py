@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 
 import transformers
+from released import count_line
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for
@@ -60,7 +61,8 @@ def table(outcomes: dict[str, dict]) -> str:
         name = f"`{family}`" + (f", converted to {found['as']}" if found["as"] else "")
         scalings = ", ".join(found["scalings"]) + (" (its own)" if found["carried"] else "")
         rows.append(f"| {name} | {found['models']} | {scalings} | {found['sliding']} |")
-    return f"{HEAD}{len(outcomes)} families:\n\n" + "\n".join(rows) + "\n" + AFTER + _refusals()
+    counted = f"{count_line()}\n\n{len(outcomes)} families:\n\n"
+    return HEAD + counted + "\n".join(rows) + "\n" + AFTER + _refusals()
 
 
 def _refusals() -> str:
