@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.rope import Scaling, Unscaled
+from skipwise.pose.rope import Scaling, Unscaled, keeps_length
 from skipwise.pose.rope_config import from_rope_parameters
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -166,8 +166,9 @@ def _trained(present: Scaling, stated: int, given: int | None, family: str) -> t
     """(the scaling that the weights were trained with, their window L)."""
     if present.follows_length or (given and given == getattr(present, "original_length", None)):
         return Unscaled(), given or stated
-    window = present.window(stated)
-    if present.keeps_length and given is None:  # it should be L, and models differ
+    keeps = keeps_length(present, family)
+    window = stated if present.keeps_length and not keeps else present.window(stated)
+    if keeps and given is None:  # it should be L, and models differ
         raise SkipwiseError(
             f"this {family} model has {present.name} scaling by {present.factor:g}, and its config "
             f"does not say whether {stated:,} tokens is the window before or after scaling\n"
