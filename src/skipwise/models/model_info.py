@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.rope import Scaling, Unscaled
+from skipwise.pose.rope import Scaling, Unscaled, keeps_length
 from skipwise.pose.rope_config import counts_from, from_rope_parameters, unread_keys
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -251,7 +251,8 @@ def _trained(
     if dual and dual < stated and given is None and isinstance(present, Unscaled):
         served = f"dual_chunk_attention_config serves {stated:,} tokens to a model of {dual:,}"
         return present, dual, "; ".join(filter(None, (notes, served)))
-    window = present.window(stated)
+    keeps = keeps_length(present, config.get("model_type", "unknown"))
+    window = stated if present.keeps_length and not keeps else present.window(stated)
     if ask and given is None:
         _ask_length(config, present, stated, what)
     return present, given or window, notes
@@ -259,15 +260,18 @@ def _trained(
 
 def _ask_length(config: Mapping[str, Any], present: Scaling, stated: int, what: str) -> None:
     """SkipwiseError, with what to type, if the config does not tell L."""
+    keeps = keeps_length(present, config.get("model_type", "unknown"))
     window, before = present.window(stated), getattr(present, "original_length", stated)
+    if present.keeps_length and not keeps:  # Gemma 3: stated is the window
+        window, before = stated, stated
     scaled = f"{what} has {present.name} scaling by {present.factor:g}, and its config"
-    if present.keeps_length:  # it should be L, and models differ
+    if keeps:  # it should be L, and models differ
         raise SkipwiseError(
             f"{scaled} does not say whether {stated:,} tokens is the window before or after "
             f"scaling\ntype original_length={stated}, or original_length={window}: the window it "
             "has now"
         )
-    if present.factor > 1 and window <= before:
+    if present.factor > 1 and window <= before and not present.keeps_length:
         reach = round(present.factor * before)
         raise SkipwiseError(
             f"{scaled} says max_position_embeddings {stated:,}, which is not above the {before:,} "

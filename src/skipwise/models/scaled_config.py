@@ -12,7 +12,7 @@ from typing import Any
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import LENGTHS, ModelInfo
-from skipwise.pose.rope import Scaling, Unscaled, make_scaling, scalings_for
+from skipwise.pose.rope import Scaling, Unscaled, keeps_length, make_scaling, scalings_for
 
 
 def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
@@ -63,6 +63,8 @@ def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dic
         before = getattr(scaling, "original_length", None) or round(before / info.scaling.factor)
     lengths = {"original_length": before, "target_length": target_length}
     settings = scaling.to_config(theta=info.rope_theta, dim=info.rotary_dim, **lengths)
+    if scaling.keeps_length and not keeps_length(scaling, info.family):
+        settings["max_position_embeddings"] = target_length
     if "partial_rotary_factor" in info.rope_parameters:
         share = info.rope_parameters["partial_rotary_factor"]
         settings["rope_parameters"]["partial_rotary_factor"] = share
@@ -83,7 +85,13 @@ def scaled_config(config: Any, info: ModelInfo, scaling: Scaling, target_length:
     settings |= {key: length for key in LENGTHS if isinstance(getattr(config, key, None), int)}
     for key, value in settings.items():
         setattr(scaled, key, value)
+    key = "original_max_position_embeddings"  # at the top level it wins over the one inside
+    if key not in settings and getattr(scaled, key, None):
+        inside = scaled.rope_parameters.get("full_attention", scaled.rope_parameters)
+        setattr(scaled, key, inside.get(key) or info.original_length)
     if "sliding_window" in settings:
+        if hasattr(scaled, "interleaved_sliding_window"):  # vLLM's own key for the same window
+            delattr(scaled, "interleaved_sliding_window")
         if getattr(scaled, "use_sliding_window", None):
             scaled.use_sliding_window = False
         if getattr(scaled, "layer_types", None):

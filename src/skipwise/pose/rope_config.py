@@ -131,8 +131,8 @@ def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
         out["rotary_pct"] = parameters.get("partial_rotary_factor", 1.0)
     scaling = {key: value for key, value in parameters.items() if key not in moved}
     scaling["type"] = scaling["rope_type"]  # its name before transformers 4.43
-    # in transformers 4 three families refuse other keys; f and L follow from the top level
-    if family == "phi3" and "attention_factor" not in scaling:
+    # in transformers 4 four families refuse other keys; f and L follow from the top level
+    if family in ("phi3", "phi4_multimodal") and "attention_factor" not in scaling:
         scaling = {k: v for k, v in scaling.items() if k in ("type", "short_factor", "long_factor")}
     if family in ("olmo", "olmo2") and scaling["type"] in ("linear", "dynamic"):
         del scaling["rope_type"]

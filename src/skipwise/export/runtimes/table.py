@@ -115,6 +115,11 @@ def _notes(report: FolderReport, folder: ModelFolder) -> list[str]:
         p = report.parameters
         if p.get("short_factor") != p.get("long_factor"):
             out.append("transformers changes the frequencies if a batch is longer than L")
+    if folder.dual_chunks:
+        out.append(
+            "vLLM and SGLang compute dual chunk attention, as dual_chunk_attention_config says; "
+            "transformers and llama.cpp do not read it"
+        )
     out += [f"{r.error}: use transformers 5" for r in readings.values() if is_new_family(r)]
     if folder.raw.get("quantization_config"):
         out.append("the weights are quantised, and not every runtime has kernels for them")
