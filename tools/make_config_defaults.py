@@ -14,6 +14,7 @@ import importlib
 import inspect
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from skipwise.pose.rope import make_scaling
 FILE = Path(__file__).parents[1] / "src/skipwise/models/config_defaults.json"
 KEYS = ("max_position_embeddings", "sliding_window", "use_sliding_window", "tie_word_embeddings")
 KEYS += SHAPE  # wrappers leave these out of their text_config
+ROTATES_IF_SLIDING = re.compile(
+    r"if self\.(sliding_window is|is_local)[^\n]*:\n([^\n]*= position_embeddings\n)?"
+    r"[^\n]*= apply_rotary_pos_emb\("
+)
 SWITCHES = ("position_embedding_type", "use_mem_rope")  # recorded with null as well
 SPELLINGS = {  # keys that some class reads, under the value that is tried
     "head_dim": 48,
@@ -66,7 +71,11 @@ def entry(family: str) -> dict[str, Any] | None:
     out: dict[str, Any] = {k: read(config, k) for k in KEYS if read(config, k) is not None}
     out["rope_parameters"] = dict(sorted(config.rope_parameters.items()))
     if read(config, "layer_types"):
-        out["layer_types"] = sorted(set(config.layer_types))
+        kinds = list(config.layer_types)
+        out["layer_types"] = sorted(set(kinds))
+        period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+        if 1 < period <= len(kinds) // 2:
+            out["layer_pattern"] = kinds[:period]
     # a head_dim that does not follow the width is the class's own
     with contextlib.suppress(Exception):
         heads = config.num_attention_heads
@@ -91,6 +100,10 @@ def entry(family: str) -> dict[str, Any] | None:
         plain = rotary(config_class(rope_parameters=dict(dynamic), **size))
         if not plain.equal(rotary(config_class(rope_parameters={**dynamic, "alpha": 9.0}, **size))):
             out["reads_alpha"] = True
+    module = type(config).__module__.replace("configuration_", "modeling_")
+    with contextlib.suppress(ImportError):
+        if ROTATES_IF_SLIDING.search(inspect.getsource(importlib.import_module(module))):
+            out["rotates_if_sliding"] = True
     refused = [name for name in TYPES if not takes(config_class, config, name)]
     if refused:
         out["refused_rope_types"] = refused

@@ -14,7 +14,7 @@ from typing import Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelInfo, defaults, read_model_info
+from skipwise.models.model_info import ModelInfo, check_positions, defaults, read_model_info
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
 READ_BIN = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
@@ -128,6 +128,7 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     family = raw.get("model_type", "unknown")
     known = defaults().get(family, {})
     if raw.get("auto_map") and not known:
+        check_positions(raw)
         raise _own_code(f"this {family} model")
     keys = known.get("keys", {})  # what the class calls them; None if it ignores them
     read = {key: value for key, value in raw.items() if keys.get(key, key)}

@@ -156,11 +156,10 @@ def check_extendable(config: Mapping[str, Any]) -> None:
             f"this {family} checkpoint is quantised, and its weights cannot be trained\n"
             "give the original checkpoint, which is not quantised"
         )
-    if config.get("alibi"):
-        raise SkipwiseError(_refusal(family, "ALiBi"))
+    check_positions(config)
     parameters = config.get("rope_parameters")
     if not parameters:
-        raise SkipwiseError(_refusal(family, _OTHER_POSITIONS.get(family, "no RoPE settings")))
+        raise SkipwiseError(_refusal(family, "no RoPE settings"))
     for key, on in _SWITCHES.items():
         if key in defaults().get(family, {}) and config.get(key) != on:
             value = json.dumps(config.get(key))
@@ -179,11 +178,23 @@ def check_extendable(config: Mapping[str, Any]) -> None:
             f"{', '.join(sorted(layers or per_type))}), and only such layers can look further back"
             "\nchoose another model"
         )
+    if defaults().get(family, {}).get("rotates_if_sliding") and {_SLIDING, _FULL} <= layers:
+        raise SkipwiseError(
+            f"{family} has RoPE only in its sliding layers: the full layers, which look far back, "
+            "have no positions to learn\nchoose another model"
+        )
     if _CHUNKED in layers:
         raise SkipwiseError(
             f"{family} has RoPE only in layers that see a chunk at a time, so there is no far "
             "position to learn\nchoose another model"
         )
+
+
+def check_positions(config: Mapping[str, Any]) -> None:
+    """Refuse a model with other positions than RoPE, with a SkipwiseError."""
+    family = config.get("model_type", "unknown")
+    if config.get("alibi") or family in _OTHER_POSITIONS:
+        raise SkipwiseError(_refusal(family, _OTHER_POSITIONS.get(family, "ALiBi")))
 
 
 def check_reach(config: Mapping[str, Any], length: int) -> None:

@@ -138,8 +138,8 @@ def _require_rope(folder: ModelFolder) -> None:
     has_rope = folder.known.get("rope_parameters") or any(raw.get(key) for key in keys)
     if raw.get("alibi") or not has_rope:
         raise SkipwiseError(
-            f"{folder.path} is a {folder.family} model without rotary position embeddings: there "
-            "is no RoPE for a runtime to read\ngive the folder of a RoPE model"
+            f"the config of the {folder.family} model in {folder.path} has no RoPE settings: there "
+            "is nothing that runtimes could read\ngive the folder of a model whose config has them"
         )
     if folder.head_dim is None:
         raise SkipwiseError(

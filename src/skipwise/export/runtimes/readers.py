@@ -134,9 +134,8 @@ def transformers_4(folder: ModelFolder) -> Reading:
         error = f"{folder.family} is not in transformers 4.57"
     sliding = None
     if folder.nested:
-        sliding = float(folder.raw.get("rope_local_base_freq") or p["rope_theta"])
-        if folder.family.startswith("gemma3") and "rope_local_base_freq" not in folder.raw:
-            sliding = 10000.0  # its class's default
+        own = 10000.0 if folder.family.startswith(("gemma3", "modernbert")) else p["rope_theta"]
+        sliding = float(folder.raw.get(_spelled(folder, "rope_local_base_freq")) or own)
     return _reading(T4, folder, p, folder.length, sliding=sliding, error=error)
 
 
@@ -226,7 +225,8 @@ def llama_cpp(folder: ModelFolder) -> Reading:
     theta = sliding.get("rope_theta", folder.raw.get("rope_local_base_freq"))
     if folder.nested and theta is None:
         theta = transformers_4(folder).sliding_theta
-    out = _reading(LLAMA_CPP, folder, p, folder.length, error=error)
+    length = 2048 if folder.family == "falcon" else folder.length  # whatever Falcon's config says
+    out = _reading(LLAMA_CPP, folder, p, length, error=error)
     theta = float(theta) if folder.nested and theta is not None else None
     return dataclasses.replace(out, sliding_theta=theta)
 
@@ -259,6 +259,11 @@ def parameters_5(folder: ModelFolder) -> tuple[dict[str, Any], float | None]:
         outside = None if folder.nested else top_length(folder)
         p["original_max_position_embeddings"] = outside or inside or folder.length
     return p, sliding
+
+
+def _spelled(folder: ModelFolder, fact: str) -> str:
+    """The older key that the family's class reads for it."""
+    return next((k for k, name in folder.known.get("keys", {}).items() if name == fact), fact)
 
 
 def gguf_architecture(family: str) -> str:
@@ -310,7 +315,7 @@ def _parameters_4(folder: ModelFolder) -> tuple[dict[str, Any], str | None]:
     if scaling is not None and "type" not in p and "rope_type" not in p:
         error = "rope_scaling has no rope_type"
     name = p.get("type") or p.get("rope_type") or "default"
-    theta_key = "rotary_emb_base" if folder.family.startswith("gpt_neox") else "rope_theta"
+    theta_key = _spelled(folder, "rope_theta")
     theta = _THETA_4.get(folder.family, default.get("rope_theta") or 10000.0)
     p |= {"rope_type": name, "rope_theta": float(raw.get(theta_key) or theta)}
     p["partial_rotary_factor"] = _partial(folder, {})
