@@ -26,6 +26,7 @@ from skipwise.pose.rope import make_scaling
 
 FILE = Path(__file__).parents[1] / "src/skipwise/models/config_defaults.json"
 KEYS = ("max_position_embeddings", "sliding_window", "use_sliding_window", "tie_word_embeddings")
+KEYS += ("original_max_position_embeddings",)
 KEYS += SHAPE  # wrappers leave these out of their text_config
 SWITCHES = ("position_embedding_type", "use_mem_rope")  # recorded with null as well
 SPELLINGS = {  # keys that some class reads, under the value that is tried
