@@ -22,6 +22,7 @@ from skipwise.pose.rope import YaRN
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1024, "num_hidden_layers": 2}
 LLAMA = {**SHAPE, "model_type": "llama", "max_position_embeddings": 4096}
+ZAMBA2 = {"model_type": "zamba2", "layers_block_type": ["mamba", "hybrid"]}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -88,7 +89,8 @@ OWN_SCALING_FIRST = ("apertus", "cwm")  # ignore a rope_theta without rope_param
 @pytest.mark.parametrize("family", sorted(defaults()))
 def test_every_key_means_to_skipwise_what_it_means_to_the_config_class(family):
     config_class = CONFIG_MAPPING[family]
-    shape = {key: value for key, value in config_class().to_dict().items() if key in SHAPE}
+    shape = {key: value for key, value in defaults()[family].items() if key in SHAPE}
+    shape.setdefault("num_hidden_layers", config_class().num_hidden_layers)
     compared = 0
     for key, value in GIVEN.items():
         if key == "rope_theta" and family in OWN_SCALING_FIRST:
@@ -122,7 +124,7 @@ RELEASED = {  # config: (rotary dimension, theta)
     "minicpm3": ({"qk_rope_head_dim": 16}, 16, 1e4),
     "glm4_moe_lite": ({"qk_rope_head_dim": 64}, 64, 1e4),
     "modernbert-decoder": ({"global_rope_theta": 80000.0}, 16, 80000.0),
-    "zamba2": ({"use_mem_rope": True}, 32, 1e4),
+    "zamba2": ({"use_mem_rope": True, "layers_block_type": ["mamba", "hybrid"]}, 32, 1e4),
     "jetmoe": ({"kv_channels": 48}, 48, 1e4),
 }
 
@@ -166,7 +168,7 @@ def test_a_transformers_that_does_not_know_a_key_is_refused(monkeypatch):
         ({"model_type": "lfm2", "full_attn_idxs": [0, 1]}, False),
         ({"model_type": "bamba", "attn_layer_indices": [1]}, True),
         ({"model_type": "falcon_h1"}, True),
-        ({"model_type": "zamba2", "use_mem_rope": True}, True),
+        ({**ZAMBA2, "use_mem_rope": True}, True),
         ({"model_type": "qwen3"}, False),
     ],
 )
@@ -185,8 +187,8 @@ def test_recurrent_layers_are_seen_without_layer_types(config, recurrent):
             {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]},
             "no positions (position_embedding_type is null)",
         ),
-        ({"model_type": "zamba2", "use_mem_rope": False}, "no positions (use_mem_rope is false)"),
-        ({"model_type": "zamba2"}, "no positions (use_mem_rope is false)"),
+        ({**ZAMBA2, "use_mem_rope": False}, "no positions (use_mem_rope is false)"),
+        (ZAMBA2, "no positions (use_mem_rope is false)"),
         ({"model_type": "bamba"}, "bamba has no attention layer"),
     ],
 )
@@ -340,6 +342,7 @@ def test_a_scaling_in_the_queries_is_refused_by_its_name():
         ({"max_sequence_length": 2048}, (4096, 2048)),
         ({"original_max_position_embeddings": 2048}, (4096, 2048)),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, (4096, 16384)),
+        ({"dual_chunk_attention_config": {"chunk_size": 1024, "local_size": 32}}, (4096, 1024)),
     ],
 )
 def test_lengths_that_disagree_are_a_question_with_its_answers(keys, answers):
@@ -364,6 +367,7 @@ def test_lengths_that_disagree_are_a_question_with_its_answers(keys, answers):
             131072,
         ),
         ({"rope_scaling": {**YARN, "factor": 1.0}, "max_position_embeddings": 32768}, 32768),
+        ({"model_type": "phi3", "max_position_embeddings": 16384, "pad_token_id": 0}, 16384),
         ({"model_type": "dbrx", "max_seq_len": 32768, "max_position_embeddings": None}, 32768),
     ],
 )

@@ -27,6 +27,7 @@ from skipwise.pose.rope import make_scaling
 
 FILE = Path(__file__).parents[1] / "src/skipwise/models/config_defaults.json"
 KEYS = ("max_position_embeddings", "sliding_window", "use_sliding_window", "tie_word_embeddings")
+KEYS += ("original_max_position_embeddings",)
 KEYS += SHAPE  # wrappers leave these out of their text_config
 ROTATES_IF_SLIDING = re.compile(
     r"if self\.(sliding_window is|is_local)[^\n]*:\n([^\n]*= position_embeddings\n)?"

@@ -169,7 +169,7 @@ def check_extendable(config: Mapping[str, Any]) -> None:
         raise SkipwiseError(_refusal(family, "no attention layer"))
     if config.get("attention_window_size"):  # RecurrentGemma
         layers = {_SLIDING, "recurrent"}
-    per_type = [key for key, value in parameters.items() if isinstance(value, Mapping | None)]
+    per_type = [k for k, value in parameters.items() if isinstance(value, Mapping) or k == _FULL]
     if (per_type and not isinstance(parameters.get(_FULL), Mapping)) or (
         layers & {_SLIDING, _CHUNKED} and _FULL not in layers and layers != {_SLIDING}
     ):
@@ -290,8 +290,16 @@ def _ask_length(config: Mapping[str, Any], present: Scaling, stated: int, what: 
             f"original_length={before} if it was never trained with this scaling"
         )
     keys = LENGTHS if present.factor > 1 else (*LENGTHS, "original_max_position_embeddings")
-    lengths = {key: config[key] for key in keys if isinstance(config.get(key), int)}
-    lengths = {k: n for k, n in lengths.items() if 0 < n < 1e9 and n not in (stated, window, before)}
+    known = defaults().get(config.get("model_type", ""), {})  # Phi-3's class has one of its own
+    dual = config.get("dual_chunk_attention_config") or {}  # here it does not name L
+    found = {"chunk_size": dual.get("chunk_size"), **{key: config.get(key) for key in keys}}
+    lengths = {
+        key: length
+        for key, length in found.items()
+        if isinstance(length, int)
+        and 0 < length < 1e9
+        and length not in (stated, window, before, known.get(key))
+    }
     if lengths:
         others = " and ".join(f"{key} {length:,}" for key, length in lengths.items())
         typed = [f"original_length={n}" for n in dict.fromkeys((window, *lengths.values()))]

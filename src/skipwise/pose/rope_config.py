@@ -10,7 +10,6 @@ from typing import Any
 from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import SCALINGS, Scaling, make_scaling
 
-
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
 _COMMON += ("original_max_position_embeddings",)
 _COMPUTED = {  # (rope_type, key) without effect in transformers: what other runtimes do with it
