@@ -133,14 +133,14 @@ def _preflight(
     """All checks and the number of parameters. Weights are loaded only if the first checks pass."""
     recipe, T = prepared.recipe, prepared.recipe.target_length
     if inputs is None:
-        checks = check_config(prepared.info, prepared.scaling, T) + [check_planned_export(prepared)]
+        checks = [*check_config(prepared.info, prepared.scaling, T), check_planned_export(prepared)]
         dtype = compute_dtype(recipe.load)
         model: Any = load_model(prepared.source, prepared.scaled, prepared.load, dtype=dtype)
         checks += check_model(model, prepared.scaled, prepared.info, prepared.scaling, T)
     elif recipe.data.sources:
         checks = _text_checks(prepared, inputs, run)
     else:
-        checks = check_config(prepared.info, prepared.scaling, T) + [check_planned_export(prepared)]
+        checks = [*check_config(prepared.info, prepared.scaling, T), check_planned_export(prepared)]
     if not all(check.passed for check in checks):
         return checks, None
     if inputs is not None:

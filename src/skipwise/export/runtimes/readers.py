@@ -372,7 +372,7 @@ def _reading(
             # no text is longer than L
             scaling = dataclasses.replace(scaling, long_factor=scaling.short_factor)
         inv_freq = scaling.inv_freq(theta, _dim(folder, p))
-    except SkipwiseError as failed:
+    except (SkipwiseError, ValueError) as failed:  # ValueError: an odd number of dimensions
         return dataclasses.replace(plain, error=f"{NOT_COMPUTED}, {str(failed).splitlines()[0]}")
     return dataclasses.replace(
         plain,
