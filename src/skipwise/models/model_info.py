@@ -1,18 +1,23 @@
 """What a model's config says: its RoPE, its context window, and whether it can be extended.
 
 This depends on the config's keys, not on a list of families: transformers gives every decoder with
-RoPE a `rope_parameters` dictionary. No torch, so that `skipwise check` reads a config.json fast.
+RoPE a `rope_parameters` dictionary. What differs between families is in `config_defaults.json`,
+written by tools/make_config_defaults.py. No torch, so that `skipwise check` reads a config.json
+fast.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import Scaling, Unscaled
-from skipwise.pose.rope_config import from_rope_parameters
+from skipwise.pose.rope_config import counts_from, from_rope_parameters, unread_keys
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid", "conv"}
@@ -21,6 +26,11 @@ _OTHER_POSITIONS = {
     **dict.fromkeys(("bloom", "mpt"), "ALiBi"),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv"), "no attention"),
 }
+_SWITCHES = {"position_embedding_type": "rope", "use_mem_rope": True}  # the value that means RoPE
+OTHER_PARTS = ("vision_config", "audio_config", "thinker_config")
+LENGTHS = ("seq_length", "seq_len", "max_seq_len", "max_seq_length", "max_sequence_length")
+LENGTHS += ("model_max_length", "n_positions", "n_ctx")  # lengths beside max_position_embeddings
+_IGNORES_SHARE = "ignores_partial_rotary_factor"
 _ALIASES = {  # names in older config classes
     "hidden_size": ("d_model", "n_embd"),
     "num_attention_heads": ("n_heads", "n_head"),
@@ -47,45 +57,60 @@ class ModelInfo:
     vocab_size: int
     tied_embeddings: bool
     refused_types: tuple[str, ...] = ()  # rope_types that the family's config class rejects
+    notes: str = ""  # keys of the config that decide something unseen, or that are not read
 
     @property
     def rope_type(self) -> str:
         return self.rope_parameters.get("rope_type", "default")
 
 
-def read_model_info(config: Mapping[str, Any], original_length: int | None = None) -> ModelInfo:
+@cache
+def defaults() -> dict[str, dict[str, Any]]:
+    """Config class defaults of every RoPE decoder family in transformers."""
+    file = Path(__file__).with_name("config_defaults.json")
+    return json.loads(file.read_text(encoding="utf-8"))["families"]
+
+
+def read_model_info(
+    config: Mapping[str, Any], original_length: int | None = None, *, ask: bool = True
+) -> ModelInfo:
     """Read a config: transformers' `to_dict()`, or the result of `hf_config.complete`.
 
     Args:
         original_length: the length that the model was trained at, if its config is wrong
             (Mistral-7B-v0.1 says 32k but was trained at 8k). The length before the config's own
             scaling means that this scaling was not trained, so it is replaced.
+        ask: refuse a config whose keys disagree about the length; otherwise it is what
+            max_position_embeddings says.
 
     Raises:
         SkipwiseError: the model cannot be extended; says why and what to do.
     """
     family = config.get("model_type", "unknown")
+    known = defaults().get(family, {})
     check_extendable(config)
     parameters = dict(config["rope_parameters"])
     nested = isinstance(parameters.get(_FULL), Mapping)
     parameters = dict(parameters[_FULL] if nested else parameters)
     if "rope_type" in parameters:
         parameters.pop("type", None)  # its older name, which transformers keeps
+    parameters = {k: v for k, v in parameters.items() if v is not None}
     stated: int = _get(config, "max_position_embeddings") or original_length or 0
     if not stated:
         raise SkipwiseError(
             f"the config of this {family} model does not say its length: type original_length=..."
         )
-    try:
-        present = from_rope_parameters(parameters, max_position_embeddings=stated)
-    except SkipwiseError as error:
-        raise SkipwiseError(f"this {family} model cannot be extended: {error}") from error
-    scaling, length = _trained(present, stated, original_length, family)
     for key in ("vocab_size", "hidden_size", "num_attention_heads"):
         if not _get(config, key):
             raise SkipwiseError(f"the config of this {family} model is incomplete: it has no {key}")
     hidden, heads = _get(config, "hidden_size"), _get(config, "num_attention_heads")
     head_dim = config.get("head_dim") or hidden // heads
+    plain = parameters.get("rope_type", "default") == "default"
+    if plain and "partial_rotary_factor" in parameters and known.get(_IGNORES_SHARE):
+        parameters["partial_rotary_factor"] = 1.0  # said to scaled modules, which read it
+    rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    parameters, notes = _without_alpha(parameters, rotary_dim, known)
+    scaling, length, more = _trained(parameters, config, stated, original_length, ask)
     layers = set(config.get("layer_types") or [])
     window = config.get("sliding_window")
     if config.get("use_sliding_window", True) is False or (layers and _SLIDING not in layers):
@@ -98,14 +123,15 @@ def read_model_info(config: Mapping[str, Any], original_length: int | None = Non
         scaling=scaling,
         nested=nested,
         head_dim=head_dim,
-        rotary_dim=int(head_dim * parameters.get("partial_rotary_factor", 1.0)),
+        rotary_dim=rotary_dim,
         sliding_window=window,
         hybrid=_SLIDING in layers and _FULL in layers,
         lists_layers=bool(layers) and "use_sliding_window" not in config,
         recurrent=bool(layers & _RECURRENT),
         vocab_size=config["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        refused_types=tuple(config.get("refused_rope_types", ())),
+        refused_types=tuple(known.get("refused_rope_types", ())),
+        notes="; ".join(filter(None, (notes, more))),
     )
 
 
@@ -117,7 +143,10 @@ def check_extendable(config: Mapping[str, Any]) -> None:
             f"{family} is an encoder-decoder, and PoSE extends decoders\n"
             "choose a decoder with RoPE: Llama, Mistral, Qwen, Gemma, Phi, GPT-NeoX, ..."
         )
-    if config.get("text_config") is not None:
+    text = config.get("text_config")
+    parts = family not in defaults() and any(config.get(part) for part in OTHER_PARTS)
+    if text is not None or parts:
+        refuse_text_model(family, text)
         raise SkipwiseError(
             f"{family} contains a language model and other parts, and only the language model has "
             "a window to extend\ntype load.text_only=true to extend that, without the other parts"
@@ -132,7 +161,13 @@ def check_extendable(config: Mapping[str, Any]) -> None:
     parameters = config.get("rope_parameters")
     if not parameters:
         raise SkipwiseError(_refusal(family, _OTHER_POSITIONS.get(family, "no RoPE settings")))
+    for key, on in _SWITCHES.items():
+        if key in defaults().get(family, {}) and config.get(key) != on:
+            value = json.dumps(config.get(key))
+            raise SkipwiseError(_refusal(family, f"no positions ({key} is {value})"))
     layers = set(config.get("layer_types") or [])
+    if layers and layers <= _RECURRENT - {"hybrid"}:
+        raise SkipwiseError(_refusal(family, "no attention layer"))
     if config.get("attention_window_size"):  # RecurrentGemma
         layers = {_SLIDING, "recurrent"}
     per_type = [key for key, value in parameters.items() if isinstance(value, Mapping | None)]
@@ -162,18 +197,93 @@ def check_reach(config: Mapping[str, Any], length: int) -> None:
         )
 
 
-def _trained(present: Scaling, stated: int, given: int | None, family: str) -> tuple[Scaling, int]:
-    """(the scaling that the weights were trained with, their window L)."""
-    if present.follows_length or (given and given == getattr(present, "original_length", None)):
-        return Unscaled(), given or stated
-    window = present.window(stated)
-    if present.keeps_length and given is None:  # it should be L, and models differ
+def refuse_text_model(family: str, text: Mapping[str, Any] | None) -> None:
+    """SkipwiseError if transformers has no class for the text model of a multimodal one alone."""
+    inner = (text or {}).get("model_type")
+    if inner not in defaults():
+        part = f"its text model{f', {inner}' if inner else ''}"
         raise SkipwiseError(
-            f"this {family} model has {present.name} scaling by {present.factor:g}, and its config "
-            f"does not say whether {stated:,} tokens is the window before or after scaling\n"
-            f"type original_length={stated}, or original_length={window}: the window it has now"
+            f"{family} cannot be extended: transformers has no causal language model class for "
+            f"{part}, alone\nchoose a model of text: Llama, Mistral, Qwen 2.5, Qwen 3, Gemma, ..."
         )
-    return present, given or window
+
+
+def _without_alpha(
+    parameters: dict[str, Any], dim: int, known: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """(parameters with theta' = theta alpha^(d/(d-2)), what was done), for families with `alpha`.
+
+    Source: Tencent Hunyuan; it is NTK-aware scaling that was trained, and no length counts.
+    """
+    alpha = parameters.get("alpha")
+    if not (known.get("reads_alpha") and alpha and parameters.get("rope_type") == "dynamic"):
+        return parameters, ""
+    theta = float(parameters.get("rope_theta", 10000.0)) * float(alpha) ** (dim / (dim - 2))
+    done = f"alpha {alpha:g} makes rope_theta {theta:,.0f}, and its other scaling keys do nothing"
+    return {"rope_type": "default", "rope_theta": theta}, done
+
+
+def _trained(
+    parameters: dict[str, Any],
+    config: Mapping[str, Any],
+    stated: int,
+    given: int | None,
+    ask: bool,
+) -> tuple[Scaling, int, str]:
+    """(the scaling that the weights were trained with, their window L, notes)."""
+    what = f"this {config.get('model_type', 'unknown')} model"
+    if "llama_4_scaling_beta" in parameters:
+        raise SkipwiseError(
+            f"{what} cannot be extended: transformers multiplies its queries by more at each "
+            "multiple of L (llama_4_scaling_beta), which Skipwise cannot carry to a longer window"
+            "\nchoose another model"
+        )
+    if given and given == counts_from(parameters, stated):
+        return Unscaled(), given, ""  # replaced, so its keys do not count
+    try:
+        present = from_rope_parameters(parameters, max_position_embeddings=stated)
+    except SkipwiseError as error:
+        raise SkipwiseError(f"{what} cannot be extended: {error}") from error
+    notes = unread_keys(parameters)
+    if present.follows_length:
+        present = Unscaled()
+    dual = (config.get("dual_chunk_attention_config") or {}).get("original_max_position_embeddings")
+    if dual and dual < stated and given is None and isinstance(present, Unscaled):
+        served = f"dual_chunk_attention_config serves {stated:,} tokens to a model of {dual:,}"
+        return present, dual, "; ".join(filter(None, (notes, served)))
+    window = present.window(stated)
+    if ask and given is None:
+        _ask_length(config, present, stated, what)
+    return present, given or window, notes
+
+
+def _ask_length(config: Mapping[str, Any], present: Scaling, stated: int, what: str) -> None:
+    """SkipwiseError, with what to type, if the config does not tell L."""
+    window, before = present.window(stated), getattr(present, "original_length", stated)
+    scaled = f"{what} has {present.name} scaling by {present.factor:g}, and its config"
+    if present.keeps_length:  # it should be L, and models differ
+        raise SkipwiseError(
+            f"{scaled} does not say whether {stated:,} tokens is the window before or after "
+            f"scaling\ntype original_length={stated}, or original_length={window}: the window it "
+            "has now"
+        )
+    if present.factor > 1 and window <= before:
+        reach = round(present.factor * before)
+        raise SkipwiseError(
+            f"{scaled} says max_position_embeddings {stated:,}, which is not above the {before:,} "
+            f"before scaling\ntype original_length={reach}, or the window it was trained for; or "
+            f"original_length={before} if it was never trained with this scaling"
+        )
+    keys = LENGTHS if present.factor > 1 else (*LENGTHS, "original_max_position_embeddings")
+    lengths = {key: config[key] for key in keys if isinstance(config.get(key), int)}
+    lengths = {k: n for k, n in lengths.items() if 0 < n < 1e9 and n not in (stated, window, before)}
+    if lengths:
+        others = " and ".join(f"{key} {length:,}" for key, length in lengths.items())
+        typed = [f"original_length={n}" for n in dict.fromkeys((window, *lengths.values()))]
+        raise SkipwiseError(
+            f"{what} has max_position_embeddings {stated:,} and {others}, and its weights were "
+            f"trained at one of them\ntype {', or '.join(typed)}"
+        )
 
 
 def _refusal(family: str, positions: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelInfo
+from skipwise.models.model_info import LENGTHS, ModelInfo
 from skipwise.pose.rope import Scaling, Unscaled, make_scaling, scalings_for
 
 
@@ -79,6 +79,8 @@ def scaled_config(config: Any, info: ModelInfo, scaling: Scaling, target_length:
     if info.nested:
         full = settings.pop("rope_parameters")
         scaled.rope_parameters = {**config.rope_parameters, "full_attention": full}
+    length = settings["max_position_embeddings"]
+    settings |= {key: length for key in LENGTHS if isinstance(getattr(config, key, None), int)}
     for key, value in settings.items():
         setattr(scaled, key, value)
     if "sliding_window" in settings:

@@ -20,12 +20,43 @@ from skipwise.pose.samplers import IGNORE_INDEX
 _PROBED = 256  # positions whose logits are compared
 
 
-def check_tokenizer(tokenizer: Any, vocab_size: int, batch: dict[str, torch.Tensor]) -> Check:
-    """All token ids, of the tokenizer and of a real batch, fit the embedding."""
-    largest = max(len(tokenizer) - 1, int(batch["input_ids"].max()))
-    fits = largest < vocab_size
+def check_tokenizer(
+    tokenizer: Any,
+    vocab_size: int,
+    batch: dict[str, torch.Tensor],
+    largest_in_text: Callable[[], int] | None = None,
+) -> Check:
+    """All token ids, of the tokenizer and of the text, fit the embedding.
+
+    A special token that was added without a row in the embedding is allowed if no text holds it,
+    as [PAD] in many published tokenizers.
+
+    Args:
+        largest_in_text: the largest token id of all documents; the batch is one example. Called
+            only if it matters.
+    """
+    in_text = int(batch["input_ids"].max())
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    largest = max(in_text, *vocabulary.values())
+    beyond = {i: token for token, i in vocabulary.items() if i >= vocab_size}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
     detail = f"the embedding of {vocab_size:,} has room for all {len(tokenizer):,} tokens"
-    if not fits:
+    fits = largest < vocab_size
+    if not fits and all(i in added for i in beyond):
+        in_text = max(in_text, largest_in_text() if largest_in_text else 0)
+        fits = in_text < vocab_size
+        names = ", ".join(f"{beyond[i]} (id {i:,})" for i in sorted(beyond)[:3])
+        names += ", ..." if len(beyond) > 3 else ""
+        text = "no text holds" if largest_in_text else "the first example does not hold"
+        detail = f"{text} {names}, which the embedding of {vocab_size:,} has no row for"
+        if not fits:
+            name = beyond.get(in_text, "a token")
+            detail = (
+                f"the text holds {name} (id {in_text:,}), and the embedding of {vocab_size:,} has "
+                f"no row for it: take {name} out of the text, or give the model a row with "
+                f"model.resize_token_embeddings({largest + 1}) and save it"
+            )
+    elif not fits:
         detail = (
             f"token id {largest:,} is beyond the embedding of {vocab_size:,}: "
             "this is another model's tokenizer"

@@ -31,6 +31,8 @@ def check_config(info: ModelInfo, scaling: Scaling, target_length: int) -> list[
         )
     numbers = {"original_length": L, "target_length": target_length, "factor": factor}
     checks = [Check(name="lengths", passed=fits, detail=detail, numbers=numbers)]
+    if info.notes:
+        checks.append(Check(name="config keys", passed=True, detail=info.notes))
     if info.recurrent:
         detail = (
             "skips train only the attention layers; method=full also shows longer texts to the "

@@ -20,11 +20,11 @@ def check_model(
     model: Any, config: Any, info: ModelInfo, scaling: Scaling, target_length: int
 ) -> list[Check]:
     """What the loaded model computes: frequencies, attention window, accurate positions."""
-    return [
-        check_rope(model, info, scaling),
-        _check_window(config, info, target_length),
-        _check_exact(model, info, scaling, target_length),
-    ]
+    checks = [check_rope(model, info, scaling), _check_window(config, info, target_length)]
+    widths = {len(getattr(module, f"{prefix}inv_freq")) for module, prefix in rotary_modules(model)}
+    if widths <= {(info.rotary_dim + 1) // 2}:  # else there is nothing to compare with
+        checks.append(_check_exact(model, info, scaling, target_length))
+    return checks
 
 
 def check_rope(model: Any, info: ModelInfo, scaling: Scaling) -> Check:

@@ -64,7 +64,7 @@ def read_requirements(folder: Path) -> Requirements:
     kind = SCALINGS.get(parameters.get("rope_type", "default"))
     keeps_length = kind is not None and kind.keeps_length
     stated = config.get("max_position_embeddings") or 0
-    info = read_model_info(config, (stated if keeps_length else 0) or None)
+    info = read_model_info(config, (stated if keeps_length else 0) or None, ask=False)
     if kind is not None and kind.follows_length:
         raise SkipwiseError(
             f"llama.cpp has no {kind.name} scaling, whose frequencies change with the length of "

@@ -123,7 +123,8 @@ def _notes(report: FolderReport, folder: ModelFolder) -> list[str]:
     if folder.tokenizer is None:
         out.append("the folder has no tokenizer_config.json")
     if not folder.known:
-        out.append(f"{folder.family} is not a family of transformers 5: its defaults are unknown")
+        known = "transformers 5 has no causal language model of this family"
+        out.append(f"{known} ({folder.family}), so its defaults are unknown")
     if folder.raw.get("auto_map"):
         out.append("the model has its own code, which may read its config differently")
     return out
