@@ -243,12 +243,6 @@ def _trained(
 ) -> tuple[Scaling, int, str]:
     """(the scaling that the weights were trained with, their window L, notes)."""
     what = f"this {config.get('model_type', 'unknown')} model"
-    if "llama_4_scaling_beta" in parameters:
-        raise SkipwiseError(
-            f"{what} cannot be extended: transformers multiplies its queries by more at each "
-            "multiple of L (llama_4_scaling_beta), which Skipwise cannot carry to a longer window"
-            "\nchoose another model"
-        )
     if given and given == counts_from(parameters, stated):
         return Unscaled(), given, ""  # replaced, so its keys do not count
     try:

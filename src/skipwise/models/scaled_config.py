@@ -13,6 +13,7 @@ from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import LENGTHS, ModelInfo
 from skipwise.pose.rope import Scaling, Unscaled, keeps_length, make_scaling, scalings_for
+from skipwise.pose.rope_config import CARRIED
 
 
 def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
@@ -65,9 +66,11 @@ def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dic
     settings = scaling.to_config(theta=info.rope_theta, dim=info.rotary_dim, **lengths)
     if scaling.keeps_length and not keeps_length(scaling, info.family):
         settings["max_position_embeddings"] = target_length
-    if "partial_rotary_factor" in info.rope_parameters:
-        share = info.rope_parameters["partial_rotary_factor"]
-        settings["rope_parameters"]["partial_rotary_factor"] = share
+    parameters, trained = settings["rope_parameters"], info.rope_parameters
+    parameters |= {key: trained[key] for key in CARRIED if key in trained}
+    if "llama_4_scaling_beta" in trained:  # its steps are as long as before
+        length = trained.get("original_max_position_embeddings", before)
+        parameters.setdefault("original_max_position_embeddings", length)
     if info.sliding_window is not None and not info.hybrid:
         # some classes that list their layers need a number even if no layer is sliding
         settings["sliding_window"] = target_length if info.lists_layers else None

@@ -12,6 +12,8 @@ from skipwise.pose.rope import SCALINGS, Scaling, make_scaling
 
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
 _COMMON += ("original_max_position_embeddings",)
+# What the attention of some families reads beside RoPE; it stays as it was trained.
+CARRIED = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "llama_4_scaling_beta")
 _COMPUTED = {  # (rope_type, key) without effect in transformers: what other runtimes do with it
     ("yarn", "attn_factor"): "SGLang and vLLM up to 0.15 multiply the attention factor by it",
     ("yarn", "extrapolation_factor"): "SGLang and vLLM multiply the ramp by it",
@@ -25,7 +27,7 @@ _COMPUTED = {  # (rope_type, key) without effect in transformers: what other run
 def unread_keys(rope_parameters: dict[str, Any]) -> str:
     """What to say of keys from which transformers computes nothing; empty if there are none."""
     name = _name(rope_parameters)
-    unread = [key for key in rope_parameters if key not in (*_COMMON, *_options(name))]
+    unread = [key for key in rope_parameters if key not in (*_COMMON, *CARRIED, *_options(name))]
     said, quiet = [], []
     for key in unread:
         value, computed = rope_parameters[key], _COMPUTED.get((name, key))

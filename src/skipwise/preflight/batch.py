@@ -189,9 +189,11 @@ def _check_skips(
     """The logits after a skip depend on its size.
 
     Rotary positions are relative: shifting all of them changes the logits only by rounding, and
-    removing the skips must change them more. It does not if the model ignores `position_ids`, or if
-    its full-attention layers have no positions (Cohere 2, EXAONE 4). Runs in float32 if the weights
-    and the attention implementation allow it, because rounding is smallest there.
+    halving the skips must change them more. It does not if the model ignores `position_ids`, if its
+    full-attention layers have no positions (Cohere 2, EXAONE 4), or if the mask separates the
+    chunks and only the state of other layers crosses the skip (Qwen 3 Next without a mask). Runs in
+    float32 if the weights and the attention implementation allow it, because rounding is smallest
+    there.
     """
     mixed = (inner.config._attn_implementation or "").startswith(("flash", FLEX))
     mixed = mixed or any(p.dtype != torch.float32 for p in inner.parameters())
@@ -214,15 +216,22 @@ def _check_skips(
     positions = inputs["position_ids"]
     plain = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     shift = int((positions - plain)[0, -1])
+    if "llama_4_scaling_beta" in (getattr(inner.config, "rope_parameters", None) or {}):
+        shift = 1  # queries also grow with their own position (Ministral 3)
     skipped = logits(positions)
-    effect = float((logits(plain) - skipped).abs().mean())
+    effect = float((logits(plain + (positions - plain) // 2) - skipped).abs().mean())
     rounding = float((logits(positions + shift) - skipped).abs().mean())
     takes_effect = effect > 1.5 * rounding
     detail = "the skips change the logits by more than rounding does"
-    if not takes_effect:
+    if not takes_effect and inputs.get("attention_mask") is None:
         detail = (
-            "the skips do not change the logits: the layers that look far back have no positions "
-            "to learn, so PoSE would teach nothing"
+            "the size of a skip does not change the logits: the attention mask separates the "
+            "chunks, so PoSE would teach nothing; send an attention_mask of ones with position_ids"
+        )
+    elif not takes_effect:
+        detail = (
+            "the size of a skip does not change the logits: the layers that look far back have no "
+            "positions to learn, so PoSE would teach nothing"
         )
     numbers = {"effect": effect, "rounding": rounding}
     return Check(name="skips take effect", passed=takes_effect, detail=detail, numbers=numbers)
