@@ -385,7 +385,9 @@ def check_evaluation(run, monkeypatch):
 
 
 @pytest.mark.parametrize("family", NO_POSITIONS)
-def test_full_layers_without_positions_are_told_by_the_preflight(family, tmp_path):
+def test_full_layers_without_positions_are_told_by_the_preflight(family, tmp_path, monkeypatch):
+    """Of a family that is not known for it, too."""
+    monkeypatch.delitem(defaults()[family], "rotates_if_sliding")
     base = tmp_path / "base"
     config = AutoConfig.for_model(family, **{**SHAPE, **HYBRID})
     AutoModelForCausalLM.from_config(config).save_pretrained(base)

@@ -5,7 +5,8 @@ python tools/make_config_defaults.py
 For every causal language model whose config has rope_parameters: those of the defaults that
 `skipwise.models.model_info` reads, and the rope_types that the class turns down or renames. What a
 class reads under another name, and what it ignores, is found by trying: each key is given to the
-class, and the config that it makes is compared with the default one.
+class, and the config that it makes is compared with the default one. `without_rope` names the
+others.
 """
 
 import contextlib
@@ -111,6 +112,14 @@ def entry(family: str) -> dict[str, Any] | None:
     return out
 
 
+def without_rope(family: str) -> bool:
+    """Whether the class alone, without parts that are models, has no RoPE settings."""
+    with contextlib.suppress(Exception):
+        config = CONFIG_MAPPING[family]()
+        return not config.sub_configs and getattr(config, "rope_parameters", None) is None
+    return False
+
+
 def read(config: Any, key: str) -> Any:
     """An attribute, also of the other name that the class has for it; None if there is none."""
     try:
@@ -206,9 +215,12 @@ def main() -> None:
         found = entry(family)
         if found:
             families[family] = found
+    rest = [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in families]
+    without = json.dumps(sorted(family for family in rest if without_rope(family)))
     lines = ",\n".join(f'  "{name}": {json.dumps(line)}' for name, line in families.items())
     FILE.write_text(
-        f'{{\n "transformers": "{transformers.__version__}",\n "families": {{\n{lines}\n }}\n}}\n',
+        f'{{\n "transformers": "{transformers.__version__}",\n "families": {{\n{lines}\n }},\n'
+        f' "without_rope": {without}\n}}\n',
         encoding="utf-8",
     )
     print(f"{len(families)} families in {FILE}")

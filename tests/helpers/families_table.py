@@ -21,6 +21,8 @@ REFUSED = [  # config class, models
     ("MambaConfig", "Mamba"),
     ("RecurrentGemmaConfig", "RecurrentGemma"),
     ("Llama4TextConfig", "Llama 4"),
+    ("Cohere2Config", "Command R7B, Command A"),
+    ("Exaone4Config", "EXAONE 4 32B"),
     ("Gemma4TextConfig", "Gemma 4"),
     ("Ministral3Config", "Ministral 3"),
     ("GraniteMoeHybridConfig", "Granite 4 H (the ones without positions)"),
@@ -79,10 +81,6 @@ def _refusals() -> str:
         lines.append(f"| {models} | {_refusal(lambda name=name: _facts(name))} |")
     baichuan = {"model_type": "baichuan", "hidden_size": 5120}
     lines.append(f"| Baichuan 13B | {_refusal(lambda: conversion_for(baichuan))} |")
-    lines.append(
-        "| Command R7B, EXAONE 4 | the preflight: the layers that look far back have no positions "
-        "to learn |"
-    )
     rest = """
 Also refused, each with what to do instead: quantised checkpoints, LoRA adapters given as models, folders without
 weights, code in the checkpoint's folder or repository unless `load.trust_remote_code=true`, and multimodal wrappers

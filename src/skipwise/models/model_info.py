@@ -65,10 +65,14 @@ class ModelInfo:
 
 
 @cache
+def _of_transformers() -> dict[str, Any]:
+    """Written by tools/make_config_defaults.py."""
+    return json.loads(Path(__file__).with_name("config_defaults.json").read_text(encoding="utf-8"))
+
+
 def defaults() -> dict[str, dict[str, Any]]:
     """Config class defaults of every RoPE decoder family in transformers."""
-    file = Path(__file__).with_name("config_defaults.json")
-    return json.loads(file.read_text(encoding="utf-8"))["families"]
+    return _of_transformers()["families"]
 
 
 def read_model_info(
@@ -195,6 +199,8 @@ def check_positions(config: Mapping[str, Any]) -> None:
     family = config.get("model_type", "unknown")
     if config.get("alibi") or family in _OTHER_POSITIONS:
         raise SkipwiseError(_refusal(family, _OTHER_POSITIONS.get(family, "ALiBi")))
+    if family in _of_transformers()["without_rope"]:  # whatever its config.json says
+        raise SkipwiseError(_refusal(family, "no RoPE settings in transformers"))
 
 
 def check_reach(config: Mapping[str, Any], length: int) -> None:

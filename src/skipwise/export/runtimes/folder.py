@@ -70,11 +70,14 @@ class ModelFolder:
         """Dimensions of a head. None if the config does not give it, directly or by its width."""
         if self.raw.get("qk_rope_head_dim"):  # DeepSeek: only these dimensions rotate
             return self.raw["qk_rope_head_dim"]
-        if self.value("head_dim"):
-            return self.value("head_dim")
+        keys = self.known.get("keys", {})
+        own = next((self.raw[k] for k, n in keys.items() if n == "head_dim" and k in self.raw), 0)
+        if own or self.value("head_dim"):
+            return own or self.value("head_dim")
         width = self._shape("hidden_size", "n_embd", "d_model")
         heads = self._shape("num_attention_heads", "n_head", "n_heads")
-        return width // heads if width and heads else None
+        ratio = self.known.get("head_dim_ratio", 1)
+        return ratio * width // heads if width and heads else None
 
     def _shape(self, *names: str) -> int | None:
         return next((self.value(n) for n in names if self.value(n)), None)

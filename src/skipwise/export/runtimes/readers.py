@@ -446,6 +446,9 @@ def _partial(folder: ModelFolder, p: dict[str, Any]) -> float:
     default = folder.known.get("rope_parameters") or {}
     default = (default.get("full_attention") or default).get("partial_rotary_factor")
     stated = [d.get("partial_rotary_factor") for d in (p, folder.raw)]
+    width = folder.raw.get("rotary_dim") if "rotary_dim" in folder.known.get("keys", {}) else None
+    if width and folder.head_dim:  # MiniMax M2
+        stated.append(width / folder.head_dim)
     values = (*stated, folder.raw.get("rotary_pct"), default, 1.0)
     return float(next(value for value in values if value is not None))
 
