@@ -48,9 +48,7 @@ WRONG_RUNTIMES: dict[str, str] = {"MiniMaxAI/MiniMax-Text-01-hf": _MINIMAX}
 def each(wrong=(), keep=lambda row: True):
     """One test per model; `wrong` ones have to fail, so that they leave the list when they pass."""
     wrong = dict(wrong)
-    marks = {
-        name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in wrong.items()
-    }
+    marks = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in wrong.items()}
     rows = [row for row in ROWS if keep(row)]
     params = [pytest.param(r, id=r["id"], marks=marks.get(r["id"], ())) for r in rows]
     return pytest.mark.parametrize("row", params)

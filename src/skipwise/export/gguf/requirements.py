@@ -63,8 +63,8 @@ def read_requirements(folder: Path) -> Requirements:
     parameters = parameters.get("full_attention") or parameters
     kind = SCALINGS.get(parameters.get("rope_type", "default"))
     stated = config.get("max_position_embeddings") or 0
-    keeps_length = kind is not None and kind.keeps_length
-    info = read_model_info(config, (stated if keeps_length else 0) or None, ask=False)
+    given = stated if kind and kind.keeps_length else 0
+    info = read_model_info(config, given or None, ask=False)
     if kind is not None and kind.follows_length:
         raise SkipwiseError(
             f"llama.cpp has no {kind.name} scaling, whose frequencies change with the length of "
