@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from test_verify import L, T, TOKENIZER, exported, reading, write
+from test_verify import TOKENIZER, L, T, exported, reading, write
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from verify_cases import BASE, LLAMA3, LONGROPE, ORIGINAL, QWEN2, THETA, YARN, both, of
@@ -70,9 +70,15 @@ def test_other_families_state_the_length_before_linear(family, tmp_path):
 
 def test_the_released_gemma_3_is_read_as_it_states_and_carried_on(tmp_path):
     released = {
-        **{"model_type": "gemma3_text", "hidden_size": 64, "num_attention_heads": 4},
-        **{"head_dim": 16, "vocab_size": 1024, "max_position_embeddings": 131072},
-        **{"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 1024},
+        "model_type": "gemma3_text",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "vocab_size": 1024,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "sliding_window": 1024,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     }
     verdict = verify_folder(write(tmp_path, released, None))
@@ -199,13 +205,22 @@ def test_hunyuans_alpha_is_a_theta_in_every_runtime(family, tmp_path):
 
 
 DEEPSEEK = {
-    **{"model_type": "deepseek_v3", "hidden_size": 64, "num_attention_heads": 4},
-    **{"qk_rope_head_dim": 64, "vocab_size": 1024, "max_position_embeddings": 163840},
+    "model_type": "deepseek_v3",
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "qk_rope_head_dim": 64,
+    "vocab_size": 1024,
+    "max_position_embeddings": 163840,
     "rope_theta": 10000.0,
 }
 OFFICIAL = {
-    **{"type": "yarn", "factor": 40.0, ORIGINAL: 4096, "beta_fast": 32, "beta_slow": 1},
-    **{"mscale": 1.0, "mscale_all_dim": 1.0},
+    "type": "yarn",
+    "factor": 40.0,
+    ORIGINAL: 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
 }
 
 
@@ -298,9 +313,9 @@ def test_a_window_that_is_not_the_runs_target_fails(tmp_path):
     assert not check.passed and "a window of 32,768 tokens, not 65,536" in check.detail
 
 
-def recipe_of(tiny, *overrides):
+def recipe_of(tiny):
     tree = {"model": str(tiny), "target_length": 256, "rope": {"type": "yarn"}, "method": "none"}
-    return parse_recipe({**tree, "eval": {"tasks": []}}, list(overrides))
+    return parse_recipe({**tree, "eval": {"tasks": ["passkey"], "passkey_samples": 1}})
 
 
 def test_extend_fails_on_its_own_verdict_and_goes_on_once_the_config_is_right(
@@ -311,6 +326,7 @@ def test_extend_fails_on_its_own_verdict_and_goes_on_once_the_config_is_right(
         change(folder, seq_length=64)
 
     monkeypatch.setattr("skipwise.export.hf.make_portable", too_short)
+    monkeypatch.setattr("skipwise.pipeline.extend.report_run", lambda run: None)
     with pytest.raises(SkipwiseError) as failed:
         extend(recipe_of(tiny), tmp_path)
     said = str(failed.value)
