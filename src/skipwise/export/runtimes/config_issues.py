@@ -401,7 +401,8 @@ def _differing(family: str, older: dict[str, Any], newer: dict[str, Any]) -> lis
     moved = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
     old = {k: v for k, v in older.items() if k not in moved and v is not None}
     new = {k: v for k, v in newer.items() if k not in moved and v is not None}
-    keys = set(old) & set(new) if family in ("phi3", "olmo", "olmo2") else set(old) | set(new)
+    fewer = ("phi3", "phi4_multimodal", "olmo", "olmo2")  # allowed in the older spelling
+    keys = set(old) & set(new) if family in fewer else set(old) | set(new)
     names = [p.get("rope_type", p.get("type", "default")) for p in (older, newer)]
     differing = sorted(k for k in keys if old.get(k) != new.get(k))
     return (["rope_type"] if names[0] != names[1] else []) + differing

@@ -145,7 +145,8 @@ def vllm(folder: ModelFolder) -> Reading:
     p, sliding = parameters_5(folder)
     given = given_parameters(folder)
     conflict = None
-    if given.get("type", p["rope_type"]) not in (p["rope_type"], "su", "mrope"):
+    alike = ("dynamic" if p.get("alpha") else p["rope_type"], p["rope_type"], "su", "mrope")
+    if given.get("type", p["rope_type"]) not in alike:
         conflict = f"type is {given['type']!r} and rope_type {p['rope_type']!r}"
     if p["rope_type"] == "su":
         p["rope_type"] = "longrope"
