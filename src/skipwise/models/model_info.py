@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.pose.rope import Scaling, Unscaled, keeps_length
+from skipwise.pose.rope import SCALINGS, Scaling, Unscaled, keeps_length
 from skipwise.pose.rope_config import counts_from, from_rope_parameters, unread_keys
 
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+PROPORTIONAL = "proportional"  # Gemma 4: a share of the pairs, with the exponents of all
 _RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid", "conv"}
 _OTHER_POSITIONS = {
     **dict.fromkeys(("gpt2", "gpt_neo", "gpt_bigcode", "opt"), "learned absolute positions"),
@@ -44,7 +45,7 @@ class ModelInfo:
 
     family: str  # model_type
     original_length: int  # L, the window the weights were trained for
-    rope_theta: float
+    rope_theta: float  # of default RoPE; a proportional one has the same frequencies with another
     rope_parameters: dict[str, Any]  # from the config, of the full-attention layers
     scaling: Scaling  # that the weights were trained with: Unscaled, or one to extend further
     nested: bool  # the config has rope_parameters by layer type
@@ -108,13 +109,18 @@ def read_model_info(
         if not _get(config, key):
             raise SkipwiseError(f"the config of this {family} model is incomplete: it has no {key}")
     hidden, heads = _get(config, "hidden_size"), _get(config, "num_attention_heads")
-    head_dim = config.get("head_dim") or hidden // heads
+    head_dim = _full_head_dim(config) or hidden // heads
     plain = parameters.get("rope_type", "default") == "default"
     if plain and "partial_rotary_factor" in parameters and known.get(_IGNORES_SHARE):
         parameters["partial_rotary_factor"] = 1.0  # said to scaled modules, which read it
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     parameters, notes = _without_alpha(parameters, rotary_dim, known)
-    scaling, length, more = _trained(parameters, config, stated, original_length, ask)
+    theta, refused = float(parameters.get("rope_theta", 10000.0)), known.get("refused_rope_types", ())
+    computed = parameters
+    if parameters.get("rope_type") == PROPORTIONAL:
+        theta, rotary_dim, computed = _as_default(parameters, head_dim, family)
+        refused = [name for name in SCALINGS if name != "ntk"]
+    scaling, length, more = _trained(computed, config, stated, original_length, ask)
     layers = set(config.get("layer_types") or [])
     window = config.get("sliding_window")
     if config.get("use_sliding_window", True) is False or (layers and _SLIDING not in layers):
@@ -122,7 +128,7 @@ def read_model_info(
     return ModelInfo(
         family=family,
         original_length=length,
-        rope_theta=float(parameters.get("rope_theta", 10000.0)),
+        rope_theta=theta,
         rope_parameters=parameters,
         scaling=scaling,
         nested=nested,
@@ -134,7 +140,7 @@ def read_model_info(
         recurrent=bool(layers & _RECURRENT),
         vocab_size=config["vocab_size"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        refused_types=tuple(known.get("refused_rope_types", ())),
+        refused_types=tuple(refused),
         notes="; ".join(filter(None, (notes, more))),
     )
 
@@ -223,6 +229,33 @@ def refuse_text_model(family: str, text: Mapping[str, Any] | None) -> None:
             f"{family} cannot be extended: transformers has no causal language model class for "
             f"{part}, alone\nchoose a model of text: Llama, Mistral, Qwen 2.5, Qwen 3, Gemma, ..."
         )
+
+
+def _full_head_dim(config: Mapping[str, Any]) -> int | None:
+    """head_dim of the full-attention layers, which may have their own (Gemma 4)."""
+    layers, found = config.get("layer_types") or [], config.get("global_head_dim")
+    for layer, own in (config.get("per_layer_config") or {}).items():
+        if layers[int(layer)] == _FULL:
+            found = own.get("head_dim") or found
+    return found or config.get("head_dim")
+
+
+def _as_default(
+    parameters: dict[str, Any], head_dim: int, family: str
+) -> tuple[float, int, dict[str, Any]]:
+    """(theta, rotary dimension, parameters) of default RoPE with proportional RoPE's frequencies.
+
+    Its pairs j < r have theta^(-2j/head_dim), and the other pairs do not rotate.
+    Source: transformers 5, `_compute_proportional_rope_parameters`.
+    """
+    if parameters.get("factor", 1.0) != 1.0:
+        raise SkipwiseError(
+            f"this {family} model cannot be extended: its proportional RoPE has a factor already, "
+            "which only transformers reads\nchoose the model it was made from"
+        )
+    rotary_dim = int(parameters.get("partial_rotary_factor", 1.0) * head_dim // 2) * 2
+    theta = float(parameters.get("rope_theta", 10000.0)) ** (rotary_dim / head_dim)
+    return theta, rotary_dim, {"rope_type": "default", "rope_theta": theta}
 
 
 def _without_alpha(

@@ -11,7 +11,7 @@ from typing import Any
 
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import LENGTHS, ModelInfo
+from skipwise.models.model_info import LENGTHS, PROPORTIONAL, ModelInfo
 from skipwise.pose.rope import Scaling, Unscaled, keeps_length, make_scaling, scalings_for
 from skipwise.pose.rope_config import CARRIED
 
@@ -68,6 +68,9 @@ def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dic
         settings["max_position_embeddings"] = target_length
     parameters, trained = settings["rope_parameters"], info.rope_parameters
     parameters |= {key: trained[key] for key in CARRIED if key in trained}
+    if info.rope_type == PROPORTIONAL:
+        theta = parameters["rope_theta"] ** (info.head_dim / info.rotary_dim)
+        parameters |= {"rope_type": PROPORTIONAL, "rope_theta": theta}
     if "llama_4_scaling_beta" in trained:  # its steps are as long as before
         length = trained.get("original_max_position_embeddings", before)
         parameters.setdefault("original_max_position_embeddings", length)
@@ -99,7 +102,7 @@ def scaled_config(config: Any, info: ModelInfo, scaling: Scaling, target_length:
             scaled.use_sliding_window = False
         if getattr(scaled, "layer_types", None):
             scaled.layer_types = ["full_attention"] * len(scaled.layer_types)
-    if getattr(scaled, "head_dim", 0) is None:  # scaled rotary modules do not compute it
+    if scaled.to_dict().get("head_dim", 0) is None:  # scaled rotary modules do not compute it
         scaled.head_dim = info.head_dim
     return scaled
 
