@@ -100,9 +100,8 @@ def model_info_of(
         SkipwiseError: as `read_model_info`; the installed transformers does not know a key.
     """
     info = read_model_info(to_dict(config), original_length)
-    keys = [
-        key for key in defaults().get(config.model_type, {}).get("keys", {}) if key in (raw or {})
-    ]
+    named = defaults().get(config.model_type, {}).get("keys", {})
+    keys = [key for key in named if raw and key in raw]
     alone = read_model_info(complete(raw), original_length) if raw and keys else info
     if alone.rotary_dim != info.rotary_dim:
         from transformers import __version__

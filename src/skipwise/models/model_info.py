@@ -224,10 +224,10 @@ def refuse_text_model(family: str, text: Mapping[str, Any] | None) -> None:
     """SkipwiseError if transformers has no class for the text model of a multimodal one alone."""
     inner = (text or {}).get("model_type")
     if inner not in defaults():
-        part = f"its text model{f', {inner}' if inner else ''}"
+        part = f"its text model{f' ({inner})' if inner else ''}"
         raise SkipwiseError(
             f"{family} cannot be extended: transformers has no causal language model class for "
-            f"{part}, alone\nchoose a model of text: Llama, Mistral, Qwen 2.5, Qwen 3, Gemma, ..."
+            f"{part}\nchoose a model of text: Llama, Mistral, Qwen 2.5, Qwen 3, Gemma, ..."
         )
 
 
@@ -293,7 +293,8 @@ def _trained(
         present = Unscaled()
     dual = (config.get("dual_chunk_attention_config") or {}).get("original_max_position_embeddings")
     if dual and dual < stated and given is None and isinstance(present, Unscaled):
-        served = f"dual_chunk_attention_config serves {stated:,} tokens to a model of {dual:,}"
+        served = f"dual_chunk_attention_config serves {stated:,} tokens in chunks, with weights"
+        served += f" trained at {dual:,}"
         return present, dual, "; ".join(filter(None, (notes, served)))
     keeps = keeps_length(present, config.get("model_type", "unknown"))
     window = stated if present.keeps_length and not keeps else present.window(stated)
