@@ -227,7 +227,8 @@ def rotary(config, length):
         prefix = "" if hasattr(made, "inv_freq") else "full_attention_"
         inv_freq = getattr(made, f"{prefix}inv_freq")
         attention = getattr(made, f"{prefix}attention_scaling", 1.0)
-    return name, inv_freq.double().numpy(), attention
+    turning = inv_freq[inv_freq > 0]  # Gemma 4 leaves pairs of its full layers as they are
+    return name, turning.double().numpy(), attention
 
 
 # Runtimes: their rules in short, over transformers' reading of the config.
@@ -237,7 +238,7 @@ VLLM_KEYS += ("max_target_positions", "max_sequence_length", "max_seq_length", "
 SGLANG_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length")
 NOT_IN_4 = """
 cwm deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v3 hyperclovax internlm3 iquestcoder jais2 laguna
-lfm2_moe minimax_m2 qwen3_5_moe_text qwen3_5_text solar_open youtu
+lfm2_moe minimax_m2 ministral3 qwen3_5_moe_text qwen3_5_text solar_open youtu
 """
 NO_CONVERTER = """
 cwm deepseek_v32 doge flex_olmo helium hy_v3 hyperclovax jetmoe laguna longcat_flash minimax
@@ -306,8 +307,9 @@ def readings(row, folder):
 
 
 def stays(row):
-    """Not a model that is converted before anything can read another RoPE in it."""
-    return has_facts(row) and row["config"]["model_type"] not in ("gptj", "baichuan")
+    """Not a model that is converted first, nor Gemma 4, whose RoPE the table does not compute."""
+    family = row["config"]["model_type"]
+    return has_facts(row) and family not in ("gptj", "baichuan", "gemma4")
 
 
 @each(WRONG_RUNTIMES, stays)

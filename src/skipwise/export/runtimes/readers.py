@@ -210,7 +210,8 @@ def llama_cpp(folder: ModelFolder) -> Reading:
         scaled = False
     if name == "dynamic" and folder.family.startswith(_ALPHA):
         p = _with_alpha(folder, p)
-    latent = folder.latent_attention and p.get("mscale_all_dim")
+    latent = folder.latent_attention or folder.family == "ministral3"
+    latent = latent and p.get("mscale_all_dim")
     if name == "yarn":
         unread = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
         unread += ("beta_fast", "beta_slow")  # converted, and not read by most models
