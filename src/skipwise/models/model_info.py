@@ -111,8 +111,8 @@ def read_model_info(
         parameters["partial_rotary_factor"] = 1.0  # said to scaled modules, which read it
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     parameters, notes = _without_alpha(parameters, rotary_dim, known)
-    theta, refused = float(parameters.get("rope_theta", 10000.0)), known.get("refused_rope_types", ())
-    computed = parameters
+    theta = float(parameters.get("rope_theta", 10000.0))
+    computed, refused = parameters, known.get("refused_rope_types", ())
     if parameters.get("rope_type") == PROPORTIONAL:
         theta, rotary_dim, computed = _as_default(parameters, head_dim, family)
         refused = [name for name in SCALINGS if name != "ntk"]
