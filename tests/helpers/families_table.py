@@ -49,7 +49,7 @@ show these layers a longer text.
 
 **Settings that stay as they were trained**: the sections of Qwen 3.5's multimodal RoPE, which do nothing in text, and
 Ministral 3's `llama_4_scaling_beta` with its length of 16,384. Gemma 4 and LFM 3 have proportional RoPE: its theta is
-raised (`ntk`), and no runtime needs another key for it.
+raised (`ntk`), which every runtime reads; other scalings have no place in its settings.
 
 **Models that are scaled already** are carried on, not scaled twice: yarn, llama3 and linear reach the new target with
 their own options (Llama 3.1 from 131,072 tokens: llama3 with a larger factor, counted from its 8,192). What a linear
