@@ -11,12 +11,13 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from skipwise.cli import main
+from skipwise.config.parse import parse_recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import complete, defaults, model_info_of
 from skipwise.models.model_info import read_model_info
-from skipwise.models.scaled_config import config_changes, scaled_config
-from skipwise.pose.rope import YaRN
+from skipwise.models.scaled_config import config_changes, scaled_config, scaling_for
+from skipwise.pose.rope import YaRN, make_scaling
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1024, "num_hidden_layers": 2}
 LLAMA = {**SHAPE, "model_type": "llama", "max_position_embeddings": 4096}
@@ -322,9 +323,119 @@ def test_a_scaling_that_is_replaced_need_not_be_valid(scaling):
     assert (info.original_length, info.scaling.factor) == (32768, 1.0)
 
 
-def test_a_scaling_in_the_queries_is_refused_by_its_name():
-    error = refusal({**SHAPE, "model_type": "ministral3"})
-    assert "llama_4_scaling_beta" in error and "rope.options" not in error
+def test_ministral_3_keeps_the_temperature_of_its_queries():
+    """Its steps stay 16,384 positions long, so a query at the new end grows as the formula says."""
+    from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
+
+    config = CONFIG_MAPPING["ministral3"](**SHAPE, head_dim=16)  # the released rope_parameters
+    info = model_info_of(config)
+    T = 524288
+    scaled = scaled_config(config, info, info.scaling.extended(262144, T), T)
+    p = scaled.rope_parameters
+    assert (info.original_length, p["rope_type"], p["factor"]) == (262144, "yarn", T / 16384)
+    length, beta = p["original_max_position_embeddings"], p["llama_4_scaling_beta"]
+    assert (length, beta) == (16384, 0.1)
+    scale = get_llama_4_attn_scale(torch.tensor([[0, 262143, T - 1]]), beta, length).flatten()
+    want = [1.0, 1 + 0.1 * math.log(16), 1 + 0.1 * math.log(32)]
+    assert np.allclose(scale, want, rtol=1e-6)
+    # replaced by another type, the model still needs both keys
+    replaced = model_info_of(config, 16384)
+    scaling = make_scaling("ntk", factor=2, original_length=16384)
+    ntk = scaled_config(config, replaced, scaling, 32768)
+    assert ntk.rope_parameters["llama_4_scaling_beta"] == 0.1
+    assert ntk.rope_parameters["original_max_position_embeddings"] == 16384
+
+
+def test_ministral_3_extended_has_the_frequencies_of_yarn_by_32():
+    from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
+
+    config = CONFIG_MAPPING["ministral3"](**SHAPE, head_dim=128)
+    info = model_info_of(config)
+    scaled = scaled_config(config, info, info.scaling.extended(262144, 524288), 524288)
+    module = Ministral3RotaryEmbedding(scaled)
+    plain = 1e6 ** -(np.arange(64) / 64)
+    low, high = (128 * math.log(16384 / (r * 2 * math.pi)) / (2 * math.log(1e6)) for r in (32, 1))
+    ramp = np.clip((np.arange(64) - math.floor(low)) / (math.ceil(high) - math.floor(low)), 0, 1)
+    assert np.allclose(module.inv_freq, plain * (1 - ramp) + plain / 32 * ramp, rtol=1e-5)
+    assert module.attention_scaling == 1.0  # mscale and mscale_all_dim are both 1
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_gemma_4_is_extended_by_theta_and_only_its_rotating_pairs_change(share):
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
+
+    raw = {
+        **SHAPE,
+        "model_type": "gemma4_text",
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "max_position_embeddings": 131072,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": share,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }
+    info = read(raw)
+    pairs = int(share * 16)
+    assert (info.head_dim, info.rotary_dim, info.original_length) == (32, 2 * pairs, 131072)
+    config = CONFIG_MAPPING["gemma4_text"](**{k: v for k, v in raw.items() if k != "model_type"})
+    ntk = make_scaling("ntk", factor=4, original_length=131072)
+    scaled = scaled_config(config, info, ntk, 524288)
+    assert scaled.max_position_embeddings == 524288
+    sliding = "sliding_attention"
+    assert scaled.rope_parameters[sliding] == raw["rope_parameters"][sliding]
+    module = Gemma4TextRotaryEmbedding(scaled)
+    # the lowest frequency is divided by 4, the highest is kept, those between geometrically
+    j = np.arange(pairs)
+    want = 1e6 ** (-2 * j / 32) * 4.0 ** (-j / (pairs - 1))
+    assert np.allclose(module.full_attention_inv_freq[:pairs], want, rtol=1e-5)
+    assert not module.full_attention_inv_freq[pairs:].any()
+    assert np.allclose(module.sliding_attention_inv_freq, 1e4 ** (-np.arange(8) / 8), rtol=1e-5)
+
+
+def test_proportional_rope_takes_no_other_scaling():
+    recipe = parse_recipe({"model": "m", "target_length": 262144, "rope": {"type": "yarn"}})
+    info = model_info_of(CONFIG_MAPPING["gemma4_text"](**SHAPE))
+    with pytest.raises(SkipwiseError, match=r"leave it out, or type rope\.type=ntk"):
+        scaling_for(recipe, info)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_qwen_3_5_keeps_its_mrope_keys_and_scales_the_share_that_rotates(family):
+    module = importlib.import_module(f"transformers.models.{family[:-5]}.modeling_{family[:-5]}")
+    rotary = next(
+        cls
+        for name, cls in inspect.getmembers(module, inspect.isclass)
+        if name.endswith("TextRotaryEmbedding")
+    )
+    released = {
+        "rope_type": "default",
+        "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    }
+    raw = {**SHAPE, "model_type": family, "head_dim": 256, "rope_parameters": released}
+    info = read({**raw, "max_position_embeddings": 262144})
+    assert (info.rotary_dim, info.notes, info.recurrent) == (64, "", True)
+    given = {**SHAPE, "head_dim": 256, "rope_parameters": dict(released)}
+    config = CONFIG_MAPPING[family](**given, max_position_embeddings=262144)
+    linear = make_scaling("linear", factor=4, original_length=262144)
+    scaled = scaled_config(config, info, linear, 1048576)
+    kept = {key: scaled.rope_parameters[key] for key in ("mrope_section", "mrope_interleaved")}
+    assert kept == {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
+    made = rotary(scaled)
+    assert np.allclose(made.inv_freq, 1e7 ** (-np.arange(32) / 32) / 4, rtol=1e-5)
+    # text has the same position in all three rows, so the sections change nothing
+    positions = torch.tensor([[0, 5, 1048575]])
+    cos, _ = made(torch.zeros(1), positions.expand(3, 1, 3))
+    angles = positions[0, :, None].double() * made.inv_freq.double()
+    assert np.allclose(cos[0, :, :32], angles.float().cos(), atol=0.15)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from skipwise.models.hf_config import defaults
 from skipwise.models.load import load_model
 from skipwise.models.prepared import convert_weights, prepare_model
 from skipwise.pipeline.quickstart import MODEL
+from skipwise.pose.rope import Unscaled
 from skipwise.preflight.batch import check_batch
 from skipwise.preflight.model import check_model, rotary_modules
 from skipwise.training.checkpoints import finished_checkpoint
@@ -240,9 +241,10 @@ TAKEN = {
     "lfm3": ["ntk"],
 }
 NO_POSITIONS = ["cohere2", "exaone4"]  # in their full-attention layers
-OWN_MASK = {"falcon", "gpt_oss", "granitemoehybrid"}  # theirs does not cut at skips: nothing to catch
+OWN_MASK = {"falcon", "gpt_oss", "granitemoehybrid"}  # does not cut at skips: nothing to catch
+# without a mask their state still crosses the skip, and the attention does not
 STATEFUL = {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "bamba", "falcon_h1"}
-STATEFUL |= {"granitemoehybrid", "zamba2", "minimax", "lfm2", "lfm2_moe", "lfm3"}  # the state still crosses
+STATEFUL |= {"granitemoehybrid", "zamba2", "minimax", "lfm2", "lfm2_moe", "lfm3"}
 NO_CHECKPOINTING = {"gpt_neox_japanese"}  # the class has none
 OUTCOMES: dict[str, dict] = {}
 
@@ -318,7 +320,7 @@ def test_family(family, tmp_path, spm, monkeypatch, capsys):
         "models": FAMILIES[family][1],
         "as": prepared.conversion.target if prepared.conversion else "",
         "scalings": taken,
-        "carried": facts.rope_type != "default",
+        "carried": not isinstance(facts.scaling, Unscaled),
         "sliding": "kept beside full layers"
         if facts.hybrid
         else "taken out"

@@ -23,10 +23,11 @@ REFUSED = [  # config class, models
     ("Llama4TextConfig", "Llama 4"),
     ("Cohere2Config", "Command R7B, Command A"),
     ("Exaone4Config", "EXAONE 4 32B"),
-    ("Gemma4TextConfig", "Gemma 4"),
-    ("Ministral3Config", "Ministral 3"),
     ("GraniteMoeHybridConfig", "Granite 4 H (the ones without positions)"),
     ("Qwen2VLConfig", "Qwen 2 VL, Qwen 2.5 VL, Qwen 3 VL"),
+    ("KimiLinearConfig", "Kimi Linear"),
+    ("JambaConfig", "Jamba"),
+    ("NemotronHConfig", "Nemotron H"),
 ]
 HEAD = """\
 # Model families
@@ -44,6 +45,16 @@ preflight says what does not hold. `ntk` is the default RoPE with a larger theta
 AFTER = """
 Sliding windows: a window in every layer would hide what lies further back, so it is taken out of training and of the
 saved model (Mistral 7B v0.1). Layers with a window beside full ones keep it; see "Hybrid models" in method.md.
+
+State layers (Gated DeltaNet in Qwen 3 Next and 3.5, Mamba 2 in Bamba, Falcon H1, Granite 4 and Zamba 2, short
+convolutions in LFM 2, lightning attention in MiniMax) know no positions: their state runs on over a skip, as if the text
+went on. Whether it does or starts again after the skip changed perplexity by 0.03 % at most in tiny Qwen 3 Next and Bamba
+models (`benchmarks/hybrid_layers.py`; see "State layers" in method.md), so nothing in the model is changed. Skips do not
+show these layers a longer text.
+
+**Settings that stay as they were trained**: the sections of Qwen 3.5's multimodal RoPE, which do nothing in text, and
+Ministral 3's `llama_4_scaling_beta` with its length of 16,384. Gemma 4 and LFM 3 have proportional RoPE: its theta is
+raised (`ntk`), which every runtime reads; other scalings have no place in its settings.
 
 **Models that are scaled already** are carried on, not scaled twice: yarn, llama3 and linear reach the new target with
 their own options (Llama 3.1 from 131,072 tokens: llama3 with a larger factor, counted from its 8,192). What a linear

@@ -115,8 +115,8 @@ def read_model_info(
         parameters["partial_rotary_factor"] = 1.0  # said to scaled modules, which read it
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     parameters, notes = _without_alpha(parameters, rotary_dim, known)
-    theta, refused = float(parameters.get("rope_theta", 10000.0)), known.get("refused_rope_types", ())
-    computed = parameters
+    theta = float(parameters.get("rope_theta", 10000.0))
+    computed, refused = parameters, known.get("refused_rope_types", ())
     if parameters.get("rope_type") == PROPORTIONAL:
         theta, rotary_dim, computed = _as_default(parameters, head_dim, family)
         refused = [name for name in SCALINGS if name != "ntk"]
@@ -206,7 +206,7 @@ def check_positions(config: Mapping[str, Any]) -> None:
     if config.get("alibi") or family in _OTHER_POSITIONS:
         raise SkipwiseError(_refusal(family, _OTHER_POSITIONS.get(family, "ALiBi")))
     if family in _of_transformers()["without_rope"]:  # whatever its config.json says
-        raise SkipwiseError(_refusal(family, "no RoPE settings in transformers"))
+        raise SkipwiseError(_refusal(family, "no RoPE settings"))
 
 
 def check_reach(config: Mapping[str, Any], length: int) -> None:
