@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
