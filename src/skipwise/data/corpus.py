@@ -88,6 +88,11 @@ class Corpus:
     def longest(self) -> int:
         return max(int(lengths.max()) for lengths in self.lengths)
 
+    def largest_token(self) -> int:
+        """The largest token id of the stores, which are read as a whole."""
+        stores = [store.store if isinstance(store, PackedStore) else store for store in self.stores]
+        return max((int(s.tokens.max()) for s in stores if len(s.tokens)), default=0)
+
     def longer(self, min_length: int) -> Corpus | None:
         """The documents of at least that many tokens, or None. Sources keep their proportions."""
         rows = [np.flatnonzero(lengths >= min_length) for lengths in self.lengths]

@@ -63,7 +63,7 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
     if is_local(recipe.model):
         check_weights(Path(recipe.model).expanduser(), recipe.load)
     config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
-    info = model_info_of(config, recipe.original_length)
+    info = model_info_of(config, recipe.original_length, None if conversion else raw)
     recipe = resolve_auto(recipe)
     scaling = scaling_for(recipe, info)
     first_stage(recipe)

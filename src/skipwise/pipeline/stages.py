@@ -16,6 +16,7 @@ from skipwise.evaluation.run import evaluation_documents, make_eval_model
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model
 from skipwise.export.model_card import write_card
+from skipwise.export.runtimes import check_export
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.pipeline.checks import check_texts, free_memory, record_checks, validate
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
@@ -197,16 +198,23 @@ def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | Non
         data: training data that are loaded already.
 
     Raises:
-        SkipwiseError: plain transformers computes other logits from the folder.
+        SkipwiseError: plain transformers computes other logits from the folder, or a runtime would
+            load another window or other frequencies. The folder is kept, and checked again.
     """
-    if run.metadata().get("exported") and run.model.is_dir():
-        return
-    checkpoint = chosen_checkpoint(prepared, run)
-    temperature = chosen_temperature(prepared, run, checkpoint, data)
-    checks = export_model(prepared, run, checkpoint, temperature)
-    record_checks(run, checks)
-    require(checks)
-    run.update(exported=True)
+    if not (run.metadata().get("exported") and run.model.is_dir()):
+        checkpoint = chosen_checkpoint(prepared, run)
+        temperature = chosen_temperature(prepared, run, checkpoint, data)
+        checks = export_model(prepared, run, checkpoint, temperature)
+        record_checks(run, checks)
+        require(checks)
+        run.update(exported=True)
+    check = check_export(run.model, prepared.scaling, prepared.recipe.target_length)
+    record_checks(run, [check])
+    if not check.passed:
+        raise SkipwiseError(
+            f"{run.model} is written, but not every runtime would load it as it was trained\n"
+            f"{check.detail}\ncorrect {run.model / 'config.json'}, and type the command again"
+        )
 
 
 def export_again(
