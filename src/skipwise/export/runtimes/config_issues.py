@@ -233,7 +233,11 @@ def _attention(report: FolderReport) -> Iterator[Issue]:
         what = f"transformers makes it {A:.4f}; {have}"
         fix = "write mscale and mscale_all_dim as the model's base has them, without other factors"
         yield Issue(
-            name="attention factor", runtimes=runtimes, what=what, fix=fix, inherent=explicit
+            name="attention factor",
+            runtimes=runtimes,
+            what=what,
+            fix=fix,
+            inherent=not p.get("attn_factor"),  # which training ignores, so it can be removed
         )
     elif differing and abs(A - default) > 1e-5:
         key = f"{gguf_architecture(report.folder.family)}.rope.scaling.attn_factor"
