@@ -26,6 +26,7 @@ from skipwise.pose.rope import make_scaling
 
 FILE = Path(__file__).parents[1] / "src/skipwise/models/config_defaults.json"
 KEYS = ("max_position_embeddings", "sliding_window", "use_sliding_window", "tie_word_embeddings")
+KEYS += ("original_max_position_embeddings",)
 KEYS += SHAPE  # wrappers leave these out of their text_config
 SWITCHES = ("position_embedding_type", "use_mem_rope")  # recorded with null as well
 SPELLINGS = {  # keys that some class reads, under the value that is tried
@@ -67,6 +68,10 @@ def entry(family: str) -> dict[str, Any] | None:
     out["rope_parameters"] = dict(sorted(config.rope_parameters.items()))
     if read(config, "layer_types"):
         out["layer_types"] = sorted(set(config.layer_types))
+    layers = config.to_dict().get("per_layer_config") or {}
+    wide = {layer["head_dim"] for layer in layers.values() if "head_dim" in layer}
+    if wide:  # of the full-attention layers (Gemma 4)
+        (out["global_head_dim"],) = wide
     # a head_dim that does not follow the width is the class's own
     with contextlib.suppress(Exception):
         heads = config.num_attention_heads

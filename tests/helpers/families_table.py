@@ -23,6 +23,8 @@ REFUSED = [  # config class, models
     ("KimiLinearConfig", "Kimi Linear"),
     ("JambaConfig", "Jamba"),
     ("NemotronHConfig", "Nemotron H"),
+    ("GraniteMoeHybridConfig", "Granite 4 H (the ones without positions)"),
+    ("Qwen2VLConfig", "Qwen 2 VL, Qwen 2.5 VL, Qwen 3 VL"),
 ]
 HEAD = """\
 # Model families
@@ -55,6 +57,12 @@ raised (`ntk`), which every runtime reads; other scalings have no place in its s
 their own options (Llama 3.1 from 131,072 tokens: llama3 with a larger factor, counted from its 8,192). What a linear
 config means by its length has to be said (`original_length=...`); a scaling that was never trained is replaced when
 `original_length` is the length before it; searched longrope factors (Phi 3 long) are refused.
+
+**Keys of the config** are read as the family's config class reads them: `rotary_dim` of MiniMax M2, `qk_rope_head_dim`
+of DeepSeek, `global_rope_theta` of ModernBERT. `alpha` of Hunyuan is a larger theta, and no scaling. `check` names the
+keys that transformers ignores, with the runtime where another one computes something from them (`attn_factor`). A
+config whose lengths disagree (`model_max_length` of Command R) is a question: type `original_length=...`. Qwen 2.5 1M
+counts as the 262,144 tokens it was trained on (`dual_chunk_attention_config`).
 
 **Converted families** become a stock Phi or Llama in the run folder, a shard in memory at a time, with logits equal to
 1e-5 (`tests/test_convert.py`). Checkpoints that have only `.bin` files: `load.use_safetensors=false`.

@@ -99,12 +99,9 @@ def model_info_of(
     Raises:
         SkipwiseError: as `read_model_info`; the installed transformers does not know a key.
     """
-    read = config.to_dict()
-    for key in (*SHAPE, "max_position_embeddings", "head_dim", "layer_types"):
-        with contextlib.suppress(RuntimeError):  # it differs between layers
-            read[key] = getattr(config, key, None)  # a class may have another name for it
-    info = read_model_info(read, original_length)
-    keys = [key for key in defaults().get(config.model_type, {}).get("keys", {}) if key in (raw or {})]
+    info = read_model_info(to_dict(config), original_length)
+    named = defaults().get(config.model_type, {}).get("keys", {})
+    keys = [key for key in named if raw and key in raw]
     alone = read_model_info(complete(raw), original_length) if raw and keys else info
     if alone.rotary_dim != info.rotary_dim:
         from transformers import __version__
@@ -115,6 +112,15 @@ def model_info_of(
             "wrong positions\ninstall a newer transformers"
         )
     return info
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """transformers' `to_dict()`, with the keys that a class keeps under a name of its own."""
+    read = config.to_dict()
+    for key in (*SHAPE, "max_position_embeddings", "head_dim", "layer_types"):
+        with contextlib.suppress(RuntimeError):  # it differs between layers
+            read[key] = getattr(config, key, None)
+    return read
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def check_extendable(config: Mapping[str, Any]) -> None:
         raise SkipwiseError(_refusal(family, "no attention layer"))
     if config.get("attention_window_size"):  # RecurrentGemma
         layers = {_SLIDING, "recurrent"}
-    per_type = [key for key, value in parameters.items() if isinstance(value, Mapping | None)]
+    per_type = [k for k, value in parameters.items() if isinstance(value, Mapping) or k == _FULL]
     if (per_type and not isinstance(parameters.get(_FULL), Mapping)) or (
         layers & {_SLIDING, _CHUNKED} and _FULL not in layers and layers != {_SLIDING}
     ):
@@ -207,10 +207,10 @@ def refuse_text_model(family: str, text: Mapping[str, Any] | None) -> None:
     """SkipwiseError if transformers has no class for the text model of a multimodal one alone."""
     inner = (text or {}).get("model_type")
     if inner not in defaults():
-        part = f"its text model{f', {inner}' if inner else ''}"
+        part = f"its text model{f' ({inner})' if inner else ''}"
         raise SkipwiseError(
             f"{family} cannot be extended: transformers has no causal language model class for "
-            f"{part}, alone\nchoose a model of text: Llama, Mistral, Qwen 2.5, Qwen 3, Gemma, ..."
+            f"{part}\nchoose a model of text: Llama, Mistral, Qwen 2.5, Qwen 3, Gemma, ..."
         )
 
 
@@ -218,7 +218,7 @@ def _full_head_dim(config: Mapping[str, Any]) -> int | None:
     """head_dim of the full-attention layers, which may have their own (Gemma 4)."""
     layers, found = config.get("layer_types") or [], config.get("global_head_dim")
     for layer, own in (config.get("per_layer_config") or {}).items():
-        if layers[int(layer)] == _FULL:
+        if layers[int(layer) :][:1] == [_FULL]:
             found = own.get("head_dim") or found
     return found or config.get("head_dim")
 
@@ -276,7 +276,8 @@ def _trained(
         present = Unscaled()
     dual = (config.get("dual_chunk_attention_config") or {}).get("original_max_position_embeddings")
     if dual and dual < stated and given is None and isinstance(present, Unscaled):
-        served = f"dual_chunk_attention_config serves {stated:,} tokens to a model of {dual:,}"
+        served = f"dual_chunk_attention_config serves {stated:,} tokens in chunks, with weights"
+        served += f" trained at {dual:,}"
         return present, dual, "; ".join(filter(None, (notes, served)))
     window = present.window(stated)
     if ask and given is None:
@@ -302,8 +303,16 @@ def _ask_length(config: Mapping[str, Any], present: Scaling, stated: int, what: 
             f"original_length={before} if it was never trained with this scaling"
         )
     keys = LENGTHS if present.factor > 1 else (*LENGTHS, "original_max_position_embeddings")
-    lengths = {key: config[key] for key in keys if isinstance(config.get(key), int)}
-    lengths = {k: n for k, n in lengths.items() if 0 < n < 1e9 and n not in (stated, window, before)}
+    known = defaults().get(config.get("model_type", ""), {})  # Phi-3's class has one of its own
+    dual = config.get("dual_chunk_attention_config") or {}  # here it does not name L
+    found = {"chunk_size": dual.get("chunk_size"), **{key: config.get(key) for key in keys}}
+    lengths = {
+        key: length
+        for key, length in found.items()
+        if isinstance(length, int)
+        and 0 < length < 1e9
+        and length not in (stated, window, before, known.get(key))
+    }
     if lengths:
         others = " and ".join(f"{key} {length:,}" for key, length in lengths.items())
         typed = [f"original_length={n}" for n in dict.fromkeys((window, *lengths.values()))]

@@ -10,7 +10,6 @@ from typing import Any
 from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import SCALINGS, Scaling, make_scaling
 
-
 _COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
 _COMMON += ("original_max_position_embeddings",)
 # What the attention of some families reads beside RoPE; it stays as it was trained.
@@ -28,7 +27,8 @@ _COMPUTED = {  # (rope_type, key) without effect in transformers: what other run
 def unread_keys(rope_parameters: dict[str, Any]) -> str:
     """What to say of keys from which transformers computes nothing; empty if there are none."""
     name = _name(rope_parameters)
-    unread = [key for key in rope_parameters if key not in (*_COMMON, *CARRIED, *_options(name))]
+    read = (*_COMMON, "llama_4_scaling_beta")
+    unread = [key for key in rope_parameters if key not in (*read, *_options(name))]
     said, quiet = [], []
     for key in unread:
         value, computed = rope_parameters[key], _COMPUTED.get((name, key))
