@@ -78,6 +78,10 @@ def entry(family: str) -> dict[str, Any] | None:
         period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
         if 1 < period <= len(kinds) // 2:
             out["layer_pattern"] = kinds[:period]
+    layers = config.to_dict().get("per_layer_config") or {}
+    wide = {layer["head_dim"] for layer in layers.values() if "head_dim" in layer}
+    if wide:  # of the full-attention layers (Gemma 4)
+        (out["global_head_dim"],) = wide
     # a head_dim that does not follow the width is the class's own
     with contextlib.suppress(Exception):
         heads = config.num_attention_heads

@@ -235,7 +235,7 @@ def _full_head_dim(config: Mapping[str, Any]) -> int | None:
     """head_dim of the full-attention layers, which may have their own (Gemma 4)."""
     layers, found = config.get("layer_types") or [], config.get("global_head_dim")
     for layer, own in (config.get("per_layer_config") or {}).items():
-        if layers[int(layer)] == _FULL:
+        if layers[int(layer) :][:1] == [_FULL]:
             found = own.get("head_dim") or found
     return found or config.get("head_dim")
 

@@ -27,7 +27,8 @@ _COMPUTED = {  # (rope_type, key) without effect in transformers: what other run
 def unread_keys(rope_parameters: dict[str, Any]) -> str:
     """What to say of keys from which transformers computes nothing; empty if there are none."""
     name = _name(rope_parameters)
-    unread = [key for key in rope_parameters if key not in (*_COMMON, *CARRIED, *_options(name))]
+    read = (*_COMMON, "llama_4_scaling_beta")
+    unread = [key for key in rope_parameters if key not in (*read, *_options(name))]
     said, quiet = [], []
     for key in unread:
         value, computed = rope_parameters[key], _COMPUTED.get((name, key))
