@@ -36,7 +36,7 @@ from skipwise.data.readers import BadRecord, BadRecords, Source, fingerprint_fie
 from skipwise.data.shards import Shard, read_shards
 from skipwise.data.token_cache import StoreProgress, TokenStore, TokenWriter, is_complete
 from skipwise.errors import SkipwiseError
-from skipwise.models.separator import Separator, find_separator, special_ids
+from skipwise.models.separator import Separator, own_separator, special_ids
 
 _FORMAT = 2  # version of the cache format; increase it when the files change
 _PIECE = 1 << 20  # most characters of one input to the tokenizer; longer texts are split
@@ -63,7 +63,7 @@ def tokenize_source(
 
     Args:
         tokenizer: a transformers tokenizer.
-        separator: the tokens around each document. Defaults to the tokenizer's own.
+        separator: the tokens around each document. Defaults to those that the tokenizer adds.
         special_tokens: as `data.special_tokens`.
         on_bad_record: `skip` or `stop`.
         num_proc: processes. Defaults to the number of cores for a large source, else to 1.
@@ -73,7 +73,7 @@ def tokenize_source(
         SkipwiseError: nothing to read, a bad record with `stop`, a file too large for memory, a
             source that changed meanwhile, a full disk.
     """
-    separator = separator or find_separator("auto", tokenizer)
+    separator = separator or own_separator(tokenizer)
     encoder = _Encoder(tokenizer=tokenizer, separator=separator, special_tokens=special_tokens)
     fields = fingerprint_fields(source)
     key = [_FORMAT, _PIECE, on_bad_record, fields, tokenizer_fingerprint(tokenizer)]
@@ -118,7 +118,7 @@ def encode(
     special_tokens: str = "control",
 ) -> list[int]:
     """Token ids of one text as a document, the same as in training."""
-    separator = separator or find_separator("auto", tokenizer)
+    separator = separator or own_separator(tokenizer)
     encoder = _Encoder(tokenizer=tokenizer, separator=separator, special_tokens=special_tokens)
     return _encode_batch(encoder, [text])[0].tolist()
 

@@ -26,7 +26,13 @@ from skipwise.evaluation.fingerprint import files_identity
 from skipwise.models.hf_config import load_config
 from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
 from skipwise.models.model_info import check_reach
-from skipwise.models.separator import Separator, find_separator, separator_of, with_begin
+from skipwise.models.separator import (
+    Separator,
+    find_separator,
+    own_separator,
+    separator_of,
+    with_begin,
+)
 from skipwise.report.rows import Rows
 
 # keys of `data.` that decide how the text of a model as it is becomes tokens
@@ -141,7 +147,8 @@ def make_eval_model(
     """A model to measure with its own config, and with its own tokenizer unless one is given.
 
     Args:
-        separator: what stands around documents and before prompts, or a name of `data.separator`.
+        separator: the tokens around documents and before prompts, or a name of `data.separator`;
+            `auto` is what the tokenizer adds.
 
     Raises:
         SkipwiseError: the config cannot be read, or has no positions for a length.
@@ -150,7 +157,9 @@ def make_eval_model(
     check_reach(config.to_dict(), max(lengths, default=0))
     dtype = compute_dtype(settings)
     tokenizer = tokenizer or load_tokenizer(model, settings)
-    if isinstance(separator, str):
+    if separator == "auto":
+        separator = own_separator(tokenizer)
+    elif isinstance(separator, str):
         separator = find_separator(separator, tokenizer, config)
     tokenizer = with_begin(tokenizer, separator.begin)
     return evaluator.EvalModel(
@@ -183,7 +192,7 @@ def evaluation_documents(
     is searched.
 
     Args:
-        separator: the tokens around each document. Defaults to the recipe's.
+        separator: the tokens around each document. Defaults to those that the tokenizer adds.
     """
     settings = recipe.data
     sources = data or settings.eval_sources
@@ -218,7 +227,6 @@ def _documents(
     sources: Any, recipe: Recipe, tokenizer: Any, separator: Separator | None
 ) -> list[np.ndarray]:
     settings = recipe.data
-    separator = separator or find_separator(settings.separator, tokenizer)
     options: dict[str, Any] = {
         "separator": separator,
         "special_tokens": settings.special_tokens,

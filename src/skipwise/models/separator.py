@@ -34,13 +34,6 @@ class Separator:
             end = end[:0]
         return np.concatenate([begin, text, end])
 
-    def text(self, document: np.ndarray) -> np.ndarray:
-        """The tokens of a document without its beginning and end."""
-        start, stop = len(self.begin), len(document) - len(self.end)
-        start = start if tuple(document[:start]) == self.begin else 0
-        stop = stop if tuple(document[max(0, stop) :]) == self.end else len(document)
-        return document[start:stop]
-
 
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the tokenizer itself puts before and after every text."""
@@ -52,6 +45,12 @@ def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if full[start : start + len(bare)] == bare:
             return tuple(full[:start]), tuple(full[start + len(bare) :])
     return (), ()
+
+
+def own_separator(tokenizer: Any) -> Separator:
+    """Exactly what the tokenizer itself puts around every text."""
+    begin, end = added_tokens(tokenizer)
+    return Separator(name="auto", begin=begin, end=end)
 
 
 def special_ids(tokenizer: Any) -> list[int]:
@@ -149,9 +148,5 @@ def _blank_line(tokenizer: Any) -> tuple[int, ...]:
 
 def separator_of(entry: dict[str, Any]) -> Separator:
     """The separator of an entry in run.json."""
-    return Separator(
-        name=entry["name"],
-        begin=tuple(entry["begin"]),
-        end=tuple(entry["end"]),
-        between=tuple(entry["between"]),
-    )
+    ids = {key: tuple(entry[key]) for key in ("begin", "end", "between")}
+    return Separator(name=entry["name"], **ids)

@@ -4,13 +4,12 @@ The beginnings of some training documents are packed into windows, once with eac
 tokenizer has. The loss is that of the texts' own tokens, the same with every separator. The lowest
 perplexity wins if it is at least 0.5 % below that of the tokenizer's own separator.
 
-Measured: a story model trained with BOS alone has perplexity 4.02 so, 5.48 with EOS and BOS.
-
 Shapes:  W = tokens of a window
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import itertools
@@ -107,7 +106,8 @@ def _measure(prepared: PreparedModel) -> list[tuple[Separator, float]]:
     """The perplexity of the same texts with each separator, the tokenizer's own first."""
     windows = _windows(prepared)
     dtype = compute_dtype(prepared.recipe.load)
-    model = load_for_evaluation(prepared.source, prepared.config, prepared.load, dtype=dtype)
+    config = copy.deepcopy(prepared.config)  # loading changes it
+    model = load_for_evaluation(prepared.source, config, prepared.load, dtype=dtype)
     size = model.get_input_embeddings().weight.shape[0]
     found = candidates(prepared.tokenizer, prepared.config, model.generation_config)
     found = [s for s in found if max((*s.begin, *s.end, *s.between, 0)) < size]

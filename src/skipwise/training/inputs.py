@@ -107,7 +107,7 @@ def load_training_data(
         num_held_out=0 if settings.eval_sources else _NUM_HELD_OUT,
     )
     if run is not None and not settings.eval_sources and is_main_process() and not changed:
-        _write_held_out(run, corpus, prepared)
+        _write_held_out(run, corpus, prepared.tokenizer)
     training = first_stage(recipe).training
     num_examples = training.num_steps * training.global_batch_size
     return TrainingData(
@@ -204,8 +204,8 @@ def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: i
     return Check(name=name, passed=not seen, detail=detail)
 
 
-def _write_held_out(run: RunFolder, corpus: Corpus, prepared: PreparedModel) -> None:
-    decode, text = prepared.tokenizer.decode, prepared.separator.text
-    documents = [{"text": decode(text(x)), "tokens": x.tolist()} for x in corpus.held_out]
+def _write_held_out(run: RunFolder, corpus: Corpus, tokenizer: Any) -> None:
+    decode = partial(tokenizer.decode, skip_special_tokens=True)  # for another tokenizer
+    documents = [{"text": decode(x), "tokens": x.tolist()} for x in corpus.held_out]
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
     write_text(run.eval_documents, "".join(lines))
