@@ -157,7 +157,6 @@ def test_auto_takes_the_separator_that_the_base_was_trained_with(
     values = entry["perplexity"]
     assert set(values) == {"BOS", "EOS", "EOS+BOS", "a blank line"}
     best = values[words[name]]
-    print(name, values)
     assert best == min(values.values()) and best < 0.97 * values[own]
     assert entry["detail"].startswith(f"{words[name]} between documents, perplexity {best:.4g}; ")
 
