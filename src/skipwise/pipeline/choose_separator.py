@@ -133,6 +133,8 @@ def _windows(prepared: PreparedModel) -> list[list[list[int]]]:
             Separator(name="none"),
             settings.special_tokens,
         )[:longest]
+        if not head:
+            continue
         if room < len(head) + _AROUND:
             if len(windows) == _WINDOWS:
                 break
@@ -140,7 +142,6 @@ def _windows(prepared: PreparedModel) -> list[list[list[int]]]:
             room = width
         windows[-1].append(head)
         room -= len(head) + _AROUND
-    windows = [[head for head in heads if head] for heads in windows]
     if sum(map(len, windows)) < 2:
         raise SkipwiseError("there are not two documents")
     return windows
