@@ -126,7 +126,7 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
     )
     load = partial(load_for_scoring, prepared, folder)
     around, tokenizer = prepared.separator, prepared.prompt_tokenizer
-    documents = evaluation_documents(recipe, tokenizer, run, separator=around)
+    documents = evaluation_documents(recipe, tokenizer, run, None, around)
     eval_model = EvalModel(label=folder.name, load=load, tokenizer=tokenizer)
     rows = evaluate_model(eval_model, Texts(documents=documents), lengths, settings, progress=False)
     free_memory()
