@@ -92,7 +92,7 @@ def measure(folder, cache, num_proc, examples):
                 min_length=L,
                 target_length=T,
                 short_documents="pack",
-                separator=2,
+                between=(2,),
                 num_held_out=8,
             )
         )

@@ -103,7 +103,7 @@ def test_short_documents_are_dropped_and_counted_or_packed_with_a_separator():
     store = store_of(5, 100, 9, 7, 60, 8)
     dropped = corpus_of(store)
     assert (dropped.num_documents, dropped.num_short) == (2, 4)
-    packed = corpus_of(store, short_documents="pack", separator=7, target_length=20)
+    packed = corpus_of(store, short_documents="pack", between=(7,), target_length=20)
     data = packed.stores[1]
     assert data.num_documents == 1  # 5+1 + 9+1 + 7+1 tokens reach T = 20; 8+1 stay under L
     expected = [*range(5), 7, *range(2000, 2009), 7, *range(3000, 3007), 7]
@@ -177,29 +177,29 @@ def test_full_length_takes_whole_windows_at_plain_positions():
     assert len(data) == 9
 
 
-def packed_by_hand(store, min_length, target_length, separator):
+def packed_by_hand(store, min_length, target_length, between):
     """Short documents joined one by one in memory, as a reference."""
     joined, out = [], []
     for i in range(store.num_documents):
         if len(store.document(i)) < min_length:
-            joined += [*store.document(i).tolist(), *([] if separator is None else [separator])]
+            joined += [*store.document(i).tolist(), *between]
             if len(joined) >= target_length:
                 out.append(joined)
                 joined = []
     return [*out, joined] if len(joined) >= min_length else out
 
 
-@pytest.mark.parametrize("separator", [7, None])
-def test_packed_documents_are_those_joined_in_memory_and_read_alike_from_any_place(separator):
+@pytest.mark.parametrize("between", [(7,), (7, 8, 9), ()])
+def test_packed_documents_are_those_joined_in_memory_and_read_alike_from_any_place(between):
     rng = np.random.default_rng(0)
     for target_length in (L, 20, 64, 10_000):
         lengths = rng.integers(0, 30, 200)
         lengths[-2:] = 0  # nothing to read at the end
         store = store_of(*lengths)
         packed = corpus_of(
-            store, short_documents="pack", separator=separator, target_length=target_length
+            store, short_documents="pack", between=between, target_length=target_length
         ).stores[1]
-        expected = packed_by_hand(store, L, target_length, separator)
+        expected = packed_by_hand(store, L, target_length, between)
         assert [d.tolist() for d in map(packed.document, range(packed.num_documents))] == expected
         whole = np.concatenate([np.array(d, np.int64) for d in expected])
         places = rng.integers(0, len(whole), (5, 9))
@@ -209,7 +209,7 @@ def test_packed_documents_are_those_joined_in_memory_and_read_alike_from_any_pla
 
 def test_empty_documents_alone_pack_to_their_separators():
     store = TokenStore(tokens=np.zeros(0, np.uint16), offsets=np.zeros(41, np.int64))
-    packed = corpus_of(store, short_documents="pack", separator=7, target_length=20).stores[1]
+    packed = corpus_of(store, short_documents="pack", between=(7,), target_length=20).stores[1]
     assert packed.document(1).tolist() == [7] * 20
 
 

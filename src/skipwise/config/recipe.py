@@ -113,6 +113,12 @@ class DataSettings:
     """Column or JSON key that holds the text."""
     short_documents: Literal["drop", "pack"] = "drop"
     """Documents shorter than train_length are dropped, or packed into longer ones."""
+    separator: Literal["auto", "bos", "eos", "eos-bos", "blank-line", "none"] = "auto"
+    """What stands between documents: BOS before each, EOS after each, both, or a blank line between
+    packed ones. `auto` measures on the base model which one it was trained with; `skipwise train`
+    alone takes what the tokenizer adds and EOS. Details: docs/data.md."""
+    special_tokens: Literal["control", "text"] = "control"
+    """How text that spells a special token, such as `</s>`, is read: as that token, or as text."""
     on_bad_record: Literal["skip", "stop"] = "skip"
     """Skip records that cannot be read and report them, or stop at the first one."""
     num_proc: int | None = None

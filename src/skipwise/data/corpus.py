@@ -25,12 +25,12 @@ _ROWS = 512  # documents hashed at once; each maps 64 KiB or more
 
 @dataclass(frozen=True, kw_only=True)
 class PackedStore:
-    """The short documents of a store in sequence, with a separator after each."""
+    """The short documents of a store in sequence, with the tokens `between` after each."""
 
     store: TokenStore
     starts: np.ndarray  # (m,) first token of each short document in the store
     begins: np.ndarray  # (m + 1,) first token of each short document here
-    separator: int | None
+    between: tuple[int, ...]  # (k,)
     offsets: np.ndarray  # (num_documents + 1,) first token of each joined document here
 
     @property
@@ -49,17 +49,21 @@ class PackedStore:
         return self._take(indices, self.store.fresh_memmap())
 
     def _take(self, indices: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        if not indices.size or not len(tokens):  # empty documents have only separators
-            return np.full(indices.shape, self.separator or 0, tokens.dtype)
+        if not indices.size:
+            return np.zeros(indices.shape, tokens.dtype)
         # Search only among the few documents that are read.
         low = int(np.searchsorted(self.begins, indices.min(), "right")) - 1
         high = int(np.searchsorted(self.begins, indices.max(), "right")) + 1
         rows = low + np.searchsorted(self.begins[low:high], indices, "right") - 1
         source = self.starts[rows] + indices - self.begins[rows]
-        if self.separator is None:
+        if not self.between:
             return np.asarray(tokens[source])
-        out = np.asarray(tokens[np.minimum(source, len(tokens) - 1)])
-        out[indices == self.begins[rows + 1] - 1] = self.separator
+        out = np.zeros(indices.shape, tokens.dtype)
+        if len(tokens):  # else the documents are empty
+            out = np.asarray(tokens[np.minimum(source, len(tokens) - 1)])
+        left = self.begins[rows + 1] - indices  # 1 at the last token after a document
+        after = left <= len(self.between)
+        out[after] = np.asarray(self.between, tokens.dtype)[-left[after]]
         return out
 
 
@@ -130,13 +134,13 @@ def build_corpus(
     min_length: int,
     target_length: int,
     short_documents: str = "drop",
-    separator: int | None = None,
+    between: tuple[int, ...] = (),
     num_held_out: int = 0,
 ) -> Corpus:
     """Choose the documents that examples are cut from.
 
     Documents below `min_length` tokens are dropped, or packed: joined in order up to T tokens, with
-    the `separator` token between them. `num_held_out` documents of at least T tokens, those with
+    the tokens `between` after each. `num_held_out` documents of at least T tokens, those with
     the smallest hash of their first tokens, are held out for evaluation, and all documents with the
     same beginning are dropped. If there is only one document, its end is held out.
 
@@ -160,7 +164,7 @@ def build_corpus(
             num_short += int((~long).sum())
             rows.append((i, store.offsets[:-1][long], lengths[long]))
             if short_documents == "pack" and not long.all():
-                packed = _pack(store, np.flatnonzero(~long), min_length, target_length, separator)
+                packed = _pack(store, np.flatnonzero(~long), min_length, target_length, between)
                 all_stores.append(packed)
                 rows.append((len(all_stores) - 1, packed.offsets[:-1], np.diff(packed.offsets)))
         table.append(rows)
@@ -188,10 +192,14 @@ def build_corpus(
 
 
 def _pack(
-    store: TokenStore, short: np.ndarray, min_length: int, target_length: int, separator: int | None
+    store: TokenStore,
+    short: np.ndarray,
+    min_length: int,
+    target_length: int,
+    between: tuple[int, ...],
 ) -> PackedStore:
     """Join short documents in order, up to T tokens; keep the rest if it is long enough."""
-    sizes = np.diff(store.offsets)[short] + (separator is not None)
+    sizes = np.diff(store.offsets)[short] + len(between)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     offsets = [0]
     while offsets[-1] < begins[-1]:  # one iteration per joined document
@@ -203,7 +211,7 @@ def _pack(
         store=store,
         starts=np.asarray(store.offsets)[short],
         begins=begins,
-        separator=separator,
+        between=between,
         offsets=np.array(offsets, np.int64),
     )
 

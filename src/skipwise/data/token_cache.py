@@ -48,6 +48,7 @@ class TokenStore:
     offsets: np.ndarray  # (num_documents + 1,) int64
     num_bad_records: int = 0
     bad_records: list[str] = field(default_factory=list)  # descriptions of the first few
+    num_special: int = 0  # control tokens that the texts spell
     folder: Path | None = None  # the memory-mapped files
 
     @property
@@ -103,6 +104,7 @@ def open_store(folder: Path) -> TokenStore:
         offsets=offsets,
         num_bad_records=meta["num_bad_records"],
         bad_records=meta["bad_records"],
+        num_special=meta["num_special"],
         folder=folder.absolute(),
     )
 
@@ -121,6 +123,7 @@ class StoreProgress:
     num_documents: int = 0
     num_bad_records: int = 0
     bad_records: list[str] = field(default_factory=list)
+    num_special: int = 0
     num_bytes: int = 0  # read from the source's files
 
 
@@ -167,6 +170,7 @@ class TokenWriter:
             "dtype": self.dtype.name,
             "num_bad_records": self.progress.num_bad_records,
             "bad_records": self.progress.bad_records,
+            "num_special": self.progress.num_special,
             "source": source,
         }
         write_json(self.part / "meta.json", meta)

@@ -25,6 +25,7 @@ from skipwise.evaluation.progress import Progress
 from skipwise.evaluation.tasks import TASKS, Task, TaskInputs, task_names
 from skipwise.evaluation.tasks.perplexity import fitting_lengths
 from skipwise.evaluation.tasks.prompts import haystack_words
+from skipwise.models.separator import Separator
 from skipwise.report.rows import Row, Rows
 
 _VERSION = 1  # raise it when what the tasks ask or how they count changes
@@ -38,6 +39,7 @@ class EvalModel:
     load: Callable[[], Any]  # returns the causal language model on its device
     tokenizer: Any
     identity: Any = None  # JSON that changes when the weights do
+    separator: Separator | None = None  # the tokens around its documents
 
 
 @dataclass(frozen=True, kw_only=True)

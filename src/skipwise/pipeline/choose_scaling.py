@@ -142,7 +142,7 @@ def _of_one(
         if weights is not None:
             weights.set(best["temperature"])
         counts = {"num_trials": _TRIALS, "num_depths": _TRIALS}
-        trials = passkey_trials(prepared.tokenizer, contexts[-1], **counts, seed=1)
+        trials = passkey_trials(prepared.prompt_tokenizer, contexts[-1], **counts, seed=1)
         right = exact_match(model, trials, batch_tokens)
         return {**best, "passkeys": sum(right), "num_passkeys": len(right)}
     finally:

@@ -28,6 +28,7 @@ from skipwise.export.hf import load_for_scoring, require_trained
 from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.prepared import PreparedModel
 from skipwise.pipeline.checks import free_memory
+from skipwise.pipeline.choose_separator import with_chosen_separator
 from skipwise.pipeline.search_text import longer_length, num_windows, search_text
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import TrainingData, text_changed
@@ -73,6 +74,7 @@ def chosen_temperature(
     if found is None or found["detail"].startswith(_NOT_NOW):
         if prepared.recipe.method != "none":
             require_trained(run, checkpoint)
+        prepared = with_chosen_separator(prepared, run)
         before, found = found, _search_of_run(prepared, run, checkpoint, data)
         if before is not None and before["value"] != found["value"] and is_main_process():
             with run.lock():

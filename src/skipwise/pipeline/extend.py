@@ -17,6 +17,7 @@ from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.models.prepared import convert_weights
 from skipwise.pipeline.checks import check_run, check_texts, validate
 from skipwise.pipeline.choose_scaling import choose_scaling
+from skipwise.pipeline.choose_separator import choose_separator
 from skipwise.pipeline.stages import (
     evaluate_run,
     export_run,
@@ -52,7 +53,7 @@ def extend(
     prepared = validate(recipe, num_processes or 1, trained=trained)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
-        prepared = convert_weights(prepared, run.converted)
+        prepared = choose_separator(convert_weights(prepared, run.converted), run)
         data = None if recipe.method == "none" else load_training_data(prepared, run)
         prepared = choose_scaling(prepared, run, data)
         inputs = prepare_run(prepared, run, data, num_processes)

@@ -21,6 +21,7 @@ from skipwise.models.prepared import PreparedModel, convert_weights, prepare_mod
 from skipwise.pipeline.checks import check_texts, free_memory, record_checks, validate
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
+from skipwise.pipeline.choose_separator import with_chosen_separator
 from skipwise.pipeline.choose_temperature import chosen_temperature
 from skipwise.pose.preview import describe_positions
 from skipwise.report import format_table, write_report
@@ -68,8 +69,9 @@ def prepare_run(
     inputs = None
     if recipe.method != "none":
         data = load_training_data(prepared, run) if data is None else data
-        documents = evaluation_documents(recipe, prepared.tokenizer, run)
-        check_selection(recipe, documents, prepared.tokenizer, prepared.info.original_length)
+        around, tokenizer = prepared.separator, prepared.prompt_tokenizer
+        documents = evaluation_documents(recipe, tokenizer, run, separator=around)
+        check_selection(recipe, documents, tokenizer, prepared.info.original_length)
         metadata["train_length"] = data.sampler.train_length
         metadata["positions"] = describe_positions(data.sampler, recipe.seed)
         if text_changed(run, data.digest):  # only after training: what was written stays
@@ -113,7 +115,8 @@ def prepare_training(
     if recipe.method == "none":
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
     run = open_run(out, recipe, command)
-    prepared = with_chosen_scaling(convert_weights(prepared, run.converted), run)
+    prepared = with_chosen_separator(convert_weights(prepared, run.converted), run)
+    prepared = with_chosen_scaling(prepared, run)
     inputs = prepare_run(prepared, run)
     assert inputs is not None
     check_texts(prepared, inputs, run)
@@ -127,10 +130,12 @@ def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
     if label != "before":
         model, settings = str(run.model), recipe.load.of_own_folder()
     lengths = list(context_lengths(recipe, prepared.info.original_length))
+    around, tokenizer = prepared.separator, prepared.tokenizer
+    documents = evaluation_documents(recipe, tokenizer, run, separator=around)
     with run.lock():
         evaluate_model(
-            make_eval_model(label, model, settings, lengths, prepared.tokenizer),
-            Texts(documents=evaluation_documents(recipe, prepared.tokenizer, run)),
+            make_eval_model(label, model, settings, lengths, tokenizer, around),
+            Texts(documents=documents),
             lengths,
             recipe.eval,
             done=run.results(),
@@ -234,7 +239,8 @@ def export_again(
     recipe, written = run.recipe(), []
     model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
     if model_too or "adapter" in kinds:
-        prepared = choose_scaling(convert_weights(prepare_model(recipe), run.converted), run)
+        prepared = convert_weights(prepare_model(recipe), run.converted)
+        prepared = choose_scaling(with_chosen_separator(prepared, run), run)
         if model_too:
             run.update(exported=False)
             export_run(prepared, run)

@@ -42,6 +42,7 @@ class TrainingData:
     num_bad_records: int
     bad_records: list[str]
     digest: str  # hash of all tokens of the sources
+    num_special: int = 0  # control tokens that the text spells
 
     def items(self, size: int) -> list[dict[str, Any]]:
         """The first examples of the run."""
@@ -89,7 +90,8 @@ def load_training_data(
     sources = find_sources(recipe)
     on_bad_record, num_proc = settings.on_bad_record, settings.num_proc
     read = partial(tokenize_source, on_bad_record=on_bad_record, num_proc=num_proc)
-    stores = [read(source, prepared.tokenizer, progress=progress) for source in sources]
+    around = {"separator": prepared.separator, "special_tokens": settings.special_tokens}
+    stores = [read(source, prepared.tokenizer, **around, progress=progress) for source in sources]
     digest = hashlib.sha256("".join(store.digest() for store in stores).encode()).hexdigest()[:16]
     changed = False if run is None else text_changed(run, digest)
     if run is not None and changed and not trained_checkpoint(run, recipe):
@@ -101,7 +103,7 @@ def load_training_data(
         min_length=sampler.train_length,
         target_length=recipe.target_length,
         short_documents=settings.short_documents,
-        separator=prepared.tokenizer.eos_token_id,
+        between=prepared.separator.between,
         num_held_out=0 if settings.eval_sources else _NUM_HELD_OUT,
     )
     if run is not None and not settings.eval_sources and is_main_process() and not changed:
@@ -116,6 +118,7 @@ def load_training_data(
         num_bad_records=sum(store.num_bad_records for store in stores),
         bad_records=[line for store in stores for line in store.bad_records][:5],
         digest=digest,
+        num_special=sum(store.num_special for store in stores),
     )
 
 
@@ -151,12 +154,17 @@ def check_data(
     if data.num_bad_records:
         left_out.append(f"{data.num_bad_records:,} unreadable records ({data.bad_records[0]})")
     L, count = data.sampler.train_length, corpus.num_documents
-    return [
+    checks = [
         *check_config(prepared.info, prepared.scaling, T),
         check_documents(corpus.longest, count, L, T, ", ".join(left_out)),
         _check_held_out(corpus, held_out, T),
         check_labels(data.items(16)),
     ]
+    if data.num_special:
+        detail = f"the text spells {data.num_special:,} special tokens, such as EOS, which are read"
+        detail += " as those tokens; data.special_tokens=text reads them as text"
+        checks.append(Check(name="special tokens", passed=True, detail=detail))
+    return checks
 
 
 def data_metadata(prepared: PreparedModel, data: TrainingData, num_eval: int) -> dict[str, Any]:
@@ -197,6 +205,7 @@ def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: i
 
 
 def _write_held_out(run: RunFolder, corpus: Corpus, tokenizer: Any) -> None:
-    documents = [{"text": tokenizer.decode(x), "tokens": x.tolist()} for x in corpus.held_out]
+    decode = partial(tokenizer.decode, skip_special_tokens=True)  # for another tokenizer
+    documents = [{"text": decode(x), "tokens": x.tolist()} for x in corpus.held_out]
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
     write_text(run.eval_documents, "".join(lines))
