@@ -82,6 +82,25 @@ def chosen_temperature(
     return found["value"]
 
 
+def untrained_temperature(
+    prepared: PreparedModel, run: RunFolder, data: TrainingData | None
+) -> float:
+    """The best temperature of the rescaled model before training, as `method: none` finds it.
+
+    Searched once in a run, and again where a search failed.
+    """
+    asked = prepared.recipe.attention_temperature
+    if asked != "auto":
+        return asked
+    found = run.metadata().get("untrained")
+    if found is None or found["detail"].startswith(_NOT_NOW):
+        found = _search_of_run(prepared, run, None, data)
+        run.update(untrained=found)
+        detail = f"temperature {found['value']:g}: {found['detail']}"
+        print(f"  rescaled without training: {detail}", file=sys.stderr, flush=True)
+    return found["value"]
+
+
 def search_temperature(
     model: Any,
     documents: Sequence[np.ndarray],
