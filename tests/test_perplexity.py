@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.evaluation import prefill
-from skipwise.report.intervals import clustered_mean, mean_interval, t_quantile, wilson
 from skipwise.evaluation.tasks.perplexity import _windows, perplexity
 from skipwise.pipeline.quickstart import MODEL
+from skipwise.report.intervals import clustered_mean, mean_interval, t_quantile, wilson
 
 
 @pytest.fixture(scope="module")
