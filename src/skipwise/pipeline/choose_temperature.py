@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from skipwise.config.machine import is_main_process
+from skipwise.config.progress import Progress
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.tasks.perplexity import perplexity
@@ -123,15 +124,27 @@ def search_temperature(
     weights.check(GRID[-1])
     contexts, count = (original_length, longer_length), num_windows(original_length)
 
+    label = "search the attention temperature"
+    bar = Progress(label, None, unit=" temperatures")
+
     def measure(t: float) -> Candidate:
         weights.set(t)
-        rows = perplexity(model, documents, contexts, num_windows=count, batch_tokens=batch_tokens)
+        bar.advance(1, f"temperature {t:g}")
+        rows = perplexity(
+            model,
+            documents,
+            contexts,
+            num_windows=count,
+            batch_tokens=batch_tokens,
+            tick=lambda _: bar.advance(0, f"temperature {t:g}"),
+        )
         near, far = (math.inf if row["value"] is None else row["value"] for row in rows)
         return Candidate(temperature=t, near=near, far=far)
 
     try:
         return hill_climb(measure)
     finally:
+        bar.close()
         weights.set(1.0)
 
 

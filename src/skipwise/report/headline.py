@@ -145,7 +145,8 @@ def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
     after = find(rows, "after", "passkey", T)
     if not after or after["value"] is None:
         return [f"passkey not measured at {T:,}"], [], False
-    results = [_score(after, *(find(rows, m, "passkey", T) for m in ("before", "untrained")))]
+    before, untrained = (find(rows, m, "passkey", T) for m in ("before", "untrained"))
+    results = [_score(after, before, untrained)]
     shortfalls = []
     near, base = find(rows, "after", "passkey", L), find(rows, "before", "passkey", L)
     ability = base["value"] if base and base["value"] is not None else 1.0
@@ -185,9 +186,11 @@ def _other_scores(rows: Rows, T: int) -> list[str]:
     """Scores at T and RULER's effective length, before and after. They are not judged."""
     results = []
     for task in ("needle", *other_tasks(rows)):
-        after, *others = (find(rows, m, task, T) for m in ("after", "before", "untrained"))
+        after, before, untrained = (
+            find(rows, model, task, T) for model in ("after", "before", "untrained")
+        )
         if after and after["value"] is not None:
-            results.append(_score(after, *others))
+            results.append(_score(after, before, untrained))
     known = {s.model: s for s in summarise_ruler(rows) if s.averages}
     if "after" in known:
         before_too = f", {known['before'].effective} before" if "before" in known else ""
