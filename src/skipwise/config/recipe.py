@@ -185,6 +185,8 @@ class EvalSettings:
     """Tasks: these four, a single RULER task, short-benchmarks, or any lm-eval task."""
     context_lengths: tuple[int, ...] = ()
     """Lengths in tokens. The default is original_length, its doublings, and target_length."""
+    untrained: bool = True
+    """Measure the rescaled model before training too, to show what training added."""
     perplexity_windows: int = 32
     """Windows of target_length tokens that perplexity is averaged over."""
     perplexity_stride: int | None = None

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import EvalSettings
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.harness import benchmarks
-from skipwise.evaluation.progress import Progress
 from skipwise.evaluation.tasks import TASKS, Task, TaskInputs, task_names
 from skipwise.evaluation.tasks.perplexity import fitting_lengths
 from skipwise.evaluation.tasks.prompts import haystack_words
@@ -110,7 +110,7 @@ def evaluate_model(
     digest = texts.digest(tokenizer)
     left_out = _without_text(tasks, texts, lengths)
     total = sum(unit.tokens for unit in missing)
-    with Progress(f"evaluate {label}", total, progress) as bar:
+    with Progress(f"evaluate {label}", total, unit=" tokens", shown=progress) as bar:
         for unit in missing:
             bar.begin(unit.name, unit.tokens)
             inputs = TaskInputs(

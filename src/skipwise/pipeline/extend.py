@@ -20,6 +20,7 @@ from skipwise.pipeline.choose_scaling import choose_scaling
 from skipwise.pipeline.choose_separator import choose_separator
 from skipwise.pipeline.stages import (
     evaluate_run,
+    evaluate_untrained,
     export_run,
     launch_training,
     prepare_run,
@@ -66,6 +67,7 @@ def extend(
             check_run(prepared, inputs, run)
     with _stage(run, "evaluate before"):
         evaluate_run(prepared, run, "before")
+        evaluate_untrained(prepared, run, data)
     with _stage(run, "train"):
         if num_processes and inputs is not None:
             launch_training(run, num_processes)

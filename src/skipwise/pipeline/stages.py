@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation.evaluator import Texts, evaluate_model
 from skipwise.evaluation.run import evaluation_documents, make_eval_model
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
-from skipwise.export.hf import export_adapter, export_model
+from skipwise.export.hf import export_adapter, export_model, load_for_scoring
 from skipwise.export.model_card import write_card
 from skipwise.export.runtimes import check_export
+from skipwise.models.attention.temperature import fold_temperature
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.pipeline.checks import check_texts, free_memory, record_checks, validate
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
 from skipwise.pipeline.choose_separator import with_chosen_separator
-from skipwise.pipeline.choose_temperature import chosen_temperature
+from skipwise.pipeline.choose_temperature import chosen_temperature, untrained_temperature
 from skipwise.pose.preview import describe_positions
 from skipwise.report import format_table, write_report
 from skipwise.training.checkpoints import finished_checkpoint, trained_checkpoint
@@ -135,6 +137,42 @@ def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
     with run.lock():
         evaluate_model(
             make_eval_model(label, model, settings, lengths, tokenizer, around),
+            Texts(documents=documents),
+            lengths,
+            recipe.eval,
+            done=run.results(),
+            save=run.write_results,
+        )
+    free_memory()
+
+
+def evaluate_untrained(
+    prepared: PreparedModel, run: RunFolder, data: TrainingData | None = None
+) -> None:
+    """Measure the base with the run's scaling and its best temperature (`untrained`).
+
+    It tells what training adds to rescaling. Nothing to do for `method: none`, which exports it.
+    """
+    recipe = prepared.recipe
+    if recipe.method == "none" or not recipe.eval.untrained:
+        return
+    temperature = untrained_temperature(prepared, run, data)
+
+    def load() -> Any:
+        model = load_for_scoring(prepared, None)
+        if temperature != 1:
+            fold_temperature(model, temperature)
+        return model
+
+    lengths = list(context_lengths(recipe, prepared.info.original_length))
+    around, tokenizer = prepared.separator, prepared.tokenizer
+    documents = evaluation_documents(recipe, tokenizer, run, separator=around)
+    source, settings = prepared.source, prepared.load
+    plain = make_eval_model("untrained", source, settings, [], tokenizer, around)
+    scaled = [prepared.scaled.to_dict(), temperature]
+    with run.lock():
+        evaluate_model(
+            dataclasses.replace(plain, load=load, identity=[plain.identity, scaled]),
             Texts(documents=documents),
             lengths,
             recipe.eval,
