@@ -1,10 +1,11 @@
 """Split a source into shards of a few megabytes; reading can resume after any shard.
 
 Text files and plain JSON lines become byte spans, which the tokenizing process reads. Formats that
-can only be read from the start (gzip, Parquet, JSON arrays, the hub) are read here, fast enough for
-about 40 tokenizer processes. The end of each shard depends only on the source.
+can only be read from the start (compressed files, CSV, Parquet, Arrow, JSON arrays, the hub) are
+read here, fast enough for about 40 tokenizer processes. The end of each shard depends only on the
+source.
 
-Memory: one shard, or one text file, line or JSON array if that is larger.
+Memory: one shard, or one text file or record if that is larger.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.data import readers
-from skipwise.data.readers import BROKEN_FILE, BadRecord, BadRecords, Outcome, Source, open_file
+from skipwise.data.files import BROKEN_FILE, recognize, size_of
+from skipwise.data.readers import BadRecord, BadRecords, Outcome, Source
 
 _SHARD = 1 << 22  # bytes: hundreds to thousands of documents, a second of work
 _RECORD = 64  # bytes that each record counts beside its text, to limit empty records
@@ -47,7 +49,7 @@ class Span:
             if self.is_text:
                 yield readers.read_text(self.path)
                 return
-            with open_file(self.path) as file:
+            with self.path.open("rb") as file:
                 if self._seek(file):
                     span = {"start": file.tell(), "stop": self.stop}
                     yield from readers.read_json_lines(file, self.path, text_field, **span)
@@ -122,7 +124,7 @@ class _ShardBuilder:
 
 def _file_shards(source: Source, start: Cursor) -> Iterator[Shard]:
     files = readers.list_files(source)
-    sizes = [path.stat().st_size for path in files]
+    sizes = [size_of(path) for path in files]
     readers.check_sizes(files, sizes)
     before = sum(sizes[: start.file])
     builder = _ShardBuilder(source.text_field)
@@ -145,20 +147,17 @@ def _file_items(
     A broken file ends with its bad record, so that reading does not find it again after a resume.
     """
     try:
-        kind = readers.file_kind(path)
-        zipped = path.suffix == ".gz"
-        if kind == "text":
+        found = recognize(path)
+        if found.kind == "text":
             span = Span(path=path, is_text=True, start=0, stop=size)
-            yield span, size * (4 if zipped else 1), math.inf, size
-        elif kind == "lines" and not zipped:
-            with path.open("rb"):  # a file that cannot be opened is one bad record, not many
-                pass
+            yield span, size * (1 if found.is_plain else 4), math.inf, size
+        elif found.kind == "lines" and found.is_plain:
             for begin in range(at, size, _SHARD):
                 stop = min(begin + _SHARD, size)
                 span = Span(path=path, is_text=False, start=begin, stop=stop)
                 yield span, stop - begin, stop if stop < size else math.inf, stop
         else:
-            records = readers.read_records(path, kind, text_field, skip=at)
+            records = readers.read_records(path, found.kind, text_field, skip=at)
             for number, (outcome, done) in enumerate(records, at + 1):
                 yield outcome, _size(outcome), number, done
     except BROKEN_FILE as error:
@@ -200,4 +199,6 @@ def _size(outcome: Outcome) -> int:
 
 
 def _broken(path: Path, error: BaseException) -> BadRecord:
-    return BadRecord(where=str(path), why=str(error) or type(error).__name__)
+    is_encoding = isinstance(error, UnicodeError)
+    why = "not text in UTF-8: type iconv -f ENCODING -t UTF-8" if is_encoding else str(error)
+    return BadRecord(where=str(path), why=why or type(error).__name__)
