@@ -57,7 +57,8 @@ _UNREADABLE = re.compile(b"|".join(map(re.escape, _WHY)))
 _HEAD = 1024  # bytes that tell the format
 _FEW = 10  # scripts and pages beside texts are left out up to this number; more are a corpus
 _SCRIPT = re.compile(r".(sh|bash|bat|ps1|py|ipynb|js|css|html?|xml|ya?ml|toml|cfg|ini|lock)")
-_TEXT = re.compile(r".(txt|text|md|jsonl?|ndjson|jl|csv|tsv|tab|parquet|arrow|feather)")
+_RECORDS = re.compile(r".(jsonl?|ndjson|jl|csv|tsv|tab|parquet|arrow|feather)")
+_TEXT = re.compile(r".(txt|text|md)|" + _RECORDS.pattern)
 _ABOUT = re.compile(  # what describes the folder
     r"(readme|licen[cs]e|copying|citation|changelog|contributing|code_of_conduct)([._-].*)?"
     r"|notice(\.\w+)?|dataset_infos?\.json|dataset_dict\.json|state\.json|package(-lock)?\.json"
@@ -120,26 +121,31 @@ def suffix_of(path: Path) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file; 0 if it does not exist, as behind a broken link."""
-    return path.stat().st_size if path.exists() else 0
+    """Bytes of a file; 0 if there are none to read, as behind a broken link."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
-def recognize(path: Path) -> Format:
+def has_records(path: Path) -> bool:
+    """Whether the suffix is that of a format with records, so that it is not a single text."""
+    return bool(_RECORDS.fullmatch(suffix_of(path)))
+
+
+def recognize(path: Path, head: bytes | None = None) -> Format:
     """The format of a file, from its first bytes and the suffix of its name.
+
+    Args:
+        head: its first 1,024 bytes, if they are read already.
 
     Raises:
         Unreadable: it is of a kind that is not read.
         OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError: the file cannot be read.
     """
-    try:
+    if head is None:
         with path.open("rb") as file:
             head = file.read(_HEAD)
-    except FileNotFoundError:
-        if not path.is_symlink():
-            raise
-        target = os.readlink(path)
-        fix = ": type git annex get" if ".git/annex" in target else ""
-        raise Unreadable(f"a broken link to {target}{fix}") from None
     compression = _compression(head)
     is_plain = compression is None and _encoding(head) is None
     if not is_plain:

@@ -8,6 +8,7 @@ shards.py decides which process reads what, and where reading resumes.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import itertools
 import json
@@ -158,21 +159,28 @@ def check_sizes(files: list[Path], sizes: list[int]) -> None:
             raise too_large(path)
 
 
-def read_text(path: Path) -> Outcome:
-    """Read a text file as one document.
+def read_file(path: Path, text_field: str) -> Iterator[Outcome]:
+    """Read a file at once: a text as one document, or its records if it holds records.
 
     Raises:
-        SkipwiseError: it does not fit in memory.
+        SkipwiseError: a text or record that does not fit in memory.
         OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError: the file cannot be read.
     """
-    with open_stream(path) as (file, _):
+    with path.open("rb") as file:
         data = file.read(LARGEST + 1)
+    found = recognize(path, data[:1024])
+    if found.kind != "text":
+        yield from (outcome for outcome, _ in read_records(path, found.kind, text_field))
+        return
+    if not found.is_plain:
+        with open_stream(path) as (file, _):
+            data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
         raise too_large(path)
-    text = data.decode()
-    if "\0" in text:
-        return BadRecord(where=str(path), why="it has NUL bytes, so it is not text in UTF-8")
-    return text
+    text = data.decode("utf-8-sig" if data.startswith(codecs.BOM_UTF8) else "utf-8")
+    is_text = "\0" not in text
+    why = "it has NUL bytes, so it is not text in UTF-8"
+    yield text if is_text else BadRecord(where=str(path), why=why)
 
 
 def read_json_lines(
@@ -225,8 +233,8 @@ def read_records(
             for outcome in read_json_lines(file, path, text_field, skip=skip):
                 yield outcome, raw.tell()
         return
-    for found in read_structured(path, kind, text_field, skip):
-        yield read_record(found.where, found.record, text_field), found.done
+    for where, record, done in read_structured(path, kind, text_field, skip):
+        yield read_record(where, record, text_field), done
 
 
 def open_hub(source: Source) -> Any:

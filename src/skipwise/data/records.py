@@ -14,7 +14,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,9 @@ _SHOWN, _NAME = 10, 40  # most fields of a record in an error, and characters of
 _GAP, _GAP_IN_ARRAY = re.compile(r"\s*"), re.compile(r"[\s,]*")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Located:
-    """A record and where it is."""
-
-    where: str
-    record: Any  # an `Unreadable` for a record that is broken while the next can be read
-    done: int  # bytes of the file that are read so far
+# Where the record is, the record, and the bytes of the file that are read so far. The record is an
+# `Unreadable` where it is broken while the next can be read.
+Located = tuple[str, Any, int]
 
 
 def read_structured(path: Path, kind: Kind, text_field: str, skip: int) -> Iterator[Located]:
@@ -99,7 +94,7 @@ def _read_json(path: Path, text_field: str, skip: int) -> Iterator[Located]:
         for value in _json_values(io.TextIOWrapper(file, "utf-8"), path):
             for record in _unwrapped(value, text_field):
                 if number >= skip:
-                    yield Located(where=f"{path}[{number}]", record=record, done=raw.tell())
+                    yield f"{path}[{number}]", record, raw.tell()
                 number += 1
 
 
@@ -172,7 +167,7 @@ def _read_csv(path: Path, text_field: str, skip: int) -> Iterator[Located]:
                 record = Unreadable(f"{len(cells or ())} cells, where the header has {len(header)}")
             if number >= skip:
                 where = f"{path}:1 (the header)" if is_missing else f"{path}:{line}"
-                yield Located(where=where, record=record, done=raw.tell())
+                yield where, record, raw.tell()
             if is_missing:
                 return
             number += 1
@@ -185,13 +180,12 @@ def _read_table(path: Path, text_field: str, skip: int) -> Iterator[Located]:
     batches = _parquet_batches if recognize(path).kind == "parquet" else _arrow_batches
     try:
         for first, batch, share in batches(path, text_field, skip):
+            is_missing = not needed_columns(batch.schema.names, text_field)
             for begin in range(max(0, skip - first), batch.num_rows, _ROWS):
-                for number, record in enumerate(
-                    batch.slice(begin, _ROWS).to_pylist(), first + begin
-                ):
-                    where = f"{path}:{number}"
-                    yield Located(where=where, record=record, done=int(size * share))
-                    if not needed_columns(record, text_field):
+                rows = batch.slice(begin, _ROWS).to_pylist()
+                for number, record in enumerate(rows, first + begin):
+                    yield f"{path}:{number}", record, int(size * share)
+                    if is_missing:
                         return
     except pyarrow.ArrowException as error:
         raise Unreadable(f"not readable as Parquet or Arrow ({error})") from error

@@ -13,13 +13,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from skipwise.data import readers
-from skipwise.data.files import BROKEN_FILE, recognize, size_of
+from skipwise.data.files import BROKEN_FILE, has_records, recognize, size_of
 from skipwise.data.readers import BadRecord, BadRecords, Outcome, Source
 
 _SHARD = 1 << 22  # bytes: hundreds to thousands of documents, a second of work
@@ -37,17 +38,17 @@ class Cursor:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A byte range of a file to read later: a full text file, or the lines that start in it."""
+    """A byte range of a file to read later: a full file, or the JSON lines that start in it."""
 
     path: Path
-    is_text: bool
+    is_text: bool  # read at once
     start: int
     stop: int
 
     def read(self, text_field: str) -> Iterator[Outcome]:
         try:
             if self.is_text:
-                yield readers.read_text(self.path)
+                yield from readers.read_file(self.path, text_field)
                 return
             with self.path.open("rb") as file:
                 if self._seek(file):
@@ -147,10 +148,11 @@ def _file_items(
     A broken file ends with its bad record, so that reading does not find it again after a resume.
     """
     try:
-        found = recognize(path)
-        if found.kind == "text":
+        # Most files of a folder of texts are small: they are opened once, where they are read.
+        found = recognize(path) if size > _SHARD or has_records(path) else None
+        if found is None or found.kind == "text":
             span = Span(path=path, is_text=True, start=0, stop=size)
-            yield span, size * (1 if found.is_plain else 4), math.inf, size
+            yield span, size * (4 if found and not found.is_plain else 1), math.inf, size
         elif found.kind == "lines" and found.is_plain:
             for begin in range(at, size, _SHARD):
                 stop = min(begin + _SHARD, size)
@@ -199,6 +201,10 @@ def _size(outcome: Outcome) -> int:
 
 
 def _broken(path: Path, error: BaseException) -> BadRecord:
-    is_encoding = isinstance(error, UnicodeError)
-    why = "not text in UTF-8: type iconv -f ENCODING -t UTF-8" if is_encoding else str(error)
-    return BadRecord(where=str(path), why=why or type(error).__name__)
+    why = str(error) or type(error).__name__
+    if isinstance(error, UnicodeError):
+        why = "not UTF-8 text: if it is text in another encoding, type iconv -f ENCODING -t UTF-8"
+    elif isinstance(error, FileNotFoundError) and path.is_symlink():
+        target = os.readlink(path)
+        why = f"a broken link to {target}" + ": type git annex get" * (".git/annex" in target)
+    return BadRecord(where=str(path), why=why)
