@@ -299,13 +299,13 @@ def _json_kind(path: Path, may_be_one: bool) -> Kind:
         may_be_one: whether a single line may be the full array or object.
     """
     with open_stream(path) as (file, _):
-        line = next(
-            (line for line in iter(lambda: file.readline(1 << 20), b"") if line.strip()), b""
-        )
-        line, is_cut = line.strip(), not line.endswith(b"\n")
-        if may_be_one and (line[:1] == b"[" or is_cut or not file.read(4096).strip()):
-            return "json"
-    return "json" if line.endswith((b"{", b"[", b",")) and not is_cut else "lines"
+        lines = iter(lambda: file.readline(1 << 20), b"")
+        line = next((line for line in lines if line.strip()), b"{}\n")
+        first, is_whole = line.strip(), line.endswith(b"\n")
+        if may_be_one:
+            is_first_of_many = first[:1] != b"[" and first[-1:] == b"}" and is_whole
+            return "lines" if is_first_of_many and file.read(4096).strip() else "json"
+    return "json" if is_whole and first.endswith((b"{", b"[", b",")) else "lines"
 
 
 def _starts_with_object(path: Path) -> bool:
