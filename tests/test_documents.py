@@ -147,9 +147,9 @@ def test_what_cannot_be_held_in_memory_is_an_error_that_names_json_lines(tmp_pat
     monkeypatch.setattr("skipwise.data.records._BLOCK", 100)
     for name, content in (
         ("a.txt", b"x" * 1001),
-        ("b.json", json.dumps([{"text": "x" * 1001}]).encode()),
+        ("b.json", json.dumps([{"text": "x" * 4001}]).encode()),
         ("c.txt.gz", gzip.compress(b"x" * 1001)),
-        ("d.json.gz", gzip.compress(json.dumps([{"text": "x" * 1001}]).encode())),
+        ("d.json.gz", gzip.compress(json.dumps([{"text": "x" * 4001}]).encode())),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(SkipwiseError, match=rf"{name} is larger.*\n.*JSON lines"):
