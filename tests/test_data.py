@@ -9,6 +9,7 @@ import torch
 from additive_mask import additive_mask
 from transformers import AutoTokenizer
 
+from skipwise.config.parse import parse_recipe
 from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import build_corpus
 from skipwise.data.dataset import PoSEDataset
@@ -19,8 +20,10 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.pose.samplers import FullLength, PoSE
+from skipwise.training.inputs import _check_files, _check_held_out, find_sources
 
 L, T = 16, 64
+BASE = {"model": "m", "target_length": "32k"}
 
 
 def store_of(*lengths: int) -> TokenStore:
@@ -316,6 +319,41 @@ def test_held_out_beyond_what_there_is_is_an_error():
 def test_a_share_of_a_single_document_is_held_out_at_its_end():
     corpus = corpus_of(store_of(4000), num_held_out=0.25)
     assert len(corpus.held_out[0]) == 1000 and corpus.num_tokens == 3000
+
+
+def test_the_check_warns_of_missing_evaluation_text_and_fails_where_it_is_trained_on():
+    alike = corpus_of(text_store([np.arange(700)] * 10), num_held_out="auto")
+    line = str(_check_held_out(alike, [], T, is_given=False))
+    assert line.startswith("warn evaluation text: perplexity is not measured: 10 documents of 64 ")
+    short = str(_check_held_out(alike, [np.arange(50) + 9000], T, is_given=True))
+    assert short.startswith("warn evaluation text: 1 held-out documents, 0 of at least the target")
+    copies = str(_check_held_out(alike, [np.arange(700)], T, is_given=True))
+    assert copies.startswith("FAIL evaluation text: 10 documents of data.sources are copies")
+    other = corpus_of(store_of(1000, 1000), num_held_out="auto")
+    line = str(_check_held_out(other, other.held_out, T, is_given=False))
+    assert line == "ok   evaluation text: 1 held-out documents, 1 of at least the target length"
+    quoted = np.concatenate([np.arange(300), 50_000 + np.arange(900)])
+    line = str(_check_held_out(corpus_of(store_of(1000)), [quoted], T, is_given=True))
+    assert line.startswith("ok ") and "1 documents of data.sources share a passage" in line
+
+
+def test_a_line_of_the_check_names_what_is_left_out_of_a_folder(tmp_path):
+    for name in ("a.txt", "README.md", "load.sh", ".hidden"):
+        (tmp_path / name).write_text(name)
+    recipe = parse_recipe(BASE, [f"data.sources=[{tmp_path}]"])
+    (check,) = _check_files(recipe)
+    names = ".hidden, README.md, load.sh"
+    assert str(check) == f"ok   left out: 3 files that are not texts: {names}"
+    assert _check_files(parse_recipe(BASE, [f"data.sources=[{tmp_path / 'load.sh'}]"])) == []
+
+
+def test_a_wrong_data_held_out_is_an_error():
+    for value, word in (("-1", "a share such as 0.05"), ("1.5", "a share such as 0.05")):
+        with pytest.raises(SkipwiseError, match=word):
+            find_sources(parse_recipe(BASE, [f"data.held_out={value}", "data.sources=[.]"]))
+    both = ["data.held_out=3", "data.sources=[.]", "data.eval_sources=[.]"]
+    with pytest.raises(SkipwiseError, match="no effect with data.eval_sources"):
+        find_sources(parse_recipe(BASE, both))
 
 
 def test_held_out_documents_do_not_depend_on_their_order():
