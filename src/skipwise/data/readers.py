@@ -120,7 +120,7 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
         if not source.is_local and not _is_hub_name(source.path):
             raise SkipwiseError(
                 f"{source.path}: no such file or folder\n"
-                "give a file or folder of text (formats: docs/data.md), or the name of a hub dataset"
+                "give a file or folder of text (docs/data.md), or the name of a hub dataset"
             )
         sources.append(source)
     return sources
