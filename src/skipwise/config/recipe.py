@@ -122,7 +122,7 @@ class DataSettings:
     held_out: Literal["auto"] | float = "auto"
     """Documents of target_length or more to hold out of `sources`: their number, or below 1 their
     share of all documents (of a single document, of its tokens). `auto` is 16, and at most a tenth
-    of the documents. 0 holds out none."""
+    of the documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
