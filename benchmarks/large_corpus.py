@@ -93,7 +93,7 @@ def measure(folder, cache, num_proc, examples):
                 target_length=T,
                 short_documents="pack",
                 between=(2,),
-                num_held_out=8,
+                num_held_out="auto",
             )
         )
         _, figures["count_copies"] = stage(lambda: corpus.count_copies(corpus.held_out))

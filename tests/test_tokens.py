@@ -81,7 +81,7 @@ def mixed(tmp_path_factory):
     lines[70:70] = [b"nonsense\n", b"\n", b'{"other": 1}\n']
     lines[110:110] = [json.dumps({"text": text_of(39) * 20}).encode() + b"\n"]  # over many spans
     (folder / "b.jsonl").write_bytes(b"".join(lines))
-    (folder / "c.bin").write_bytes(b"\xff\xfe\x00\x80")
+    (folder / "c.bin").write_bytes(b"\x89\xfe\x00\x80")
     whole = gzip.compress(json_lines(range(200, 300)))
     (folder / "d.jsonl.gz").write_bytes(whole)
     (folder / "e.jsonl.gz").write_bytes(whole[: len(whole) // 2])

@@ -124,7 +124,11 @@ class DataSettings:
     num_proc: int | None = None
     """Tokenizer processes. The default is one per core for 256 MiB of text or more, else one."""
     eval_sources: tuple[Any, ...] = ()
-    """Text for the evaluation. By default a few documents are held out of `sources`."""
+    """Text for the evaluation. By default documents are held out of `sources`."""
+    held_out: Literal["auto"] | float = "auto"
+    """Documents of target_length or more to hold out of `sources`: their number, or below 1 their
+    share of all documents (of a single document, of its tokens). `auto` is 16, and at most a tenth
+    of the documents."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from skipwise.data import token_cache
+from skipwise.data.files import size_of
 from skipwise.data.progress import TokenBar, warn_of_disk_space
 from skipwise.data.readers import BadRecord, BadRecords, Source, fingerprint_fields, list_files
 from skipwise.data.shards import Shard, read_shards
@@ -160,7 +161,7 @@ def _tokenize(
     shown: bool,
 ) -> None:
     """Append the rest of the source to the writer, and save from time to time."""
-    size = sum(p.stat().st_size for p in list_files(source)) if source.is_local else None
+    size = sum(map(size_of, list_files(source))) if source.is_local else None
     if num_proc is None:
         num_proc = _num_cores() if size is not None and size >= _LARGE else 1
     now = writer.progress
