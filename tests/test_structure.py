@@ -41,5 +41,5 @@ def test_every_module_says_what_it_does():
         assert not text.strip() or ast.get_docstring(ast.parse(text)), path
 
 
-def test_the_package_has_at_most_21500_lines():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES) <= 21_500
+def test_the_package_has_at_most_24000_lines():
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES) <= 24_000
