@@ -341,9 +341,9 @@ def _hold_out(
         tail = max(T, int(size * share))
         if size - tail < T:
             return [], keep, f"the only document has fewer than {2 * T:,} tokens"
-        held_out = table.read(0)[-tail:].copy()
+        end = table.read(0)[-tail:].copy()
         table.lengths[0] -= tail
-        return [held_out], keep, ""
+        return [end], keep, ""
     if not len(long):
         return [], keep, f"no document has {T:,} tokens"
     count = max(1, math.ceil(wanted * n) if wanted < 1 else int(wanted)) if wanted != "auto" else 0

@@ -144,13 +144,13 @@ def recognize(path: Path, head: bytes | None = None) -> Format:
         OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError: the file cannot be read.
     """
     if head is None:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
+        with path.open("rb") as opened:
+            head = opened.read(_HEAD)
     compression = _compression(head)
     is_plain = compression is None and _encoding(head) is None
     if not is_plain:
         with open_stream(path) as (file, _):
-            head = file.read(_HEAD)
+            head = bytes(file.read(_HEAD))
     if (found := _UNREADABLE.match(head)) or head[257:262] == b"ustar":
         raise Unreadable(_WHY[found.group() if found else b"ustar"])
     suffix = suffix_of(path)

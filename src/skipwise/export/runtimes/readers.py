@@ -270,7 +270,7 @@ def _spelled(folder: ModelFolder, fact: str) -> str:
 
 def gguf_architecture(family: str) -> str:
     """The prefix of llama.cpp's keys for this model_type."""
-    names = dict(pair.split("=") for pair in _GGUF.split())
+    names = {name: prefix for name, _, prefix in (x.partition("=") for x in _GGUF.split())}
     return names.get(family, family.removesuffix("_text"))
 
 
