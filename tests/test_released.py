@@ -35,14 +35,9 @@ ROWS = read_rows()
 FACTS = ("length", "theta", "rotary_dim", "attention_factor", "tied")
 EXPECT = {*FACTS, "extendable", "text_only", "sliding_layers", "rope_layers", "recurrent"}
 # id: what is wrong today, by test
-_MINIMAX = "transformers 5.23 ignores rotary_dim in minimax and turns all 128 dimensions"
 WRONG_CHECK: dict[str, str] = {}
-WRONG_FACTS: dict[str, str] = {
-    "MiniMaxAI/MiniMax-Text-01-hf": _MINIMAX,
-    "databricks/dbrx-base": "transformers 5.23 ignores attn_config.rope_theta and takes 10,000",
-    "arcee-ai/AFM-4.5B": "its yarn reaches 81,920 tokens, and its config states 65,536",
-}
-WRONG_RUNTIMES: dict[str, str] = {"MiniMaxAI/MiniMax-Text-01-hf": _MINIMAX}
+WRONG_FACTS: dict[str, str] = {}
+WRONG_RUNTIMES: dict[str, str] = {}
 
 
 def each(wrong=(), keep=lambda row: True):

@@ -120,6 +120,7 @@ def read_model_info(
     if parameters.get("rope_type") == PROPORTIONAL:
         theta, rotary_dim, computed = _as_default(parameters, head_dim, family)
         refused = [name for name in SCALINGS if name != "ntk"]
+    _refuse_unread(config, theta, rotary_dim)
     scaling, length, more = _trained(computed, config, stated, original_length, ask)
     layers = set(config.get("layer_types") or [])
     window = config.get("sliding_window")
@@ -231,6 +232,23 @@ def refuse_text_model(family: str, text: Mapping[str, Any] | None) -> None:
         )
 
 
+def _refuse_unread(config: Mapping[str, Any], theta: float, rotary_dim: int) -> None:
+    """SkipwiseError where a released key decides RoPE and the class in transformers ignores it."""
+    family = config.get("model_type", "unknown")
+    stated = (config.get("attn_config") or {}).get("rope_theta")
+    if stated and stated != theta:  # DBRX
+        raise SkipwiseError(
+            f"{family}: transformers ignores attn_config.rope_theta {stated:,} and computes with "
+            f'{theta:,.0f}\nwrite "rope_theta": {stated} into config.json, outside of attn_config'
+        )
+    stated = config.get("rotary_dim")
+    if stated and stated != rotary_dim:  # MiniMax 01
+        raise SkipwiseError(
+            f"{family}: transformers ignores rotary_dim {stated} and rotates {rotary_dim} dimensions "
+            "of a head, so it computes another model\nchoose another model"
+        )
+
+
 def _full_head_dim(config: Mapping[str, Any]) -> int | None:
     """head_dim of the full-attention layers, which may have their own (Gemma 4)."""
     layers, found = config.get("layer_types") or [], config.get("global_head_dim")
@@ -322,6 +340,12 @@ def _ask_length(config: Mapping[str, Any], present: Scaling, stated: int, what: 
             f"{scaled} says max_position_embeddings {stated:,}, which is not above the {before:,} "
             f"before scaling\ntype original_length={reach}, or the window it was trained for; or "
             f"original_length={before} if it was never trained with this scaling"
+        )
+    if before < stated < 0.95 * window:
+        raise SkipwiseError(
+            f"{scaled} says max_position_embeddings {stated:,}, where the scaling reaches "
+            f"{window:,} tokens\ntype original_length={stated}, or original_length={window}: the "
+            "window it was trained for"
         )
     keys = LENGTHS if present.factor > 1 else (*LENGTHS, "original_max_position_embeddings")
     known = defaults().get(config.get("model_type", ""), {})  # Phi-3's class has one of its own

@@ -11,13 +11,15 @@ from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import complete, read_config
 from skipwise.models.model_info import ModelInfo, read_model_info
 from skipwise.models.scaled_config import config_changes, scaling_for
-from skipwise.pose.rope import Scaling, Unscaled
+from skipwise.pose.rope import Scaling, Unscaled, YaRN
 
 
 def check_config(info: ModelInfo, scaling: Scaling, target_length: int) -> list[Check]:
     """The lengths, and layers that skips cannot train."""
     L, factor = info.original_length, scaling.factor
     reach = L * factor / info.scaling.factor
+    if isinstance(scaling, YaRN):  # L may differ from what the present scaling reaches
+        reach = scaling.window(target_length)
     fits = target_length > L and abs(reach - target_length) < 1
     detail = (
         f"the window grows from {L:,} to {target_length:,} tokens, {scaling.name} by {factor:g}"
