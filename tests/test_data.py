@@ -246,7 +246,7 @@ def test_documents_that_share_a_licence_and_differ_later_are_held_out_and_traine
         for _ in range(num_documents)
     ]
     corpus = corpus_of(text_store(documents), num_held_out="auto")
-    assert len(corpus.held_out) == min(16, num_documents // 10)
+    assert len(corpus.held_out) == min(16, num_documents // 5)
     assert corpus.num_documents == num_documents - len(corpus.held_out)
     assert corpus.count_overlaps(corpus.held_out) == (0, 0)
 

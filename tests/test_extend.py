@@ -132,8 +132,8 @@ def test_what_is_there_is_not_done_again(finished, monkeypatch):
 
 def test_evaluation_text_is_kept_out_of_training(finished):
     held = [json.loads(line)["text"] for line in finished.eval_documents.read_text().splitlines()]
-    assert len(held) == 1  # one in twenty, at least one, of twelve documents
-    assert finished.metadata()["data"]["num_documents"] == 11
+    assert len(held) == 2  # a fifth of twelve documents
+    assert finished.metadata()["data"]["num_documents"] == 10
 
 
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "llama3", "longrope"])

@@ -127,7 +127,7 @@ class DataSettings:
     """Text for the evaluation. By default documents are held out of `sources`."""
     held_out: Literal["auto"] | float = "auto"
     """Documents of target_length or more to hold out of `sources`: their number, or below 1 their
-    share of all documents (of a single document, of its tokens). `auto` is 16, and at most a tenth
+    share of all documents (of a single document, of its tokens). `auto` is 16, and at most a fifth
     of the documents."""
 
 

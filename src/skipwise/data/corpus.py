@@ -28,7 +28,7 @@ _WINDOW = 64  # W
 _STRIDE = 512  # S; down to W in documents under 8 S tokens, so that they have about 8 windows
 _ROWS = 4096  # windows hashed at once
 _TOKENS = 1 << 23  # most tokens that the others are compared with at once
-_NUM_HELD_OUT = 16  # documents for evaluation, if they are at most a tenth of all
+_NUM_HELD_OUT = 16  # documents for evaluation, if they are at most a fifth of all
 _ROUNDS = 4  # passes over the text in search of documents to hold out
 
 
@@ -154,7 +154,7 @@ def build_corpus(
 
     Documents below `min_length` tokens are dropped, or packed: joined in order up to T tokens, with
     the tokens `between` after each. `num_held_out` documents of at least T tokens (below 1: this
-    share; auto: 16, at most a tenth) are held out for evaluation, in an order by hashes. Documents
+    share; auto: 16, at most a fifth) are held out for evaluation, in an order by hashes. Documents
     that share a passage with them are dropped, unless many others have it, too, such as a licence.
     If there is only one document, its end is held out.
 
@@ -347,7 +347,7 @@ def _hold_out(
     if not len(long):
         return [], keep, f"no document has {T:,} tokens"
     count = max(1, math.ceil(wanted * n) if wanted < 1 else int(wanted)) if wanted != "auto" else 0
-    count = count or min(_NUM_HELD_OUT, max(1, n // 10))
+    count = count or min(_NUM_HELD_OUT, max(1, n // 5))
     held_out: list[np.ndarray] = []
     candidates = long[np.argsort(table.middle_hashes(long), kind="stable")]
     for _ in range(_ROUNDS):

@@ -244,8 +244,8 @@ def _refuse_unread(config: Mapping[str, Any], theta: float, rotary_dim: int) -> 
     stated = config.get("rotary_dim")
     if stated and stated != rotary_dim:  # MiniMax 01
         raise SkipwiseError(
-            f"{family}: transformers ignores rotary_dim {stated} and rotates {rotary_dim} dimensions "
-            "of a head, so it computes another model\nchoose another model"
+            f"{family}: transformers ignores rotary_dim {stated} and rotates {rotary_dim} "
+            "dimensions of a head, so it computes another model\nchoose another model"
         )
 
 
