@@ -86,7 +86,8 @@ GIVEN = {
 # Refused as they are, or after one of the keys.
 REFUSED = ("beam", "deepseek_v4", "dots3_note_text", "gemma4_text", "gemma4_unified_text")
 REFUSED += ("granitemoehybrid", "lfm3", "llama4_text", "recurrent_gemma", "zamba2")
-REFUSED += ("zaya", "bamba")
+REFUSED += ("zaya", "bamba", "afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint")
+REFUSED += ("kolibri1",)
 OWN_SCALING_FIRST = ("apertus", "cwm", "ministral3")  # ignore a rope_theta without rope_parameters
 
 
@@ -105,6 +106,9 @@ def test_every_key_means_to_skipwise_what_it_means_to_the_config_class(family):
         except Exception:  # the class takes no such value, or the family is refused
             continue
         alone = read_model_info(complete({**shape, key: value, "model_type": family}), 5000)
+        if family == "ministral3":  # keeps the length in rope_parameters, which no runtime reads
+            for info in (alone, by_transformers):
+                info.rope_parameters.pop("max_position_embeddings", None)
         assert alone == by_transformers, key
         inv_freq = module_frequencies(made)
         if inv_freq is not None and alone.rotary_dim % 2 == 0:

@@ -171,7 +171,7 @@ def test_a_length_above_the_scaling_follows_it(tmp_path):
     values = {k: v for k, v in BASE.items() if k not in ("model_type", "architectures")}
     values |= {"max_position_embeddings": L, ORIGINAL: 1024, "interleaved_sliding_window": L}
     config = AutoConfig.for_model("mistral", sliding_window=L, **values)
-    info = model_info_of(config)
+    info = model_info_of(config, L)
     recipe = parse_recipe({"model": "-", "target_length": T, "rope": {"type": "yarn"}})
     scaled = scaled_config(config, info, scaling_for(recipe, info), T)
     assert not hasattr(scaled, "interleaved_sliding_window")

@@ -24,7 +24,9 @@ from skipwise.planning.job import make_job, read_model
 from skipwise.planning.memory import GIB, LATE_IMPORTS
 from skipwise.training.setup import enable_checkpointing
 
-ESTIMATED = {"gpt_neox_japanese", "lfm2", "modernbert-decoder"}
+ESTIMATED = {"gpt_neox_japanese", "lfm2", "modernbert-decoder", "gemma4_text", "ministral3"}
+ESTIMATED |= {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "bamba", "zamba2"}
+ESTIMATED |= {"falcon_h1", "granitemoehybrid", "minimax", "lfm2_moe", "lfm3"}
 MISTRAL = {
     "model_type": "mistral",
     "hidden_size": 4096,
@@ -94,7 +96,7 @@ def predicted(folder, *settings, num_gpus=1, gpu=None):
 @pytest.mark.parametrize("num_layers", [2, 5])
 def test_parameters_are_those_of_transformers_own_model(family, num_layers):
     extra = FAMILIES[family][0]
-    if "layer_types" not in extra:
+    if not {"layer_types", "layers_block_type"} & extra.keys():
         extra = {**extra, "num_hidden_layers": num_layers}
     config = AutoConfig.for_model(family, **{**SHAPE, **extra})
     with torch.device("meta"):

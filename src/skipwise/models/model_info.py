@@ -242,7 +242,7 @@ def _refuse_unread(config: Mapping[str, Any], theta: float, rotary_dim: int) -> 
             f'{theta:,.0f}\nwrite "rope_theta": {stated} into config.json, outside of attn_config'
         )
     stated = config.get("rotary_dim")
-    if stated and stated != rotary_dim:  # MiniMax 01
+    if stated and stated < rotary_dim and family == "minimax":  # its class rotates whole heads
         raise SkipwiseError(
             f"{family}: transformers ignores rotary_dim {stated} and rotates {rotary_dim} "
             "dimensions of a head, so it computes another model\nchoose another model"

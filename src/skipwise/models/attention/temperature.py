@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipwise.errors import SkipwiseError
 
-_FULL = "full_attention"
+_ATTENDS = ("full_attention", "hybrid")  # hybrid: with a state beside it, as in Falcon H1
 _NORMS = ("q_norm", "q_layernorm", "query_layernorm")  # after the projection, in some families
 _SEPARATE = ("q_b_proj", "q_proj")  # q_b_proj: the second half of a low-rank projection
 _FUSED = ("qkv_proj", "query_key_value")
@@ -138,7 +138,7 @@ def _attention_layers(model: Any) -> list[AttentionLayer]:
     if getattr(config, "clip_qkv", None) is not None:
         raise _refusal(model, f"its queries are clipped at {config.clip_qkv:g}")
     types = getattr(config, "layer_types", None)
-    full = {i for i in range(config.num_hidden_layers) if types is None or types[i] == _FULL}
+    full = {i for i in range(config.num_hidden_layers) if types is None or types[i] in _ATTENDS}
     layers = []
     for name, module in model.named_modules():
         children = dict(module.named_children())
