@@ -1,8 +1,8 @@
 """Read documents from text files, JSON lines, JSON arrays, Parquet, or a hub dataset.
 
-A reader yields an `Outcome` per record: the document's text (empty for a blank line), or a
-`BadRecord` with file and line. `data.on_bad_record` decides whether bad records are skipped or stop
-the run. shards.py decides which process reads what, and where reading resumes.
+A reader yields an `Outcome` per record: the document's text (empty for a blank line), its
+conversation, or a `BadRecord` with file and line. `data.on_bad_record` decides whether bad records
+are skipped or stop the run. shards.py decides which process reads what, and where reading resumes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from skipwise.data.chat_records import FIELDS, Conversation, find_conversation
 from skipwise.errors import SkipwiseError
 
 LARGEST = 1 << 30  # bytes of a text file, line or JSON array, each of which must fit in memory
@@ -60,7 +61,7 @@ class BadRecord:
         return f"{self.where}:{number}: {self.why}"
 
 
-Outcome = str | BadRecord
+Outcome = str | Conversation | BadRecord
 
 
 @dataclass
@@ -203,10 +204,7 @@ def read_json_lines(
                 text, why = _text_of(json.loads(line), text_field)
             except ValueError as error:
                 text, why = None, f"not JSON ({error})"
-        if text is None:
-            yield BadRecord(where=str(path), why=why, line=number, start=start)
-        else:
-            yield text
+        yield _outcome(text, BadRecord(where=str(path), why=why, line=number, start=start))
 
 
 def read_records(
@@ -263,7 +261,7 @@ def hub_errors(source: Source) -> Iterator[None]:
 
 def read_record(where: str, record: Any, text_field: str) -> Outcome:
     text, why = _text_of(record, text_field)
-    return BadRecord(where=where, why=why) if text is None else text
+    return _outcome(text, BadRecord(where=where, why=why))
 
 
 def open_file(path: Path) -> Any:
@@ -290,26 +288,39 @@ def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Outc
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if text_field not in names:
+            columns = [text_field]
+            if text_field not in names or _is_list(file.schema_arrow.field(text_field)):
+                columns = [name for name in names if name == text_field or name in FIELDS]
+            if not columns:
                 why = f"no column {text_field!r}; its columns are {', '.join(names)}"
                 yield BadRecord(where=str(path), why=why), size
                 return
             number, groups = 0, list(range(file.num_row_groups))
             while groups and number + file.metadata.row_group(groups[0]).num_rows <= skip:
                 number += file.metadata.row_group(groups.pop(0)).num_rows
-            batches = file.iter_batches(256, row_groups=groups, columns=[text_field])
+            batches = file.iter_batches(256, row_groups=groups, columns=columns)
             for batch in batches if groups else ():
-                for text in batch.column(0).to_pylist():
+                for record in batch.to_pylist():
                     if number >= skip:
-                        outcome = read_record(f"{path}:{number}", {text_field: text}, text_field)
+                        outcome = read_record(f"{path}:{number}", record, text_field)
                         yield outcome, size * (number + 1) // file.metadata.num_rows
                     number += 1
     except pyarrow.ArrowException as error:
         yield BadRecord(where=str(path), why=f"not Parquet ({error})"), size
 
 
-def _text_of(record: Any, text_field: str) -> tuple[str | None, str]:
-    """(text, "") of a record, or (None, why it has no text)."""
+def _is_list(column: Any) -> bool:
+    return str(column.type).startswith(("list", "large_list"))
+
+
+def _outcome(found: str | Conversation | None, place: BadRecord) -> Outcome:
+    if isinstance(found, Conversation):
+        return dataclasses.replace(found, place=place)
+    return place if found is None else found
+
+
+def _text_of(record: Any, text_field: str) -> tuple[str | Conversation | None, str]:
+    """(text or conversation, "") of a record, or (None, why it has none)."""
     text = record.get(text_field) if isinstance(record, dict) else None
     if isinstance(text, str):
         try:
@@ -318,6 +329,10 @@ def _text_of(record: Any, text_field: str) -> tuple[str | None, str]:
         except UnicodeEncodeError:  # it would crash the tokenizer
             return None, f"{text_field!r} contains half of a surrogate pair, which is not text"
         return text, ""
+    conversation = find_conversation(record)
+    if conversation is not None:
+        is_reason = isinstance(conversation, str)
+        return (None, conversation) if is_reason else (conversation, "")
     if isinstance(record, dict):
         return None, f"no text in {text_field!r}; its fields are {', '.join(map(str, record))}"
     return None, f"a {type(record).__name__}, not an object with a {text_field!r} field"

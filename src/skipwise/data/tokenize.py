@@ -31,13 +31,15 @@ from typing import Any
 import numpy as np
 
 from skipwise.data import token_cache
+from skipwise.data.chat import Spans, encode_conversation, spans_in_store, spans_of
+from skipwise.data.chat_records import Conversation, ConversationError
 from skipwise.data.progress import TokenBar, warn_of_disk_space
 from skipwise.data.readers import BadRecord, BadRecords, Source, fingerprint_fields, list_files
 from skipwise.data.shards import Shard, read_shards
 from skipwise.data.token_cache import StoreProgress, TokenStore, TokenWriter, is_complete
 from skipwise.errors import SkipwiseError
 
-_FORMAT = 2  # version of the cache format; increase it when the files change
+_FORMAT = 3  # version of the cache format; increase it when the files change
 _PIECE = 1 << 20  # most characters of one input to the tokenizer; longer texts are split
 _BATCH = 1 << 22  # characters per call of the tokenizer
 _LARGE = 1 << 28  # bytes of text above which a process pool is faster
@@ -70,6 +72,7 @@ def tokenize_source(
     """
     fields = fingerprint_fields(source)
     key = [_FORMAT, _PIECE, on_bad_record, fields, tokenizer_fingerprint(tokenizer)]
+    key += [getattr(tokenizer, "chat_template", None)]
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / fingerprint
     if is_complete(folder):
@@ -124,6 +127,7 @@ class _EncodedShard:
     tokens: np.ndarray  # (sum L_x,)
     lengths: np.ndarray  # (n,) L_x
     bad: list[BadRecord]
+    chat: list[Spans | None]  # (n,) of the conversations among the documents
 
 
 def _tokenize(
@@ -187,7 +191,8 @@ def _append(
         is_complete = bool(len(ends)) and bool(ends[-1] >= max_tokens)
         lengths = lengths[: int(np.searchsorted(ends, max_tokens)) + 1]
         tokens = tokens[: int(lengths.sum())]
-    writer.append(tokens, lengths)
+    chat = spans_in_store(encoded.chat[: len(lengths)], lengths, now.num_tokens)
+    writer.append(tokens, lengths, chat)
     return dataclasses.replace(
         now,
         position=shard.end,
@@ -197,6 +202,10 @@ def _append(
         num_bad_records=bad.count,
         bad_records=list(bad.first),
         num_bytes=shard.done,
+        num_conversations=now.num_conversations + chat.num_conversations,
+        num_chat_tokens=now.num_chat_tokens + chat.num_tokens,
+        num_masked=now.num_masked + len(chat.masked),
+        num_markers=now.num_markers + len(chat.markers),
     )
 
 
@@ -250,12 +259,24 @@ def _work(shard: Shard) -> _EncodedShard:
 def _encode_shard(tokenizer: Any, shard: Shard) -> _EncodedShard:
     outcomes = list(shard.read())
     texts = [text for text in outcomes if isinstance(text, str) and text.strip()]
-    bad = [record for record in outcomes if isinstance(record, BadRecord)]
+    encoded = iter(_encode_batch(tokenizer, texts))
+    documents: list[np.ndarray] = []
+    bad: list[BadRecord] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BadRecord):
+            bad.append(outcome)
+        elif isinstance(outcome, Conversation):
+            try:
+                documents.append(encode_conversation(tokenizer, outcome))
+            except ConversationError as error:
+                bad.append(dataclasses.replace(outcome.place, why=str(error)))
+        elif outcome.strip():
+            documents.append(next(encoded))
     dtype = _dtype(tokenizer)
-    ids = [tokens.astype(dtype) for tokens in _encode_batch(tokenizer, texts)]
-    lengths = np.array([len(tokens) for tokens in ids], np.int64)
-    tokens = np.concatenate([np.zeros(0, dtype), *ids])
-    return _EncodedShard(tokens=tokens, lengths=lengths, bad=bad)
+    lengths = np.array([len(tokens) for tokens in documents], np.int64)
+    tokens = np.concatenate([np.zeros(0, dtype), *(np.asarray(x, dtype) for x in documents)])
+    chat = [spans_of(x) for x in documents]
+    return _EncodedShard(tokens=tokens, lengths=lengths, bad=bad, chat=chat)
 
 
 def _encode_batch(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
