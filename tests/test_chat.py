@@ -3,24 +3,40 @@
 The expected masks are written by hand, as pieces of text with a mark for what is trained.
 """
 
+import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from skipwise.data.chat import ChatTokens, encode_conversation
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import EvalSettings
+from skipwise.config.run_folder import open_run
+from skipwise.data import tokenize
+from skipwise.data.chat import ChatSpans, ChatTokens, encode_conversation
 from skipwise.data.chat_records import Conversation, ConversationError, find_conversation
 from skipwise.data.corpus import build_corpus
 from skipwise.data.dataset import PoSEDataset
 from skipwise.data.readers import parse_sources
+from skipwise.data.shards import read_shards
 from skipwise.data.tokenize import tokenize_source
 from skipwise.errors import SkipwiseError
+from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
+from skipwise.evaluation.run import eval_settings, evaluation_documents
+from skipwise.evaluation.tasks import passkey
+from skipwise.evaluation.tasks.perplexity import perplexity
+from skipwise.evaluation.tasks.prompts import ChatPrompts, token_ids
+from skipwise.evaluation.tasks.ruler import make_samples
+from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.pose.samplers import IGNORE_INDEX, FullLength, PoSE, RandPos
+from skipwise.training.inputs import check_data, data_metadata, load_training_data
 
 TURNS = [
     {"role": "system", "content": "Be short."},
@@ -326,7 +342,6 @@ def test_the_cache_keeps_labels_and_markers_of_every_conversation(tmp_path, monk
     source, all_turns = conversations(tmp_path)
     stores = [
         tokenize_source(source, tokenizer, cache=tmp_path / "one"),
-        tokenize_source(source, tokenizer, cache=tmp_path / "two", num_proc=2),
         tokenize_source(source, tokenizer, cache=tmp_path / "one"),
     ]
     for store in stores:
@@ -341,6 +356,18 @@ def test_the_cache_keeps_labels_and_markers_of_every_conversation(tmp_path, monk
         assert store.chat.num_conversations == len(all_turns)
         assert (store.chat.num_labels, store.chat.num_tokens) == (labels, total)
         assert store.digest() == stores[0].digest()
+
+
+def test_a_shard_of_conversations_comes_back_whole_from_another_process(tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    (shard,) = read_shards(conversations(tmp_path, 5)[0])
+    sent = pickle.loads(pickle.dumps(tokenize._encode_shard(tokenizer, shard)))
+    for spans, tokens in zip(
+        sent.chat, np.split(sent.tokens, np.cumsum(sent.lengths)), strict=False
+    ):
+        masked = ChatSpans(masked=spans[0], num_conversations=1)
+        text = tokenizer.decode(tokens[~masked.attach(tokens, np.arange(len(tokens))).masked])
+        assert text.count("<|im_end|>") >= 1 and "<|im_start|>" not in text
 
 
 def test_text_beside_conversations_is_trained_in_full_and_max_tokens_ends_at_a_document(tmp_path):
@@ -466,7 +493,7 @@ def test_conversations_with_tiny_turns_still_give_examples_with_labels():
             return tokens
 
     dataset = PoSEDataset(One(), sampler, seed=0, num_examples=20)
-    for k in range(20):
+    for k in range(5):
         example, item = dataset[k]["example"], dataset[k]
         assert not tokens.in_marker[cuts_of(example)].any()
         assert (item["labels"][1:] != IGNORE_INDEX).any() and len(item["labels"]) == 64
@@ -486,3 +513,115 @@ def test_slices_and_copies_of_a_conversation_keep_its_labels():
     assert isinstance(part, ChatTokens)
     assert part.masked.tolist() == whole.masked[5:30].tolist()
     assert part.astype(np.int64)[3:].masked.tolist() == whole.masked[8:30].tolist()
+
+
+def test_a_task_asks_through_the_template_and_the_answer_begins_in_the_assistants_turn():
+    tokenizer = tokenizer_with(CHATML)
+    asked = passkey.prompt("12345", 3, 0.5)
+    lines, question = asked.rsplit("\n", 1)
+    assert question == "What is the pass key? The pass key is"
+    rendered = f"<|im_start|>user\n{lines}\nWhat is the pass key?<|im_end|>\n"
+    rendered += "<|im_start|>assistant\nThe pass key is"
+    expected = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert token_ids(ChatPrompts(tokenizer), asked) == expected
+    trials = passkey.passkey_trials(ChatPrompts(tokenizer), 256, num_trials=4, num_depths=2)
+    assert len(trials) == 4 and all(200 < trial.reach <= 256 for trial in trials)
+    for trial in trials:
+        key = tokenizer.decode(trial.input_ids[-trial.num_answer :]).strip()
+        assert tokenizer.decode(trial.prompt).endswith("assistant\nThe pass key is")
+        assert f"The pass key is {key}. Remember it." in tokenizer.decode(trial.prompt)
+
+
+@pytest.mark.parametrize("task", ["niah_single_2", "vt", "cwe", "fwe"])
+def test_ruler_prompts_fit_their_length_with_the_template(task):
+    tokenizer = tokenizer_with(CHATML)
+    (trial,) = make_samples(task, ChatPrompts(tokenizer), 1024, num_samples=1)
+    text = tokenizer.decode(trial.input_ids)
+    assert text.startswith("<|im_start|>user") and trial.reach <= 1024
+    turn = text.rpartition("<|im_start|>assistant\n")[2]
+    assert turn.startswith("The ") and turn.endswith((" is", " are"))
+
+
+def random_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_perplexity_of_conversations_counts_the_assistants_tokens_alone(tmp_path):
+    tokenizer, model = tokenizer_with(CHATML), random_model()
+    corpus, _, _ = packed_corpus(tmp_path, tokenizer, 128, 128)
+    documents = [corpus.document(0, i) for i in range(4)]
+    (row,) = perplexity(model, documents, [64], tokenizer=tokenizer, stride=32, num_windows=1000)
+    total = count = 0
+    for tokens in documents:
+        ids = torch.tensor(np.asarray(tokens, np.int64))
+        for end in range(64, len(tokens) + 1, 32):
+            with torch.no_grad():
+                logits = model(ids[None, end - 64 : end]).logits[0].double().log_softmax(-1)
+            for at in range(end - 32, end):
+                if not tokens.masked[at]:
+                    total -= float(logits[at - (end - 64) - 1, ids[at]])
+                    count += 1
+    assert row["metric"] == "perplexity" and row["num_samples"] == count
+    assert row["value"] == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert row["low"] < row["value"] < row["high"]
+
+
+def test_the_template_is_part_of_what_decides_a_result_and_must_exist():
+    tokenizer, model = tokenizer_with(CHATML), random_model()
+    settings = EvalSettings(tasks=("passkey",), passkey_samples=2, num_depths=1)
+    chat = dataclasses.replace(settings, chat_template=True)
+    eval_model = EvalModel(label="m", load=lambda: model, tokenizer=tokenizer)
+    keys = set()
+    for asked in (settings, chat, dataclasses.replace(settings, chat_template=False)):
+        rows = evaluate_model(eval_model, Texts(), [256], asked, progress=False)
+        keys.add(rows[0]["key"])
+    assert len(keys) == 2
+    tokenizer.chat_template = None
+    with pytest.raises(SkipwiseError, match=r"no chat template.*\n.*eval.chat_template=false"):
+        evaluate_model(eval_model, Texts(), [256], chat, progress=False)
+
+
+def test_a_run_on_conversations_is_checked_and_keeps_their_labels_for_its_evaluation(tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    model = tmp_path / "model"
+    random_model().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    _, all_turns = conversations(tmp_path, 120)
+    tree = {
+        "model": str(model),
+        "target_length": 512,
+        "data": {"sources": [str(tmp_path / "chat.jsonl")]},
+        "rope": {"type": "yarn"},
+    }
+    recipe = parse_recipe(tree)
+    prepared = prepare_model(recipe)
+    run = open_run(tmp_path / "run", recipe, "test")
+    data = load_training_data(prepared, run)
+    whole = [encode_conversation(tokenizer, Conversation(messages=turns)) for turns in all_turns]
+    share = sum(int((~x.masked).sum()) for x in whole) / sum(map(len, whole))
+    held_out = evaluation_documents(recipe, prepared.tokenizer, run)
+    checks = {check.name: check for check in check_data(prepared, data, held_out)}
+    said = f"120 conversations, {share:.0%}".replace("%", " %")
+    assert checks["chat"].detail == f"{said} of tokens are the assistant's"
+    assert checks["evaluation text"].passed and checks["labels"].passed
+    assert held_out and all(isinstance(x, ChatTokens) for x in held_out)
+    for document, kept in zip(data.corpus.held_out, held_out, strict=True):
+        assert document.tolist() == kept.tolist()
+        assert document.masked.tolist() == kept.masked.tolist()
+    assert not eval_settings(recipe, run).chat_template
+    run.update(data=data_metadata(prepared, data, len(held_out)))
+    assert eval_settings(recipe, run).chat_template is True
+    assert (
+        eval_settings(parse_recipe(tree, ["eval.chat_template=false"]), run).chat_template is False
+    )
+    given = evaluation_documents(recipe, prepared.tokenizer, None, [str(tmp_path / "chat.jsonl")])
+    assert all(len(x) >= 512 and isinstance(x, ChatTokens) for x in given)
