@@ -532,7 +532,7 @@ def test_a_task_asks_through_the_template_and_the_answer_begins_in_the_assistant
         assert f"The pass key is {key}. Remember it." in tokenizer.decode(trial.prompt)
 
 
-@pytest.mark.parametrize("task", ["niah_single_2", "vt", "cwe", "fwe"])
+@pytest.mark.parametrize("task", ["niah_single_words", "vt", "cwe", "fwe"])
 def test_ruler_prompts_fit_their_length_with_the_template(task):
     tokenizer = tokenizer_with(CHATML)
     (trial,) = make_samples(task, ChatPrompts(tokenizer), 1024, num_samples=1)
@@ -620,8 +620,9 @@ def test_a_run_on_conversations_is_checked_and_keeps_their_labels_for_its_evalua
     assert not eval_settings(recipe, run).chat_template
     run.update(data=data_metadata(prepared, data, len(held_out)))
     assert eval_settings(recipe, run).chat_template is True
-    assert (
-        eval_settings(parse_recipe(tree, ["eval.chat_template=false"]), run).chat_template is False
-    )
+    off = parse_recipe(tree, ["eval.chat_template=false"])
+    assert eval_settings(off, run).chat_template is False
+    with pytest.raises(SkipwiseError, match="give auto, true or false"):
+        parse_recipe(tree, ["eval.chat_template=2"])
     given = evaluation_documents(recipe, prepared.tokenizer, None, [str(tmp_path / "chat.jsonl")])
     assert all(len(x) >= 512 and isinstance(x, ChatTokens) for x in given)
