@@ -221,7 +221,9 @@ def _joined(store: TokenStore, length: int) -> list[np.ndarray]:
     """The documents of a store; conversations are joined to `length` tokens if there are enough."""
     if not store.chat or len(store.tokens) < length:
         return [store.document(i) for i in range(store.num_documents)]
-    corpus = build_corpus([store], [None], min_length=length, target_length=length)
+    corpus = build_corpus(
+        [store], [None], min_length=length, target_length=length, short_documents="pack"
+    )
     return [corpus.document(0, i) for i in range(corpus.num_documents)]
 
 
