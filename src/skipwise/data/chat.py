@@ -172,6 +172,8 @@ class _Rendered:
     def __init__(self, tokenizer: Any, conversation: Conversation) -> None:
         self.tokenizer, self.options = tokenizer, conversation.options
         self.messages, self.refusal = conversation.messages, ""
+        self.added = list(tokenizer.get_added_vocab())
+        self.prefixes: dict[tuple[int, bool], str] = {}
         self.text = self.render(self.messages)
         if not self.text:
             raise ConversationError(f"the chat template refuses it: {self.refusal or 'no text'}")
@@ -197,7 +199,7 @@ class _Rendered:
 
     def find(self, i: int) -> _Turn | str:
         """Where turn i is in the text, or why it cannot be found."""
-        message, before = self.messages[i], self.render(self.messages[:i]) if i else ""
+        message, before = self.messages[i], self._first(i)
         begin = len(before) if self.text.startswith(before) and (before or not i) else None
         if message["role"] != "assistant":
             head, _ = self._around(i, alone=True)
@@ -217,6 +219,13 @@ class _Rendered:
         content_end = at + len(content) if at >= 0 else None
         return _Turn(begin=begin, start=start, content_end=content_end, end=end)
 
+    def _first(self, num: int, generation: bool = False) -> str:
+        """The text of the first turns."""
+        key = num, generation
+        if key not in self.prefixes:
+            self.prefixes[key] = self.render(self.messages[:num], generation) if num else ""
+        return self.prefixes[key]
+
     def _around(self, i: int, alone: bool) -> tuple[str, str]:
         """What is before and behind the content of turn i, with or without the later turns."""
         turns = [*self.messages[:i], {**self.messages[i], "content": _STAND_IN}]
@@ -226,7 +235,7 @@ class _Rendered:
 
     def _answer_start(self, i: int, before: str) -> int | None:
         """Where the model starts to generate turn i: behind the generation prompt."""
-        prompt = self.render(self.messages[:i], True) if i else ""
+        prompt = self._first(i, generation=True)
         start = len(prompt) if prompt and self.text.startswith(prompt) else None
         if start is not None and prompt != before:
             return start
@@ -238,7 +247,7 @@ class _Rendered:
 
     def _answer_end(self, i: int) -> int | None:
         """The end of turn i, with the token that ends it."""
-        through = self.render(self.messages[: i + 1])
+        through = self._first(i + 1)
         if through and self.text.startswith(through):
             return len(through)
         closing, tail = self._around(i, alone=True)[1], self._around(i, alone=False)[1]
@@ -249,7 +258,7 @@ class _Rendered:
 
     def _last_token_end(self, text: str) -> int:
         """The end of the last added token in a text, such as `<|im_end|>`; 0 if there is none."""
-        found = ((text.rfind(token), len(token)) for token in self.tokenizer.get_added_vocab())
+        found = ((text.rfind(token), len(token)) for token in self.added)
         return max((at + size for at, size in found if at >= 0), default=0)
 
 
