@@ -1,13 +1,18 @@
-"""What sliding layers should see while full ones learn far positions, measured on tiny models.
+"""What sliding and state layers should see at a skip, measured on tiny models.
 
 python benchmarks/hybrid_layers.py BASE_FOLDER... [--steps 200] [--target 2048]
+python benchmarks/hybrid_layers.py BASE_FOLDER... --settings untrained skip reset full-length
 
-A hybrid model (Gemma 2 and 3, Olmo 3, gpt-oss, ...) has layers that look back a window of tokens
-beside layers that see all. In training with skips, what does a sliding layer see at a skip?
+A hybrid model has layers that look back a window of tokens (Gemma 2 and 3, Olmo 3, gpt-oss, ...),
+or that carry a state (Gated DeltaNet, Mamba 2, short convolutions), beside layers that see all. In
+training with skips, what does a sliding or state layer see at a skip?
 
   skip    the tokens before it, at the skipping distance (the window counts tokens)
   cut     nothing: what lies before the skip is further away than the window
   plain   the tokens before it, as if they were its neighbours (plain positions in these layers)
+
+A state has no positions, so for state layers there are two: skip, where the state runs on over the
+skip, and reset, where it starts again after the skip.
 
 BASE_FOLDERs are made by research/tiny_model/train.py --family. All settings train the same
 examples.
@@ -27,6 +32,7 @@ import torch
 from common import BENCHMARKS, SMOKE, make_parser, write_result
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from skipwise.config.machine import cpu_has_bf16
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import EvalSettings
 from skipwise.data.collator import ExampleCollator
@@ -43,7 +49,8 @@ from skipwise.pipeline.quickstart.corpus import modules
 from skipwise.pose.samplers import FullLength, PoSE
 
 BATCH, LEARNING_RATE = 16, 3e-4
-SETTINGS = ["untrained", "skip", "cut", "plain", "cut+weights", "plain+weights", "full-length"]
+SLIDING = ["untrained", "skip", "cut", "plain", "cut+weights", "plain+weights", "full-length"]
+STATE = ["untrained", "skip", "skip+weights", "reset", "reset+weights", "full-length"]
 
 
 def main() -> None:
@@ -51,14 +58,14 @@ def main() -> None:
     parser.add_argument("bases", nargs="*", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--target", type=int, default=2048)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--settings", nargs="+", choices=sorted({*SLIDING, *STATE}))
     parser.add_argument("--name", default="hybrid_layers")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.smoke:
-            args.steps, args.target, args.bases = 1, 512, [Path(scratch, "gemma3_text")]
-            args.settings = ["untrained", "skip", "cut+weights", "plain", "full-length"]
-            args.sources, args.eval_sources = make_smoke_inputs(args.bases[0], Path(scratch))
+            args.steps, args.target = 1, 512
+            args.bases = [Path(scratch, family) for family in ("gemma3_text", "qwen3_next")]
+            args.sources, args.eval_sources = make_smoke_inputs(args.bases, Path(scratch))
         else:
             data = make_recipe().data
             args.sources, args.eval_sources = data.sources, data.eval_sources
@@ -67,7 +74,9 @@ def main() -> None:
         rows: dict[str, Any] = {}
         for base in args.bases:
             rows[base.name] = {}
-            for setting in args.settings:
+            sliding = "sliding_attention" in AutoConfig.from_pretrained(base).layer_types
+            settings = args.settings or (SLIDING if sliding else STATE)
+            for setting in settings[1::2] if args.smoke else settings:
                 rows[base.name][setting] = measure(base, setting, args)
                 print(base.name, setting, rows[base.name][setting], flush=True)
     folder = SMOKE if args.smoke else BENCHMARKS
@@ -75,27 +84,32 @@ def main() -> None:
     write_result(args.name, figures, folder=folder)
 
 
-def make_smoke_inputs(base: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """A random hybrid model of two layers in `base`; files to train on and to evaluate."""
-    config = AutoConfig.for_model(
-        "gemma3_text",
-        vocab_size=1024,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=64,
-        layer_types=["sliding_attention", "full_attention"],
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=None,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(base)
+def make_smoke_inputs(bases: list[Path], folder: Path) -> tuple[list[str], list[str]]:
+    """Random hybrid models of two layers; files to train on and to evaluate."""
+    own = {
+        "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention"]},
+        "qwen3_next": {"num_experts": 0, "layer_types": ["linear_attention"]},
+    }
+    for base in bases:
+        own[base.name]["layer_types"].append("full_attention")
+        config = AutoConfig.for_model(
+            base.name,
+            vocab_size=1024,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=None,
+            **own[base.name],
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(base)
     files = folder / "train.jsonl", folder / "eval.jsonl"
     texts = islice((text for _, text in modules() if len(text) > 20_000), 4)
     lines = [json.dumps({"text": text[:20_000]}) + "\n" for text in texts]
@@ -110,7 +124,8 @@ def measure(base: Path, setting: str, args: argparse.Namespace) -> dict[str, Any
     tree = {"model": str(base), "target_length": args.target, "rope": {"type": "yarn"}}
     prepared = prepare_model(parse_recipe(tree))
     model = load_model(str(base), prepared.scaled, prepared.load, dtype=torch.float32)
-    lengths = [n for n in (256, 512, 1024) if n < args.target] + [args.target]
+    length = prepared.info.original_length
+    lengths = [n for n in (length, 2 * length, 4 * length) if n < args.target] + [args.target]
     if setting != "untrained":
         train(model, prepared, setting, args.sources, args)
     documents = [
@@ -126,7 +141,7 @@ def measure(base: Path, setting: str, args: argparse.Namespace) -> dict[str, Any
     model.to(torch.float32)
     eval_model = EvalModel(label=setting, load=lambda: model, tokenizer=prepared.tokenizer)
     texts = Texts(documents=documents)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
         found = evaluate_model(eval_model, texts, lengths, settings, progress=False)
     return {
         task: [
@@ -158,8 +173,11 @@ def train(model: Any, prepared: Any, setting: str, sources: Any, args: argparse.
         target_length=args.target,
     )
     dataset = PoSEDataset(corpus, sampler, seed=0, num_examples=args.steps * batch)
+    reset = {"cut": torch.full((batch,), length)}
     if kind == "plain":
         plain_positions(model)
+    if kind == "reset":
+        reset_states(model, reset)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
     started = time.time()
     for step in range(args.steps):
@@ -170,8 +188,12 @@ def train(model: Any, prepared: Any, setting: str, sources: Any, args: argparse.
             torch.from_numpy(np.stack([item[key] for item in items]))
             for key in ("input_ids", "labels", "position_ids")
         )
-        masks = make_masks(items, positions, kind, bool(weights), window)
-        with torch.autocast("cpu", torch.bfloat16):
+        skips = positions.diff(dim=1) != 1
+        reset["cut"] = torch.where(skips.any(1), skips.int().argmax(1) + 1, length)
+        masks: Any = make_masks(items, positions, kind, bool(weights), window or length)
+        if not window:
+            masks = masks["full_attention"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             loss = model(
                 ids, labels=labels, position_ids=positions, attention_mask=masks, use_cache=False
             ).loss
@@ -182,6 +204,8 @@ def train(model: Any, prepared: Any, setting: str, sources: Any, args: argparse.
         assert math.isfinite(loss.item())
     for hook in getattr(model, "plain_hooks", []):
         hook.remove()
+    for module in model.modules():
+        module.__dict__.pop("forward", None)  # of reset_states
     print(f"  {setting}: loss {loss.item():.3f}, {time.time() - started:.0f} s", flush=True)
 
 
@@ -222,6 +246,27 @@ def plain_positions(model: Any) -> None:
         for layer, kind in zip(inner.layers, model.config.layer_types, strict=True)
         if kind == "sliding_attention"
     ]
+
+
+def reset_states(model: Any, reset: dict[str, torch.Tensor]) -> None:
+    """State layers start again at token `cut` (B,) of each row (for this measurement only).
+
+    A layer reads the row, and the row from its cut on; the second result replaces the first there.
+    """
+
+    def from_cut(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+        run, cut = type(module).forward, reset["cut"]
+        index = torch.arange(hidden.shape[1])
+        late = ((index + cut[:, None]) % hidden.shape[1])[:, :, None].expand_as(hidden)
+        back = ((index - cut[:, None]) % hidden.shape[1])[:, :, None].expand_as(hidden)
+        again = run(module, hidden.gather(1, late)).gather(1, back)
+        return torch.where(index[:, None] < cut[:, None, None], run(module, hidden), again)
+
+    for module in model.modules():
+        if any(isinstance(child, torch.nn.Conv1d) for child in module.children()):
+            module.forward = lambda hidden_states, *args, module=module, **keys: from_cut(
+                module, hidden_states
+            )
 
 
 if __name__ == "__main__":

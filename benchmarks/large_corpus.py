@@ -92,8 +92,8 @@ def measure(folder, cache, num_proc, examples):
                 min_length=L,
                 target_length=T,
                 short_documents="pack",
-                separator=2,
-                num_held_out=8,
+                between=(2,),
+                num_held_out="auto",
             )
         )
         _, figures["count_copies"] = stage(lambda: corpus.count_copies(corpus.held_out))

@@ -47,8 +47,8 @@ def make_chat_model(folder: Path, steps: int, batch_size: int, rng: np.random.Ge
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
     for _ in range(steps):
-        turns = [find_conversation({"messages": dialogue(rng, 9)}) for _ in range(batch_size)]
-        rows = [encode_conversation(tokenizer, one)[:256] for one in turns]
+        turns = [find_conversation({"messages": dialogue(rng, 5)}) for _ in range(batch_size)]
+        rows = [encode_conversation(tokenizer, one)[:128] for one in turns]
         width = min(map(len, rows))
         ids = torch.tensor([row[:width].tolist() for row in rows])
         masked = torch.tensor([row.masked[:width].tolist() for row in rows])
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=100)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--chats", type=int, default=80, help="number of dialogues to train on")
     parser.add_argument("--out", type=Path, default=Path("runs/chat-example"))
     args = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -87,7 +88,7 @@ def main() -> None:
     make_chat_model(model, args.base_steps, args.batch_size, rng)
 
     chats = args.out / "chat.jsonl"
-    lines = [json.dumps({"messages": dialogue(rng, int(n))}) for n in rng.integers(4, 40, 80)]
+    lines = [json.dumps({"messages": dialogue(rng, int(n))}) for n in rng.integers(4, 40, args.chats)]
     chats.write_text("\n".join(lines), encoding="utf-8")
     recipe = parse_recipe(
         {
@@ -102,7 +103,7 @@ def main() -> None:
                 "micro_batch_size": args.batch_size,
                 "learning_rate": 5e-4,
             },
-            "eval": {"tasks": ["perplexity"], "perplexity_windows": 8},
+            "eval": {"tasks": ["perplexity"], "perplexity_windows": 4},
         }
     )
     run = extend(recipe, args.out / "run")

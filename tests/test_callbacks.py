@@ -142,7 +142,7 @@ def test_a_batch_that_voids_the_run_is_caught_before_the_first_step(tiny, tmp_pa
     assert re.search(said, stopped(trainer), re.DOTALL)
 
 
-def test_a_collator_that_makes_labels_anew_is_caught_by_the_data_sets_own_examples(tiny, tmp_path):
+def test_a_collator_that_makes_new_labels_is_caught_by_the_data_sets_own_examples(tiny, tmp_path):
     tokens = np.arange(400) % 1000
     rng = np.random.default_rng(0)
     items = []
@@ -158,11 +158,14 @@ def test_a_collator_that_makes_labels_anew_is_caught_by_the_data_sets_own_exampl
             }
         )
 
-    def anew(rows):
+    def relabelled(rows):
         batch = ExampleCollator()(rows)
         return {**batch, "labels": batch["input_ids"].clone()}
 
-    for collator, said in ((ExampleCollator(), None), (anew, "right after a gap in the text")):
+    for collator, said in (
+        (ExampleCollator(), None),
+        (relabelled, "right after a gap in the text"),
+    ):
         callback = PreflightCallback(target_length=T, report=lambda check: None)
         trainer = make_trainer(
             loaded(tiny)[0], items, collator, callback, tmp_path, remove_unused_columns=False

@@ -9,6 +9,7 @@ import pickle
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import torch
@@ -23,8 +24,8 @@ from skipwise.data.chat import ChatSpans, ChatTokens, encode_conversation
 from skipwise.data.chat_records import Conversation, ConversationError, find_conversation
 from skipwise.data.corpus import build_corpus
 from skipwise.data.dataset import PoSEDataset
-from skipwise.data.readers import parse_sources
-from skipwise.data.shards import read_shards
+from skipwise.data.readers import BadRecords, parse_sources
+from skipwise.data.shards import read_documents, read_shards
 from skipwise.data.tokenize import tokenize_source
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
@@ -34,6 +35,9 @@ from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.evaluation.tasks.prompts import ChatPrompts, token_ids
 from skipwise.evaluation.tasks.ruler import make_samples
 from skipwise.models.prepared import prepare_model
+from skipwise.models.separator import Separator, own_separator
+from skipwise.pipeline import stages
+from skipwise.pipeline.choose_separator import choose_separator
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.pose.samplers import IGNORE_INDEX, FullLength, PoSE, RandPos
 from skipwise.training.inputs import check_data, data_metadata, load_training_data
@@ -361,7 +365,9 @@ def test_the_cache_keeps_labels_and_markers_of_every_conversation(tmp_path, monk
 def test_a_shard_of_conversations_comes_back_whole_from_another_process(tmp_path):
     tokenizer = tokenizer_with(CHATML)
     (shard,) = read_shards(conversations(tmp_path, 5)[0])
-    sent = pickle.loads(pickle.dumps(tokenize._encode_shard(tokenizer, shard)))
+    separator = own_separator(tokenizer)
+    encoder = tokenize._Encoder(tokenizer=tokenizer, separator=separator, special_tokens="control")
+    sent = pickle.loads(pickle.dumps(tokenize._encode_shard(encoder, shard)))
     for spans, tokens in zip(
         sent.chat, np.split(sent.tokens, np.cumsum(sent.lengths)), strict=False
     ):
@@ -382,6 +388,51 @@ def test_text_beside_conversations_is_trained_in_full_and_max_tokens_ends_at_a_d
     whole = encode_conversation(tokenizer, Conversation(messages=TURNS))
     assert (store.document(1).masked == whole.masked).all()
     assert store.chat.num_labels == int((~whole.masked).sum())
+
+
+def test_only_text_gets_a_separator_and_only_its_special_tokens_are_counted(tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    file = tmp_path / "x.jsonl"
+    records = [{"text": "plain text"}, {"messages": TURNS}, {"text": "so</s>ended"}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (source,) = parse_sources([str(file)])
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    separator = Separator(name="eos-bos", begin=(begin,), end=(end,))
+    store = tokenize_source(source, tokenizer, separator=separator, cache=tmp_path / "cache")
+    for i in (0, 2):
+        assert [int(store.document(i)[0]), int(store.document(i)[-1])] == [begin, end]
+    ids = tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=False)
+    assert store.document(1).tolist() == ids
+    assert store.num_special == 1
+
+
+@pytest.mark.parametrize("form", ["array", "wrapped", "object", "csv", "null text", "arrow"])
+def test_conversations_are_read_from_every_format_of_records(tmp_path, form):
+    pair = {"prompt": "Name a colour.", "completion": "blue"}
+    turns = [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "blue"},
+    ]
+    file = tmp_path / {"csv": "x.csv", "null text": "x.jsonl", "arrow": "x.arrow"}.get(
+        form, "x.json"
+    )
+    if form == "csv":
+        file.write_text("id,prompt,completion\n1,Name a colour.,blue\n")
+    elif form == "arrow":
+        table = pyarrow.table({"id": [1], **{name: [value] for name, value in pair.items()}})
+        with pyarrow.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        values = {
+            "array": [{"messages": turns}],
+            "wrapped": {"version": 1, "data": [{"conversations": turns}]},
+            "object": {**pair, "tools": [{"name": "clock"}]},
+            "null text": {"text": None, "messages": turns},
+        }
+        file.write_text(json.dumps(values[form]))
+    (source,) = parse_sources([str(file)])
+    found = list(read_documents(source, BadRecords(policy="stop")))
+    assert [one.messages for one in found] == [turns]
 
 
 def test_conversations_are_read_from_parquet_with_their_empty_keys_left_out(tmp_path):
@@ -558,7 +609,7 @@ def random_model():
 def test_perplexity_of_conversations_counts_the_assistants_tokens_alone(tmp_path):
     tokenizer, model = tokenizer_with(CHATML), random_model()
     corpus, _, _ = packed_corpus(tmp_path, tokenizer, 128, 128)
-    documents = [corpus.document(0, i) for i in range(4)]
+    documents = [corpus.document(0, i) for i in range(6)]
     (row,) = perplexity(model, documents, [64], tokenizer=tokenizer, stride=32, num_windows=1000)
     total = count = 0
     for tokens in documents:
@@ -573,6 +624,8 @@ def test_perplexity_of_conversations_counts_the_assistants_tokens_alone(tmp_path
     assert row["metric"] == "perplexity" and row["num_samples"] == count
     assert row["value"] == pytest.approx(np.exp(total / count), rel=1e-4)
     assert row["low"] < row["value"] < row["high"]
+    assert np.mean(row["samples"]) == pytest.approx(np.log(row["value"]), abs=1e-4)
+    assert len(row["samples"]) == len(row["documents"]) and set(row["documents"]) == set(range(6))
 
 
 def test_the_template_is_part_of_what_decides_a_result_and_must_exist():
@@ -626,3 +679,35 @@ def test_a_run_on_conversations_is_checked_and_keeps_their_labels_for_its_evalua
         parse_recipe(tree, ["eval.chat_template=2"])
     given = evaluation_documents(recipe, prepared.tokenizer, None, [str(tmp_path / "chat.jsonl")])
     assert all(len(x) >= 512 and isinstance(x, ChatTokens) for x in given)
+
+
+def test_a_run_on_conversations_measures_no_separator_and_asks_every_model_alike(
+    tmp_path, monkeypatch
+):
+    model = tmp_path / "model"
+    random_model().save_pretrained(model)
+    tokenizer_with(CHATML).save_pretrained(model)
+    conversations(tmp_path, 60)
+    recipe = parse_recipe(
+        {
+            "model": str(model),
+            "target_length": 256,
+            "attention_temperature": 1.0,
+            "data": {"sources": [str(tmp_path / "chat.jsonl")]},
+            "rope": {"type": "yarn"},
+        }
+    )
+    run = open_run(tmp_path / "run", recipe, "test")
+    prepared = choose_separator(prepare_model(recipe), run)
+    said = run.metadata()["separator"]["detail"]
+    assert "not measured: the chat template writes what begins and ends a conversation" in said
+    data = load_training_data(prepared, run)
+    run.update(data=data_metadata(prepared, data, 1))
+    asked = []
+    monkeypatch.setattr(
+        stages, "evaluate_model", lambda *args, **_: asked.append((args[0].label, args[3]))
+    )
+    stages.evaluate_run(prepared, run, "before")
+    stages.evaluate_untrained(prepared, run, data)
+    assert [label for label, _ in asked] == ["before", "untrained"]
+    assert asked[0][1] == asked[1][1] and asked[0][1].chat_template is True

@@ -1,5 +1,6 @@
 """The preflight: each way to void a run is caught, and a sound run passes."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from skipwise.config.parse import parse_recipe
+from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.recipe import LoRASettings, ModelSettings, Recipe
+from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.errors import SkipwiseError, require
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.models.hf_config import load_config, model_info_of
@@ -19,7 +21,7 @@ from skipwise.preflight.batch import check_batch, check_labels, check_tokenizer
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
 from skipwise.training.inputs import dummy_data
-from skipwise.training.setup import enable_checkpointing
+from skipwise.training.setup import enable_checkpointing, set_up
 
 T = 256
 
@@ -150,6 +152,46 @@ def test_a_label_after_a_jump_is_caught(prepared):
 
 def test_another_models_tokenizer_is_caught(prepared, batch):
     assert not check_tokenizer(prepared.tokenizer, 1000, batch).passed
+
+
+def test_an_added_token_without_a_row_is_allowed_while_no_text_holds_it(prepared, batch):
+    size = len(prepared.tokenizer)
+    tokenizer = copy.deepcopy(prepared.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    unused = check_tokenizer(tokenizer, size, batch, lambda: size - 1)
+    assert unused.passed
+    assert f"no text holds [PAD] (id {size:,})" in unused.detail
+    assert check_tokenizer(tokenizer, size, batch).passed  # what a trainer's callback can see
+    used = check_tokenizer(tokenizer, size, batch, lambda: size)
+    assert not used.passed
+    assert f"the text holds [PAD] (id {size:,})" in used.detail
+    assert f"resize_token_embeddings({size + 1})" in used.detail
+    row = {**batch, "input_ids": torch.full_like(batch["input_ids"], size)}
+    assert not check_tokenizer(tokenizer, size, row).passed
+    assert check_tokenizer(tokenizer, size + 1, row).passed
+
+
+def test_the_largest_token_of_the_text_decides_in_a_run(prepared, tmp_path):
+    tokenizer = copy.deepcopy(prepared.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    padded = dataclasses.replace(prepared, tokenizer=tokenizer)
+    data = dummy_data(padded)
+    assert data.corpus.largest_token() == data.corpus.stores[0].tokens.max() < len(tokenizer) - 1
+    run = RunFolder(tmp_path)
+    write_text(run.recipe_file, dump_recipe(padded.recipe))
+    checks = {check.name: check for check in set_up(padded, data, run).checks}
+    assert checks["tokenizer"].passed and "no text holds [PAD]" in checks["tokenizer"].detail
+    data.corpus.stores[0].tokens[:] = len(tokenizer) - 1
+    checks = {check.name: check for check in set_up(padded, data, run).checks}
+    assert not checks["tokenizer"].passed and "the text holds [PAD]" in checks["tokenizer"].detail
+
+
+def test_precision_is_not_judged_where_the_number_of_frequencies_differs(prepared, model):
+    narrow = dataclasses.replace(prepared.info, rotary_dim=prepared.info.rotary_dim // 2)
+    checks = check_model(model, prepared.scaled, narrow, prepared.scaling, T)
+    assert [check.name for check in checks if not check.passed] == ["rope"]
+    assert "frequencies, and the config says" in checks[0].detail
+    assert "positions" not in {check.name for check in checks}
 
 
 def test_a_factor_that_does_not_reach_the_target_is_caught(prepared):

@@ -49,7 +49,7 @@ def test_draws_depend_on_seed_epoch_and_tokens_alone():
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_workers_draw_what_one_process_draws_and_anew_in_the_next_epoch(persistent):
+def test_workers_draw_what_one_process_draws_and_others_in_the_next_epoch(persistent):
     records = make_records(8)
     collator = PoSECollator(POSE)
     loader = DataLoader(
@@ -109,7 +109,7 @@ def test_a_short_record_stays_whole_at_plain_positions_and_its_padding_is_masked
     assert batch["input_ids"][0].tolist() == [*range(10, 30)] + [9] * (L - 20)
     assert batch["labels"][0].tolist() == [*range(10, 30)] + [-100] * (L - 20)
     assert batch["attention_mask"][0].tolist() == [1] * 20 + [0] * (L - 20)
-    assert batch["position_ids"][0].tolist() == [*range(L)]  # counts on: a zero would begin anew
+    assert batch["position_ids"][0].tolist() == [*range(L)]  # counts on, without a zero
     assert (batch["attention_mask"][1] == 1).all()
     alone = PoSECollator(POSE)([short])
     assert alone["input_ids"].shape == (1, 20)

@@ -17,7 +17,7 @@ from skipwise.models.model_info import read_model_info
 from skipwise.pose.rope_config import with_legacy_rope_keys
 
 OLDER = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"]
-OLDER += ["gpt_neox", "falcon", "olmo", "olmo2", "olmo3", "cohere", "cohere2", "stablelm", "glm4"]
+OLDER += ["gpt_neox", "falcon", "olmo", "olmo2", "olmo3", "cohere", "stablelm", "glm4"]
 OLDER += ["smollm3", "starcoder2", "granite", "deepseek_v3"]
 
 
@@ -199,7 +199,9 @@ def test_configs_of_well_known_models_are_read_right(name, tmp_path):
         ("LlamaConfig", {"quantization_config": {"bits": 4}}, "quantised.*\ngive the original"),
         ("RecurrentGemmaConfig", {}, "no full-attention layer with RoPE"),
         ("Llama4TextConfig", {}, "RoPE only in layers that see a chunk at a time"),
-        ("Gemma4TextConfig", {}, "rope_type is 'proportional', which Skipwise cannot compute"),
+        ("Cohere2Config", {}, "RoPE only in its sliding layers.*\nchoose another model"),
+        ("Exaone4Config", {}, "RoPE only in its sliding layers"),
+        ("NemotronHConfig", {}, "no RoPE settings"),
         ("DeepseekV4Config", {}, "no full-attention layer with RoPE"),
     ],
 )

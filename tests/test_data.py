@@ -9,6 +9,7 @@ import torch
 from additive_mask import additive_mask
 from transformers import AutoTokenizer
 
+from skipwise.config.parse import parse_recipe
 from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import build_corpus
 from skipwise.data.dataset import PoSEDataset
@@ -19,8 +20,10 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.attention.masks import with_chunk_weights
 from skipwise.pipeline.quickstart import MODEL
 from skipwise.pose.samplers import FullLength, PoSE
+from skipwise.training.inputs import _check_files, _check_held_out, find_sources
 
 L, T = 16, 64
+BASE = {"model": "m", "target_length": "32k"}
 
 
 def store_of(*lengths: int) -> TokenStore:
@@ -103,7 +106,7 @@ def test_short_documents_are_dropped_and_counted_or_packed_with_a_separator():
     store = store_of(5, 100, 9, 7, 60, 8)
     dropped = corpus_of(store)
     assert (dropped.num_documents, dropped.num_short) == (2, 4)
-    packed = corpus_of(store, short_documents="pack", separator=7, target_length=20)
+    packed = corpus_of(store, short_documents="pack", between=(7,), target_length=20)
     data = packed.stores[1]
     assert data.num_documents == 1  # 5+1 + 9+1 + 7+1 tokens reach T = 20; 8+1 stay under L
     expected = [*range(5), 7, *range(2000, 2009), 7, *range(3000, 3007), 7]
@@ -177,29 +180,29 @@ def test_full_length_takes_whole_windows_at_plain_positions():
     assert len(data) == 9
 
 
-def packed_by_hand(store, min_length, target_length, separator):
+def packed_by_hand(store, min_length, target_length, between):
     """Short documents joined one by one in memory, as a reference."""
     joined, out = [], []
     for i in range(store.num_documents):
         if len(store.document(i)) < min_length:
-            joined += [*store.document(i).tolist(), *([] if separator is None else [separator])]
+            joined += [*store.document(i).tolist(), *between]
             if len(joined) >= target_length:
                 out.append(joined)
                 joined = []
     return [*out, joined] if len(joined) >= min_length else out
 
 
-@pytest.mark.parametrize("separator", [7, None])
-def test_packed_documents_are_those_joined_in_memory_and_read_alike_from_any_place(separator):
+@pytest.mark.parametrize("between", [(7,), (7, 8, 9), ()])
+def test_packed_documents_are_those_joined_in_memory_and_read_alike_from_any_place(between):
     rng = np.random.default_rng(0)
     for target_length in (L, 20, 64, 10_000):
         lengths = rng.integers(0, 30, 200)
         lengths[-2:] = 0  # nothing to read at the end
         store = store_of(*lengths)
         packed = corpus_of(
-            store, short_documents="pack", separator=separator, target_length=target_length
+            store, short_documents="pack", between=between, target_length=target_length
         ).stores[1]
-        expected = packed_by_hand(store, L, target_length, separator)
+        expected = packed_by_hand(store, L, target_length, between)
         assert [d.tolist() for d in map(packed.document, range(packed.num_documents))] == expected
         whole = np.concatenate([np.array(d, np.int64) for d in expected])
         places = rng.integers(0, len(whole), (5, 9))
@@ -209,38 +212,183 @@ def test_packed_documents_are_those_joined_in_memory_and_read_alike_from_any_pla
 
 def test_empty_documents_alone_pack_to_their_separators():
     store = TokenStore(tokens=np.zeros(0, np.uint16), offsets=np.zeros(41, np.int64))
-    packed = corpus_of(store, short_documents="pack", separator=7, target_length=20).stores[1]
+    packed = corpus_of(store, short_documents="pack", between=(7,), target_length=20).stores[1]
     assert packed.document(1).tolist() == [7] * 20
 
 
-def test_a_beginning_that_most_documents_share_is_not_taken_for_copies_of_one():
-    for shift in range(20):  # whatever its hash
-        licence = np.arange(600) + shift
-        documents = [np.concatenate([licence, 1000 * i + np.arange(100)]) for i in range(1, 41)]
-        documents += [1000 * i + np.arange(700) for i in range(41, 61)]
-        tokens = np.concatenate(documents).astype(np.uint32)
-        store = TokenStore(tokens=tokens, offsets=np.arange(61) * 700)
-        corpus = corpus_of(store, num_held_out=8)
-        assert len(corpus.held_out) == 3  # a twentieth of 60
-        assert all(tokens[0] >= 41_000 for tokens in corpus.held_out)
-        assert corpus.num_documents == 57
-        assert corpus.count_copies(corpus.held_out) == 0
+def text_store(documents):
+    """Documents as they are given."""
+    return TokenStore(
+        tokens=np.concatenate(documents).astype(np.uint32),
+        offsets=np.concatenate([[0], np.cumsum([len(d) for d in documents])]),
+    )
 
 
-def test_a_copy_is_told_by_the_first_512_tokens_or_by_all_of_a_shorter_document():
+def passages(tokens, size):
+    """All runs of so many tokens, as hashes of their bytes."""
+    data = np.asarray(tokens, np.uint32).tobytes()
+    return {hash(data[i : i + 4 * size]) for i in range(0, len(data) - 4 * size + 1, 4)}
+
+
+def documents_of(corpus):
+    (starts,), (lengths,) = corpus.starts, corpus.lengths
+    return [corpus.stores[0].read(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("num_documents", [10, 60, 300])
+def test_documents_that_share_a_licence_and_differ_later_are_held_out_and_trained_on(
+    num_documents,
+):
+    rng = np.random.default_rng(0)
+    licence = rng.integers(0, 50_000, 600)
+    documents = [
+        np.concatenate([licence, rng.integers(0, 50_000, rng.integers(1500, 4000))])
+        for _ in range(num_documents)
+    ]
+    corpus = corpus_of(text_store(documents), num_held_out="auto")
+    assert len(corpus.held_out) == min(16, num_documents // 10)
+    assert corpus.num_documents == num_documents - len(corpus.held_out)
+    assert corpus.count_overlaps(corpus.held_out) == (0, 0)
+
+
+def test_copies_and_overlapping_documents_of_evaluation_text_are_not_trained_on():
+    rng = np.random.default_rng(1)
+    books = [rng.integers(0, 50_000, 5000) for _ in range(40)]
+    licence = rng.integers(50_000, 60_000, 700)
+    documents = []
+    for i, book in enumerate(books):
+        documents.append(np.concatenate([licence, book]))
+        other = rng.integers(0, 50_000, 3000)
+        if i % 4 == 0:  # a copy under another licence
+            documents.append(np.concatenate([licence[::-1], book]))
+        if i % 4 == 1:  # 600 tokens quoted at any place
+            documents.append(np.insert(other, int(rng.integers(0, 3000)), book[2000:2600]))
+        if i % 4 == 2:  # a chapter, and the book with a chapter more
+            documents += [book[3000:4000], np.concatenate([book, other])]
+    corpus = corpus_of(text_store(documents), num_held_out="auto")
+    assert len(corpus.held_out) >= 4
+    bare = [tokens[~np.isin(tokens, licence)] for tokens in corpus.held_out]
+    own = set().union(*(passages(tokens, 600) for tokens in bare))
+    left = documents_of(corpus)
+    assert own and not any(own & passages(tokens, 600) for tokens in left)
+    dropped = len(documents) - len(left) - len(corpus.held_out)
+    assert dropped <= 2 * len(corpus.held_out)  # only what overlaps
+
+
+def test_a_document_shared_at_least_576_tokens_at_any_place_is_found():
+    rng = np.random.default_rng(2)
+    book, other = (rng.integers(0, 50_000, 5000) for _ in range(2))
+    corpus = corpus_of(store_of(100))
+    for place in (0, 1, 63, 511, 2000, 5000):
+        documents = [np.insert(other, place, book[300 : 300 + 576]), book[:64], other]
+        corpus = corpus_of(text_store(documents))
+        assert corpus.count_overlaps([book]) == (1, 1)  # the short one is part of the book
+        assert corpus.count_overlaps([other]) == (2, 0)
+
+
+def test_what_is_no_evaluation_text_says_its_true_reason():
+    same = [np.arange(700)] * 10
+    assert (
+        "10 documents of at least 64 tokens begin alike"
+        in corpus_of(text_store(same), num_held_out="auto").none_held_out
+    )
+    assert (
+        "no document has 64 tokens"
+        in corpus_of(store_of(*[50] * 10), num_held_out="auto").none_held_out
+    )
+    assert "fewer than 128 tokens" in corpus_of(store_of(100), num_held_out=8).none_held_out
+    assert corpus_of(store_of(100), num_held_out=0).none_held_out == "data.held_out=0"
+    assert corpus_of(store_of(4000), num_held_out="auto").none_held_out == ""
+
+
+@pytest.mark.parametrize(
+    ("held_out", "count"), [("auto", 16), (3, 3), (40, 40), (0.25, 50), (0.001, 1)]
+)
+def test_held_out_is_a_number_or_a_share_of_the_documents(held_out, count):
+    corpus = corpus_of(store_of(*[100] * 200), num_held_out=held_out)
+    assert len(corpus.held_out) == count and corpus.num_documents == 200 - count
+
+
+def test_held_out_beyond_what_there_is_is_an_error():
+    with pytest.raises(SkipwiseError, match=r"data\.held_out=5 means 5 documents, and only 3 can"):
+        corpus_of(store_of(*[50] * 10, 100, 100, 100), num_held_out=5)
+    with pytest.raises(SkipwiseError, match=r"data\.held_out=10 means 10 documents, and only 9"):
+        corpus_of(store_of(*[100] * 10), num_held_out=10)
+
+
+def test_a_share_of_a_single_document_is_held_out_at_its_end():
+    corpus = corpus_of(store_of(4000), num_held_out=0.25)
+    assert len(corpus.held_out[0]) == 1000 and corpus.num_tokens == 3000
+
+
+def test_the_check_warns_of_missing_evaluation_text_and_fails_where_it_is_trained_on():
+    alike = corpus_of(text_store([np.arange(700)] * 10), num_held_out="auto")
+    line = str(_check_held_out(alike, [], T, is_given=False))
+    assert line.startswith("warn evaluation text: perplexity is not measured: 10 documents of at ")
+    short = str(_check_held_out(alike, [np.arange(50) + 9000], T, is_given=True))
+    assert short.startswith("warn evaluation text: 1 held-out documents, 0 of at least the target")
+    copies = str(_check_held_out(alike, [np.arange(700)], T, is_given=True))
+    assert copies.startswith("FAIL evaluation text: 10 documents of data.sources are copies")
+    other = corpus_of(store_of(1000, 1000), num_held_out="auto")
+    line = str(_check_held_out(other, other.held_out, T, is_given=False))
+    assert line == "ok   evaluation text: 1 held-out documents, 1 of at least the target length"
+    quoted = np.concatenate([np.arange(300), 50_000 + np.arange(900)])
+    line = str(_check_held_out(corpus_of(store_of(1000)), [quoted], T, is_given=True))
+    assert line.startswith("ok ") and "1 documents of data.sources share a passage" in line
+
+
+def test_a_line_of_the_check_names_what_is_left_out_of_a_folder(tmp_path):
+    for name in ("a.txt", "README.md", "load.sh", ".hidden"):
+        (tmp_path / name).write_text(name)
+    recipe = parse_recipe(BASE, [f"data.sources=[{tmp_path}]"])
+    (check,) = _check_files(recipe)
+    names = ".hidden, README.md, load.sh"
+    assert str(check) == f"ok   left out: 3 files that are not texts: {names}"
+    assert _check_files(parse_recipe(BASE, [f"data.sources=[{tmp_path / 'load.sh'}]"])) == []
+
+
+def test_a_wrong_data_held_out_is_an_error():
+    for value, word in (("-1", "a number above 0"), ("1.5", "a share such as 0.05")):
+        with pytest.raises(SkipwiseError, match=word):
+            find_sources(parse_recipe(BASE, [f"data.held_out={value}", "data.sources=[.]"]))
+    both = ["data.held_out=3", "data.sources=[.]", "data.eval_sources=[.]"]
+    with pytest.raises(SkipwiseError, match=r"no effect with data\.eval_sources"):
+        find_sources(parse_recipe(BASE, both))
+
+
+def test_held_out_documents_do_not_depend_on_their_order():
+    rng = np.random.default_rng(3)
+    documents = [rng.integers(0, 1000, 300) for _ in range(100)]
+    first = corpus_of(text_store(documents), num_held_out="auto")
+    again = corpus_of(text_store(documents[::-1]), num_held_out="auto")
+    held = [sorted(map(tuple, corpus.held_out)) for corpus in (first, again)]
+    assert held[0] == held[1] and len(held[0]) == 10
+
+
+def test_a_copy_is_told_by_most_of_a_document():
     long = np.arange(1000)
     store = store_of(1000, 700, 512, 511, 30)
     corpus = corpus_of(store)
     assert corpus.count_copies([]) == 0
     assert corpus.count_copies([long]) == 1
-    assert corpus.count_copies([np.concatenate([long[:512], long[:5]])]) == 1
-    assert corpus.count_copies([np.concatenate([long[:511], long[:5]])]) == 0
+    assert corpus.count_copies([np.concatenate([long[:600], 9000 + long[:400]])]) == 1
+    assert corpus.count_overlaps([np.concatenate([long[:300], 9000 + long[:700]])]) == (0, 1)
     short = 4000 + np.arange(30)
     assert corpus.count_copies([short.astype(np.uint16)]) == 1
     assert corpus.count_copies([short[:29], np.append(short, 1)]) == 0
     swapped = short[[1, 0, *range(2, 30)]]
     assert corpus.count_copies([swapped]) == 0
     assert corpus.count_copies([short, long, short]) == 2
+
+
+def test_documents_are_compared_in_parts_where_they_are_many(monkeypatch):
+    corpus = corpus_of(store_of(*[300] * 40))
+    documents = [1000 * i + np.arange(300) for i in range(0, 40, 3)]
+    whole = corpus.count_overlaps(documents)
+    monkeypatch.setattr("skipwise.data.corpus._TOKENS", 500)
+    monkeypatch.setattr("skipwise.data.corpus._ROWS", 7)
+    assert corpus.count_overlaps(documents) == whole == (14, 0)
+    assert len(corpus_of(store_of(*[300] * 40), num_held_out=4).held_out) == 4
 
 
 def test_the_order_of_an_epoch_does_not_depend_on_the_width_of_its_numbers():

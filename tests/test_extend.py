@@ -1,5 +1,7 @@
 """The whole job on a small model: what it leaves in the run folder, and that it loads anywhere."""
 
+import argparse
+import inspect
 import json
 
 import numpy as np
@@ -61,14 +63,37 @@ def test_after_is_what_the_exported_folder_gives(finished, capsys):
     assert [r["value"] for r in before[:3]] != [r["value"] for r in rows[:3]]
 
 
-def test_results_are_tidy_rows_of_before_and_after(finished):
+def test_results_are_tidy_rows_of_the_base_rescaled_and_trained(finished):
     rows = finished.results()
-    assert {row["model"] for row in rows} == {"before", "after"}
+    assert {row["model"] for row in rows} == {"before", "untrained", "after"}
     for row in rows:
-        assert row["low"] <= row["value"] <= row["high"] and row["num_samples"] > 0
+        assert row["num_samples"] > 0
+        if row["metric"] in ("perplexity", "bits_per_byte"):
+            assert row["low"] is None and row["high"] is None  # one document is too few
+        else:
+            assert row["low"] <= row["value"] <= row["high"]
     lengths = {r["context_length"] for r in rows if r["task"] == "perplexity"}
     assert lengths == {64, 128, 256}
     assert all("depth" in row for row in rows if row["task"] == "passkey")
+
+
+def test_untrained_is_what_rescaling_alone_exports(tiny, text_folder, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text(inspect.getsource(argparse))
+    texts = [f"data.eval_sources=[{book}]", "attention_temperature=1.2"]
+    trained = extend(make_recipe(tiny, text_folder, *texts), tmp_path / "trained")
+    alone = extend(make_recipe(tiny, text_folder, *texts, "method=none"), tmp_path / "alone")
+    mine = [row for row in trained.results() if row["model"] == "untrained"]
+    other = [row for row in alone.results() if row["model"] == "after"]
+    assert {row["model"] for row in alone.results()} == {"before", "after"}
+    assert len(mine) == len(other) == 14
+    for a, b in zip(mine, other, strict=True):
+        for key in ("task", "context_length", "depth", "metric", "num_samples"):
+            assert a.get(key) == b.get(key)
+        assert a["value"] == pytest.approx(b["value"], rel=1e-4)
+    left_out = make_recipe(tiny, text_folder, *texts, "eval.untrained=false")
+    run = extend(left_out, tmp_path / "left-out")
+    assert {row["model"] for row in run.results()} == {"before", "after"}
 
 
 def test_the_exported_model_loads_in_plain_transformers_with_its_tokenizer(finished, tiny):

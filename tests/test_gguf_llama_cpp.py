@@ -295,7 +295,7 @@ def word_splits() -> dict[str, Any]:
 
 
 def byte_level(folder: Path, split: Any, ignore_merges: bool) -> Any:
-    """A random Llama whose byte-level BPE was trained anew, which no table of hashes knows."""
+    """A random Llama whose byte-level BPE was newly trained, which no table of hashes knows."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

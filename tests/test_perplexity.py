@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.evaluation import prefill
-from skipwise.evaluation.intervals import clustered_mean, mean_interval, t_quantile, wilson
 from skipwise.evaluation.tasks.perplexity import _windows, perplexity
 from skipwise.pipeline.quickstart import MODEL
+from skipwise.report.intervals import clustered_mean, mean_interval, t_quantile, wilson
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def of(rows, metric):
 def test_perplexity_equals_a_ten_line_reference(model):
     texts = documents(300, 100, 260)
     rows = perplexity(model, texts, [64, 256], num_windows=4)
-    windows, _ = _windows(texts, 256, 32, 4)
+    windows, _, _ = _windows(texts, 256, 32, 4)
     for row, c in zip(rows, (64, 256), strict=True):
         losses = []
         for window in windows:
@@ -44,7 +44,8 @@ def test_perplexity_equals_a_ten_line_reference(model):
                 logits = model(ids).logits[0, c - 33 : c - 1]
             losses.append(torch.nn.functional.cross_entropy(logits, ids[0, -32:]).item())
         assert row["value"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
-        assert row["low"] < row["value"] < row["high"]
+        assert row["low"] is None  # of two documents
+        assert math.exp(np.mean(row["samples"])) == pytest.approx(row["value"], rel=1e-4)
         assert row["num_samples"] == 3 * 32  # two fit the first document, one the last
 
 
@@ -68,7 +69,7 @@ def test_bits_per_byte_are_the_loss_over_the_bytes_of_the_targets(model, tokeniz
     ids = np.array(tokenizer(text, verbose=False)["input_ids"])
     rows = perplexity(model, [ids], [64], tokenizer=tokenizer, num_windows=10**6, stride=40)
     (ppl,), (bits,) = of(rows, "perplexity"), of(rows, "bits_per_byte")
-    windows, _ = _windows([ids], 64, 40, 10**6)
+    windows, _, _ = _windows([ids], 64, 40, 10**6)
     num_bytes = 0
     for window in windows:
         pieces = tokenizer.convert_ids_to_tokens(window[-40:].tolist())
@@ -80,15 +81,16 @@ def test_bits_per_byte_are_the_loss_over_the_bytes_of_the_targets(model, tokeniz
     assert bits["value"] == pytest.approx(
         nats / math.log(2) / num_bytes, rel=3e-3
     )  # cut characters
-    assert bits["low"] < bits["value"] < bits["high"]
+    assert bits["low"] is None and bits["high"] is None  # of one document
 
 
 def test_windows_share_their_targets_over_lengths_and_never_overlap():
     texts = [np.arange(1000), np.arange(1000, 1150), np.arange(5000, 5700)]
-    windows, owners = _windows(texts, 200, 20, 30)
+    windows, owners, labels = _windows(texts, 200, 20, 30)
     assert owners.tolist() == [0] * 15 + [2] * 15
     targets = windows[:, -20:]
     assert len(np.unique(targets)) == targets.size
+    assert (labels == targets).all()
     assert (np.diff(windows, axis=1) == 1).all()
 
 
@@ -132,37 +134,37 @@ def test_t_quantiles_are_the_tables(degrees, value):
 
 
 def test_windows_of_one_document_do_not_count_as_independent():
-    values = np.array([1.0, 1.1, 3.0, 3.1])
-    mean, low, high = clustered_mean(values, np.array([0, 0, 1, 1]))
-    apart = clustered_mean(values, np.arange(4))
-    assert mean == pytest.approx(2.05) and high - low > 3 * (apart[2] - apart[1])
-    assert clustered_mean(values, np.zeros(4))[1:] == pytest.approx(apart[1:])
-    # by hand: cluster sums of deviations -2, 2; error sqrt(8 * 2/1) / 4 = 1; t(1) = 12.706
-    assert clustered_mean(np.array([1.0, 1.0, 3.0, 3.0]), np.array([0, 0, 1, 1])) == pytest.approx(
-        (2.0, 2.0 - 12.706, 2.0 + 12.706), abs=1e-3
-    )
-    # and one that hangs on the mean: 5 windows, sums of deviations -1.7, -0.2, 1.9
-    values, owners = np.array([0.0, 0.5, 1.0, 1.0, 3.0]), np.array([0, 0, 1, 1, 2])
-    error = math.sqrt((1.7**2 + 0.2**2 + 1.9**2) * 3 / 2) / 5
+    values = np.repeat([1.0, 3.0, 1.0, 3.0, 2.0], 4) + np.tile([0.0, 0.1, 0.0, 0.1], 5)
+    mean, low, high = clustered_mean(values, np.repeat(np.arange(5), 4))
+    apart = clustered_mean(values, np.arange(20))
+    assert mean == pytest.approx(2.05) and high - low > 2 * (apart[2] - apart[1])
+    # by hand: cluster sums of deviations -2, 2, -2, 2, 0; error sqrt(16 * 5/4) / 10; t(4) = 2.776
+    values, owners = np.repeat([1.0, 3.0, 1.0, 3.0, 2.0], 2), np.repeat(np.arange(5), 2)
+    half = 2.776 * math.sqrt(16 * 5 / 4) / 10
+    assert clustered_mean(values, owners) == pytest.approx((2.0, 2 - half, 2 + half), abs=1e-2)
+    # and one that depends on the mean: 6 windows of 5 documents
+    values, owners = np.array([0.0, 0.5, 1.0, 1.0, 3.0, 0.5]), np.array([0, 0, 1, 2, 3, 4])
+    sums = (-1.5, 0.0, 0.0, 2.0, -0.5)
+    error = math.sqrt(sum(x**2 for x in sums) * 5 / 4) / 6
     mean, low, high = clustered_mean(values, owners)
-    assert (mean, high - low) == pytest.approx((1.1, 2 * 4.303 * error), rel=1e-3)
+    assert (mean, high - low) == pytest.approx((1.0, 2 * 2.776 * error), rel=1e-2)
+    assert clustered_mean(values, np.array([0, 0, 1, 2, 3, 3]))[1:] == (-math.inf, math.inf)
 
 
 def test_the_interval_is_over_documents_and_no_batch_is_over_the_limit(model):
-    """Two documents, one easy: the windows of each agree, so the spread is theirs."""
-    hard = np.random.default_rng(0).integers(3, 1000, 400)
-    easy = np.tile([11, 12, 13, 14], 100)
+    """Six documents, some easy: the windows of each agree, so the spread is theirs."""
+    hard = [np.random.default_rng(i).integers(3, 1000, 400) for i in range(3)]
+    texts = [*hard, *[np.tile([11 + i, 12, 13, 14], 100) for i in range(3)]]
     sizes = []
     handle = model.model.embed_tokens.register_forward_hook(
         lambda m, i, out: sizes.append(out.shape[0] * out.shape[1])
     )
-    (row,) = perplexity(model, [hard, easy], [128], num_windows=8, batch_tokens=300)
+    (row,) = perplexity(model, texts, [128], num_windows=24, batch_tokens=300)
     handle.remove()
-    assert max(sizes) <= 300 and len(sizes) == 4
+    assert max(sizes) <= 300 and len(sizes) == 12
     means = [
-        math.log(perplexity(model, [text], [128], num_windows=4)[0]["value"])
-        for text in (hard, easy)
+        math.log(perplexity(model, [text], [128], num_windows=4)[0]["value"]) for text in texts
     ]
-    half = 12.706 * abs(means[0] - means[1]) / 2
-    assert math.log(row["value"]) == pytest.approx(sum(means) / 2, rel=1e-4)
-    assert math.log(row["high"]) == pytest.approx(sum(means) / 2 + half, rel=1e-3)
+    half = 2.571 * float(np.std(means, ddof=1)) / math.sqrt(6)  # t(5)
+    assert math.log(row["value"]) == pytest.approx(np.mean(means), rel=1e-4)
+    assert math.log(row["high"]) == pytest.approx(np.mean(means) + half, rel=1e-2)

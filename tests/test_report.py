@@ -210,7 +210,7 @@ def test_the_headline_claims_nothing_that_was_not_measured():
 def test_the_page_holds_every_section_and_the_numbers(finished):
     page = (finished / "report" / "index.html").read_text()
     for word in (
-        "Before and after",
+        "Before, rescaled and trained",
         "Perplexity against",
         "Passkey",
         "Training loss",

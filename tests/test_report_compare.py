@@ -91,3 +91,21 @@ def test_columns_of_different_texts_are_told_apart(tmp_path):
         for name in ("one", "two")
     ]
     assert said in compare_runs(folders, page) and said in page.read_text()
+
+
+def test_what_differs_is_named_with_the_difference_and_its_interval(tmp_path):
+    folders = []
+    for name, method, found in (("one", "pose", 45), ("two", "none", 20)):
+        scores = [1] * found + [0] * (50 - found)
+        row = {**ppl("after", 1024, found / 50), "task": "passkey", "metric": "exact_match"}
+        folder = make_run(tmp_path / name, name, [{**row, "samples": scores, "num_samples": 50}])
+        steps = "training:\n  num_steps: 100\n  learning_rate: 0.1\n"
+        (folder / "recipe.yaml").write_text(f"name: {name}\nmethod: {method}\n{steps}")
+        folders.append(folder)
+    page = tmp_path / "all.html"
+    compare_runs(folders, page)
+    text = page.read_text()
+    assert "<h2>Against one</h2>" in text and "passkey −50 points [−" in text
+    differ = text[text.index("What differs") :].partition("</section>")[0]
+    assert "method" in differ and "<td>pose</td><td>none</td>" in differ
+    assert "num_steps" not in differ and "name" not in differ

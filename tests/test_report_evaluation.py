@@ -303,7 +303,7 @@ def run_page(tmp_path_factory):
 def test_the_page_of_a_run_shows_every_kind_of_row(run_page):
     folder, page = run_page
     assert titles(page) == [
-        "Before and after",
+        "Before, rescaled and trained",
         "Perplexity against context length",
         "Passkey retrieval",
         "Needle in real text",

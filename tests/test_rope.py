@@ -233,7 +233,6 @@ def test_what_transformers_4_has_no_words_for_is_left_out():
         (lambda: config_from({"rope_type": "proportional"}), "'proportional'.*it knows default"),
         (lambda: config_from({"rope_type": "linear"}), "no factor"),
         (lambda: config_from({"rope_type": "longrope", "factor": 2}), "no long_factor"),
-        (lambda: config_from({"rope_type": "default", "mrope_section": [8]}), "mrope_section"),
         (lambda: config_from({"full_attention": {"rope_type": "default"}}), "per layer type"),
     ],
 )

@@ -159,6 +159,7 @@ def test_the_choice_asks_other_questions_than_the_evaluation(tiny, monkeypatch):
     recipe = make_recipe(tiny, "-", "eval.seed=7")
     facts = types.SimpleNamespace(original_length=64)
     plan = types.SimpleNamespace(recipe=recipe, info=facts, tokenizer=None)
+    plan.separator = plan.prompt_tokenizer = None
     assert choose_checkpoint._score(plan, None, Path("step-2")) == 0.5
     assert seeds == [(8, (128, 256))]
 

@@ -8,11 +8,11 @@ from oracle import Oracle
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from skipwise.cli import main
+from skipwise.config import progress
 from skipwise.config.lengths import parse_lengths
 from skipwise.config.recipe import EvalSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation import progress
 from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.evaluation.tasks import ruler
 from skipwise.evaluation.tasks.prompts import token_ids
@@ -150,10 +150,11 @@ def test_progress_counts_all_tokens_and_a_log_file_gets_lines(
     said = capsys.readouterr()
     assert not said.out and "evaluate it" in said.err and "passkey 512" in said.err
     assert bars[0].n == bars[0].total == (256 + 512) * (2 + 4)
-    monkeypatch.setattr(progress, "_EVERY", 0)
+    monkeypatch.setattr(progress, "SECONDS", 0)
     evaluate_model(eval_model, texts, [256, 512], asked)
     lines = capsys.readouterr().err.splitlines()
-    assert "perplexity done, 33%" in lines[0] and "passkey 512 done, 100%" in lines[-1]
+    assert "evaluate it: 33%, perplexity done, about " in "\n".join(lines)
+    assert "100%, passkey 512 done" in lines[-1]
 
 
 def test_lengths_are_lists_and_doublings():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -150,7 +151,7 @@ def test_text_that_changed_since_a_checkpoint_is_refused(tiny, text_folder, tmp_
     with pytest.raises(SkipwiseError, match=r"text has changed since .*run started to train"):
         run_training(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").eval_documents.read_bytes() == held_out
-    file.write_bytes(kept)  # read anew, for it is newer, and the same
+    file.write_bytes(kept)  # read again, for it is newer, and the same
     run = run_training(recipe, tmp_path / "run")
     data = run.metadata()["data"]
     file.write_bytes(kept.replace(b"return", b"retura", 1))
@@ -413,3 +414,14 @@ def test_a_recipe_for_liger_leaves_the_loss_to_it(tiny, text_folder):
     assert not cuts_loss(make_recipe(tiny, text_folder, liger), 8192, 32000)
     with pytest.raises(SkipwiseError, match="both replace the loss"):
         cuts_loss(make_recipe(tiny, text_folder, liger, "training.loss=chunked"), 8192, 32000)
+
+
+def test_training_writes_lines_where_there_is_no_terminal(
+    tiny, text_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("skipwise.config.progress.SECONDS", 0.0)
+    run_training(make_recipe(tiny, text_folder), tmp_path / "run")
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("train: ")]
+    pattern = rf"train: (\d+)%, step (\d+) of {STEPS}, (loss [\d.]+, )?[\d,]+ tokens a second, .*"
+    steps = [int(re.fullmatch(pattern, line)[2]) for line in lines]
+    assert steps == list(range(1, STEPS + 1)) and "loss" in lines[-1]

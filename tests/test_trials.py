@@ -123,7 +123,7 @@ def test_a_haystack_goes_through_the_model_once(tokenizer, words):
     oracle.tell_trials(tokenizer, asked)
     assert all(exact_match(oracle, asked, 16384))
     whole = sum(trial.reach for trial in asked)
-    assert oracle.num_tokens < 0.6 * whole + length  # what follows the needle is read anew
+    assert oracle.num_tokens < 0.6 * whole + length  # what follows the needle is read again
 
 
 def test_only_the_answers_positions_get_logits(model, tokenizer):

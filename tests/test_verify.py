@@ -336,7 +336,7 @@ def test_an_adapter_is_read_with_the_rope_of_its_base(tmp_path):
         (None, "has no config.json"),
         ("{", "is not JSON"),
         ("[]", "must map keys to values"),
-        (json.dumps({"model_type": "gpt2"}), "without rotary position embeddings"),
+        (json.dumps({"model_type": "gpt2"}), "has no RoPE settings"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4}), "neither head_dim nor hidden_size"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4, "hidden_size": 64}), "incomplete"),
         (json.dumps({**BASE, "rope_scaling": "yarn"}), "rope_scaling is 'yarn'"),

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 GENERATED = "<!-- Written by `make reference` from {}. Do not edit. -->"
 _LINKS = {  # words of a docstring: what they link to from docs/
     "research/study": "../research/study/README.md",
+    "docs/data.md": "data.md",
     "docs/method.md": "method.md",
     "docs/scaling.md": "scaling.md",
     "PoSE, section": "https://arxiv.org/abs/2309.10400",

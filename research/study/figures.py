@@ -2,8 +2,8 @@
 
 python research/study/figures.py [--check]
 
-A table replaces the text between `<!-- NAME -->` and `<!-- end -->`. With --check nothing is
-written, and a page that would change is an error.
+A table replaces the text between `<!-- NAME -->` and `<!-- end -->`. With --check the plots are
+drawn in a scratch folder, and a page that would change or a plot too many or too few is an error.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tempfile
 from pathlib import Path
 
+from plots import write_plots
 from rows import Rows
 from tables import tables
 
@@ -36,11 +38,19 @@ def main() -> None:
     old = PAGE.read_text(encoding="utf-8")
     new = filled(old)
     if args.check:
-        sys.exit(0 if old == new else f"{PAGE.name} does not show the newest results")
+        sys.exit(", ".join(outdated(old, new)) or 0)
     PAGE.write_text(new, encoding="utf-8")
-    from plots import write_plots
-
     write_plots(Rows(), HERE / "figures")
+
+
+def outdated(old: str, new: str) -> list[str]:
+    """What does not show the newest results: of a plot, that it is missing or was left behind."""
+    found = [] if old == new else [f"{PAGE.name} does not show the newest results"]
+    with tempfile.TemporaryDirectory() as scratch:
+        write_plots(Rows(), Path(scratch))
+        drawn = {path.name for path in Path(scratch).iterdir()}
+    shown = {path.name for path in (HERE / "figures").iterdir()}
+    return found + [f"figures/{name} is not what plots.py draws" for name in sorted(drawn ^ shown)]
 
 
 if __name__ == "__main__":

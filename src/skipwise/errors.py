@@ -22,9 +22,11 @@ class Check:
     passed: bool
     detail: str  # one sentence: what was found, and how to fix it if the check failed
     numbers: dict[str, Any] = field(default_factory=dict)  # the measurements behind it
+    is_warning: bool = False  # it passed, and something that the run promises will be missing
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.detail}"
+        word = "FAIL" if not self.passed else "warn" if self.is_warning else "ok  "
+        return f"{word} {self.name}: {self.detail}"
 
 
 def require(checks: list[Check]) -> None:

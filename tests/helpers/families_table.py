@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 
 import transformers
+from released import count_line
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.convert import conversion_for
@@ -20,8 +21,13 @@ REFUSED = [  # config class, models
     ("MambaConfig", "Mamba"),
     ("RecurrentGemmaConfig", "RecurrentGemma"),
     ("Llama4TextConfig", "Llama 4"),
-    ("Gemma4TextConfig", "Gemma 4"),
-    ("Ministral3Config", "Ministral 3"),
+    ("Cohere2Config", "Command R7B, Command A"),
+    ("Exaone4Config", "EXAONE 4 32B"),
+    ("GraniteMoeHybridConfig", "Granite 4 H (the ones without positions)"),
+    ("Qwen2VLConfig", "Qwen 2 VL, Qwen 2.5 VL, Qwen 3 VL"),
+    ("KimiLinearConfig", "Kimi Linear"),
+    ("JambaConfig", "Jamba"),
+    ("NemotronHConfig", "Nemotron H"),
 ]
 HEAD = """\
 # Model families
@@ -40,10 +46,26 @@ AFTER = """
 Sliding windows: a window in every layer would hide what lies further back, so it is taken out of training and of the
 saved model (Mistral 7B v0.1). Layers with a window beside full ones keep it; see "Hybrid models" in method.md.
 
+State layers (Gated DeltaNet in Qwen 3 Next and 3.5, Mamba 2 in Bamba, Falcon H1, Granite 4 and Zamba 2, short
+convolutions in LFM 2, lightning attention in MiniMax) know no positions: their state runs on over a skip, as if the text
+went on. Whether it does or starts again after the skip changed perplexity by 0.03 % at most in tiny Qwen 3 Next and Bamba
+models (`benchmarks/hybrid_layers.py`; see "State layers" in method.md), so nothing in the model is changed. Skips do not
+show these layers a longer text.
+
+**Settings that stay as they were trained**: the sections of Qwen 3.5's multimodal RoPE, which do nothing in text, and
+Ministral 3's `llama_4_scaling_beta` with its length of 16,384. Gemma 4 and LFM 3 have proportional RoPE: its theta is
+raised (`ntk`), which every runtime reads; other scalings have no place in its settings.
+
 **Models that are scaled already** are carried on, not scaled twice: yarn, llama3 and linear reach the new target with
 their own options (Llama 3.1 from 131,072 tokens: llama3 with a larger factor, counted from its 8,192). What a linear
 config means by its length has to be said (`original_length=...`); a scaling that was never trained is replaced when
 `original_length` is the length before it; searched longrope factors (Phi 3 long) are refused.
+
+**Keys of the config** are read as the family's config class reads them: `rotary_dim` of MiniMax M2, `qk_rope_head_dim`
+of DeepSeek, `global_rope_theta` of ModernBERT. `alpha` of Hunyuan is a larger theta, and no scaling. `check` names the
+keys that transformers ignores, with the runtime where another one computes something from them (`attn_factor`). A
+config whose lengths disagree (`model_max_length` of Command R) is a question: type `original_length=...`. Qwen 2.5 1M
+counts as the 262,144 tokens it was trained on (`dual_chunk_attention_config`).
 
 **Converted families** become a stock Phi or Llama in the run folder, a shard in memory at a time, with logits equal to
 1e-5 (`tests/test_convert.py`). Checkpoints that have only `.bin` files: `load.use_safetensors=false`.
@@ -60,7 +82,8 @@ def table(outcomes: dict[str, dict]) -> str:
         name = f"`{family}`" + (f", converted to {found['as']}" if found["as"] else "")
         scalings = ", ".join(found["scalings"]) + (" (its own)" if found["carried"] else "")
         rows.append(f"| {name} | {found['models']} | {scalings} | {found['sliding']} |")
-    return f"{HEAD}{len(outcomes)} families:\n\n" + "\n".join(rows) + "\n" + AFTER + _refusals()
+    counted = f"{count_line()}\n\n{len(outcomes)} families:\n\n"
+    return HEAD + counted + "\n".join(rows) + "\n" + AFTER + _refusals()
 
 
 def _refusals() -> str:
@@ -69,10 +92,6 @@ def _refusals() -> str:
         lines.append(f"| {models} | {_refusal(lambda name=name: _facts(name))} |")
     baichuan = {"model_type": "baichuan", "hidden_size": 5120}
     lines.append(f"| Baichuan 13B | {_refusal(lambda: conversion_for(baichuan))} |")
-    lines.append(
-        "| Command R7B, EXAONE 4 | the preflight: the layers that look far back have no positions "
-        "to learn |"
-    )
     rest = """
 Also refused, each with what to do instead: quantised checkpoints, LoRA adapters given as models, folders without
 weights, code in the checkpoint's folder or repository unless `load.trust_remote_code=true`, and multimodal wrappers

@@ -6,11 +6,12 @@ Each begins like a fresh one otherwise: own environment, arguments, output files
 import atexit
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from forked_script import Process
 
 SERVER = """
 import json, os, sys, traceback
@@ -97,24 +98,15 @@ class Server:
         return subprocess.CompletedProcess(command, code, out, err)
 
 
-class Forked:
+class Forked(Process):
+    """A fork of the server, which alone can wait for it."""
+
     def __init__(self, server: Server, pid: int) -> None:
-        self.server, self.pid, self.returncode = server, pid, None
+        super().__init__(pid)
+        self.server = server
 
-    def poll(self, options=os.WNOHANG):
-        if self.returncode is None:
-            self.returncode = self.server.ask({"wait": self.pid, "options": options})
-        return self.returncode
-
-    def wait(self):
-        return self.poll(0)
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
+    def exit_code(self, options):
+        return self.server.ask({"wait": self.pid, "options": options})
 
 
 plain = Server("import numpy, peft, transformers")  # knows nothing of Skipwise

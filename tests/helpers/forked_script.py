@@ -16,19 +16,19 @@ from pathlib import Path
 _run, _popen = subprocess.run, subprocess.Popen
 
 
-class Child:
-    """What the scripts use of `subprocess.Popen`."""
+class Process:
+    """What tests and scripts use of `subprocess.Popen`; a subclass asks for the exit code."""
 
-    def __init__(self, command, stdout=None, stderr=None, env=None, **_):
-        self.args, self.returncode = command, None
-        self.pid = os.fork()
-        if not self.pid:
-            os._exit(_python(command, (stdout, stderr), env))
+    def __init__(self, pid):
+        self.pid, self.returncode = pid, None
+
+    def exit_code(self, options):
+        """Of the process, or None while it runs; `options` are those of os.waitpid."""
+        raise NotImplementedError
 
     def poll(self, options=os.WNOHANG):
         if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+            self.returncode = self.exit_code(options)
         return self.returncode
 
     def wait(self):
@@ -40,6 +40,20 @@ class Child:
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
+
+
+class Child(Process):
+    """A fork of this process that runs a command."""
+
+    def __init__(self, command, stdout=None, stderr=None, env=None, **_):
+        self.args = command
+        super().__init__(os.fork())
+        if not self.pid:
+            os._exit(_python(command, (stdout, stderr), env))
+
+    def exit_code(self, options):
+        pid, status = os.waitpid(self.pid, options)
+        return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def _python(command, outputs, env):

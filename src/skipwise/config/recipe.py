@@ -114,12 +114,22 @@ class DataSettings:
     short_documents: Literal["auto", "drop", "pack"] = "auto"
     """Documents shorter than train_length are dropped, or packed into longer ones. `auto` packs
     conversations and drops others."""
+    separator: Literal["auto", "bos", "eos", "eos-bos", "blank-line", "none"] = "auto"
+    """What stands between documents: BOS before each, EOS after each, both, or a blank line between
+    packed ones. `auto` measures on the base model which one it was trained with; `skipwise train`
+    alone takes what the tokenizer adds and EOS. Details: docs/data.md."""
+    special_tokens: Literal["control", "text"] = "control"
+    """How text that spells a special token, such as `</s>`, is read: as that token, or as text."""
     on_bad_record: Literal["skip", "stop"] = "skip"
     """Skip records that cannot be read and report them, or stop at the first one."""
     num_proc: int | None = None
     """Tokenizer processes. The default is one per core for 256 MiB of text or more, else one."""
     eval_sources: tuple[Any, ...] = ()
-    """Text for the evaluation. By default a few documents are held out of `sources`."""
+    """Text for the evaluation. By default documents are held out of `sources`."""
+    held_out: Literal["auto"] | float = "auto"
+    """Documents of target_length or more to hold out of `sources`: their number, or below 1 their
+    share of all documents (of a single document, of its tokens). `auto` is 16, and at most a tenth
+    of the documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +190,8 @@ class EvalSettings:
     """Tasks: these four, a single RULER task, short-benchmarks, or any lm-eval task."""
     context_lengths: tuple[int, ...] = ()
     """Lengths in tokens. The default is original_length, its doublings, and target_length."""
+    untrained: bool = True
+    """Measure the rescaled model before training too, to show what training added."""
     perplexity_windows: int = 32
     """Windows of target_length tokens that perplexity is averaged over."""
     perplexity_stride: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,18 @@ class Conversation:
     @property
     def size(self) -> int:
         return sum(len(message["content"] or "") for message in self.messages)
+
+
+def has_conversation(names: Iterable[str]) -> bool:
+    """Whether fields of these names may make a conversation."""
+    names = set(names)
+    return not names.isdisjoint(_LISTS) or has_pair(names)
+
+
+def has_pair(names: Iterable[str]) -> bool:
+    """Whether fields of these names are a prompt and its answer."""
+    names = set(names)
+    return any(names.issuperset(pair) for pair in _PAIRS)
 
 
 def find_conversation(record: Any) -> Conversation | str | None:

@@ -1,36 +1,45 @@
 """The documents of a run, as spans of the tokens in the token stores.
 
-Tokens stay on disk. Short documents are joined when they are read. Documents are compared by a hash
-of their first P tokens.
+Tokens stay on disk. Short documents are joined when they are read. Documents are compared by hashes
+of windows: of one document at every position, of the others every S tokens. So a shared passage of
+W + S = 576 tokens is always found.
 
-Memory: 20 bytes per document, 16 bytes per packed short document, and temporarily 16 more per
-document while documents are held out or searched for.
+Memory: 20 bytes per document, 16 bytes per packed short document, and temporarily 50 more per
+document and 40 per token of evaluation text while documents are held out or searched for.
 
-Shapes:  n = documents of a group, T = target_length, P = tokens that are hashed
+Shapes:  n = documents, T = target_length, W = tokens of a window, S = stride of windows, K =
+documents that the others are compared with
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from skipwise.data.token_cache import TokenStore
 from skipwise.errors import SkipwiseError
 
-_PREFIX = 512  # P
-_ROWS = 512  # documents hashed at once; each maps 64 KiB or more
+_WINDOW = 64  # W
+_STRIDE = 512  # S; down to W in documents under 8 S tokens, so that they have about 8 windows
+_ROWS = 4096  # windows hashed at once
+_TOKENS = 1 << 23  # most tokens that the others are compared with at once
+_NUM_HELD_OUT = 16  # documents for evaluation, if they are at most a tenth of all
+_ROUNDS = 4  # passes over the text in search of documents to hold out
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedStore:
-    """The short documents of a store in sequence, with a separator after each."""
+    """The short documents of a store in sequence, with the tokens `between` after each."""
 
     store: TokenStore
     starts: np.ndarray  # (m,) first token of each short document in the store
     begins: np.ndarray  # (m + 1,) first token of each short document here
-    separator: int | None
+    between: tuple[int, ...]  # (k,)
     offsets: np.ndarray  # (num_documents + 1,) first token of each joined document here
 
     @property
@@ -54,17 +63,21 @@ class PackedStore:
         return self._take(indices, self.store.fresh_memmap())
 
     def _take(self, indices: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        if not indices.size or not len(tokens):  # empty documents have only separators
-            return np.full(indices.shape, self.separator or 0, tokens.dtype)
+        if not indices.size:
+            return np.zeros(indices.shape, tokens.dtype)
         # Search only among the few documents that are read.
         low = int(np.searchsorted(self.begins, indices.min(), "right")) - 1
         high = int(np.searchsorted(self.begins, indices.max(), "right")) + 1
         rows = low + np.searchsorted(self.begins[low:high], indices, "right") - 1
         source = self.starts[rows] + indices - self.begins[rows]
-        if self.separator is None:
+        if not self.between:
             return np.asarray(tokens[source])
-        out = np.asarray(tokens[np.minimum(source, len(tokens) - 1)])
-        out[indices == self.begins[rows + 1] - 1] = self.separator
+        out = np.zeros(indices.shape, tokens.dtype)
+        if len(tokens):  # else the documents are empty
+            out = np.asarray(tokens[np.minimum(source, len(tokens) - 1)])
+        left = self.begins[rows + 1] - indices  # 1 at the last token after a document
+        after = left <= len(self.between)
+        out[after] = np.asarray(self.between, tokens.dtype)[-left[after]]
         return out
 
 
@@ -80,6 +93,7 @@ class Corpus:
     num_short: int  # documents that were too short, and so dropped or packed
     short_documents: str
     held_out: list[np.ndarray]  # token ids of the documents reserved for evaluation
+    none_held_out: str = ""  # why there are none
 
     @property
     def num_documents(self) -> int:
@@ -92,6 +106,11 @@ class Corpus:
     @property
     def longest(self) -> int:
         return max(int(lengths.max()) for lengths in self.lengths)
+
+    def largest_token(self) -> int:
+        """The largest token id of the stores, which are read as a whole."""
+        stores = [store.store if isinstance(store, PackedStore) else store for store in self.stores]
+        return max((int(s.tokens.max()) for s in stores if len(s.tokens)), default=0)
 
     def longer(self, min_length: int) -> Corpus | None:
         """The documents of at least that many tokens, or None. Sources keep their proportions."""
@@ -115,12 +134,15 @@ class Corpus:
         return store.read(start, start + int(self.lengths[group][row]))
 
     def count_copies(self, documents: list[np.ndarray]) -> int:
-        """How many documents start with the first P tokens of one of these."""
-        if not documents:
-            return 0
-        wanted = np.array([_hash_rows(_padded(tokens))[0] for tokens in documents])
-        tables = zip(self.store_ids, self.starts, self.lengths, strict=True)
-        return sum(int(np.isin(_prefix_hashes(self.stores, *t), wanted).sum()) for t in tables)
+        """How many documents share most of their text with one of these."""
+        return self.count_overlaps(documents)[0]
+
+    def count_overlaps(self, documents: list[np.ndarray]) -> tuple[int, int]:
+        """How many documents are copies of one of these, and how many share a passage with one."""
+        columns = map(np.concatenate, (self.store_ids, self.starts, self.lengths))
+        found = _Table(self.stores, *columns).overlaps(documents)
+        copies = {int(row) for rows, _ in found for row in rows}
+        return len(copies), len({int(row) for _, rows in found for row in rows} - copies)
 
 
 def build_corpus(
@@ -130,20 +152,22 @@ def build_corpus(
     min_length: int,
     target_length: int,
     short_documents: str = "drop",
-    separator: int | None = None,
-    num_held_out: int = 0,
+    between: tuple[int, ...] = (),
+    num_held_out: float | Literal["auto"] = 0,
 ) -> Corpus:
     """Choose the documents that examples are cut from.
 
     Documents below `min_length` tokens are dropped, or packed: joined in order up to T tokens, with
-    the `separator` token between them. `auto` packs conversations, with nothing between them: the
-    chat template writes what begins and ends each. `num_held_out` documents of at least T tokens,
-    those with the smallest hash of their first tokens, are held out for evaluation, and all
-    documents with the same beginning are dropped. If there is only one document, its end is held
-    out.
+    Documents below `min_length` tokens are dropped, or packed: joined in order up to T tokens, with
+    the tokens `between` after each. `auto` packs conversations, with nothing between them: the chat
+    template writes what begins and ends each. `num_held_out` documents of at least T tokens (below
+    1: this share; auto: 16, at most a tenth) are held out for evaluation, in an order by hashes.
+    Documents that share a passage with them are dropped, unless many others have it, too, such as a
+    licence. If there is only one document, its end is held out.
 
     Raises:
-        SkipwiseError: no document is long enough; says how long they are.
+        SkipwiseError: no document is long enough; says how long they are. Fewer documents can be
+            held out than asked for.
     """
     if short_documents == "auto" and len({bool(store.chat) for store in stores}) == 1:
         short_documents = "pack" if stores[0].chat else "drop"
@@ -165,39 +189,51 @@ def build_corpus(
             rows.append((i, store.offsets[:-1][long], lengths[long]))
             packs = bool(store.chat) if short_documents == "auto" else short_documents == "pack"
             if packs and not long.all():
-                between = None if store.chat.num_conversations == store.num_documents else separator
-                packed = _pack(store, np.flatnonzero(~long), min_length, target_length, between)
+                joint = () if store.chat.num_conversations == store.num_documents else between
+                packed = _pack(store, np.flatnonzero(~long), min_length, target_length, joint)
                 all_stores.append(packed)
                 rows.append((len(all_stores) - 1, packed.offsets[:-1], np.diff(packed.offsets)))
         table.append(rows)
     ids = [[np.full(len(s), i, np.int32) for i, s, _ in rows] for rows in table]
-    store_ids = [np.concatenate(of_group) for of_group in ids]
-    starts = [np.concatenate([s for _, s, _ in rows]) for rows in table]
-    lengths = [np.concatenate([n for _, _, n in rows]) for rows in table]
-    held_out = []
-    if num_held_out:
-        held_out = _hold_out(all_stores, store_ids, starts, lengths, target_length, num_held_out)
+    parts = {
+        "store_ids": [np.concatenate(of_group) for of_group in ids],
+        "starts": [np.concatenate([s for _, s, _ in rows]) for rows in table],
+        "lengths": [np.concatenate([n for _, _, n in rows]) for rows in table],
+    }
+    held_out, why = [], "data.held_out=0"
+    if num_held_out and any(map(len, parts["lengths"])):
+        whole = _Table(all_stores, **{f: np.concatenate(values) for f, values in parts.items()})
+        held_out, keep, why = _hold_out(whole, target_length, num_held_out)
+        ends = np.cumsum([len(n) for n in parts["lengths"]])[:-1]
+        kept = np.split(keep, ends)
+        for field in ("store_ids", "starts", "lengths"):
+            values = np.split(getattr(whole, field), ends)
+            parts[field] = [v[k] for v, k in zip(values, kept, strict=True)]
+    lengths = parts["lengths"]
     keep = [g for g in range(len(groups)) if len(lengths[g]) and shares[g] > 0]
     if not keep:
         raise SkipwiseError(_too_short(stores, min_length, short_documents))
     total = sum(shares[g] for g in keep)
     return Corpus(
         stores=all_stores,
-        store_ids=[store_ids[g] for g in keep],
-        starts=[starts[g] for g in keep],
-        lengths=[lengths[g] for g in keep],
+        **{field: [values[g] for g in keep] for field, values in parts.items()},
         shares=[shares[g] / total for g in keep],
         num_short=num_short,
         short_documents=short_documents,
         held_out=held_out,
+        none_held_out="" if held_out else why,
     )
 
 
 def _pack(
-    store: TokenStore, short: np.ndarray, min_length: int, target_length: int, separator: int | None
+    store: TokenStore,
+    short: np.ndarray,
+    min_length: int,
+    target_length: int,
+    between: tuple[int, ...],
 ) -> PackedStore:
     """Join short documents in order, up to T tokens; keep the rest if it is long enough."""
-    sizes = np.diff(store.offsets)[short] + (separator is not None)
+    sizes = np.diff(store.offsets)[short] + len(between)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     offsets = [0]
     while offsets[-1] < begins[-1]:  # one iteration per joined document
@@ -209,87 +245,190 @@ def _pack(
         store=store,
         starts=np.asarray(store.offsets)[short],
         begins=begins,
-        separator=separator,
+        between=between,
         offsets=np.array(offsets, np.int64),
     )
 
 
+@dataclass
+class _Table:
+    """Documents as spans of the stores."""
+
+    stores: list[TokenStore | PackedStore]
+    store_ids: np.ndarray  # (n,)
+    starts: np.ndarray  # (n,)
+    lengths: np.ndarray  # (n,) L_x
+
+    def read(self, row: int) -> np.ndarray:
+        start = int(self.starts[row])
+        return self.stores[int(self.store_ids[row])].read(start, start + int(self.lengths[row]))
+
+    def windows(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(rows, hashes) of windows every S tokens, and of the last W tokens of each document."""
+        for i in np.unique(self.store_ids):
+            of_store = np.flatnonzero(self.store_ids == i)
+            sizes = self.lengths[of_store]
+            strides, lasts = _strides(sizes), np.maximum(sizes - _WINDOW, 0)
+            ends = np.cumsum(_num_windows(sizes))
+            for begin in range(0, int(ends[-1]), _ROWS):
+                numbers = np.arange(begin, min(begin + _ROWS, int(ends[-1])))
+                which = np.searchsorted(ends, numbers, "right")
+                counts = numbers - (ends[which] - _num_windows(sizes[which]))
+                places = np.minimum(counts * strides[which], lasts[which])
+                rows = of_store[which]
+                yield rows, self._hash(int(i), self.starts[rows] + places, sizes[which])
+
+    def middle_hashes(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows),) hashes of a window in the middle of each document."""
+        out = np.zeros(len(rows), np.uint64)
+        for i in np.unique(self.store_ids[rows]):
+            of_store = np.flatnonzero(self.store_ids[rows] == i)
+            for begin in range(0, len(of_store), _ROWS):
+                some = of_store[begin : begin + _ROWS]
+                places = self.starts[rows[some]] + self.lengths[rows[some]] // 2
+                rest = self.lengths[rows[some]] - self.lengths[rows[some]] // 2
+                out[some] = self._hash(int(i), places, rest)
+        return out
+
+    def overlaps(self, documents: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per document, the rows that share most of their or its text, and a passage with it.
+
+        A passage that more than a hundredth of all documents have does not count: a licence.
+        """
+        none = np.zeros(0, np.int64)
+        if not documents or not len(self.lengths):
+            return [(none, none) for _ in documents]
+        half = len(documents) // 2
+        if half and sum(map(len, documents)) > _TOKENS:
+            return self.overlaps(documents[:half]) + self.overlaps(documents[half:])
+        hashes, owners, bins = _index(documents)
+        found = [(none, none)]  # (rows, entries of the index)
+        for rows, of_rows in self.windows():
+            low = np.searchsorted(hashes, of_rows, "left")
+            counts = np.searchsorted(hashes, of_rows, "right") - low
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            found.append((np.repeat(rows, counts), np.repeat(low, counts) + within))
+        rows, entries = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        owner, n = owners[entries], len(self.lengths)
+        pairs, of_pair, shared = np.unique(
+            owner * n + rows, return_inverse=True, return_counts=True
+        )
+        sizes = self.lengths[pairs % n]
+        whole = np.array([len(tokens) for tokens in documents])[pairs // n]
+        is_copy = (2 * shared > _num_windows(sizes)) | (2 * shared * _strides(sizes) >= whole)
+        # A passage is common if its bin of S positions, or one beside it, occurs in many documents.
+        seen = np.unique(np.stack([bins[entries], rows])[:, ~is_copy[of_pair]], axis=1)
+        common = np.bincount(seen[0], minlength=bins.max() + 2) > max(1, n // 100)
+        common[1:-1] |= common[2:] | common[:-2]
+        is_rare = np.zeros(len(pairs), bool)
+        is_rare[of_pair[~common[bins[entries]]]] = True
+        kinds = (is_copy, is_rare & ~is_copy)
+        return [
+            tuple(pairs[kind & (pairs // n == i)] % n for kind in kinds)  # type: ignore[misc]
+            for i in range(len(documents))
+        ]
+
+    def _hash(self, store: int, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        steps = np.arange(_WINDOW)
+        left = np.minimum(sizes, _WINDOW)[:, None]
+        indices = begins[:, None] + np.minimum(steps, np.maximum(left - 1, 0))  # (rows, W)
+        tokens = self.stores[store].take(indices).astype(np.uint64)
+        return ((tokens + np.uint64(1)) * (steps < left)) @ _factors()
+
+
 def _hold_out(
-    stores: list[TokenStore | PackedStore],
-    store_ids: list[np.ndarray],
-    starts: list[np.ndarray],
-    lengths: list[np.ndarray],
-    target_length: int,
-    num_held_out: int,
-) -> list[np.ndarray]:
-    """Remove documents for evaluation from the tables, in place."""
-    total = sum(map(len, lengths))
-    long = [np.flatnonzero(n >= target_length) for n in lengths]
-    if not sum(map(len, long)):
-        return []
+    table: _Table, target_length: int, wanted: float | Literal["auto"]
+) -> tuple[list[np.ndarray], np.ndarray, str]:
+    """(documents for evaluation, (n,) which rows are still trained on, why there are none).
 
-    def tokens(g: int, i: int) -> np.ndarray:
-        start = int(starts[g][i])
-        return stores[int(store_ids[g][i])].read(start, start + int(lengths[g][i]))
-
-    if total < 2:  # a single document: hold out its end
-        g = next(g for g in range(len(long)) if len(long[g]))
-        tail = max(target_length, int(lengths[g][0]) // 20)
-        if lengths[g][0] - tail < target_length:
-            return []
-        held = tokens(g, 0)[-tail:].copy()
-        lengths[g] = lengths[g] - tail
-        return [held]
-    hashes = [_prefix_hashes(stores, *t) for t in zip(store_ids, starts, lengths, strict=True)]
-    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    # Holding out a common beginning, such as a licence, would remove all its documents.
-    rare = values[counts <= max(1, total // 20)]
-    of_long = np.concatenate([h[rows] for h, rows in zip(hashes, long, strict=True)])
-    chosen = np.intersect1d(of_long, rare)[: min(num_held_out, max(1, total // 20))]
-    held_out: dict[int, np.ndarray] = {}
-    for g, rows in enumerate(long):
-        for i in rows[np.isin(hashes[g][rows], chosen)]:
-            held_out.setdefault(int(hashes[g][i]), tokens(g, int(i)).copy())
-    for g in range(len(lengths)):
-        keep = ~np.isin(hashes[g], chosen)
-        store_ids[g], starts[g], lengths[g] = store_ids[g][keep], starts[g][keep], lengths[g][keep]
-    return [held_out[int(value)] for value in chosen]
-
-
-def _prefix_hashes(
-    stores: list[TokenStore | PackedStore],
-    store_ids: np.ndarray,
-    starts: np.ndarray,
-    lengths: np.ndarray,
-) -> np.ndarray:
-    """(n,) uint64 hashes of the documents' first P tokens, or of all tokens if fewer."""
-    out = np.empty(len(starts), np.uint64)
-    steps = np.arange(_PREFIX)
-    for i in np.unique(store_ids):
-        of_store = np.flatnonzero(store_ids == i)
-        for begin in range(0, len(of_store), _ROWS):
-            rows = of_store[begin : begin + _ROWS]
-            sizes = lengths[rows, None]
-            indices = starts[rows, None] + np.minimum(steps, np.maximum(sizes - 1, 0))  # (rows, P)
-            tokens = stores[int(i)].take(indices).astype(np.uint64)
-            out[rows] = _hash_rows((tokens + np.uint64(1)) * (steps < sizes))
-    return out
+    The end of a single document is taken off its length.
+    """
+    n, T = len(table.lengths), target_length
+    keep = np.ones(n, bool)
+    long = np.flatnonzero(table.lengths >= T)
+    if n == 1:
+        share = wanted if wanted != "auto" and wanted < 1 else 0.05
+        size = int(table.lengths[0])
+        tail = max(T, int(size * share))
+        if size - tail < T:
+            return [], keep, f"the only document has fewer than {2 * T:,} tokens"
+        held_out = table.read(0)[-tail:].copy()
+        table.lengths[0] -= tail
+        return [held_out], keep, ""
+    if not len(long):
+        return [], keep, f"no document has {T:,} tokens"
+    count = max(1, math.ceil(wanted * n) if wanted < 1 else int(wanted)) if wanted != "auto" else 0
+    count = count or min(_NUM_HELD_OUT, max(1, n // 10))
+    held_out: list[np.ndarray] = []
+    candidates = long[np.argsort(table.middle_hashes(long), kind="stable")]
+    for _ in range(_ROUNDS):
+        missing = count - len(held_out)
+        sizes = np.cumsum(table.lengths[candidates[: 2 * missing + 8]])
+        size = max(1, int(np.searchsorted(sizes, _TOKENS)))
+        tried, candidates = candidates[:size], candidates[size:]
+        if not missing or not len(tried):
+            break
+        overlaps = table.overlaps([table.read(int(row)) for row in tried])
+        found = zip(tried, overlaps, strict=True)
+        for row, (copies, others) in sorted(found, key=lambda one: len(one[1][0]) + len(one[1][1])):
+            if not keep[row] or len(held_out) == count:
+                continue
+            dropped = np.union1d(copies, others)
+            # Evaluation text and what overlaps it must leave most documents to train on.
+            most = n - 1 if wanted != "auto" else n // 5 if held_out else n // 2
+            if int((~keep).sum()) + int(keep[dropped].sum()) > most:
+                candidates = candidates[~np.isin(candidates, copies)]
+                continue
+            held_out.append(table.read(int(row)).copy())
+            keep[dropped] = False
+    alike = (
+        f"{len(long):,} documents of at least {T:,} tokens begin alike or share most of their text"
+    )
+    if wanted != "auto" and len(held_out) < count:
+        raise SkipwiseError(
+            f"data.held_out={wanted:g} means {count:,} documents, and only {len(held_out):,} can "
+            f"be held out:\nthey need {T:,} tokens each, and others must be "
+            "left to train on\ntype a smaller data.held_out, or give data.eval_sources"
+        )
+    return held_out, keep, "" if held_out else alike
 
 
-def _hash_rows(values: np.ndarray) -> np.ndarray:
-    """(rows,) uint64 from (rows, P) uint64: sum of values times fixed odd numbers, mod 2^64."""
-    factors = np.arange(1, _PREFIX + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def _index(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows at every position: their sorted hashes, documents, and bins of S positions.
+
+    A window that a document repeats is listed once. A gap of 2 separates the bins of documents.
+    """
+    hashes, owners, bins, first_bin = [], [], [], 1
+    for i, tokens in enumerate(documents):
+        padded = np.zeros(max(len(tokens), _WINDOW), np.uint64)
+        padded[: len(tokens)] = np.asarray(tokens).astype(np.uint64) + np.uint64(1)
+        views = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)
+        hashes.append(views @ _factors())
+        owners.append(np.full(len(views), i))
+        bins.append(first_bin + np.arange(len(views)) // _STRIDE)
+        first_bin = int(bins[-1][-1]) + 3
+    values, whose, where = map(np.concatenate, (hashes, owners, bins))
+    order = np.lexsort((whose, values))
+    values, whose, where = values[order], whose[order], where[order]
+    is_new = np.ones(len(values), bool)
+    is_new[1:] = (values[1:] != values[:-1]) | (whose[1:] != whose[:-1])
+    return values[is_new], whose[is_new], where[is_new]
+
+
+def _strides(lengths: np.ndarray) -> np.ndarray:
+    return np.clip(lengths // 8, _WINDOW, _STRIDE)
+
+
+def _num_windows(lengths: np.ndarray) -> np.ndarray:
+    return 1 - np.minimum(_WINDOW - lengths, 0) // _strides(lengths)
+
+
+def _factors() -> np.ndarray:
+    """(W,) uint64: fixed odd numbers; a hash is the sum of tokens times these, mod 2^64."""
+    factors = np.arange(1, _WINDOW + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         factors = (factors ^ (factors >> np.uint64(shift))) * np.uint64(factor)
-    return values @ ((factors ^ (factors >> np.uint64(31))) | np.uint64(1))
-
-
-def _padded(tokens: np.ndarray) -> np.ndarray:
-    """(1, P) first tokens of a document plus 1, padded with zeros."""
-    out = np.zeros((1, _PREFIX), np.uint64)
-    first = np.asarray(tokens[:_PREFIX]).astype(np.uint64)
-    out[0, : len(first)] = first + np.uint64(1)
-    return out
+    return (factors ^ (factors >> np.uint64(31))) | np.uint64(1)
 
 
 def _too_short(stores: list[TokenStore], min_length: int, short_documents: str) -> str:

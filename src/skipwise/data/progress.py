@@ -1,18 +1,13 @@
-"""Tokenization progress: a bar on a terminal, otherwise a line from time to time."""
+"""Progress of tokenization, and a warning before the disk is full."""
 
 from __future__ import annotations
 
-import sys
-import time
 import warnings
 from pathlib import Path
 
-from tqdm import tqdm
-
+from skipwise.config.progress import Progress
 from skipwise.data.readers import Source
 from skipwise.data.token_cache import StoreProgress
-
-_SECONDS = 10.0  # minimum time between two lines
 
 
 class TokenBar:
@@ -20,45 +15,23 @@ class TokenBar:
 
     def __init__(self, source: Source, size: int | None, start: StoreProgress, shown: bool) -> None:
         self._in_bytes = size is not None and source.max_tokens is None
-        self._total = size if self._in_bytes else source.max_tokens
-        self._name = f"tokenize {Path(source.path).name}"
-        self._first = self._last = self._count(start)
-        self._began = self._printed = time.monotonic()
-        self._lines = shown and not sys.stderr.isatty()
-        self._bar = tqdm(
-            desc=self._name,
+        self._progress = Progress(
+            f"tokenize {Path(source.path).name}",
+            size if self._in_bytes else source.max_tokens,
             unit="B" if self._in_bytes else " tokens",
-            unit_scale=True,
-            total=self._total,
-            initial=self._first,
-            disable=not shown or self._lines,
-            delay=1,
+            done=self._count(start),
+            shown=shown,
         )
 
     def update(self, now: StoreProgress) -> None:
-        count = self._count(now)
-        self._bar.update(count - self._bar.n if not self._bar.disable else 0)
-        step = (self._total or 0) / 10
-        seconds = time.monotonic() - self._printed
-        if self._lines and seconds >= _SECONDS and count - self._last >= step:
-            self._printed, self._last = time.monotonic(), count
-            print(self._line(count, now.num_tokens), file=sys.stderr, flush=True)
+        more = self._count(now) - self._progress.done
+        self._progress.advance(more, f"{now.num_tokens / 1e6:,.0f} million tokens")
 
     def close(self) -> None:
-        self._bar.close()
+        self._progress.close()
 
     def _count(self, now: StoreProgress) -> int:
         return now.num_bytes if self._in_bytes else now.num_tokens
-
-    def _line(self, count: int, num_tokens: int) -> str:
-        if not self._total:
-            return f"{self._name}: {num_tokens / 1e6:,.0f} million tokens"
-        rate = (count - self._first) / (time.monotonic() - self._began)
-        left = max(0, self._total - count) / max(rate, 1e-9)
-        return (
-            f"{self._name}: {100 * count / self._total:.0f} %, {num_tokens / 1e6:,.0f} million "
-            f"tokens, {left / 60:,.0f} min left"
-        )
 
 
 def warn_of_disk_space(now: StoreProgress, size: int | None, itemsize: int, free: int) -> bool:

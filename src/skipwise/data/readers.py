@@ -1,30 +1,39 @@
-"""Read documents from text files, JSON lines, JSON arrays, Parquet, or a hub dataset.
+"""Read documents from files, or from a hub dataset.
 
 A reader yields an `Outcome` per record: the document's text (empty for a blank line), its
 conversation, or a `BadRecord` with file and line. `data.on_bad_record` decides whether bad records
-are skipped or stop the run. shards.py decides which process reads what, and where reading resumes.
+are skipped or stop the run. files.py finds files and their formats, records.py finds records and
+their text, and chat_records.py finds conversations. shards.py decides which process reads what, and
+where reading resumes.
 """
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import gzip
 import itertools
 import json
-import zlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from skipwise.data.chat_records import FIELDS, Conversation, find_conversation
+from skipwise.data.chat_records import Conversation, find_conversation
+from skipwise.data.files import (
+    LARGEST,
+    Kind,
+    Unreadable,
+    list_folder,
+    open_stream,
+    recognize,
+    too_large,
+)
+from skipwise.data.records import read_structured, text_in
 from skipwise.errors import SkipwiseError
 
-LARGEST = 1 << 30  # bytes of a text file, line or JSON array, each of which must fit in memory
-BROKEN_FILE = (OSError, EOFError, zlib.error)  # raised by files that cannot be read
-
-Kind = Literal["text", "lines", "array", "parquet"]
+_READING = 3  # raise it when a file gives other documents than before: caches are then made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +44,8 @@ class Source:
     weight: float | None = None  # share of the examples, relative to the other sources
     text_field: str = "text"
     max_tokens: int | None = None  # use the first documents up to this many tokens
-    split: str = "train"  # this and the next two: hub only
-    config: str | None = None
+    split: str = "train"  # of a hub dataset, or of a folder of DatasetDict.save_to_disk
+    config: str | None = None  # this and the next: hub only
     revision: str | None = None
 
     @property
@@ -107,74 +116,73 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
                     "of 1 or more, such as 2000000000 or 2e9"
                 )
             source = dataclasses.replace(source, max_tokens=limit)
+        if os.path.islink(source.path) and not source.is_local:
+            target = os.readlink(source.path)
+            raise SkipwiseError(f"{source.path} is a broken link: {target} does not exist")
         if not source.is_local and not _is_hub_name(source.path):
             raise SkipwiseError(
                 f"{source.path}: no such file or folder\n"
-                "give a file or folder of text, JSON lines or Parquet, or the name of a hub dataset"
+                "give a file or folder of text (docs/data.md), or the name of a hub dataset"
             )
         sources.append(source)
     return sources
 
 
 def list_files(source: Source) -> list[Path]:
-    """The files of a local source in a fixed order, without hidden files."""
+    """The files of a local source in a fixed order, without those that are not texts."""
     root = Path(source.path).expanduser()
     if root.is_file():
         return [root]
-    files = [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(root).parts)
-    ]
+    files = list_folder(root, source.split).files
     if not files:
-        raise SkipwiseError(f"{root} is empty: it must contain text, JSON lines or Parquet files")
+        raise SkipwiseError(f"{root} is empty: it must contain files of text")
     return files
+
+
+def left_out_files(sources: list[Source]) -> list[Path]:
+    """The files of the sources' folders that are not read."""
+    roots = [(Path(s.path).expanduser(), s.split) for s in sources if s.is_local]
+    return [p for root, split in roots if root.is_dir() for p in list_folder(root, split).left_out]
 
 
 def fingerprint_fields(source: Source) -> list[Any]:
     """Everything that decides a source's documents: files, sizes and times, or the hub name."""
-    common = [source.text_field, source.max_tokens]
+    common = [_READING, source.text_field, source.max_tokens]
     if not source.is_local:
         return ["hub", source.path, source.config, source.split, source.revision, *common]
-    stats = [(p.resolve(), p.stat()) for p in list_files(source)]
+    stats = [(p.resolve(), p.stat() if p.exists() else p.lstat()) for p in list_files(source)]
     return ["local", [(str(p), s.st_size, s.st_mtime_ns) for p, s in stats], *common]
 
 
 def check_sizes(files: list[Path], sizes: list[int]) -> None:
-    """Raise a SkipwiseError early for a text file or JSON array of more than 1 GiB."""
+    """Raise a SkipwiseError early for a text file of more than 1 GiB."""
     for path, size in zip(files, sizes, strict=True):
-        if size > LARGEST and file_kind(path) in ("text", "array"):
-            raise _too_large(path)
+        if size > LARGEST and recognize(path).kind == "text":
+            raise too_large(path)
 
 
-def file_kind(path: Path) -> Kind:
-    """How to read a file, from its name; for .json from its first character.
-
-    Raises:
-        OSError, EOFError, zlib.error: the file cannot be read.
-    """
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if suffix == ".parquet":
-        return "parquet"
-    if suffix in (".jsonl", ".ndjson"):
-        return "lines"
-    if suffix != ".json":
-        return "text"
-    with open_file(path) as file:
-        return "array" if file.read(64).lstrip()[:1] == b"[" else "lines"
-
-
-def read_text(path: Path) -> Outcome:
-    """Read a text file as one document.
+def read_file(path: Path, text_field: str) -> Iterator[Outcome]:
+    """Read a file at once: a text as one document, or its records if it holds records.
 
     Raises:
-        SkipwiseError: it does not fit in memory.
-        OSError, EOFError, zlib.error: the file cannot be read.
+        SkipwiseError: a text or record that does not fit in memory.
+        OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError: the file cannot be read.
     """
-    try:
-        return _read_all(path).decode("utf-8")
-    except UnicodeDecodeError:
-        return BadRecord(where=str(path), why="not UTF-8 text")
+    with path.open("rb") as file:
+        data = file.read(LARGEST + 1)
+    found = recognize(path, data[:1024])
+    if found.kind != "text":
+        yield from (outcome for outcome, _ in read_records(path, found.kind, text_field))
+        return
+    if not found.is_plain:
+        with open_stream(path) as (file, _):
+            data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise too_large(path)
+    text = data.decode("utf-8-sig" if data.startswith(codecs.BOM_UTF8) else "utf-8")
+    is_text = "\0" not in text
+    why = "it has NUL bytes, so it is not text in UTF-8"
+    yield text if is_text else BadRecord(where=str(path), why=why)
 
 
 def read_json_lines(
@@ -202,7 +210,7 @@ def read_json_lines(
         else:
             try:
                 text, why = _text_of(json.loads(line), text_field)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 text, why = None, f"not JSON ({error})"
         yield _outcome(text, BadRecord(where=str(path), why=why, line=number, start=start))
 
@@ -216,18 +224,16 @@ def read_records(
         skip: number of records to skip.
 
     Raises:
-        SkipwiseError: a JSON array that does not fit in memory.
-        OSError, EOFError, zlib.error: the file cannot be read.
+        SkipwiseError: a record that does not fit in memory.
+        OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeError: the file cannot be read.
     """
-    if kind == "parquet":
-        yield from _read_parquet(path, text_field, skip)
-    elif kind == "array":
-        yield from _read_array(path, text_field, skip)
-    else:
-        with open_file(path) as file:
-            raw = getattr(file, "fileobj", file)
+    if kind == "lines":
+        with open_stream(path) as (file, raw):
             for outcome in read_json_lines(file, path, text_field, skip=skip):
                 yield outcome, raw.tell()
+        return
+    for where, record, done in read_structured(path, kind, text_field, skip):
+        yield read_record(where, record, text_field), done
 
 
 def open_hub(source: Source) -> Any:
@@ -260,57 +266,10 @@ def hub_errors(source: Source) -> Iterator[None]:
 
 
 def read_record(where: str, record: Any, text_field: str) -> Outcome:
+    if isinstance(record, Unreadable):
+        return BadRecord(where=where, why=str(record))
     text, why = _text_of(record, text_field)
     return _outcome(text, BadRecord(where=where, why=why))
-
-
-def open_file(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _read_array(path: Path, text_field: str, skip: int) -> Iterator[tuple[Outcome, int]]:
-    size = path.stat().st_size
-    try:
-        records = json.loads(_read_all(path))
-    except ValueError as error:
-        yield BadRecord(where=str(path), why=f"not JSON ({error})"), size
-        return
-    for number in range(skip, len(records)):
-        outcome = read_record(f"{path}[{number}]", records[number], text_field)
-        yield outcome, size * (number + 1) // len(records)
-
-
-def _read_parquet(path: Path, text_field: str, skip: int) -> Iterator[tuple[Outcome, int]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    size = path.stat().st_size
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [text_field]
-            if text_field not in names or _is_list(file.schema_arrow.field(text_field)):
-                columns = [name for name in names if name == text_field or name in FIELDS]
-            if not columns:
-                why = f"no column {text_field!r}; its columns are {', '.join(names)}"
-                yield BadRecord(where=str(path), why=why), size
-                return
-            number, groups = 0, list(range(file.num_row_groups))
-            while groups and number + file.metadata.row_group(groups[0]).num_rows <= skip:
-                number += file.metadata.row_group(groups.pop(0)).num_rows
-            batches = file.iter_batches(256, row_groups=groups, columns=columns)
-            for batch in batches if groups else ():
-                for record in batch.to_pylist():
-                    if number >= skip:
-                        outcome = read_record(f"{path}:{number}", record, text_field)
-                        yield outcome, size * (number + 1) // file.metadata.num_rows
-                    number += 1
-    except pyarrow.ArrowException as error:
-        yield BadRecord(where=str(path), why=f"not Parquet ({error})"), size
-
-
-def _is_list(column: Any) -> bool:
-    return str(column.type).startswith(("list", "large_list"))
 
 
 def _outcome(found: str | Conversation | None, place: BadRecord) -> Outcome:
@@ -321,21 +280,21 @@ def _outcome(found: str | Conversation | None, place: BadRecord) -> Outcome:
 
 def _text_of(record: Any, text_field: str) -> tuple[str | Conversation | None, str]:
     """(text or conversation, "") of a record, or (None, why it has none)."""
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if isinstance(text, str):
+    value = record.get(text_field) if isinstance(record, dict) else record
+    if not isinstance(value, str):
         try:
-            if not text.isascii():
-                text.encode()
-        except UnicodeEncodeError:  # it would crash the tokenizer
-            return None, f"{text_field!r} contains half of a surrogate pair, which is not text"
-        return text, ""
-    conversation = find_conversation(record)
-    if conversation is not None:
-        is_reason = isinstance(conversation, str)
-        return (None, conversation) if is_reason else (conversation, "")
-    if isinstance(record, dict):
-        return None, f"no text in {text_field!r}; its fields are {', '.join(map(str, record))}"
-    return None, f"a {type(record).__name__}, not an object with a {text_field!r} field"
+            value = text_in(record, text_field)
+        except ValueError as error:
+            found = find_conversation(record)
+            if isinstance(found, Conversation):
+                return found, ""
+            return None, found or str(error)
+    try:
+        if not value.isascii():
+            value.encode()
+    except UnicodeEncodeError:  # it would crash the tokenizer
+        return None, f"{text_field!r} contains half of a surrogate pair, which is not text"
+    return value, ""
 
 
 def _lines(file: Any, stop: int | None) -> Iterator[bytes | None]:
@@ -356,22 +315,6 @@ def _lines_before(path: str, stop: int) -> int:
             count += block.count(b"\n")
             stop -= len(block)
     return count
-
-
-def _read_all(path: Path) -> bytes:
-    with open_file(path) as file:
-        data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise _too_large(path)
-    return data
-
-
-def _too_large(path: Path) -> SkipwiseError:
-    return SkipwiseError(
-        f"{path} is larger than {LARGEST >> 30} GiB, and text files and JSON arrays must fit in "
-        "memory\nwrite it as JSON lines with one document per line (for an array: jq -c '.[]'), "
-        "or remove it from the folder"
-    )
 
 
 def _positive_integer(value: Any) -> int | None:

@@ -1,10 +1,11 @@
 """Split a source into shards of a few megabytes; reading can resume after any shard.
 
 Text files and plain JSON lines become byte spans, which the tokenizing process reads. Formats that
-can only be read from the start (gzip, Parquet, JSON arrays, the hub) are read here, fast enough for
-about 40 tokenizer processes. The end of each shard depends only on the source.
+can only be read from the start (compressed files, CSV, Parquet, Arrow, JSON arrays, the hub) are
+read here, fast enough for about 40 tokenizer processes. The end of each shard depends only on the
+source.
 
-Memory: one shard, or one text file, line or JSON array if that is larger.
+Memory: one shard, or one text file or record if that is larger.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import Any
 
 from skipwise.data import readers
 from skipwise.data.chat_records import Conversation
-from skipwise.data.readers import BROKEN_FILE, BadRecord, BadRecords, Outcome, Source, open_file
+from skipwise.data.files import BROKEN_FILE, has_records, recognize, size_of
+from skipwise.data.readers import BadRecord, BadRecords, Outcome, Source
 
 _SHARD = 1 << 22  # bytes: hundreds to thousands of documents, a second of work
 _RECORD = 64  # bytes that each record counts beside its text, to limit empty records
@@ -36,19 +39,19 @@ class Cursor:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A byte range of a file to read later: a full text file, or the lines that start in it."""
+    """A byte range of a file to read later: a full file, or the JSON lines that start in it."""
 
     path: Path
-    is_text: bool
+    is_text: bool  # read at once
     start: int
     stop: int
 
     def read(self, text_field: str) -> Iterator[Outcome]:
         try:
             if self.is_text:
-                yield readers.read_text(self.path)
+                yield from readers.read_file(self.path, text_field)
                 return
-            with open_file(self.path) as file:
+            with self.path.open("rb") as file:
                 if self._seek(file):
                     span = {"start": file.tell(), "stop": self.stop}
                     yield from readers.read_json_lines(file, self.path, text_field, **span)
@@ -123,7 +126,7 @@ class _ShardBuilder:
 
 def _file_shards(source: Source, start: Cursor) -> Iterator[Shard]:
     files = readers.list_files(source)
-    sizes = [path.stat().st_size for path in files]
+    sizes = [size_of(path) for path in files]
     readers.check_sizes(files, sizes)
     before = sum(sizes[: start.file])
     builder = _ShardBuilder(source.text_field)
@@ -146,20 +149,18 @@ def _file_items(
     A broken file ends with its bad record, so that reading does not find it again after a resume.
     """
     try:
-        kind = readers.file_kind(path)
-        zipped = path.suffix == ".gz"
-        if kind == "text":
+        # Most files of a folder of texts are small: they are opened once, where they are read.
+        found = recognize(path) if size > _SHARD or has_records(path) else None
+        if found is None or found.kind == "text":
             span = Span(path=path, is_text=True, start=0, stop=size)
-            yield span, size * (4 if zipped else 1), math.inf, size
-        elif kind == "lines" and not zipped:
-            with path.open("rb"):  # a file that cannot be opened is one bad record, not many
-                pass
+            yield span, size * (4 if found and not found.is_plain else 1), math.inf, size
+        elif found.kind == "lines" and found.is_plain:
             for begin in range(at, size, _SHARD):
                 stop = min(begin + _SHARD, size)
                 span = Span(path=path, is_text=False, start=begin, stop=stop)
                 yield span, stop - begin, stop if stop < size else math.inf, stop
         else:
-            records = readers.read_records(path, kind, text_field, skip=at)
+            records = readers.read_records(path, found.kind, text_field, skip=at)
             for number, (outcome, done) in enumerate(records, at + 1):
                 yield outcome, _size(outcome), number, done
     except BROKEN_FILE as error:
@@ -203,4 +204,10 @@ def _size(outcome: Outcome) -> int:
 
 
 def _broken(path: Path, error: BaseException) -> BadRecord:
-    return BadRecord(where=str(path), why=str(error) or type(error).__name__)
+    why = str(error) or type(error).__name__
+    if isinstance(error, UnicodeError):
+        why = "not UTF-8 text: if it is text in another encoding, type iconv -f ENCODING -t UTF-8"
+    elif isinstance(error, FileNotFoundError) and path.is_symlink():
+        target = os.readlink(path)
+        why = f"a broken link to {target}" + ": type git annex get" * (".git/annex" in target)
+    return BadRecord(where=str(path), why=why)

@@ -52,6 +52,7 @@ class TokenStore:
     num_bad_records: int = 0
     bad_records: list[str] = field(default_factory=list)  # descriptions of the first few
     chat: ChatSpans = field(default_factory=ChatSpans)
+    num_special: int = 0  # control tokens that the texts spell
     folder: Path | None = None  # the memory-mapped files
 
     @property
@@ -115,6 +116,7 @@ def open_store(folder: Path) -> TokenStore:
             num_conversations=meta["num_conversations"],
             num_tokens=meta["num_chat_tokens"],
         ),
+        num_special=meta["num_special"],
         folder=folder.absolute(),
     )
 
@@ -137,6 +139,7 @@ class StoreProgress:
     num_documents: int = 0
     num_bad_records: int = 0
     bad_records: list[str] = field(default_factory=list)
+    num_special: int = 0
     num_bytes: int = 0  # read from the source's files
     num_conversations: int = 0
     num_chat_tokens: int = 0
@@ -200,6 +203,7 @@ class TokenWriter:
             "bad_records": self.progress.bad_records,
             "num_conversations": self.progress.num_conversations,
             "num_chat_tokens": self.progress.num_chat_tokens,
+            "num_special": self.progress.num_special,
             "source": source,
         }
         write_json(self.part / "meta.json", meta)

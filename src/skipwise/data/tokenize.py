@@ -33,11 +33,13 @@ import numpy as np
 from skipwise.data import token_cache
 from skipwise.data.chat import Spans, encode_conversation, spans_in_store, spans_of
 from skipwise.data.chat_records import Conversation, ConversationError
+from skipwise.data.files import size_of
 from skipwise.data.progress import TokenBar, warn_of_disk_space
 from skipwise.data.readers import BadRecord, BadRecords, Source, fingerprint_fields, list_files
 from skipwise.data.shards import Shard, read_shards
 from skipwise.data.token_cache import StoreProgress, TokenStore, TokenWriter, is_complete
 from skipwise.errors import SkipwiseError
+from skipwise.models.separator import Separator, own_separator, special_ids
 
 _FORMAT = 3  # version of the cache format; increase it when the files change
 _PIECE = 1 << 20  # most characters of one input to the tokenizer; longer texts are split
@@ -51,6 +53,8 @@ def tokenize_source(
     source: Source,
     tokenizer: Any,
     *,
+    separator: Separator | None = None,
+    special_tokens: str = "control",
     on_bad_record: str = "skip",
     num_proc: int | None = None,
     cache: Path | None = None,
@@ -61,7 +65,10 @@ def tokenize_source(
     It resumes after a kill. If several processes need the same source, one tokenizes it.
 
     Args:
-        tokenizer: a transformers tokenizer; adds its special tokens as it does by default.
+        tokenizer: a transformers tokenizer.
+        separator: the tokens around each document. Defaults to those that the tokenizer adds.
+            Conversations get none: the chat template writes what begins and ends them.
+        special_tokens: as `data.special_tokens`; of text only.
         on_bad_record: `skip` or `stop`.
         num_proc: processes. Defaults to the number of cores for a large source, else to 1.
         cache: folder. Defaults to $SKIPWISE_CACHE, then ~/.cache/skipwise.
@@ -70,8 +77,11 @@ def tokenize_source(
         SkipwiseError: nothing to read, a bad record with `stop`, a file too large for memory, a
             source that changed meanwhile, a full disk.
     """
+    separator = separator or own_separator(tokenizer)
+    encoder = _Encoder(tokenizer=tokenizer, separator=separator, special_tokens=special_tokens)
     fields = fingerprint_fields(source)
     key = [_FORMAT, _PIECE, on_bad_record, fields, tokenizer_fingerprint(tokenizer)]
+    key += [separator.begin, separator.end, special_tokens]
     key += [getattr(tokenizer, "chat_template", None)]
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / fingerprint
@@ -82,7 +92,7 @@ def tokenize_source(
             if not is_complete(folder):  # no other process was faster
                 token_cache.remove_abandoned(folder.parent)
                 with TokenWriter(part, _dtype(tokenizer)) as writer:
-                    _tokenize(source, tokenizer, writer, on_bad_record, num_proc, progress)
+                    _tokenize(source, encoder, writer, on_bad_record, num_proc, progress)
                     if fingerprint_fields(source) != fields:
                         raise SkipwiseError(f"{source.path} changed while it was read: try again")
                     writer.finish(folder, source.path)
@@ -106,18 +116,34 @@ def cache_folder() -> Path:
     return Path(given).expanduser() if given else Path(base) / "skipwise"
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of one text, the same as in training."""
-    return _encode_batch(tokenizer, [text])[0].tolist()
+def encode(
+    tokenizer: Any,
+    text: str,
+    separator: Separator | None = None,
+    special_tokens: str = "control",
+) -> list[int]:
+    """Token ids of one text as a document, the same as in training."""
+    separator = separator or own_separator(tokenizer)
+    encoder = _Encoder(tokenizer=tokenizer, separator=separator, special_tokens=special_tokens)
+    return _encode_batch(encoder, [text])[0].tolist()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of everything that decides the ids of a text."""
+    """A hash of everything that decides the ids of a text, without the tokens around it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    inner = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    inner = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    inner = json.dumps({k: v for k, v in inner.items() if k != "post_processor"})
     options = [type(tokenizer).__name__, tokenizer.special_tokens_map]
-    options += [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
     return hashlib.sha256((inner + json.dumps(options, default=str)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoder:
+    """How texts become documents."""
+
+    tokenizer: Any
+    separator: Separator
+    special_tokens: str = "control"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,19 +153,20 @@ class _EncodedShard:
     tokens: np.ndarray  # (sum L_x,)
     lengths: np.ndarray  # (n,) L_x
     bad: list[BadRecord]
+    num_special: int  # control tokens that the texts spell
     chat: list[Spans | None]  # (n,) of the conversations among the documents
 
 
 def _tokenize(
     source: Source,
-    tokenizer: Any,
+    encoder: _Encoder,
     writer: TokenWriter,
     on_bad_record: str,
     num_proc: int | None,
     shown: bool,
 ) -> None:
     """Append the rest of the source to the writer, and save from time to time."""
-    size = sum(p.stat().st_size for p in list_files(source)) if source.is_local else None
+    size = sum(map(size_of, list_files(source))) if source.is_local else None
     if num_proc is None:
         num_proc = _num_cores() if size is not None and size >= _LARGE else 1
     now = writer.progress
@@ -151,7 +178,7 @@ def _tokenize(
     bar = TokenBar(source, size, now, shown)
     saved, is_warned = time.monotonic(), False
     shards = iter(()) if now.is_complete else read_shards(source, now.position)
-    work = _encode_all(shards, tokenizer, num_proc)
+    work = _encode_all(shards, encoder, num_proc)
     try:
         for shard, encoded in work:
             now = _append(writer, now, shard, encoded, bad, source.max_tokens)
@@ -201,6 +228,7 @@ def _append(
         num_documents=now.num_documents + len(lengths),
         num_bad_records=bad.count,
         bad_records=list(bad.first),
+        num_special=now.num_special + encoded.num_special,
         num_bytes=shard.done,
         num_conversations=now.num_conversations + chat.num_conversations,
         num_chat_tokens=now.num_chat_tokens + chat.num_tokens,
@@ -210,16 +238,16 @@ def _append(
 
 
 def _encode_all(
-    shards: Iterator[Shard], tokenizer: Any, num_proc: int
+    shards: Iterator[Shard], encoder: _Encoder, num_proc: int
 ) -> Generator[tuple[Shard, _EncodedShard], None, None]:
     """Shards and their tokens, in order."""
     if num_proc <= 1:
         for shard in shards:
-            yield shard, _encode_shard(tokenizer, shard)
+            yield shard, _encode_shard(encoder, shard)
         return
     context = multiprocessing.get_context("spawn")  # fork after torch's threads can hang
     pool = ProcessPoolExecutor(
-        num_proc, mp_context=context, initializer=_start_worker, initargs=(tokenizer,)
+        num_proc, mp_context=context, initializer=_start_worker, initargs=(encoder,)
     )
     waiting: deque[tuple[Shard, Future[_EncodedShard]]] = deque()
     size = 0
@@ -237,10 +265,10 @@ def _encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(tokenizer: Any) -> None:
+def _start_worker(encoder: _Encoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    globals()["_worker_tokenizer"] = tokenizer
+    globals()["_worker_encoder"] = encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -253,41 +281,49 @@ def _end_with_parent() -> None:
 
 
 def _work(shard: Shard) -> _EncodedShard:
-    return _encode_shard(globals()["_worker_tokenizer"], shard)
+    return _encode_shard(globals()["_worker_encoder"], shard)
 
 
-def _encode_shard(tokenizer: Any, shard: Shard) -> _EncodedShard:
+def _encode_shard(encoder: _Encoder, shard: Shard) -> _EncodedShard:
     outcomes = list(shard.read())
     texts = [text for text in outcomes if isinstance(text, str) and text.strip()]
-    encoded = iter(_encode_batch(tokenizer, texts))
-    documents: list[np.ndarray] = []
+    encoded, documents = iter(_encode_batch(encoder, texts)), []
     bad: list[BadRecord] = []
     for outcome in outcomes:
         if isinstance(outcome, BadRecord):
             bad.append(outcome)
         elif isinstance(outcome, Conversation):
             try:
-                documents.append(encode_conversation(tokenizer, outcome))
+                documents.append(encode_conversation(encoder.tokenizer, outcome))
             except ConversationError as error:
                 bad.append(dataclasses.replace(outcome.place, why=str(error)))
         elif outcome.strip():
             documents.append(next(encoded))
-    dtype = _dtype(tokenizer)
-    lengths = np.array([len(tokens) for tokens in documents], np.int64)
-    tokens = np.concatenate([np.zeros(0, dtype), *(np.asarray(x, dtype) for x in documents)])
-    chat = [spans_of(x) for x in documents]
-    return _EncodedShard(tokens=tokens, lengths=lengths, bad=bad, chat=chat)
+    dtype, separator = _dtype(encoder.tokenizer), encoder.separator
+    special = special_ids(encoder.tokenizer)
+    chat = [spans_of(tokens) for tokens in documents]
+    ids = [np.asarray(tokens, dtype) for tokens in documents]
+    of_text = [tokens for tokens, spans in zip(ids, chat, strict=True) if spans is None]
+    spelled = int(np.isin(np.concatenate([np.zeros(0, dtype), *of_text]), special).sum())
+    around = len(of_text) * int(np.isin(separator.begin + separator.end, special).sum())
+    return _EncodedShard(
+        tokens=np.concatenate([np.zeros(0, dtype), *ids]),
+        lengths=np.array([len(tokens) for tokens in ids], np.int64),
+        bad=bad,
+        num_special=spelled - around,
+        chat=chat,
+    )
 
 
-def _encode_batch(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """The ids of each text. Long texts are tokenized in pieces, split at line ends."""
+def _encode_batch(encoder: _Encoder, texts: list[str]) -> list[np.ndarray]:
+    """The tokens of each text as a document. Long texts are tokenized in pieces, split at lines."""
     split = [_split(text) for text in texts]
-    first = _ids(tokenizer, [pieces[0] for pieces in split])
-    later = [piece for pieces in split for piece in pieces[1:]]
-    # Special tokens belong only at the start of the text.
-    rest = _ids(tokenizer, later, add_special_tokens=False)
-    later_counts = [len(pieces) - 1 for pieces in split]
-    return [np.concatenate([next(first), *itertools.islice(rest, n)]) for n in later_counts]
+    options: dict[str, Any] = {"add_special_tokens": False}
+    if encoder.special_tokens == "text":
+        options["split_special_tokens"] = True
+    ids = _ids(encoder.tokenizer, list(itertools.chain(*split)), **options)
+    joined = [np.concatenate(list(itertools.islice(ids, len(pieces)))) for pieces in split]
+    return [encoder.separator.document(text) for text in joined]
 
 
 def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarray]:

@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import EvalSettings
 from skipwise.data.chat import ChatTokens, check_template
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.harness import benchmarks
-from skipwise.evaluation.progress import Progress
 from skipwise.evaluation.tasks import TASKS, Task, TaskInputs, task_names
 from skipwise.evaluation.tasks.perplexity import fitting_lengths
 from skipwise.evaluation.tasks.prompts import ChatPrompts, haystack_words
+from skipwise.models.separator import Separator
 from skipwise.report.rows import Row, Rows
 
 _VERSION = 1  # raise it when what the tasks ask or how they count changes
@@ -39,6 +40,7 @@ class EvalModel:
     load: Callable[[], Any]  # returns the causal language model on its device
     tokenizer: Any
     identity: Any = None  # JSON that changes when the weights do
+    separator: Separator | None = None  # the tokens around its documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ def evaluate_model(
     digest = texts.digest(tokenizer)
     left_out = _without_text(tasks, texts, lengths)
     total = sum(unit.tokens for unit in missing)
-    with Progress(f"evaluate {label}", total, progress) as bar:
+    with Progress(f"evaluate {label}", total, unit=" tokens", shown=progress) as bar:
         for unit in missing:
             bar.begin(unit.name, unit.tokens)
             inputs = TaskInputs(

@@ -210,7 +210,7 @@ def prefill_chunk_size(model: Any, total: int, rows: int = 1) -> int:
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = config.to_dict().get("head_dim") or config.hidden_size // heads
     itemsize = getattr(model, "dtype", torch.float32).itemsize
     cache = 2 * config.num_hidden_layers * kv_heads * width * itemsize * total * rows
     pair = 1 + itemsize

@@ -29,7 +29,17 @@ from skipwise.evaluation.fingerprint import files_identity
 from skipwise.models.hf_config import load_config
 from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
 from skipwise.models.model_info import check_reach
+from skipwise.models.separator import (
+    Separator,
+    find_separator,
+    own_separator,
+    separator_of,
+    with_begin,
+)
 from skipwise.report.rows import Rows
+
+# keys of `data.` that decide how the text of a model as it is becomes tokens
+_TEXT_KEYS = ("data.text_field", "data.separator", "data.special_tokens")
 
 
 def evaluate(
@@ -65,19 +75,31 @@ def evaluate(
     labels = _labels(recipe, run, is_run, baseline)
     own_folders = (str(run.model), str(run.converted)) if is_run else ()
     load, load_own = recipe.load, recipe.load.of_own_folder()
+    chosen = run.metadata().get("separator") if is_run else None
+    separator = separator_of(chosen) if chosen else recipe.data.separator
+    known = (recipe.model, *own_folders) if is_run else labels.values()
     eval_models = [  # mistakes show before a folder is made
-        make_eval_model(label, model, load_own if model in own_folders else load, lengths)
+        make_eval_model(
+            label,
+            model,
+            load_own if model in own_folders else load,
+            lengths,
+            separator=separator if model in known else "auto",
+        )
         for label, model in labels.items()
     ]
     if not is_run:
         _open_evaluation(run, labels, baseline, command)
     need_text = [task.name for task in evaluator.find_tasks(tasks) if task.text == "required"]
     settings = eval_settings(recipe, own_run)
+    longest = recipe  # conversations are joined up to its target length
+    if own_run is None or data:
+        longest = dataclasses.replace(recipe, target_length=max([1, *lengths]))
     rows: Rows = []
     with run.lock():
         for eval_model in eval_models:
-            longest = dataclasses.replace(recipe, target_length=max([1, *lengths]))
-            documents = evaluation_documents(longest, eval_model.tokenizer, own_run, data)
+            around = eval_model.separator
+            documents = evaluation_documents(longest, eval_model.tokenizer, own_run, data, around)
             if need_text and not documents:
                 raise SkipwiseError(f"{' and '.join(need_text)} need text: type --data PATH")
             texts, save = evaluator.Texts(documents=documents), run.write_results
@@ -110,7 +132,7 @@ def _recipe_and_folder(
     else:
         tree = {"model": model_or_run, "target_length": 1}
         for key in (override.partition("=")[0] for override in overrides):
-            if key.split(".")[0] not in ("eval", "load") and key != "data.text_field":
+            if key.split(".")[0] not in ("eval", "load") and key not in _TEXT_KEYS:
                 raise SkipwiseError(
                     f"{key} does not take effect on a model as it is: only eval. and load. keys do"
                     "\ntype skipwise extend to change a model, --data for text"
@@ -122,9 +144,18 @@ def _recipe_and_folder(
 
 
 def make_eval_model(
-    label: str, model: str, settings: ModelSettings, lengths: list[int], tokenizer: Any = None
+    label: str,
+    model: str,
+    settings: ModelSettings,
+    lengths: list[int],
+    tokenizer: Any = None,
+    separator: Separator | str = "auto",
 ) -> evaluator.EvalModel:
     """A model to measure with its own config, and with its own tokenizer unless one is given.
+
+    Args:
+        separator: the tokens around documents and before prompts, or a name of `data.separator`;
+            `auto` is what the tokenizer adds.
 
     Raises:
         SkipwiseError: the config cannot be read, or has no positions for a length.
@@ -133,10 +164,16 @@ def make_eval_model(
     check_reach(config.to_dict(), max(lengths, default=0))
     dtype = compute_dtype(settings)
     tokenizer = tokenizer or load_tokenizer(model, settings)
+    if separator == "auto":
+        separator = own_separator(tokenizer)
+    elif isinstance(separator, str):
+        separator = find_separator(separator, tokenizer, config)
+    tokenizer = with_begin(tokenizer, separator.begin)
     return evaluator.EvalModel(
         label=label,
         load=lambda: load_for_evaluation(model, config, settings, dtype=dtype),
         tokenizer=tokenizer,
+        separator=separator,
         identity=[
             files_identity(model),
             settings.revision,
@@ -144,6 +181,7 @@ def make_eval_model(
             str(dtype),
             settings.attn_implementation,
             tokenizer_fingerprint(tokenizer),
+            separator.begin,
         ],
     )
 
@@ -158,19 +196,26 @@ def eval_settings(recipe: Recipe, run: RunFolder | None) -> EvalSettings:
 
 
 def evaluation_documents(
-    recipe: Recipe, tokenizer: Any, run: RunFolder | None, data: list[str] | None = None
+    recipe: Recipe,
+    tokenizer: Any,
+    run: RunFolder | None,
+    data: list[str] | None = None,
+    separator: Separator | None = None,
 ) -> list[np.ndarray]:
     """Token ids of the documents to measure with: given, named by the recipe, or held out.
 
     Without training (`method: none`) these are all sources, except the text on which a temperature
     is searched.
+
+    Args:
+        separator: the tokens around each document. Defaults to those that the tokenizer adds.
     """
     settings = recipe.data
     sources = data or settings.eval_sources
     if sources:
-        return _documents(sources, recipe, tokenizer)
+        return _documents(sources, recipe, tokenizer, separator)
     if recipe.method == "none" and settings.sources:
-        documents = _documents(settings.sources, recipe, tokenizer)
+        documents = _documents(settings.sources, recipe, tokenizer, separator)
         searched = recipe.attention_temperature == "auto"
         return _split_for_search(documents, recipe.target_length)[0] if searched else documents
     if run is None or not run.eval_documents.exists():
@@ -186,7 +231,7 @@ def evaluation_documents(
             "\ntype --data FILE with conversations, for the tokenizer to write them itself"
         )
     texts = [document["text"] for document in held_out]  # a baseline may have another tokenizer
-    return [np.array(encode(tokenizer, text), np.int64) for text in texts]
+    return [np.array(encode(tokenizer, text, separator), np.int64) for text in texts]
 
 
 def _held_out(document: dict[str, Any]) -> np.ndarray:
@@ -196,34 +241,43 @@ def _held_out(document: dict[str, Any]) -> np.ndarray:
     return ChatSpans(masked=np.array(document["masked"])).attach(tokens, np.arange(len(tokens)))
 
 
-def documents_for_search(recipe: Recipe, tokenizer: Any) -> list[np.ndarray]:
+def documents_for_search(
+    recipe: Recipe, tokenizer: Any, separator: Separator | None = None
+) -> list[np.ndarray]:
     """Token ids on which `method: none` searches a temperature, none of them evaluation text."""
-    documents = _documents(recipe.data.sources, recipe, tokenizer)
+    documents = _documents(recipe.data.sources, recipe, tokenizer, separator)
     if recipe.data.eval_sources:
         return documents
     return _split_for_search(documents, recipe.target_length)[1]
 
 
-def _documents(sources: Any, recipe: Recipe, tokenizer: Any) -> list[np.ndarray]:
+def _documents(
+    sources: Any, recipe: Recipe, tokenizer: Any, separator: Separator | None
+) -> list[np.ndarray]:
     settings = recipe.data
+    options: dict[str, Any] = {
+        "separator": separator,
+        "special_tokens": settings.special_tokens,
+        "on_bad_record": settings.on_bad_record,
+    }
     stores = [
-        tokenize_source(s, tokenizer, on_bad_record=settings.on_bad_record, progress=False)
+        tokenize_source(s, tokenizer, **options, progress=False)
         for s in parse_sources(sources, settings.text_field)
     ]
     bad = [record for store in stores for record in store.bad_records]
     if bad:
         count = sum(store.num_bad_records for store in stores)
         print(f"{count:,} records of the text not readable: {bad[0]}", file=sys.stderr)
-    return [document for store in stores for document in _joined(store, recipe.target_length)]
+    between, length = separator.between if separator else (), recipe.target_length
+    return [document for store in stores for document in _joined(store, length, between)]
 
 
-def _joined(store: TokenStore, length: int) -> list[np.ndarray]:
+def _joined(store: TokenStore, length: int, between: tuple[int, ...]) -> list[np.ndarray]:
     """The documents of a store; conversations are joined to `length` tokens if there are enough."""
     if not store.chat or len(store.tokens) < length:
         return [store.document(i) for i in range(store.num_documents)]
-    corpus = build_corpus(
-        [store], [None], min_length=length, target_length=length, short_documents="pack"
-    )
+    lengths: dict[str, int] = {"min_length": length, "target_length": length}
+    corpus = build_corpus([store], [None], **lengths, short_documents="pack", between=between)
     return [corpus.document(0, i) for i in range(corpus.num_documents)]
 
 

@@ -125,7 +125,7 @@ scaling.
 
 {headline(metadata, rows)}
 
-## Measured before and after
+## Measured before and after training
 
 {format_table(rows)}
 

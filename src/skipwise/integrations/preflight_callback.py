@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from skipwise.errors import Check, SkipwiseError, require
 from skipwise.integrations.collator import PoSECollator
 from skipwise.models.compatibility import make_portable
-from skipwise.models.hf_config import complete
+from skipwise.models.hf_config import complete, to_dict
 from skipwise.models.model_info import ModelInfo, read_model_info
 from skipwise.pose.samplers import IGNORE_INDEX, FullLength
 from skipwise.preflight.batch import check_batch, check_labels, check_tokenizer
@@ -138,7 +138,7 @@ def finalize_checkpoint(folder: str | Path, target_length: int) -> Path:
 def _check_scaled(model: Any, target_length: int, base: ModelInfo | None) -> list[Check]:
     """The config's window is the target, and the model computes what its config says."""
     config = model.config.get_text_config()
-    info, window = _window_of(config.to_dict(), target_length)
+    info, window = _window_of(to_dict(config), target_length)
     scaling, reaches = info.scaling, window >= target_length
     detail = f"a window of {window:,} tokens, {scaling.name}"
     if not reaches:

@@ -14,11 +14,17 @@ from typing import Any
 from skipwise.config.run_folder import write_json
 from skipwise.pose.rope_config import with_legacy_rope_keys
 
+LENGTH_KEYS = (  # other names of the window: vLLM takes the smallest, SGLang the first of four
+    *("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "n_positions"),
+    *("max_target_positions", "max_seq_length", "seq_len"),
+)
+
 
 def make_portable(folder: Path, target_length: int | None = None) -> None:
     """Update the configs of a saved model in place.
 
-    config.json gets both RoPE spellings and the cache, which training turned off. The tokenizer and
+    config.json gets both RoPE spellings and the cache, which training turned off. It loses keys
+    that transformers ignores and a server prefers to the scaling or the length. The tokenizer and
     generation configs get the new length, and a tokenizer class that transformers 4 knows.
 
     Args:
@@ -26,7 +32,9 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
     """
     file = folder / "config.json"
     config = with_legacy_rope_keys(json.loads(file.read_text(encoding="utf-8")))
-    config.pop("model_max_length", None)
+    config.pop("dual_chunk_attention_config", None)  # vLLM, SGLang: instead of the scaling
+    if "max_position_embeddings" in config:
+        config = {key: value for key, value in config.items() if key not in LENGTH_KEYS}
     config["use_cache"] = True
     write_json(file, config)
     file = folder / "generation_config.json"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import SHAPE, defaults
+from skipwise.models.model_info import OTHER_PARTS, refuse_text_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,13 +203,9 @@ def llama_tensors(
 
 def text_model(config: dict[str, Any]) -> Conversion:
     wrapper, text = config.get("model_type", "this model"), config.get("text_config") or {}
-    if not text:
+    if not text and not any(config.get(part) for part in OTHER_PARTS):
         raise SkipwiseError(f"load.text_only: {wrapper} contains no text model\nleave it out")
-    if text.get("model_type") not in defaults():
-        raise SkipwiseError(
-            f"load.text_only: {wrapper} contains {text.get('model_type')}, which transformers "
-            "cannot load as a causal language model\nchoose another model"
-        )
+    refuse_text_model(wrapper, text)
     return Conversion(
         source=wrapper, target=text["model_type"], config=_text_config, tensors=_text_tensors
     )

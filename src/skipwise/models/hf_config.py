@@ -7,25 +7,18 @@ written by tools/make_config_defaults.py).
 
 from __future__ import annotations
 
+import contextlib
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelInfo, read_model_info
+from skipwise.models.model_info import ModelInfo, check_positions, defaults, read_model_info
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
 READ_BIN = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
-
-
-@cache
-def defaults() -> dict[str, dict[str, Any]]:
-    """Config class defaults of every RoPE decoder family in transformers."""
-    file = Path(__file__).with_name("config_defaults.json")
-    return json.loads(file.read_text(encoding="utf-8"))["families"]
 
 
 def is_local(model: str) -> bool:
@@ -95,11 +88,39 @@ def config_of(
         raise SkipwiseError(f"{model} could not be read\n{first_line(error)}") from error
 
 
-def model_info_of(config: Any, original_length: int | None = None) -> ModelInfo:
-    """`read_model_info` of a transformers config."""
-    known = defaults().get(config.model_type, {})
-    refused = known.get("refused_rope_types", [])
-    return read_model_info({**config.to_dict(), "refused_rope_types": refused}, original_length)
+def model_info_of(
+    config: Any, original_length: int | None = None, raw: dict[str, Any] | None = None
+) -> ModelInfo:
+    """`read_model_info` of a transformers config.
+
+    Args:
+        raw: its config.json, if it is to be compared with what transformers made of it.
+
+    Raises:
+        SkipwiseError: as `read_model_info`; the installed transformers does not know a key.
+    """
+    info = read_model_info(to_dict(config), original_length)
+    named = defaults().get(config.model_type, {}).get("keys", {})
+    keys = [key for key in named if raw and key in raw]
+    alone = read_model_info(complete(raw), original_length) if raw and keys else info
+    if alone.rotary_dim != info.rotary_dim:
+        from transformers import __version__
+
+        raise SkipwiseError(
+            f"transformers {__version__} rotates {info.rotary_dim} dimensions of a head, and "
+            f"config.json says {alone.rotary_dim} ({', '.join(keys)}): the model would compute "
+            "wrong positions\ninstall a newer transformers"
+        )
+    return info
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """transformers' `to_dict()`, with the keys that a class keeps under a name of its own."""
+    read = config.to_dict()
+    for key in (*SHAPE, "max_position_embeddings", "head_dim", "layer_types"):
+        with contextlib.suppress(RuntimeError):  # it differs between layers
+            read[key] = getattr(config, key, None)
+    return read
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
@@ -113,17 +134,27 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     family = raw.get("model_type", "unknown")
     known = defaults().get(family, {})
     if raw.get("auto_map") and not known:
+        check_positions(raw)
         raise _own_code(f"this {family} model")
-    config = {k: v for k, v in known.items() if k not in SHAPE} | raw
+    keys = known.get("keys", {})  # what the class calls them; None if it ignores them
+    read = {key: value for key, value in raw.items() if keys.get(key, key)}
+    read |= {name: raw[key] for key, name in keys.items() if name and raw.get(key) is not None}
+    config = {k: v for k, v in known.items() if k not in SHAPE} | read
+    if "rotary_width" in read:  # minimax_m2's rotary_dim
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        read.setdefault("partial_rotary_factor", read["rotary_width"] / width)
+    if "head_dim_ratio" in known and "head_dim" not in read:
+        heads = config["num_attention_heads"]
+        config["head_dim"] = known["head_dim_ratio"] * config["hidden_size"] // heads
     parameters = raw.get("rope_scaling") or raw.get("rope_parameters")  # the older key wins
     default = known.get("rope_parameters")
     if default is None and parameters is None and "rope_theta" not in raw:
         return config
     if default and isinstance(default.get("full_attention"), dict):
-        config["rope_parameters"] = _per_layer_type(raw, parameters or {}, default)
+        config["rope_parameters"] = _per_layer_type(read, parameters or {}, default)
     else:
-        config["rope_parameters"] = _rope_parameters(raw, parameters or {}, default or {})
-    if "layer_types" not in raw:
+        config["rope_parameters"] = _rope_parameters(read, parameters or {}, default or {})
+    if "layer_types" not in read:
         config["layer_types"] = _layer_types(config, known)
     return config
 
@@ -178,10 +209,10 @@ def _rope_parameters(
         out["rope_type"] = "longrope"
     if not parameters:  # the class's own scaling, as for Llama-3.1
         out = {**{k: v for k, v in default.items() if k != "partial_rotary_factor"}, **out}
-    theta = raw.get("rope_theta", raw.get("rotary_emb_base", default.get("rope_theta", 10000.0)))
-    if "rope_theta" not in parameters:
-        out["rope_theta"] = theta
-    share = raw.get("partial_rotary_factor", raw.get("rotary_pct"))
+    if parameters.get("rope_theta") is None:
+        theta = raw.get("rope_theta")
+        out["rope_theta"] = default.get("rope_theta", 10000.0) if theta is None else theta
+    share = raw.get("partial_rotary_factor")
     share = default.get("partial_rotary_factor") if share is None else share
     if share is not None:
         out.setdefault("partial_rotary_factor", share)
@@ -208,6 +239,10 @@ def _per_layer_type(
 def _layer_types(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
     """The layer types that occur, if config.json does not list them by layer."""
     types = set(known.get("layer_types", []))
+    if "full_layers" in config:  # the numbers of those with attention; others are recurrent
+        full = set(config["full_layers"])
+        types = {"full_attention"} if full else set()
+        types |= set() if len(full) == config.get("num_hidden_layers") else {"recurrent"}
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         types -= {"sliding_attention"}
     elif config.get("use_sliding_window") and "max_window_layers" in config:  # Qwen2

@@ -66,7 +66,7 @@ def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
     from peft import LoraConfig, get_peft_model
 
     fully_trained: set[str] = set()
-    routers = []  # some are linear layers that return more than a tensor
+    left_out = []
     embeddings = model.get_input_embeddings()
     for name, module in model.named_modules():
         is_norm = "norm" in type(module).__name__.lower()
@@ -75,14 +75,16 @@ def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
         ):
             fully_trained.add(name.rsplit(".", 1)[-1])
         if "router" in type(module).__name__.lower():
-            routers.append(name)
+            left_out.append(name)  # some are linear layers that return more than a tensor
+        if hasattr(module, "ssm_state_size"):
+            left_out.append(f"{name}.out_proj")  # Mamba's kernels read its weight alone
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules) or "all-linear",
-        exclude_modules=None if settings.target_modules else routers or None,
+        exclude_modules=None if settings.target_modules else left_out or None,
         modules_to_save=sorted(fully_trained) or None,
         ensure_weight_tying=settings.train_embeddings and bool(model.config.tie_word_embeddings),
     )

@@ -26,6 +26,7 @@ from skipwise.models.hf_config import config_of, is_local, model_info_of, read_c
 from skipwise.models.load import attention_for, check_weights, load_model, load_tokenizer
 from skipwise.models.model_info import ModelInfo
 from skipwise.models.scaled_config import scaled_config, scaling_for
+from skipwise.models.separator import Separator, find_separator, with_begin
 from skipwise.pose.rope import Scaling
 
 
@@ -42,6 +43,12 @@ class PreparedModel:
     info: ModelInfo
     scaling: Scaling
     tokenizer: Any
+    separator: Separator  # the recipe's; for `auto` the tokenizer's own, until one is measured
+
+    @property
+    def prompt_tokenizer(self) -> Any:
+        """The tokenizer with which prompts begin as documents do."""
+        return with_begin(self.tokenizer, self.separator.begin)
 
     @property
     def load(self) -> ModelSettings:
@@ -63,7 +70,7 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
     if is_local(recipe.model):
         check_weights(Path(recipe.model).expanduser(), recipe.load)
     config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
-    info = model_info_of(config, recipe.original_length)
+    info = model_info_of(config, recipe.original_length, None if conversion else raw)
     recipe = resolve_auto(recipe)
     scaling = scaling_for(recipe, info)
     first_stage(recipe)
@@ -79,6 +86,7 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
     if recipe.attention_temperature not in ("auto", 1.0):
         check_foldable(scaled)
     in_code = conversion is not None and conversion.sentencepiece
+    tokenizer = (load_sentencepiece if in_code else load_tokenizer)(recipe.model, recipe.load)
     return PreparedModel(
         recipe=recipe,
         source=recipe.model,
@@ -88,7 +96,8 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
         scaled=scaled,
         info=info,
         scaling=scaling,
-        tokenizer=(load_sentencepiece if in_code else load_tokenizer)(recipe.model, recipe.load),
+        tokenizer=tokenizer,
+        separator=find_separator(recipe.data.separator, tokenizer, config),
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelInfo
-from skipwise.pose.rope import Scaling, Unscaled, make_scaling, scalings_for
+from skipwise.models.model_info import LENGTHS, PROPORTIONAL, ModelInfo
+from skipwise.pose.rope import Scaling, Unscaled, keeps_length, make_scaling, scalings_for
+from skipwise.pose.rope_config import CARRIED
 
 
 def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
@@ -63,9 +64,16 @@ def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dic
         before = getattr(scaling, "original_length", None) or round(before / info.scaling.factor)
     lengths = {"original_length": before, "target_length": target_length}
     settings = scaling.to_config(theta=info.rope_theta, dim=info.rotary_dim, **lengths)
-    if "partial_rotary_factor" in info.rope_parameters:
-        share = info.rope_parameters["partial_rotary_factor"]
-        settings["rope_parameters"]["partial_rotary_factor"] = share
+    if scaling.keeps_length and not keeps_length(scaling, info.family):
+        settings["max_position_embeddings"] = target_length
+    parameters, trained = settings["rope_parameters"], info.rope_parameters
+    parameters |= {key: trained[key] for key in CARRIED if key in trained}
+    if info.rope_type == PROPORTIONAL:
+        theta = parameters["rope_theta"] ** (info.head_dim / info.rotary_dim)
+        parameters |= {"rope_type": PROPORTIONAL, "rope_theta": theta}
+    if "llama_4_scaling_beta" in trained:  # its steps are as long as before
+        length = trained.get("original_max_position_embeddings", before)
+        parameters.setdefault("original_max_position_embeddings", length)
     if info.sliding_window is not None and not info.hybrid:
         # some classes that list their layers need a number even if no layer is sliding
         settings["sliding_window"] = target_length if info.lists_layers else None
@@ -79,14 +87,22 @@ def scaled_config(config: Any, info: ModelInfo, scaling: Scaling, target_length:
     if info.nested:
         full = settings.pop("rope_parameters")
         scaled.rope_parameters = {**config.rope_parameters, "full_attention": full}
+    length = settings["max_position_embeddings"]
+    settings |= {key: length for key in LENGTHS if isinstance(getattr(config, key, None), int)}
     for key, value in settings.items():
         setattr(scaled, key, value)
+    key = "original_max_position_embeddings"  # at the top level it wins over the one inside
+    if key not in settings and getattr(scaled, key, None):
+        inside = scaled.rope_parameters.get("full_attention", scaled.rope_parameters)
+        setattr(scaled, key, inside.get(key) or info.original_length)
     if "sliding_window" in settings:
+        if hasattr(scaled, "interleaved_sliding_window"):  # vLLM's own key for the same window
+            delattr(scaled, "interleaved_sliding_window")
         if getattr(scaled, "use_sliding_window", None):
             scaled.use_sliding_window = False
         if getattr(scaled, "layer_types", None):
             scaled.layer_types = ["full_attention"] * len(scaled.layer_types)
-    if getattr(scaled, "head_dim", 0) is None:  # scaled rotary modules do not compute it
+    if scaled.to_dict().get("head_dim", 0) is None:  # scaled rotary modules do not compute it
         scaled.head_dim = info.head_dim
     return scaled
 

@@ -10,6 +10,7 @@ import gc
 import math
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.stages import full_length_stage
 from skipwise.errors import Check, require
 from skipwise.evaluation.run import evaluation_documents
+from skipwise.export.runtimes import check_export
+from skipwise.models.compatibility import make_portable
 from skipwise.models.load import compute_dtype, load_model
 from skipwise.models.lora import num_parameters
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
+from skipwise.pipeline.choose_separator import choose_separator, separator_check
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
 from skipwise.training.arguments import accumulation
@@ -72,7 +76,7 @@ def check(recipe: Recipe) -> list[Check]:
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         write_text(run.recipe_file, dump_recipe(recipe))
-        prepared = convert_weights(prepared, run.converted)
+        prepared = choose_separator(convert_weights(prepared, run.converted), run)
         if recipe.method == "none":
             inputs = None
         elif recipe.data.sources:
@@ -108,10 +112,21 @@ def check_texts(prepared: PreparedModel, inputs: RunInputs, run: RunFolder) -> N
 
 
 def _text_checks(prepared: PreparedModel, inputs: RunInputs, run: RunFolder) -> list[Check]:
-    held_out = evaluation_documents(prepared.recipe, prepared.tokenizer, run)
-    checks = check_data(prepared, inputs.data, held_out)
+    around, tokenizer = prepared.separator, prepared.tokenizer
+    held_out = evaluation_documents(prepared.recipe, tokenizer, run, separator=around)
+    checks = [*check_data(prepared, inputs.data, held_out), *separator_check(run)]
+    checks.append(check_planned_export(prepared))
     stage = inputs.full_length
     return checks if stage is None else [*checks, check_long_text(stage)]
+
+
+def check_planned_export(prepared: PreparedModel) -> Check:
+    """Whether runtimes would load the config that the run will export, asked before training."""
+    T = prepared.recipe.target_length
+    with tempfile.TemporaryDirectory() as folder:
+        prepared.scaled.save_pretrained(folder)
+        make_portable(Path(folder), T)
+        return check_export(Path(folder), prepared.scaling, T)
 
 
 def _preflight(
@@ -120,14 +135,15 @@ def _preflight(
     """All checks and the number of parameters. Weights are loaded only if the first checks pass."""
     recipe, T = prepared.recipe, prepared.recipe.target_length
     if inputs is None:
-        checks = check_config(prepared.info, prepared.scaling, T)
+        checks = [*check_config(prepared.info, prepared.scaling, T), check_planned_export(prepared)]
         dtype = compute_dtype(recipe.load)
         model: Any = load_model(prepared.source, prepared.scaled, prepared.load, dtype=dtype)
+        checks += separator_check(run)
         checks += check_model(model, prepared.scaled, prepared.info, prepared.scaling, T)
     elif recipe.data.sources:
         checks = _text_checks(prepared, inputs, run)
     else:
-        checks = check_config(prepared.info, prepared.scaling, T)
+        checks = [*check_config(prepared.info, prepared.scaling, T), check_planned_export(prepared)]
     if not all(check.passed for check in checks):
         return checks, None
     if inputs is not None:

@@ -126,8 +126,9 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
         seed=recipe.eval.seed + 1,  # other questions than the evaluation asks
     )
     load = partial(load_for_scoring, prepared, folder)
-    documents = evaluation_documents(recipe, prepared.tokenizer, run)
-    eval_model = EvalModel(label=folder.name, load=load, tokenizer=prepared.tokenizer)
+    around, tokenizer = prepared.separator, prepared.prompt_tokenizer
+    documents = evaluation_documents(recipe, tokenizer, run, None, around)
+    eval_model = EvalModel(label=folder.name, load=load, tokenizer=tokenizer)
     rows = evaluate_model(eval_model, Texts(documents=documents), lengths, settings, progress=False)
     free_memory()
     if recipe.export.checkpoint == "perplexity":

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
@@ -96,13 +97,16 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
     documents = [np.asarray(read(int(i)), np.int64) for i in chosen]
     contexts = sorted({*(L << i for i in range(int(math.log2(c / L)) + 1)), c})
     rows, left_out = [], {}
+    bar = Progress("measure scalings", len(names), unit=" scalings")
     for name in names:
         try:
-            rows.append(_of_one(prepared, name, documents, contexts))
+            rows.append(_of_one(prepared, name, documents, contexts, bar))
         except Exception as error:  # the model does not take it, or out of memory
             if not isinstance(error, SkipwiseError) and not is_out_of_memory(error):
                 raise
             left_out[name] = str(error).partition("\n")[0]
+        bar.advance(1, name)
+    bar.close()
     if not rows:
         detail = f"{fallback}, not measured: {left_out[names[0]]}"
         return {"type": fallback, "detail": detail, "left_out": left_out}
@@ -119,7 +123,11 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
 
 
 def _of_one(
-    prepared: PreparedModel, name: str, documents: Sequence[np.ndarray], contexts: list[int]
+    prepared: PreparedModel,
+    name: str,
+    documents: Sequence[np.ndarray],
+    contexts: list[int],
+    bar: Progress,
 ) -> dict[str, Any]:
     """Measure one scaling at its best temperature. Raises if the model does not take it."""
     recipe, scaled = prepared.recipe, rescale(prepared, name).scaled
@@ -133,7 +141,12 @@ def _of_one(
             if weights is not None:
                 weights.set(t)
             found = perplexity(
-                model, documents, contexts, num_windows=_WINDOWS, batch_tokens=batch_tokens
+                model,
+                documents,
+                contexts,
+                num_windows=_WINDOWS,
+                batch_tokens=batch_tokens,
+                tick=lambda _: bar.advance(0, name),
             )
             values = [row["value"] for row in found]  # None: too high to print
             loss = float(np.mean([_TOO_HIGH if v is None else math.log(v) for v in values]))
@@ -142,7 +155,7 @@ def _of_one(
         if weights is not None:
             weights.set(best["temperature"])
         counts = {"num_trials": _TRIALS, "num_depths": _TRIALS}
-        trials = passkey_trials(prepared.tokenizer, contexts[-1], **counts, seed=1)
+        trials = passkey_trials(prepared.prompt_tokenizer, contexts[-1], **counts, seed=1)
         right = exact_match(model, trials, batch_tokens)
         return {**best, "passkeys": sum(right), "num_passkeys": len(right)}
     finally:

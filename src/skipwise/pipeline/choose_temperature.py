@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from skipwise.config.machine import is_main_process
+from skipwise.config.progress import Progress
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.tasks.perplexity import perplexity
@@ -28,6 +29,7 @@ from skipwise.export.hf import load_for_scoring, require_trained
 from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.prepared import PreparedModel
 from skipwise.pipeline.checks import free_memory
+from skipwise.pipeline.choose_separator import with_chosen_separator
 from skipwise.pipeline.search_text import longer_length, num_windows, search_text
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import TrainingData, text_changed
@@ -73,12 +75,32 @@ def chosen_temperature(
     if found is None or found["detail"].startswith(_NOT_NOW):
         if prepared.recipe.method != "none":
             require_trained(run, checkpoint)
+        prepared = with_chosen_separator(prepared, run)
         before, found = found, _search_of_run(prepared, run, checkpoint, data)
         if before is not None and before["value"] != found["value"] and is_main_process():
             with run.lock():
                 run.write_results([row for row in run.results() if row["model"] != "after"])
         run.update(temperature=found)
         print(f"  temperature {found['value']:g}: {found['detail']}", file=sys.stderr, flush=True)
+    return found["value"]
+
+
+def untrained_temperature(
+    prepared: PreparedModel, run: RunFolder, data: TrainingData | None
+) -> float:
+    """The best temperature of the rescaled model before training, as `method: none` finds it.
+
+    Searched once in a run, and again where a search failed.
+    """
+    asked = prepared.recipe.attention_temperature
+    if asked != "auto":
+        return asked
+    found = run.metadata().get("untrained")
+    if found is None or found["detail"].startswith(_NOT_NOW):
+        found = _search_of_run(prepared, run, None, data)
+        run.update(untrained=found)
+        detail = f"temperature {found['value']:g}: {found['detail']}"
+        print(f"  rescaled without training: {detail}", file=sys.stderr, flush=True)
     return found["value"]
 
 
@@ -104,15 +126,27 @@ def search_temperature(
     weights.check(GRID[-1])
     contexts, count = (original_length, longer_length), num_windows(original_length)
 
+    label = "search the attention temperature"
+    bar = Progress(label, None, unit=" temperatures")
+
     def measure(t: float) -> Candidate:
         weights.set(t)
-        rows = perplexity(model, documents, contexts, num_windows=count, batch_tokens=batch_tokens)
+        bar.advance(1, f"temperature {t:g}")
+        rows = perplexity(
+            model,
+            documents,
+            contexts,
+            num_windows=count,
+            batch_tokens=batch_tokens,
+            tick=lambda _: bar.advance(0, f"temperature {t:g}"),
+        )
         near, far = (math.inf if row["value"] is None else row["value"] for row in rows)
         return Candidate(temperature=t, near=near, far=far)
 
     try:
         return hill_climb(measure)
     finally:
+        bar.close()
         weights.set(1.0)
 
 

@@ -17,8 +17,10 @@ from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.models.prepared import convert_weights
 from skipwise.pipeline.checks import check_run, check_texts, validate
 from skipwise.pipeline.choose_scaling import choose_scaling
+from skipwise.pipeline.choose_separator import choose_separator
 from skipwise.pipeline.stages import (
     evaluate_run,
+    evaluate_untrained,
     export_run,
     launch_training,
     prepare_run,
@@ -52,7 +54,7 @@ def extend(
     prepared = validate(recipe, num_processes or 1, trained=trained)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
-        prepared = convert_weights(prepared, run.converted)
+        prepared = choose_separator(convert_weights(prepared, run.converted), run)
         data = None if recipe.method == "none" else load_training_data(prepared, run)
         prepared = choose_scaling(prepared, run, data)
         inputs = prepare_run(prepared, run, data, num_processes)
@@ -65,6 +67,7 @@ def extend(
             check_run(prepared, inputs, run)
     with _stage(run, "evaluate before"):
         evaluate_run(prepared, run, "before")
+        evaluate_untrained(prepared, run, data)
     with _stage(run, "train"):
         if num_processes and inputs is not None:
             launch_training(run, num_processes)

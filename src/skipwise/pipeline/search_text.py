@@ -56,7 +56,8 @@ def search_text(
         training data.
     """
     if prepared.recipe.method == "none":
-        documents = documents_for_search(prepared.recipe, prepared.tokenizer)
+        around = prepared.separator
+        documents = documents_for_search(prepared.recipe, prepared.tokenizer, around)
         return np.array([len(d) for d in documents], int), lambda i: documents[i], ""
     if data is None:
         data = load_training_data(prepared, None, progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation.evaluator import Texts, evaluate_model
 from skipwise.evaluation.run import eval_settings, evaluation_documents, make_eval_model
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
-from skipwise.export.hf import export_adapter, export_model
+from skipwise.export.hf import export_adapter, export_model, load_for_scoring
 from skipwise.export.model_card import write_card
+from skipwise.export.runtimes import check_export
+from skipwise.models.attention.temperature import fold_temperature
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.pipeline.checks import check_texts, free_memory, record_checks, validate
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
-from skipwise.pipeline.choose_temperature import chosen_temperature
+from skipwise.pipeline.choose_separator import with_chosen_separator
+from skipwise.pipeline.choose_temperature import chosen_temperature, untrained_temperature
 from skipwise.pose.preview import describe_positions
 from skipwise.report import format_table, write_report
 from skipwise.training.checkpoints import finished_checkpoint, trained_checkpoint
@@ -67,8 +71,9 @@ def prepare_run(
     inputs = None
     if recipe.method != "none":
         data = load_training_data(prepared, run) if data is None else data
-        documents = evaluation_documents(recipe, prepared.tokenizer, run)
-        check_selection(recipe, documents, prepared.tokenizer, prepared.info.original_length)
+        around, tokenizer = prepared.separator, prepared.prompt_tokenizer
+        documents = evaluation_documents(recipe, tokenizer, run, separator=around)
+        check_selection(recipe, documents, tokenizer, prepared.info.original_length)
         metadata["train_length"] = data.sampler.train_length
         metadata["positions"] = describe_positions(data.sampler, recipe.seed)
         if text_changed(run, data.digest):  # only after training: what was written stays
@@ -112,7 +117,8 @@ def prepare_training(
     if recipe.method == "none":
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
     run = open_run(out, recipe, command)
-    prepared = with_chosen_scaling(convert_weights(prepared, run.converted), run)
+    prepared = with_chosen_separator(convert_weights(prepared, run.converted), run)
+    prepared = with_chosen_scaling(prepared, run)
     inputs = prepare_run(prepared, run)
     assert inputs is not None
     check_texts(prepared, inputs, run)
@@ -126,10 +132,48 @@ def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
     if label != "before":
         model, settings = str(run.model), recipe.load.of_own_folder()
     lengths = list(context_lengths(recipe, prepared.info.original_length))
+    around, tokenizer = prepared.separator, prepared.tokenizer
+    documents = evaluation_documents(recipe, tokenizer, run, separator=around)
     with run.lock():
         evaluate_model(
-            make_eval_model(label, model, settings, lengths, prepared.tokenizer),
-            Texts(documents=evaluation_documents(recipe, prepared.tokenizer, run)),
+            make_eval_model(label, model, settings, lengths, tokenizer, around),
+            Texts(documents=documents),
+            lengths,
+            eval_settings(recipe, run),
+            done=run.results(),
+            save=run.write_results,
+        )
+    free_memory()
+
+
+def evaluate_untrained(
+    prepared: PreparedModel, run: RunFolder, data: TrainingData | None = None
+) -> None:
+    """Measure the base with the run's scaling and its best temperature (`untrained`).
+
+    It tells what training adds to rescaling. Nothing to do for `method: none`, which exports it.
+    """
+    recipe = prepared.recipe
+    if recipe.method == "none" or not recipe.eval.untrained:
+        return
+    temperature = untrained_temperature(prepared, run, data)
+
+    def load() -> Any:
+        model = load_for_scoring(prepared, None)
+        if temperature != 1:
+            fold_temperature(model, temperature)
+        return model
+
+    lengths = list(context_lengths(recipe, prepared.info.original_length))
+    around, tokenizer = prepared.separator, prepared.tokenizer
+    documents = evaluation_documents(recipe, tokenizer, run, separator=around)
+    source, settings = prepared.source, prepared.load
+    plain = make_eval_model("untrained", source, settings, [], tokenizer, around)
+    scaled = [prepared.scaled.to_dict(), temperature]
+    with run.lock():
+        evaluate_model(
+            dataclasses.replace(plain, load=load, identity=[plain.identity, scaled]),
+            Texts(documents=documents),
             lengths,
             eval_settings(recipe, run),
             done=run.results(),
@@ -197,16 +241,23 @@ def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | Non
         data: training data that are loaded already.
 
     Raises:
-        SkipwiseError: plain transformers computes other logits from the folder.
+        SkipwiseError: plain transformers computes other logits from the folder, or a runtime would
+            load another window or other frequencies. The folder is kept, and checked again.
     """
-    if run.metadata().get("exported") and run.model.is_dir():
-        return
-    checkpoint = chosen_checkpoint(prepared, run)
-    temperature = chosen_temperature(prepared, run, checkpoint, data)
-    checks = export_model(prepared, run, checkpoint, temperature)
-    record_checks(run, checks)
-    require(checks)
-    run.update(exported=True)
+    if not (run.metadata().get("exported") and run.model.is_dir()):
+        checkpoint = chosen_checkpoint(prepared, run)
+        temperature = chosen_temperature(prepared, run, checkpoint, data)
+        checks = export_model(prepared, run, checkpoint, temperature)
+        record_checks(run, checks)
+        require(checks)
+        run.update(exported=True)
+    check = check_export(run.model, prepared.scaling, prepared.recipe.target_length)
+    record_checks(run, [check])
+    if not check.passed:
+        raise SkipwiseError(
+            f"{run.model} is written, but not every runtime would load it as it was trained\n"
+            f"{check.detail}\ncorrect {run.model / 'config.json'}, and type the command again"
+        )
 
 
 def export_again(
@@ -226,7 +277,8 @@ def export_again(
     recipe, written = run.recipe(), []
     model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
     if model_too or "adapter" in kinds:
-        prepared = choose_scaling(convert_weights(prepare_model(recipe), run.converted), run)
+        prepared = convert_weights(prepare_model(recipe), run.converted)
+        prepared = choose_scaling(with_chosen_separator(prepared, run), run)
         if model_too:
             run.update(exported=False)
             export_run(prepared, run)

@@ -325,9 +325,12 @@ def _kv_heads(config: Mapping[str, Any], family: str, H: int) -> int:
 
 
 def _sliding_layers(config: Mapping[str, Any], count: int) -> int:
-    """Every n-th layer is full; without such a key half of the layers are, as in Gemma 2."""
-    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
-    return count - count // every if every else count // 2
+    """The class's pattern of layers, with another period if config.json has a key for it."""
+    pattern = config.get("layer_pattern") or ["sliding_attention", "full_attention"]
+    keys = ("sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers")
+    every = _first_present(config, keys, len(pattern))
+    first = 0 if pattern[0] == "full_attention" else every - 1
+    return sum(i % every != first for i in range(count))
 
 
 def _is_on(config: Mapping[str, Any], switch: Switch) -> bool:

@@ -32,7 +32,7 @@ class Scaling:
     is_rope_type: ClassVar[bool] = True  # also of `rope_type` in configs
     auto_candidate: ClassVar[bool] = False  # `rope.type: auto` measures it
     extendable: ClassVar[bool] = False  # a model scaled with it can be scaled further
-    keeps_length: ClassVar[bool] = False  # max_position_embeddings stays L; vLLM multiplies it by f
+    keeps_length: ClassVar[bool] = False  # max_position_embeddings is L; see `keeps_length` below
     follows_length: ClassVar[bool] = False  # changes with the length of the text: inference only
     factor_from_lengths: ClassVar[bool] = False  # a config may leave f out
     factor: float
@@ -351,6 +351,19 @@ class Dynamic(Scaling):
 SCALINGS: dict[str, type[Scaling]] = {
     cls.name: cls for cls in (Unscaled, YaRN, Llama3, LongRoPE, NTK, Linear, Dynamic)
 }
+
+
+def keeps_length(scaling: Scaling | type[Scaling] | None, family: str) -> bool:
+    """Whether a config of this model_type states L as max_position_embeddings, and servers
+    multiply it by f. The one place that knows: it is asked when a config is written and read.
+
+    Gemma 3 states T: its released configs do, and vLLM multiplies for every model_type but those
+    with "gemma3" in it (`_get_and_verify_max_len`), SGLang for none of them. `dynamic` states L
+    there as well, because transformers computes its frequencies from max_position_embeddings.
+    """
+    if scaling is None or not scaling.keeps_length:
+        return False
+    return scaling.follows_length or "gemma3" not in family
 
 
 def scalings_for(refused: tuple[str, ...] = ()) -> list[str]:

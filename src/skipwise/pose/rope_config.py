@@ -4,10 +4,47 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from typing import Any
 
 from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import SCALINGS, Scaling, make_scaling
+
+_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
+_COMMON += ("original_max_position_embeddings",)
+# What the attention of some families reads beside RoPE; it stays as it was trained.
+CARRIED = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "llama_4_scaling_beta")
+_COMPUTED = {  # (rope_type, key) without effect in transformers: what other runtimes do with it
+    ("yarn", "attn_factor"): "SGLang and vLLM up to 0.15 multiply the attention factor by it",
+    ("yarn", "extrapolation_factor"): "SGLang and vLLM multiply the ramp by it",
+    ("yarn", "apply_yarn_scaling"): "vLLM leaves the attention factor of yarn out if it is false",
+    ("dynamic", "alpha"): "SGLang and vLLM raise rope_theta by it",
+    ("longrope", "short_mscale"): "SGLang and vLLM take it for the attention factor",
+    ("longrope", "long_mscale"): "SGLang and vLLM take it for the attention factor",
+}
+
+
+def unread_keys(rope_parameters: dict[str, Any]) -> str:
+    """What to say of keys from which transformers computes nothing; empty if there are none."""
+    name = _name(rope_parameters)
+    read = (*_COMMON, "llama_4_scaling_beta")
+    unread = [key for key in rope_parameters if key not in (*read, *_options(name))]
+    said, quiet = [], []
+    for key in unread:
+        value, computed = rope_parameters[key], _COMPUTED.get((name, key))
+        if computed and value not in (None, 1):
+            said.append(f"{key} {json.dumps(value)} has no effect in transformers, but {computed}")
+        else:
+            quiet.append(key)
+    return "; ".join([*said, *([f"nothing is computed from {', '.join(quiet)}"] if quiet else [])])
+
+
+def counts_from(rope_parameters: dict[str, Any], max_position_embeddings: int) -> int | None:
+    """The length before the scaling of a config; None if its type counts from no length."""
+    scaling = SCALINGS.get(_name(rope_parameters))
+    if scaling is None or "original_length" not in {f.name for f in dataclasses.fields(scaling)}:
+        return None
+    return rope_parameters.get("original_max_position_embeddings") or max_position_embeddings
 
 
 def from_rope_parameters(
@@ -25,11 +62,12 @@ def from_rope_parameters(
         original_length: L. Defaults to what the config says.
 
     Raises:
-        SkipwiseError: parameters per layer type, an unknown type or key, no factor.
+        SkipwiseError: parameters per layer type, an unknown type, no factor, an option that is no
+            number. Keys that the type does not have are passed over: see `unread_keys`.
     """
     if isinstance(rope_parameters.get("full_attention"), dict):
         raise SkipwiseError("these rope_parameters are per layer type: give those of one type")
-    name = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
+    name = _name(rope_parameters)
     known = {cls.name: cls for cls in SCALINGS.values() if cls.is_rope_type}
     if name not in known:
         raise SkipwiseError(
@@ -41,15 +79,24 @@ def from_rope_parameters(
     factor = 1.0 if name == "default" else rope_parameters.get("factor")
     if factor is None and known[name].factor_from_lengths:
         factor = max_position_embeddings / length
-    read = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
-    read += ("original_max_position_embeddings",)
-    options = {key: value for key, value in rope_parameters.items() if key not in read}
+    options = {key: rope_parameters.get(key) for key in _options(name)}
+    options = {k: v for k, v in options.items() if v or not k.startswith("mscale")}  # 0 is unset
     given: dict[str, Any] = {"factor": factor, "original_length": length, **options}
     for field in dataclasses.fields(known[name]):
         if field.default is dataclasses.MISSING and given.get(field.name) is None:
             what = f"the config's rope_type is {name} and it has no {field.name}: add it"
             raise SkipwiseError(what)
     return make_scaling(name, **given)
+
+
+def _name(rope_parameters: dict[str, Any]) -> str:
+    return rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
+
+
+def _options(name: str) -> list[str]:
+    """The keys that transformers computes from for this rope_type, beside the common ones."""
+    fields = dataclasses.fields(SCALINGS[name]) if name in SCALINGS else ()
+    return [f.name for f in fields if f.name not in ("factor", "original_length")]
 
 
 def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -86,8 +133,8 @@ def with_legacy_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
         out["rotary_pct"] = parameters.get("partial_rotary_factor", 1.0)
     scaling = {key: value for key, value in parameters.items() if key not in moved}
     scaling["type"] = scaling["rope_type"]  # its name before transformers 4.43
-    # in transformers 4 three families refuse other keys; f and L follow from the top level
-    if family == "phi3" and "attention_factor" not in scaling:
+    # in transformers 4 four families refuse other keys; f and L follow from the top level
+    if family in ("phi3", "phi4_multimodal") and "attention_factor" not in scaling:
         scaling = {k: v for k, v in scaling.items() if k in ("type", "short_factor", "long_factor")}
     if family in ("olmo", "olmo2") and scaling["type"] in ("linear", "dynamic"):
         del scaling["rope_type"]

@@ -20,12 +20,43 @@ from skipwise.pose.samplers import IGNORE_INDEX
 _PROBED = 256  # positions whose logits are compared
 
 
-def check_tokenizer(tokenizer: Any, vocab_size: int, batch: dict[str, torch.Tensor]) -> Check:
-    """All token ids, of the tokenizer and of a real batch, fit the embedding."""
-    largest = max(len(tokenizer) - 1, int(batch["input_ids"].max()))
-    fits = largest < vocab_size
+def check_tokenizer(
+    tokenizer: Any,
+    vocab_size: int,
+    batch: dict[str, torch.Tensor],
+    largest_in_text: Callable[[], int] | None = None,
+) -> Check:
+    """All token ids, of the tokenizer and of the text, fit the embedding.
+
+    A special token that was added without a row in the embedding is allowed if no text holds it,
+    as [PAD] in many published tokenizers.
+
+    Args:
+        largest_in_text: the largest token id of all documents; the batch is one example. Called
+            only if it matters.
+    """
+    in_text = int(batch["input_ids"].max())
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    largest = max(in_text, *vocabulary.values())
+    beyond = {i: token for token, i in vocabulary.items() if i >= vocab_size}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
     detail = f"the embedding of {vocab_size:,} has room for all {len(tokenizer):,} tokens"
-    if not fits:
+    fits = largest < vocab_size
+    if not fits and all(i in added for i in beyond):
+        in_text = max(in_text, largest_in_text() if largest_in_text else 0)
+        fits = in_text < vocab_size
+        names = ", ".join(f"{beyond[i]} (id {i:,})" for i in sorted(beyond)[:3])
+        names += ", ..." if len(beyond) > 3 else ""
+        text = "no text holds" if largest_in_text else "the first example does not hold"
+        detail = f"{text} {names}, which the embedding of {vocab_size:,} has no row for"
+        if not fits:
+            name = beyond.get(in_text, "a token")
+            detail = (
+                f"the text holds {name} (id {in_text:,}), and the embedding of {vocab_size:,} has "
+                f"no row for it: take {name} out of the text, or give the model a row with "
+                f"model.resize_token_embeddings({largest + 1}) and save it"
+            )
+    elif not fits:
         detail = (
             f"token id {largest:,} is beyond the embedding of {vocab_size:,}: "
             "this is another model's tokenizer"
@@ -158,9 +189,11 @@ def _check_skips(
     """The logits after a skip depend on its size.
 
     Rotary positions are relative: shifting all of them changes the logits only by rounding, and
-    removing the skips must change them more. It does not if the model ignores `position_ids`, or if
-    its full-attention layers have no positions (Cohere 2, EXAONE 4). Runs in float32 if the weights
-    and the attention implementation allow it, because rounding is smallest there.
+    halving the skips must change them more. It does not if the model ignores `position_ids`, if its
+    full-attention layers have no positions (Cohere 2, EXAONE 4), or if the mask separates the
+    chunks and only the state of other layers crosses the skip (Qwen 3 Next without a mask). Runs in
+    float32 if the weights and the attention implementation allow it, because rounding is smallest
+    there.
     """
     mixed = (inner.config._attn_implementation or "").startswith(("flash", FLEX))
     mixed = mixed or any(p.dtype != torch.float32 for p in inner.parameters())
@@ -183,15 +216,22 @@ def _check_skips(
     positions = inputs["position_ids"]
     plain = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     shift = int((positions - plain)[0, -1])
+    if "llama_4_scaling_beta" in (getattr(inner.config, "rope_parameters", None) or {}):
+        shift = 1  # queries also grow with their own position (Ministral 3)
     skipped = logits(positions)
-    effect = float((logits(plain) - skipped).abs().mean())
+    effect = float((logits(plain + (positions - plain) // 2) - skipped).abs().mean())
     rounding = float((logits(positions + shift) - skipped).abs().mean())
     takes_effect = effect > 1.5 * rounding
     detail = "the skips change the logits by more than rounding does"
-    if not takes_effect:
+    if not takes_effect and inputs.get("attention_mask") is None:
         detail = (
-            "the skips do not change the logits: the layers that look far back have no positions "
-            "to learn, so PoSE would teach nothing"
+            "the size of a skip does not change the logits: the attention mask separates the "
+            "chunks, so PoSE would teach nothing; send an attention_mask of ones with position_ids"
+        )
+    elif not takes_effect:
+        detail = (
+            "the size of a skip does not change the logits: the layers that look far back have no "
+            "positions to learn, so PoSE would teach nothing"
         )
     numbers = {"effect": effect, "rounding": rounding}
     return Check(name="skips take effect", passed=takes_effect, detail=detail, numbers=numbers)

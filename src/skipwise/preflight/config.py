@@ -31,6 +31,8 @@ def check_config(info: ModelInfo, scaling: Scaling, target_length: int) -> list[
         )
     numbers = {"original_length": L, "target_length": target_length, "factor": factor}
     checks = [Check(name="lengths", passed=fits, detail=detail, numbers=numbers)]
+    if info.notes:
+        checks.append(Check(name="config keys", passed=True, detail=info.notes))
     if info.recurrent:
         detail = (
             "skips train only the attention layers; method=full also shows longer texts to the "
@@ -52,10 +54,11 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
     info = read_model_info(config, recipe.original_length)
     scaling = scaling_for(recipe, info)
     changes = config_changes(info, scaling, recipe.target_length)
+    theta = info.rope_parameters.get("rope_theta", info.rope_theta)
     slowest = float(scaling.inv_freq(info.rope_theta, info.rotary_dim)[-1])
     converted = f"{conversion.source}, converted exactly to " if conversion else ""
     found = {
-        "model": f"{converted}{info.family}; rope_theta is {info.rope_theta:,.0f}, and RoPE "
+        "model": f"{converted}{info.family}; rope_theta is {theta:,.0f}, and RoPE "
         f"rotates {info.rotary_dim} of a head's {info.head_dim} dimensions",
         "rope": f"the lowest frequency turns once in {2 * math.pi / slowest:,.0f} tokens; the "
         f"attention factor is {scaling.attention_factor:.4f}",

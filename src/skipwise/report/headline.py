@@ -3,11 +3,13 @@
 `headline` is for a run, `evaluation_headline` for models that were measured without one.
 
 An extension from L to T "reads" T tokens when none of these holds:
-  passkey     below 90 % at T or at a length between L and T; below 50 % at one depth at T; at L,
-              more than 5 points lower than before
+  passkey     below 90 % at T or at a length between L and T, or below what the base finds at L
+              where that is less; below 50 % at one depth at T; at L, more than 5 points lower than
+              before. Not judged where the base finds less than half of them inside its own window
   perplexity  not finite at T; higher with T tokens of context than with L; higher than the base
               model's with L; or risen by more than 5 % at L
   benchmarks  one got worse by more than the error of the difference
+  training    nothing got better, beyond error, than in the base rescaled without training
   checks      one failed
 It "did not work" when the passkey is found in less than half the trials at T, or the perplexity at
 T is not finite or more than 1.5 times that at L. The sentence also names what was not measured.
@@ -18,6 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 from skipwise.report.benchmarks import worse_benchmarks
+from skipwise.report.differences import describe_training
 from skipwise.report.format import listed, number, percent, short_value
 from skipwise.report.rows import (
     Row,
@@ -49,6 +52,9 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
     broken = any(failed for _, _, failed in judged)
     if worse := worse_benchmarks(rows, "before", "after"):
         shortfalls.append(f"worse beyond error on short contexts: {listed(worse)}")
+    added, anything = describe_training(rows, T)
+    if added and not anything:
+        shortfalls.append(added[0].lower() + added[1:])
     failed = [c.get("name", "?") for c in run.get("checks") or [] if not c.get("passed")]
     shortfalls += [f"the check “{check}” failed" for check in failed]
     tasks = ("passkey", "perplexity", *other_tasks(rows))
@@ -57,6 +63,7 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
         return f"{out}, and {'; '.join(shortfalls)}." if shortfalls else f"{out}."
     extended = f"{name} was extended from {L:,} to {T:,} tokens"
     measured, short = "; ".join(results), "; ".join(shortfalls)
+    measured += f". {added}" if added and anything else ""
     if broken:
         failure = f"Extending {name} from {L:,} to {T:,} tokens did not work"
         return f"{failure}: {short}. Measured: {measured}."
@@ -121,11 +128,15 @@ def _measured(rows: Rows, model: str, brief: bool) -> list[str]:
     return results
 
 
-def _score(row: Row, before: Row | None = None, brief: bool = False) -> str:
-    """`needle found in 98 % of 100 trials at 4,096 (50 % before)`, `NAME 3.20 at 4,096`."""
+def _score(
+    row: Row, before: Row | None = None, untrained: Row | None = None, brief: bool = False
+) -> str:
+    """`needle found in 98 % of 100 trials at 4,096 (0 % before, 38 % untrained)`."""
     found = "found in " if row["task"] in ("passkey", "needle") else ""
     trials = "" if brief or not found else f" of {row['num_samples']:,} trials"
-    was = f" ({short_value(before)} before)" if before and before["value"] is not None else ""
+    others = (before, "before"), (untrained, "untrained")
+    known = [f"{short_value(r)} {word}" for r, word in others if r and r["value"] is not None]
+    was = f" ({', '.join(known)})" if known else ""
     return f"{row['task']} {found}{short_value(row)}{trials} at {row['context_length']:,}{was}"
 
 
@@ -134,16 +145,25 @@ def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
     after = find(rows, "after", "passkey", T)
     if not after or after["value"] is None:
         return [f"passkey not measured at {T:,}"], [], False
-    before = find(rows, "before", "passkey", T)
-    results = [_score(after, before)]
+    before, untrained = (find(rows, m, "passkey", T) for m in ("before", "untrained"))
+    results = [_score(after, before, untrained)]
     shortfalls = []
+    near, base = find(rows, "after", "passkey", L), find(rows, "before", "passkey", L)
+    ability = base["value"] if base and base["value"] is not None else 1.0
+    if ability < PASSKEY_HALF:
+        results.append(
+            f"the base finds {percent(ability)} % of the passkeys inside its own window of {L:,} "
+            "tokens, so they do not judge the extension"
+        )
+        return results, shortfalls, False
+    enough = min(PASSKEY_ENOUGH, ability - 0.05)
     own = [r for r in task_rows(rows, "passkey") if r["model"] == "after"]
     beyond = [r for r in pooled(own) if L < r["context_length"] <= T and r["value"] is not None]
-    if low := [r for r in beyond if r["value"] < PASSKEY_ENOUGH]:
+    if low := [r for r in beyond if r["value"] < enough]:
         lengths = ", ".join(f"{n:,}" for n in sorted(r["context_length"] for r in low))
         worst = min(r["value"] for r in low)
         shortfalls.append(
-            f"passkey below {100 * PASSKEY_ENOUGH:.0f} % at {lengths} (lowest {percent(worst)} %)"
+            f"passkey below {100 * enough:.0f} % at {lengths} (lowest {percent(worst)} %)"
         )
     at_depths = [r for r in own if r["context_length"] == T and r.get("depth") is not None]
     depths = [r for r in at_depths if r["value"] is not None]
@@ -153,7 +173,6 @@ def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
             f"at {percent(weakest['depth'])} % of the depth of {T:,} tokens the passkey is found "
             f"in {percent(weakest['value'])} % of trials"
         )
-    near, base = find(rows, "after", "passkey", L), find(rows, "before", "passkey", L)
     values = [row["value"] for row in (near, base) if row and row["value"] is not None]
     if L < T and len(values) == 2 and values[0] < values[1] - 0.05:
         shortfalls.append(
@@ -167,9 +186,11 @@ def _other_scores(rows: Rows, T: int) -> list[str]:
     """Scores at T and RULER's effective length, before and after. They are not judged."""
     results = []
     for task in ("needle", *other_tasks(rows)):
-        after, before = (find(rows, model, task, T) for model in ("after", "before"))
+        after, before, untrained = (
+            find(rows, model, task, T) for model in ("after", "before", "untrained")
+        )
         if after and after["value"] is not None:
-            results.append(_score(after, before))
+            results.append(_score(after, before, untrained))
     known = {s.model: s for s in summarise_ruler(rows) if s.averages}
     if "after" in known:
         before_too = f", {known['before'].effective} before" if "before" in known else ""
@@ -180,7 +201,10 @@ def _other_scores(rows: Rows, T: int) -> list[str]:
 
 def _perplexity(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
     far, near = find(rows, "after", "perplexity", T), find(rows, "after", "perplexity", L)
-    base = find(rows, "before", "perplexity", L)
+    base, untrained = (
+        find(rows, "before", "perplexity", L),
+        find(rows, "untrained", "perplexity", T),
+    )
     if not far:
         results, shortfalls = [f"perplexity not measured at {T:,}"], []
         _check_original_length(shortfalls, near, base, L)
@@ -190,7 +214,11 @@ def _perplexity(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]
         return results, [f"perplexity is beyond measure with {T:,} tokens of context"], True
     known = [
         f"{number(row['value'])} {words}"
-        for row, words in ((near, f"with {L:,}"), (base, f"before extension with {L:,}"))
+        for row, words in (
+            (untrained, "untrained"),
+            (near, f"with {L:,}"),
+            (base, f"before extension with {L:,}"),
+        )
         if row and row["value"] is not None
     ]
     results = [

@@ -2,6 +2,8 @@
 
 Rows:    {"model", "task", "metric", "context_length", ["depth"], "value", "low", "high",
          "num_samples"}; a value that is null or not finite was measured, but cannot be shown.
+         "samples" are the scores of its trials, in the order that is the same for every model; of
+         perplexity the losses of its windows, with "documents", the document of each.
          A benchmark's row has "kind": "benchmark", no context length, "num_fewshot", "stderr".
          A row may say how it is shown: "title", "about", "higher_is_better", "is_share".
 """
@@ -30,6 +32,8 @@ RULER_TASKS = (
     "fwe",
 )
 RULER_AVERAGE = "ruler average"
+# The base; the base with the chosen scaling and its best attention temperature; the exported model
+RUN_MODELS = ("before", "untrained", "after")
 _ORDER = ("perplexity", "passkey", "needle", *RULER_TASKS)
 
 
@@ -70,9 +74,9 @@ def other_tasks(rows: Rows) -> list[str]:
 
 
 def models_of(rows: Rows) -> list[str]:
-    """The models of the rows: before and after first, the others in order of appearance."""
+    """The models of the rows: those of a run first, the others in order of appearance."""
     names = dict.fromkeys(row["model"] for row in rows)
-    return sorted(names, key=lambda name: {"before": 0, "after": 1}.get(name, 2))
+    return sorted(names, key=lambda name: RUN_MODELS.index(name) if name in RUN_MODELS else 3)
 
 
 def pooled(rows: Rows) -> Rows:
@@ -94,6 +98,9 @@ def pooled(rows: Rows) -> Rows:
             low, high = wilson(hits, count) if count else (None, None)
             value = hits / count if count else None
             row.update(value=value, low=low, high=high, num_samples=count)
+            if all("samples" in r for r in group):
+                by_depth = sorted(group, key=lambda r: r["depth"])
+                row["samples"] = [score for r in by_depth for score in r["samples"]]
         out.append(row)
     return out
 

@@ -16,6 +16,11 @@ from skipwise.report.rows import (
     pooled,
 )
 
+UNTRAINED = (
+    "untrained: the base model with the same scaling, at its best attention temperature, without "
+    "any training."
+)
+
 
 def layout(rows: Rows) -> tuple[list[str], list[tuple[str, str, int]], dict[tuple[Any, ...], Any]]:
     """The columns (models), the lines (task, metric, length) and the pooled cells of the table.
@@ -55,8 +60,9 @@ def _contexts(rows: Rows) -> str:
         threshold = f"average ≥ {100 * ruler.EFFECTIVE_THRESHOLD:.1f} %"
         values = [effective.get(model, "not measured") for model in models]
         table.append([ruler.EFFECTIVE_LENGTH, threshold, "", *values])
-    out = markdown(table, left=2)
-    return f"{out}\n\nruler average: {ruler.describe_tasks(summaries)}" if summaries else out
+    notes = [f"ruler average: {ruler.describe_tasks(summaries)}"] if summaries else []
+    notes += [UNTRAINED] if "untrained" in models else []
+    return "\n\n".join([markdown(table, left=2), *notes])
 
 
 def _benchmarks(rows: Rows) -> str:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from skipwise.config.machine import process_memory, world_size
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.stages import is_full_length_stage
@@ -61,7 +61,8 @@ class RunCallback(TrainerCallback):
         self.engine, self.config = engine, config  # config of the model, without wrappers
         self.preflight: Callable[[], None] = lambda: None  # runs once the model is wrapped
         self.write_down: Callable[[], None] = lambda: None  # before the last checkpoint is marked
-        self.bar: tqdm | None = None
+        self.bar: Progress | None = None
+        self.loss = math.nan
         self.started = 0.0
         self.seconds_before = 0.0
 
@@ -74,13 +75,8 @@ class RunCallback(TrainerCallback):
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         write_text(self.run.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
         self.started = time.monotonic()
-        self.bar = tqdm(
-            total=args.max_steps,
-            initial=state.global_step,
-            desc=self.phase,
-            unit=" steps",
-            disable=None,
-        )
+        label = "train at full length" if self.phase == "finish" else "train"
+        self.bar = Progress(label, args.max_steps, unit=" steps", done=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs.get("logs") or {}
@@ -112,8 +108,7 @@ class RunCallback(TrainerCallback):
         }
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.loss = loss
 
     def _divergence(self, args: Any) -> dict[str, float]:
         """Mean KL(base || model) over the step's distilled tokens, over all processes."""
@@ -127,9 +122,19 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+            self.bar.advance(state.global_step - self.bar.done, self._describe(args, state))
         if state.global_step >= args.max_steps:
             control.should_save = True
+
+    def _describe(self, args: Any, state: Any) -> str:
+        """`step 40 of 240, loss 1.234, 16,384 tokens a second`; the loss is of the last log."""
+        assert self.bar is not None
+        tokens = examples_per_step(args) * self.train_length
+        seconds = time.monotonic() - self.started
+        rate = (state.global_step - self.bar.first) * tokens / max(seconds, 1e-9)
+        loss = f"loss {self.loss:.3f}, " if math.isfinite(self.loss) else ""
+        step = f"step {state.global_step:,} of {args.max_steps:,}"
+        return f"{step}, {loss}{rate:,.0f} tokens a second"
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if world_size() > 1:

@@ -19,7 +19,7 @@ from skipwise.data.chat import spans_of
 from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import Corpus, build_corpus
 from skipwise.data.dataset import PoSEDataset
-from skipwise.data.readers import Source, parse_sources
+from skipwise.data.readers import Source, left_out_files, parse_sources
 from skipwise.data.token_cache import TokenStore
 from skipwise.data.tokenize import tokenize_source
 from skipwise.errors import Check, SkipwiseError
@@ -29,7 +29,7 @@ from skipwise.preflight.batch import check_documents, check_labels
 from skipwise.preflight.config import check_config
 from skipwise.training.checkpoints import last_checkpoint, trained_checkpoint
 
-_NUM_HELD_OUT = 8  # documents kept for evaluation where the recipe has no data.eval_sources
+_SHOWN = 5  # most names of files that are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class TrainingData:
     digest: str  # hash of all tokens of the sources
     num_conversations: int = 0
     assistant_fraction: float = 0.0  # of the conversations' tokens
+    num_special: int = 0  # control tokens that the text spells
 
     def items(self, size: int) -> list[dict[str, Any]]:
         """The first examples of the run."""
@@ -70,6 +71,15 @@ def find_sources(recipe: Recipe) -> list[Source]:
     settings = recipe.data
     if recipe.method != "none" and not settings.sources:
         raise SkipwiseError("no text to train on: type --data FILE, FOLDER or hub name")
+    if settings.held_out != "auto":
+        if settings.eval_sources:
+            raise SkipwiseError(
+                "data.held_out has no effect with data.eval_sources: leave out one of them"
+            )
+        whole = float(settings.held_out).is_integer()
+        if settings.held_out < 0 or (settings.held_out > 1 and not whole):
+            given = f"data.held_out={settings.held_out}"
+            raise SkipwiseError(f"{given}: give a number of documents, or a share such as 0.05")
     parse_sources(settings.eval_sources, settings.text_field)
     return parse_sources(settings.sources, settings.text_field)
 
@@ -92,7 +102,8 @@ def load_training_data(
     sources = find_sources(recipe)
     on_bad_record, num_proc = settings.on_bad_record, settings.num_proc
     read = partial(tokenize_source, on_bad_record=on_bad_record, num_proc=num_proc)
-    stores = [read(source, prepared.tokenizer, progress=progress) for source in sources]
+    around = {"separator": prepared.separator, "special_tokens": settings.special_tokens}
+    stores = [read(source, prepared.tokenizer, **around, progress=progress) for source in sources]
     digest = hashlib.sha256("".join(store.digest() for store in stores).encode()).hexdigest()[:16]
     changed = False if run is None else text_changed(run, digest)
     if run is not None and changed and not trained_checkpoint(run, recipe):
@@ -104,8 +115,8 @@ def load_training_data(
         min_length=sampler.train_length,
         target_length=recipe.target_length,
         short_documents=settings.short_documents,
-        separator=prepared.tokenizer.eos_token_id,
-        num_held_out=0 if settings.eval_sources else _NUM_HELD_OUT,
+        between=prepared.separator.between,
+        num_held_out=0 if settings.eval_sources else settings.held_out,
     )
     if run is not None and not settings.eval_sources and is_main_process() and not changed:
         _write_held_out(run, corpus, prepared.tokenizer)
@@ -122,6 +133,7 @@ def load_training_data(
         num_conversations=sum(store.chat.num_conversations for store in stores),
         assistant_fraction=sum(store.chat.num_labels for store in stores)
         / max(1, sum(store.chat.num_tokens for store in stores)),
+        num_special=sum(store.num_special for store in stores),
     )
 
 
@@ -158,13 +170,19 @@ def check_data(
     if data.num_bad_records:
         left_out.append(f"{data.num_bad_records:,} unreadable records ({data.bad_records[0]})")
     L, count = data.sampler.train_length, corpus.num_documents
-    return [
+    checks = [
         *check_config(prepared.info, prepared.scaling, T),
         check_documents(corpus.longest, count, L, T, ", ".join(left_out)),
-        _check_held_out(corpus, held_out, T),
+        *_check_files(prepared.recipe),
+        _check_held_out(corpus, held_out, T, bool(prepared.recipe.data.eval_sources)),
         check_labels(data.items(16)),
         *([_check_chat(data)] if data.num_conversations else []),
     ]
+    if data.num_special:
+        detail = f"the text spells {data.num_special:,} special tokens, such as EOS, which are read"
+        detail += " as those tokens; data.special_tokens=text reads them as text"
+        checks.append(Check(name="special tokens", passed=True, detail=detail))
+    return checks
 
 
 def data_metadata(prepared: PreparedModel, data: TrainingData, num_eval: int) -> dict[str, Any]:
@@ -190,19 +208,38 @@ def text_changed(run: RunFolder, digest: str) -> bool:
     return begun is not None and run.metadata().get("data", {}).get("digest", digest) != digest
 
 
-def _check_held_out(corpus: Corpus, held_out: list[np.ndarray], target_length: int) -> Check:
-    """Check that no evaluation document is trained on, by comparing first tokens."""
-    name = "evaluation text"
+def _check_files(recipe: Recipe) -> list[Check]:
+    """What is left out of the folders of the sources, if anything is."""
+    settings = recipe.data
+    paths = left_out_files(parse_sources((*settings.sources, *settings.eval_sources)))
+    if not paths:
+        return []
+    shown = [path.name + "/" * path.is_dir() for path in paths[:_SHOWN]]
+    names = ", ".join(shown) + ", ..." * (len(paths) > _SHOWN)
+    count = f"{len(paths):,} file{'s that are not texts' if len(paths) > 1 else ' that is no text'}"
+    return [Check(name="left out", passed=True, detail=f"{count}: {names}")]
+
+
+def _check_held_out(
+    corpus: Corpus, held_out: list[np.ndarray], target_length: int, is_given: bool
+) -> Check:
+    """Check that there is evaluation text, and that no document of it is trained on."""
     usable = sum(len(tokens) >= target_length for tokens in held_out)
-    seen = corpus.count_copies(held_out)
-    if seen:
-        detail = f"{seen} of its documents are also trained on: remove them from data.sources"
+    copies, others = corpus.count_overlaps(held_out) if is_given or held_out else (0, 0)
+    detail = f"{len(held_out)} held-out documents, {usable} of at least the target length"
+    if copies:
+        detail = f"{copies} documents of data.sources are copies of it, at least in large part: "
+        detail += "remove them from data.sources"
     elif not held_out:
-        detail = "no document is long enough to hold out, so perplexity is not measured: "
-        detail += "set data.eval_sources=..."
-    else:
-        detail = f"{len(held_out)} held-out documents, {usable} of at least the target length"
-    return Check(name=name, passed=not seen, detail=detail)
+        why = "data.eval_sources holds none" if is_given else corpus.none_held_out
+        detail = f"perplexity is not measured: {why}: set data.eval_sources=..."
+    elif not usable:
+        detail += ": perplexity is not measured there"
+    elif is_given and others:
+        detail += f"; {others} documents of data.sources share a passage with one"
+    return Check(
+        name="evaluation text", passed=not copies, detail=detail, is_warning=not (copies or usable)
+    )
 
 
 def _check_chat(data: TrainingData) -> Check:
@@ -213,7 +250,8 @@ def _check_chat(data: TrainingData) -> Check:
 
 
 def _write_held_out(run: RunFolder, corpus: Corpus, tokenizer: Any) -> None:
-    documents = [{"text": tokenizer.decode(x), "tokens": x.tolist()} for x in corpus.held_out]
+    decode = partial(tokenizer.decode, skip_special_tokens=True)  # for another tokenizer
+    documents = [{"text": decode(x), "tokens": x.tolist()} for x in corpus.held_out]
     for document, tokens in zip(documents, corpus.held_out, strict=True):
         if spans := spans_of(tokens):
             document["masked"] = spans[0].tolist()

@@ -101,10 +101,13 @@ class Preflight:
             checks.append(check_distillation(*taught, self.engine.name, autocast))
         return checks
 
-    def check_before_training(self) -> None:
+    def check_before_training(self, largest_in_text: Callable[[], int]) -> None:
         """What can be checked on a model that no engine has wrapped."""
-        vocab_size = self.prepared.info.vocab_size
-        self.checks.append(check_tokenizer(self.prepared.tokenizer, vocab_size, self.batch))
+        tokenizer, vocab_size = self.prepared.tokenizer, self.prepared.info.vocab_size
+        fits = check_tokenizer(tokenizer, vocab_size, self.batch, largest_in_text)
+        self.checks.append(fits)
+        if not fits.passed:  # the model has no embedding for the batch
+            return
         if self.one_process or self.engine.name == "ddp":
             self.checks.extend(self.check_batch(self.trainer.model))
 
@@ -194,7 +197,7 @@ def _set_up(
         restore_rope=engines.keep_rope_in_float32(model),
         checks=[*scaled, *kernel, *taught],
     )
-    preflight.check_before_training()
+    preflight.check_before_training(data.corpus.largest_token)
     return Training(
         trainer=trainer,
         callback=callback,

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.evaluation.intervals import wilson
 from skipwise.evaluation.scoring import Trial, exact_match
 from skipwise.evaluation.tasks.prompts import (
     answered,
@@ -27,6 +26,7 @@ from skipwise.evaluation.tasks.prompts import (
     token_ids,
 )
 from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.intervals import wilson
 from skipwise.report.rows import Rows
 
 INTRO = (
@@ -176,6 +176,7 @@ def rows_by_depth(
                 "low": low,
                 "high": high,
                 "num_samples": len(hits),
+                "samples": [int(hit) for hit in hits],
             }
         )
     return rows

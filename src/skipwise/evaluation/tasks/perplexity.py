@@ -21,10 +21,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from skipwise.data.chat import ChatTokens
-from skipwise.evaluation.intervals import clustered_mean
 from skipwise.evaluation.prefill import logits_in_slices
 from skipwise.evaluation.scoring import Tick
 from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.intervals import clustered_mean
 from skipwise.report.rows import Rows
 
 _IGNORED = -100  # the label of torch's cross entropy for no target
@@ -53,8 +53,9 @@ def perplexity(
         tick: called with the number of tokens that went through the model.
 
     Returns:
-        tidy rows with 95 % intervals over documents; no rows where no document is long enough for
-        the shortest length. Context lengths beyond the longest document are left out.
+        tidy rows with 95 % intervals over documents, of which there must be 5; no rows where no
+        document is long enough for the shortest length. Context lengths beyond the longest
+        document are left out. `samples` of a row are the losses of its windows.
     """
     lengths = fitting_lengths(documents, context_lengths)
     if not lengths or not num_windows:
@@ -74,8 +75,13 @@ def perplexity(
         losses = mean + (sums - mean * counts) / counts.mean()
         mean, low, high = clustered_mean(losses, owners)
         common = {"task": "perplexity", "context_length": c, "num_samples": num_samples}
-        values = {"value": _exp(mean), "low": _exp(low), "high": _exp(high)}
-        rows.append({**common, "metric": "perplexity", **values})
+        known = math.isfinite(high)
+        values = {
+            "value": _exp(mean),
+            **{k: _exp(x) if known else None for k, x in (("low", low), ("high", high))},
+        }
+        paired = {"samples": [round(float(x), 5) for x in losses], "documents": owners.tolist()}
+        rows.append({**common, "metric": "perplexity", **values, **paired})
         if bytes_per_token:
             bits = math.log(2) * bytes_per_token
             values = {"value": mean / bits, "low": low / bits, "high": high / bits}

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from skipwise.models.separator import added_tokens
+
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
@@ -78,7 +80,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     if isinstance(tokenizer, ChatPrompts):
         return tokenizer.prompt_ids(text)
     ids = tokenizer(text, verbose=False)["input_ids"]
-    return ids[: len(ids) - _num_ending(tokenizer)]
+    return ids[: len(ids) - len(added_tokens(tokenizer)[1])]
 
 
 def answered(tokenizer: Any, prompt: str, asked: list[int], answer: str) -> list[int]:
@@ -91,17 +93,6 @@ def answered(tokenizer: Any, prompt: str, asked: list[int], answer: str) -> list
     if full[: len(asked)] == asked and len(full) > len(asked):
         return full
     return asked + tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
-
-
-def _num_ending(tokenizer: Any) -> int:
-    """The number of special tokens at the end of every text."""
-    full, bare = (
-        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
-    )
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return len(full) - len(bare) - start
-    return 0
 
 
 def haystack_words(tokenizer: Any, documents: Sequence[np.ndarray], num_tokens: int) -> list[str]:

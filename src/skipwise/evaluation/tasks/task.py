@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from skipwise.config.recipe import EvalSettings
-from skipwise.evaluation.intervals import mean_interval
 from skipwise.evaluation.scoring import Tick
+from skipwise.report.intervals import mean_interval
 from skipwise.report.rows import Row, Rows
 
 
@@ -77,4 +77,5 @@ def mean_row(task: str, metric: str, length: int, scores: Sequence[float]) -> Ro
         "low": low,
         "high": high,
         "num_samples": len(scores),
+        "samples": [round(float(score), 4) for score in scores],
     }

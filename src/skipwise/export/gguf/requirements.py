@@ -13,7 +13,7 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import complete, read_config
 from skipwise.models.model_info import ModelInfo, read_model_info
-from skipwise.pose.rope import SCALINGS, Scaling
+from skipwise.pose.rope import SCALINGS, Scaling, keeps_length
 
 _TABLE_CLASSES = {"LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"}  # become llama
 _OWN_KEYS = {("longrope", "Phi3ForCausalLM")}  # llama.cpp's converter writes these itself
@@ -62,9 +62,9 @@ def read_requirements(folder: Path) -> Requirements:
     parameters = config.get("rope_parameters") or {}
     parameters = parameters.get("full_attention") or parameters
     kind = SCALINGS.get(parameters.get("rope_type", "default"))
-    keeps_length = kind is not None and kind.keeps_length
     stated = config.get("max_position_embeddings") or 0
-    info = read_model_info(config, (stated if keeps_length else 0) or None)
+    given = stated if kind and kind.keeps_length else 0
+    info = read_model_info(config, given or None, ask=False)
     if kind is not None and kind.follows_length:
         raise SkipwiseError(
             f"llama.cpp has no {kind.name} scaling, whose frequencies change with the length of "
@@ -74,7 +74,8 @@ def read_requirements(folder: Path) -> Requirements:
     if recipe.is_file():
         target = load_run_recipe(recipe).target_length
     else:
-        target = info.scaling.window(stated) if keeps_length else info.original_length
+        states_L = keeps_length(kind, info.family)
+        target = info.scaling.window(stated) if states_L else info.original_length
     return Requirements(
         info=info, architecture=(raw.get("architectures") or [""])[0], target_length=target
     )

@@ -19,13 +19,16 @@ from skipwise.export.runtimes.readers import (
     LLAMA_CPP_WITHOUT_ROPE,
     NOT_COMPUTED,
     SGLANG,
+    SGLANG_LENGTH_KEYS,
     T4,
     T5,
     VLLM,
     Reading,
+    gguf_architecture,
     given_parameters,
     top_length,
 )
+from skipwise.models.compatibility import LENGTH_KEYS
 from skipwise.models.hf_config import complete
 from skipwise.pose.rope_config import with_legacy_rope_keys
 
@@ -34,7 +37,7 @@ _NAMES_L = ("yarn", "llama3", "longrope")  # types that count from original_max_
 
 
 def find_issues(report: FolderReport) -> tuple[Issue, ...]:
-    checks = (_type, _spellings, _original, _lengths, _attention, _portable, _window)
+    checks = (_type, _spellings, _original, _lengths, _attention, _portable, _dual_chunks, _window)
     found = [issue for check in checks for issue in check(report)]
     found += list(_unreadable(report, found))
     found += list(_unexplained(report, found))
@@ -113,7 +116,9 @@ def _spellings(report: FolderReport) -> Iterator[Issue]:
     fix = "transformers 4 has no keys for it: serve this model with transformers 5"
     if added:
         fix = f"add to config.json {json.dumps(added)[1:-1]}"
-    yield Issue(name="older spelling missing", runtimes=(T4,), what=what, fix=fix)
+    yield Issue(
+        name="older spelling missing", runtimes=(T4,), what=what, fix=fix, inherent=not added
+    )
 
 
 def _completed(report: FolderReport) -> dict[str, Any]:
@@ -215,30 +220,47 @@ def _attention(report: FolderReport) -> Iterator[Issue]:
     p, reference = report.parameters, report.reference
     if report.rope_type != "yarn" or reference.error:
         return
+    A, readings = reference.attention_factor, report.readings.values()
+    same = [r for r in readings if not r.error and r.rope_type == "yarn"]
+    same = [r for r in same if r.factor == reference.factor]  # a difference of its own
+    differing = [r for r in same if abs(r.attention_factor - A) > 1e-5]
+    runtimes = tuple(r.runtime for r in differing)
     default = 0.1 * math.log(max(reference.factor, 1.0)) + 1.0
-    A = reference.attention_factor
-    key = "llama.rope.scaling.attn_factor"
-    if abs(A - default) > 1e-5:
-        explicit = p.get("attention_factor") is not None
-        name = "attention_factor" if explicit else "mscale and mscale_all_dim"
+    explicit = p.get("attention_factor") is not None
+    name = "attention_factor" if explicit else "mscale and mscale_all_dim"
+    if differing and report.folder.latent_attention:
+        have = ", ".join(f"{r.runtime} computes {r.attention_factor:.4f}" for r in differing)
+        what = f"transformers makes it {A:.4f}; {have}"
+        fix = "write mscale and mscale_all_dim as the model's base has them, without other factors"
+        yield Issue(
+            name="attention factor",
+            runtimes=runtimes,
+            what=what,
+            fix=fix,
+            inherent=not p.get("attn_factor"),  # which training ignores, so it can be removed
+        )
+    elif differing and abs(A - default) > 1e-5:
+        key = f"{gguf_architecture(report.folder.family)}.rope.scaling.attn_factor"
         readers = "transformers and vLLM 0.33" if explicit else "transformers, vLLM and SGLang"
-        others = "SGLang, llama.cpp" if explicit else "llama.cpp"
-        runtimes = (SGLANG, LLAMA_CPP) if explicit else (LLAMA_CPP,)
-        what = f"{name} makes it {A:.4f} for {readers}; {others} and vLLM up to 0.15 "
+        what = f"{name} makes it {A:.4f} for {readers}; {', '.join(runtimes)} and vLLM up to 0.15 "
         what += f"compute {default:.4f}"
         fix = f"remove it if the weights were trained with {default:.4f}; if not, GGUF needs "
         fix += f"{key} = {A / default:.6f} (skipwise export --to gguf writes it)"
-        fix += f", and SGLang attn_factor = {A / default:.6f}" if explicit else ""
+        fix += f", and SGLang attn_factor = {A / default:.6f}" if SGLANG in runtimes else ""
+        yield Issue(name="attention factor", runtimes=runtimes, what=what, fix=fix, inherent=True)
+    elif differing and p.get("attn_factor"):
+        computed = differing[0].attention_factor
+        what = f"only SGLang and vLLM up to 0.15 read attn_factor {p['attn_factor']:g} and "
+        what += f"compute {computed:.4f}; the others compute {A:.4f}"
+        fix = f'remove it; or, if the weights were trained with {computed:.4f}, add "attention_'
+        fix += f'factor": {computed:.6g}, which transformers reads'
         yield Issue(name="attention factor", runtimes=runtimes, what=what, fix=fix)
-    if p.get("attn_factor") not in (None, 1, 1.0):
-        what = f"only SGLang and vLLM up to 0.15 read attn_factor {p['attn_factor']:g}"
-        yield Issue(name="attention factor", runtimes=(SGLANG,), what=what, fix="remove it")
     ramp = [key for key in ("truncate", "beta_fast", "beta_slow") if p.get(key) is not None]
     cpp = report.readings[LLAMA_CPP]
     if ramp and cpp.rope_type == "yarn" and not cpp.same_pairs(reference):
         what = f"{', '.join(f'{key} {p[key]}' for key in ramp)}: llama.cpp's yarn ramp goes "
         what += "from 32 rotations to 1, with its ends rounded to pairs"
-        yield Issue(name="ramp", runtimes=(LLAMA_CPP,), what=what, fix=_TO_GGUF)
+        yield Issue(name="ramp", runtimes=(LLAMA_CPP,), what=what, fix=_TO_GGUF, inherent=True)
 
 
 def _portable(report: FolderReport) -> Iterator[Issue]:
@@ -248,18 +270,18 @@ def _portable(report: FolderReport) -> Iterator[Issue]:
         what = "dynamic follows the longest position seen in transformers, stays unscaled in "
         what += "vLLM, is fixed at the full factor in SGLang, and is dropped by llama.cpp"
         fix = "extend with rope.type=yarn, or serve it with transformers"
-        yield Issue(name="not portable", runtimes=(VLLM, SGLANG, LLAMA_CPP), what=what, fix=fix)
+        yield _inherent(VLLM, SGLANG, LLAMA_CPP, what=what, fix=fix)
     dropped = not cpp.error and cpp.rope_type == "default" and name != "default"
     if folder.family in LLAMA_CPP_WITHOUT_ROPE:
         if not cpp.same_rope(report.reference):
             what = f"llama.cpp's converter writes no RoPE for {folder.family}: it uses theta "
             what += f"10,000 without scaling, and the config has {describe(report.reference)}"
             fix = f"{_TO_GGUF}, or start llama.cpp with {_flags(report.reference)}"
-            yield Issue(name="not portable", runtimes=(LLAMA_CPP,), what=what, fix=fix)
+            yield _inherent(LLAMA_CPP, what=what, fix=fix)
     elif dropped and name not in ("dynamic", "ntk", "su", "proportional"):
         what = f"llama.cpp's converter drops {name} for {folder.family} without a warning"
         fix = f"{_TO_GGUF} if it can, or extend with rope.type=yarn"
-        yield Issue(name="not portable", runtimes=(LLAMA_CPP,), what=what, fix=fix)
+        yield _inherent(LLAMA_CPP, what=what, fix=fix)
     if name == "longrope":
         pair = report.readings[VLLM], report.readings[SGLANG]
         for r in (r for r in pair if not r.error and not r.same_rope(report.reference)):
@@ -268,7 +290,20 @@ def _portable(report: FolderReport) -> Iterator[Issue]:
             what += f"and transformers has {want:.4f}"
             fix = "leave attention_factor out and set factor to max_position_embeddings / "
             fix += "original_max_position_embeddings"
-            yield Issue(name="not portable", runtimes=(r.runtime,), what=what, fix=fix)
+            yield _inherent(r.runtime, what=what, fix=fix)
+
+
+def _inherent(*runtimes: str, what: str, fix: str) -> Issue:
+    return Issue(name="not portable", runtimes=runtimes, what=what, fix=fix, inherent=True)
+
+
+def _dual_chunks(report: FolderReport) -> Iterator[Issue]:
+    """A key that vLLM and SGLang test before the scaling."""
+    if report.folder.dual_chunks and not report.readings[VLLM].same_rope(report.reference):
+        what = "vLLM and SGLang drop the scaling, because dual_chunk_attention_config is set: they "
+        what += f"compute theta alone, and transformers {describe(report.reference)}"
+        fix = "remove dual_chunk_attention_config from config.json"
+        yield Issue(name="dual chunk attention", runtimes=(VLLM, SGLANG), what=what, fix=fix)
 
 
 def _flags(reading: Reading) -> str:
@@ -320,7 +355,13 @@ def _unreadable(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
             fix = "export the model again, or write the scaling that it was trained with"
         verb = "" if reason.startswith(NOT_COMPUTED) else " cannot load it"
         what = f"{', '.join(runtimes)}{verb}: {reason}"
-        yield Issue(name="does not load", runtimes=tuple(runtimes), what=what, fix=fix)
+        yield Issue(
+            name="does not load",
+            runtimes=tuple(runtimes),
+            what=what,
+            fix=fix,
+            inherent="and nothing else" in reason,  # keys that its older class refuses
+        )
 
 
 def is_new_family(reading: Reading) -> bool:
@@ -337,15 +378,26 @@ def _unexplained(report: FolderReport, found: list[Issue]) -> Iterator[Issue]:
             continue
         if not reading.same_rope(reference):
             what = f"{runtime} reads {describe(reading)}, transformers 5 {describe(reference)}"
-            fix = "make rope_parameters, rope_scaling and rope_theta agree"
+            fix = f"write {describe(reference)} as rope_parameters, and also as rope_scaling and "
+            fix += "rope_theta"
             yield Issue(name="other frequencies", runtimes=(runtime,), what=what, fix=fix)
         elif report.rope_type == "longrope":  # vLLM serves L by default: a note
             continue
         elif runtime in (VLLM, SGLANG) and reading.max_length != report.window:
             what = f"{runtime} serves {reading.max_length:,} tokens, "
             what += f"the window is {report.window:,}"
-            fix = "set max_position_embeddings as the type needs it"
-            yield Issue(name="length", runtimes=(runtime,), what=what, fix=fix)
+            yield Issue(name="length", runtimes=(runtime,), what=what, fix=_length_fix(report))
+
+
+def _length_fix(report: FolderReport) -> str:
+    """The max_position_embeddings that vLLM and SGLang make the window of."""
+    served = [report.readings[runtime].max_length for runtime in (VLLM, SGLANG)]
+    wanted = {round(report.folder.length * report.window / n) for n in served if n}
+    if len(wanted) == 1:
+        return f"set max_position_embeddings to {wanted.pop()}"
+    return (
+        "no max_position_embeddings is right for both vLLM and SGLang: extend with rope.type=yarn"
+    )
 
 
 def _differing(family: str, older: dict[str, Any], newer: dict[str, Any]) -> list[str]:
@@ -353,7 +405,8 @@ def _differing(family: str, older: dict[str, Any], newer: dict[str, Any]) -> lis
     moved = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
     old = {k: v for k, v in older.items() if k not in moved and v is not None}
     new = {k: v for k, v in newer.items() if k not in moved and v is not None}
-    keys = set(old) & set(new) if family in ("phi3", "olmo", "olmo2") else set(old) | set(new)
+    fewer = ("phi3", "phi4_multimodal", "olmo", "olmo2")  # allowed in the older spelling
+    keys = set(old) & set(new) if family in fewer else set(old) | set(new)
     names = [p.get("rope_type", p.get("type", "default")) for p in (older, newer)]
     differing = sorted(k for k in keys if old.get(k) != new.get(k))
     return (["rope_type"] if names[0] != names[1] else []) + differing
@@ -372,11 +425,9 @@ def _describe(p: dict[str, Any], keys: list[str]) -> str:
 
 def _other_length(folder: ModelFolder, runtime: str) -> str | None:
     """The key that a runtime reads in place of max_position_embeddings."""
-    sglang = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length")
-    vllm = ("model_max_length", "seq_length", "max_sequence_length", "max_seq_length", "seq_len")
     if runtime == SGLANG:
-        return next((k for k in sglang if folder.raw.get(k)), None)
-    found = [k for k in vllm if folder.raw.get(k)]
+        return next((k for k in SGLANG_LENGTH_KEYS if folder.raw.get(k)), None)
+    found = [k for k in LENGTH_KEYS if folder.raw.get(k)]
     if "model_max_length" in found:
         return "model_max_length"
     shorter = [k for k in found if folder.raw[k] < folder.length]

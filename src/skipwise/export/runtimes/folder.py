@@ -12,6 +12,7 @@ from typing import Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
+from skipwise.models.compatibility import LENGTH_KEYS
 from skipwise.models.hf_config import defaults, read_config
 
 _UNSET = 10**12  # a tokenizer without a length has 1e30
@@ -42,7 +43,7 @@ class ModelFolder:
     @property
     def length(self) -> int:
         """max_position_embeddings, under any of its names."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", *LENGTH_KEYS)
         found = next((self.raw[n] for n in names if self.raw.get(n)), None)
         return found or self.known.get("max_position_embeddings") or 2048
 
@@ -54,14 +55,29 @@ class ModelFolder:
         return any(isinstance(p.get("full_attention"), dict) for p in (given, known))
 
     @property
+    def latent_attention(self) -> bool:
+        """DeepSeek's attention (MLA), which vLLM and llama.cpp scale in DeepSeek's own way."""
+        return bool(self.raw.get("qk_rope_head_dim")) and self.family != "minicpm3"
+
+    @property
+    def dual_chunks(self) -> dict[str, Any] | None:
+        """The key for which vLLM and SGLang compute another RoPE, in the classes that read it."""
+        found = self.raw.get("dual_chunk_attention_config")
+        return found if self.family.startswith(("qwen2", "qwen3", "glm4")) else None
+
+    @property
     def head_dim(self) -> int | None:
         """Dimensions of a head. None if the config does not give it, directly or by its width."""
         if self.raw.get("qk_rope_head_dim"):  # DeepSeek: only these dimensions rotate
             return self.raw["qk_rope_head_dim"]
-        if self.value("head_dim"):
-            return self.value("head_dim")
-        width, heads = self._shape("hidden_size", "n_embd"), self._shape("num_attention_heads")
-        return width // heads if width and heads else None
+        keys = self.known.get("keys", {})
+        own = next((self.raw[k] for k, n in keys.items() if n == "head_dim" and k in self.raw), 0)
+        if own or self.value("head_dim"):
+            return own or self.value("head_dim")
+        width = self._shape("hidden_size", "n_embd", "d_model")
+        heads = self._shape("num_attention_heads", "n_head", "n_heads")
+        ratio = self.known.get("head_dim_ratio", 1)
+        return ratio * width // heads if width and heads else None
 
     def _shape(self, *names: str) -> int | None:
         return next((self.value(n) for n in names if self.value(n)), None)
@@ -125,8 +141,8 @@ def _require_rope(folder: ModelFolder) -> None:
     has_rope = folder.known.get("rope_parameters") or any(raw.get(key) for key in keys)
     if raw.get("alibi") or not has_rope:
         raise SkipwiseError(
-            f"{folder.path} is a {folder.family} model without rotary position embeddings: there "
-            "is no RoPE for a runtime to read\ngive the folder of a RoPE model"
+            f"the config of the {folder.family} model in {folder.path} has no RoPE settings: there "
+            "is nothing that runtimes could read\ngive the folder of a model whose config has them"
         )
     if folder.head_dim is None:
         raise SkipwiseError(

@@ -17,7 +17,7 @@ from skipwise.export.runtimes.readers import (
     parameters_5,
     top_length,
 )
-from skipwise.pose.rope import SCALINGS
+from skipwise.pose.rope import SCALINGS, keeps_length
 
 ALL = (T5, T4, VLLM, SGLANG, LLAMA_CPP)
 
@@ -30,6 +30,7 @@ class Issue:
     runtimes: tuple[str, ...]  # those that read it wrongly
     what: str
     fix: str
+    inherent: bool = False  # no config with this scaling would avoid it: a matter of choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,13 @@ def make_folder_report(
     factor = p.get("factor") or 1.0
     window = folder.length
     scaling = SCALINGS.get(p["rope_type"])
-    keeps_length = scaling is not None and scaling.keeps_length
-    if keeps_length:
-        window = round((original_length or folder.length) * factor)
+    keeps = keeps_length(scaling, folder.family)
+    multiplied = round((original_length or folder.length) * factor)
+    if keeps:
+        window = multiplied
+    elif scaling is not None and scaling.keeps_length:  # Gemma 3 states T; it may be wrong
+        known = original_length or folder.tokenizer_length == multiplied
+        window = multiplied if known else folder.length
     elif p["rope_type"] == "yarn" and p.get("factor") and (original_length or names_length(folder)):
         window = round((original_length or p["original_max_position_embeddings"]) * factor)
     return FolderReport(
@@ -70,7 +75,7 @@ def make_folder_report(
         parameters=p,
         original_length=original_length,
         window=window,
-        keeps_length=keeps_length,
+        keeps_length=keeps,
     )
 
 

@@ -12,7 +12,9 @@ One function per runtime, each written after this runtime's code:
 - llama.cpp:       as in llama-cpp-python 0.3.36, conversion/{base,llama}.py (which runs
                    transformers 4.57.6) and src/llama-context.cpp
 
-Not modelled: DeepSeek's own yarn in vLLM and SGLang, mrope sections, a model's own code.
+Two more are after code of 2026 that was read and not run here: DeepSeek's yarn (vLLM and SGLang
+`deepseek_yarn`, llama.cpp src/models/deepseek2.cpp) and Hunyuan's alpha (`DynamicNTKAlpha...`,
+conversion/hunyuan.py). Not modelled: mrope sections, a model's own code.
 
 Shapes:  d = rotary dimension; inv_freq is (d/2,), at the end of the window
 """
@@ -20,6 +22,7 @@ Shapes:  d = rotary dimension; inv_freq is (d/2,), at the end of the window
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +30,9 @@ import numpy as np
 
 from skipwise.errors import SkipwiseError
 from skipwise.export.runtimes.folder import ModelFolder
+from skipwise.models.compatibility import LENGTH_KEYS
 from skipwise.models.hf_config import complete
-from skipwise.pose.rope import SCALINGS, LongRoPE, Unscaled
+from skipwise.pose.rope import SCALINGS, Linear, LongRoPE, Unscaled, keeps_length
 from skipwise.pose.rope_config import from_rope_parameters
 
 T5, T4, VLLM, SGLANG, LLAMA_CPP = "transformers 5", "transformers 4", "vLLM", "SGLang", "llama.cpp"
@@ -48,15 +52,26 @@ _NOT_MULTIPLIED = ("yarn", "llama3")  # types whose length vLLM does not multipl
 _TYPES = ("full_attention", "sliding_attention")
 _NOT_COMPUTED = ("proportional",)  # a type of transformers 5 that pose/rope.py does not have
 _PHI3 = ("phi3", "phi4_multimodal")  # call longrope su or yarn, and keep L at the top level
+_ALPHA = "hunyuan"  # of the families whose own classes read alpha
 _NO_HEAD_DIM = ("mixtral", "minimax")  # classes that leave head_dim at None
 _NEVER_WITHOUT = ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")  # classes that always need it
 _LLAMA_CPP_LLAMA3 = (  # converters derived from LlamaModel, and EXAONE's own
     *("llama", "mistral", "mixtral", "smollm3", "arcee", "apertus", "granite", "granitemoe"),
     *("exaone4", "ministral3", "llama4_text", "afmoe", "exaone_moe"),
 )
+SGLANG_LENGTH_KEYS = LENGTH_KEYS[:4]
 LLAMA_CPP_WITHOUT_ROPE = (  # converters that write neither theta nor scaling: 10,000 and none
     *("gpt_neox", "gemma", "gemma2", "phi", "falcon", "stablelm", "minicpm3", "orion"),
 )
+_GGUF = """
+mistral=llama mixtral=llama deepseek_v2=deepseek2 deepseek_v3=deepseek2 glm4_moe_lite=deepseek2
+youtu=deepseek2 qwen2_moe=qwen2moe qwen3_moe=qwen3moe qwen3_next=qwen3next qwen3_5_text=qwen35
+qwen3_5_moe_text=qwen35moe glm=chatglm glm4_moe=glm4moe glm_moe_dsa=glm-dsa phi=phi2
+ernie4_5_moe=ernie4_5-moe cohere=command-r olmo3=olmo2 gpt_neox=gptneox gpt_oss=gpt-oss
+hunyuan_v1_dense=hunyuan-dense hunyuan_v1_moe=hunyuan-moe granitemoehybrid=granitehybrid
+granitemoeshared=granitemoe minimax_m2=minimax-m2 ministral3=mistral3 falcon_h1=falcon-h1
+mimo_v2_flash=mimo2 lfm2_moe=lfm2moe exaone_moe=exaone-moe
+"""  # llama.cpp's name of an architecture, where it is not model_type without _text
 _LLAMA_CPP_LONGROPE = ("phi3", "phimoe", "minicpm", "minicpm3")
 _THETA_4 = {"cohere": 1e4, "olmo3": 1e4, "falcon_h1": 1e5, "persimmon": 25e3}  # where 5 differs
 _NEW_IN_5 = """
@@ -119,9 +134,8 @@ def transformers_4(folder: ModelFolder) -> Reading:
         error = f"{folder.family} is not in transformers 4.57"
     sliding = None
     if folder.nested:
-        sliding = float(folder.raw.get("rope_local_base_freq") or p["rope_theta"])
-        if folder.family.startswith("gemma3") and "rope_local_base_freq" not in folder.raw:
-            sliding = 10000.0  # its class's default
+        own = 10000.0 if folder.family.startswith(("gemma3", "modernbert")) else p["rope_theta"]
+        sliding = float(folder.raw.get(_spelled(folder, "rope_local_base_freq")) or own)
     return _reading(T4, folder, p, folder.length, sliding=sliding, error=error)
 
 
@@ -131,15 +145,15 @@ def vllm(folder: ModelFolder) -> Reading:
     p, sliding = parameters_5(folder)
     given = given_parameters(folder)
     conflict = None
-    if given.get("type", p["rope_type"]) not in (p["rope_type"], "su", "mrope"):
+    alike = ("dynamic" if p.get("alpha") else p["rope_type"], p["rope_type"], "su", "mrope")
+    if given.get("type", p["rope_type"]) not in alike:
         conflict = f"type is {given['type']!r} and rope_type {p['rope_type']!r}"
     if p["rope_type"] == "su":
         p["rope_type"] = "longrope"
-    name, factor = p["rope_type"], p.get("factor")
     error = conflict or _refused(folder, p, "ntk") or _bad_factor(p)
-    if name == "longrope":
-        p = _by_lengths(p)
     length = _vllm_length(folder, p)
+    p = _served(folder, p)
+    name, factor = p["rope_type"], p.get("factor")
     out = _reading(VLLM, folder, p, length, sliding=sliding, error=error)
     if name == "ntk" and factor:  # its own formula: theta f, and frequencies divided by f^(2/d)
         dim, f = _dim(folder, p), float(factor)
@@ -155,13 +169,11 @@ def sglang(folder: ModelFolder) -> Reading:
     """Loads with transformers 5 and computes its own cos and sin. yarn reads `attn_factor` and not
     `attention_factor`; longrope takes its attention factor from the lengths."""
     p, sliding = parameters_5(folder)
-    name, error = p["rope_type"], _refused(folder, p) or _bad_factor(p)
-    if name == "longrope":
-        p = _by_lengths(p)
-    times = float(p.get("attn_factor", 1.0)) if name == "yarn" else 1.0
-    if name == "yarn":
+    error, length = _refused(folder, p) or _bad_factor(p), _sglang_length(folder, p)
+    p, times = _served(folder, p), 1.0
+    if p["rope_type"] == "yarn" and not folder.latent_attention:
+        times = float(p.get("attn_factor", 1.0))
         p = {k: v for k, v in p.items() if k != "attention_factor"}
-    length = _sglang_length(folder, p)
     out = _reading(SGLANG, folder, p, length, sliding=sliding, error=error)
     return dataclasses.replace(out, attention_factor=out.attention_factor * times)
 
@@ -196,10 +208,16 @@ def llama_cpp(folder: ModelFolder) -> Reading:
         scaled = bool(p.get("factor"))
     else:
         scaled = False
+    if name == "dynamic" and folder.family.startswith(_ALPHA):
+        p = _with_alpha(folder, p)
+    latent = folder.latent_attention or folder.family == "ministral3"
+    latent = latent and p.get("mscale_all_dim")
     if name == "yarn":
         unread = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
         unread += ("beta_fast", "beta_slow")  # converted, and not read by most models
         p = {k: v for k, v in p.items() if k not in unread}
+        if latent:  # its log multiplier is in the attention scale, and cos and sin stay as they are
+            p["attention_factor"] = 1.0
     if folder.family in LLAMA_CPP_WITHOUT_ROPE:
         p, scaled = {"rope_theta": 10000.0, "partial_rotary_factor": _partial(folder, {})}, False
         error = None
@@ -209,7 +227,8 @@ def llama_cpp(folder: ModelFolder) -> Reading:
     theta = sliding.get("rope_theta", folder.raw.get("rope_local_base_freq"))
     if folder.nested and theta is None:
         theta = transformers_4(folder).sliding_theta
-    out = _reading(LLAMA_CPP, folder, p, folder.length, error=error)
+    length = 2048 if folder.family == "falcon" else folder.length  # whatever Falcon's config says
+    out = _reading(LLAMA_CPP, folder, p, length, error=error)
     theta = float(theta) if folder.nested and theta is not None else None
     return dataclasses.replace(out, sliding_theta=theta)
 
@@ -227,6 +246,8 @@ def parameters_5(folder: ModelFolder) -> tuple[dict[str, Any], float | None]:
     p = {"rope_type": "default", **p, "rope_theta": float(p["rope_theta"])}
     given = given_parameters(folder)
     name = given.get("rope_type", given.get("type"))
+    if folder.family.startswith(_ALPHA):
+        p = _with_alpha(folder, p)
     if name == "su" and folder.family not in _PHI3:
         p["rope_type"] = "su"  # only Phi-3's class knows this older name
     if folder.family in _PHI3 and name in ("su", "yarn"):
@@ -240,6 +261,41 @@ def parameters_5(folder: ModelFolder) -> tuple[dict[str, Any], float | None]:
         outside = None if folder.nested else top_length(folder)
         p["original_max_position_embeddings"] = outside or inside or folder.length
     return p, sliding
+
+
+def _spelled(folder: ModelFolder, fact: str) -> str:
+    """The older key that the family's class reads for it."""
+    return next((k for k, name in folder.known.get("keys", {}).items() if name == fact), fact)
+
+
+def gguf_architecture(family: str) -> str:
+    """The prefix of llama.cpp's keys for this model_type."""
+    names = dict(pair.split("=") for pair in _GGUF.split())
+    return names.get(family, family.removesuffix("_text"))
+
+
+def _with_alpha(folder: ModelFolder, p: dict[str, Any]) -> dict[str, Any]:
+    """`dynamic` with a fixed alpha is no scaling, with theta alpha^(d/(d-2)) as theta."""
+    if p["rope_type"] != "dynamic" or not p.get("alpha"):
+        return p
+    dim = _dim(folder, p)
+    theta = p["rope_theta"] * p["alpha"] ** (dim / (dim - 2))
+    return {**p, "rope_type": "default", "rope_theta": theta}
+
+
+def _served(folder: ModelFolder, p: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that the `get_rope` of vLLM and SGLang computes with."""
+    if folder.dual_chunks:  # tested before the type: theta alone
+        kept = {k: p[k] for k in ("rope_theta", "partial_rotary_factor") if k in p}
+        return {**kept, "rope_type": "default"}
+    if p["rope_type"] == "longrope":
+        return _by_lengths(p)
+    if p["rope_type"] == "yarn" and folder.latent_attention and p.get("factor"):
+        log = 0.1 * math.log(max(p["factor"], 1.0))
+        times = 1.0 + log * (1.0 if p.get("mscale") is None else p["mscale"])
+        times *= p.get("attn_factor", 1.0) / (1.0 + log * (p.get("mscale_all_dim") or 0.0))
+        return {**p, "mscale": None, "mscale_all_dim": None, "attention_factor": times}
+    return _with_alpha(folder, p)  # whatever the family
 
 
 def given_parameters(folder: ModelFolder) -> dict[str, Any]:
@@ -261,7 +317,7 @@ def _parameters_4(folder: ModelFolder) -> tuple[dict[str, Any], str | None]:
     if scaling is not None and "type" not in p and "rope_type" not in p:
         error = "rope_scaling has no rope_type"
     name = p.get("type") or p.get("rope_type") or "default"
-    theta_key = "rotary_emb_base" if folder.family.startswith("gpt_neox") else "rope_theta"
+    theta_key = _spelled(folder, "rope_theta")
     theta = _THETA_4.get(folder.family, default.get("rope_theta") or 10000.0)
     p |= {"rope_type": name, "rope_theta": float(raw.get(theta_key) or theta)}
     p["partial_rotary_factor"] = _partial(folder, {})
@@ -282,6 +338,8 @@ def _parameters_4(folder: ModelFolder) -> tuple[dict[str, Any], str | None]:
         error = f"{name} has no factor"
     if name not in KNOWN_TYPES:
         error = error or f"rope_type {name!r} is unknown"
+    if folder.family.startswith(_ALPHA):
+        p = _with_alpha(folder, p)
     return p, error or _lacks(p) or _no_width(folder, p, "mistral")
 
 
@@ -316,7 +374,7 @@ def _reading(
             # no text is longer than L
             scaling = dataclasses.replace(scaling, long_factor=scaling.short_factor)
         inv_freq = scaling.inv_freq(theta, _dim(folder, p))
-    except SkipwiseError as failed:
+    except (SkipwiseError, ValueError) as failed:  # ValueError: an odd number of dimensions
         return dataclasses.replace(plain, error=f"{NOT_COMPUTED}, {str(failed).splitlines()[0]}")
     return dataclasses.replace(
         plain,
@@ -329,24 +387,24 @@ def _reading(
 
 def _vllm_length(folder: ModelFolder, p: dict[str, Any]) -> int:
     """`derive_max_model_len_and_key`, then `_get_and_verify_max_len`."""
-    keys = ("n_positions", "max_seq_len", "seq_length", "max_target_positions")
-    keys += ("max_sequence_length", "max_seq_length", "seq_len")
-    lengths = [folder.raw[k] for k in keys if folder.raw.get(k)]
+    lengths = [folder.raw[k] for k in LENGTH_KEYS if folder.raw.get(k)]
     length = min([folder.length, *lengths])
     length = folder.raw.get("model_max_length") or length  # Command-R's key
     if p["rope_type"] == "longrope":
         return top_length(folder) or int(length)
-    if p["rope_type"] in _NOT_MULTIPLIED or "gemma3" in folder.family:
+    linear_is_multiplied = keeps_length(Linear, folder.family)
+    if p["rope_type"] in _NOT_MULTIPLIED or not linear_is_multiplied:
         return int(length)
     return int(length * (p.get("factor") or 1.0))
 
 
 def _sglang_length(folder: ModelFolder, p: dict[str, Any]) -> int:
-    """`get_context_length`: one factor, unless the parameters name L."""
-    keys = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length")
-    length = next((folder.raw[k] for k in keys if folder.raw.get(k)), folder.length)
+    """`get_context_length`: one factor, unless the parameters name L or are per layer type. Its
+    own class for olmo3 reads the older, flat key."""
+    length = next((folder.raw[k] for k in SGLANG_LENGTH_KEYS if folder.raw.get(k)), folder.length)
     named = p.get("original_max_position_embeddings") or p["rope_type"] == "llama3"
-    return int(length if named or folder.nested else length * (p.get("factor") or 1.0))
+    flat = not folder.nested or (folder.family == "olmo3" and folder.raw.get("rope_scaling"))
+    return int(length * (p.get("factor") or 1.0) if flat and not named else length)
 
 
 def _refused(folder: ModelFolder, p: dict[str, Any], *more: str) -> str | None:
@@ -390,6 +448,9 @@ def _partial(folder: ModelFolder, p: dict[str, Any]) -> float:
     default = folder.known.get("rope_parameters") or {}
     default = (default.get("full_attention") or default).get("partial_rotary_factor")
     stated = [d.get("partial_rotary_factor") for d in (p, folder.raw)]
+    width = folder.raw.get("rotary_dim") if "rotary_dim" in folder.known.get("keys", {}) else None
+    if width and folder.head_dim:  # MiniMax M2
+        stated.append(width / folder.head_dim)
     values = (*stated, folder.raw.get("rotary_pct"), default, 1.0)
     return float(next(value for value in values if value is not None))
 

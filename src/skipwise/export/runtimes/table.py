@@ -115,6 +115,11 @@ def _notes(report: FolderReport, folder: ModelFolder) -> list[str]:
         p = report.parameters
         if p.get("short_factor") != p.get("long_factor"):
             out.append("transformers changes the frequencies if a batch is longer than L")
+    if folder.dual_chunks:
+        out.append(
+            "vLLM and SGLang compute dual chunk attention, as dual_chunk_attention_config says; "
+            "transformers and llama.cpp do not read it"
+        )
     out += [f"{r.error}: use transformers 5" for r in readings.values() if is_new_family(r)]
     if folder.raw.get("quantization_config"):
         out.append("the weights are quantised, and not every runtime has kernels for them")
@@ -123,7 +128,8 @@ def _notes(report: FolderReport, folder: ModelFolder) -> list[str]:
     if folder.tokenizer is None:
         out.append("the folder has no tokenizer_config.json")
     if not folder.known:
-        out.append(f"{folder.family} is not a family of transformers 5: its defaults are unknown")
+        known = "transformers 5 has no causal language model of this family"
+        out.append(f"{known} ({folder.family}), so its defaults are unknown")
     if folder.raw.get("auto_map"):
         out.append("the model has its own code, which may read its config differently")
     return out

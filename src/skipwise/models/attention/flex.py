@@ -110,6 +110,8 @@ def unsupported_by_model(config: Any) -> str:
         return f"{family} has layers of type {sorted(others)[0]}"
     if getattr(config, "kv_lora_rank", None):
         return f"the keys and values of {family} differ in width"
+    if config.to_dict().get("per_layer_config"):
+        return f"heads of {family} differ in width between layers"
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if dim not in _HEAD_DIMS:
         return f"head_dim is {dim}, and flex_attention takes {', '.join(map(str, _HEAD_DIMS))}"

@@ -51,6 +51,7 @@ def with_layer_masks(config: Any, batch: dict[str, Any]) -> dict[str, Any]:
     }
     padding = mask if mask.dim() == 2 else torch.ones_like(positions)
     masks = {
+        **dict.fromkeys(config.layer_types),  # state layers: no padding to hide
         _FULL: create_causal_mask(attention_mask=mask, **arguments),
         _SLIDING: create_sliding_window_causal_mask(
             attention_mask=padding, and_mask_function=near, **arguments

@@ -61,9 +61,9 @@ STYLE: Any = {
 
 
 def palette(models: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each model: before is orange, after blue."""
+    """Colour and marker of each model: before is orange, after blue, untrained between them."""
     styles = list(zip((BEFORE, AFTER, *CHUNKS[2:]), _MARKERS, strict=True))
-    fixed = {m: styles[i] for i, m in enumerate(("before", "after")) if m in models}
+    fixed = {m: styles[i] for i, m in enumerate(("before", "after", "untrained")) if m in models}
     left = [style for style in styles if style not in fixed.values()]
     others = [m for m in models if m not in fixed]
     return {**fixed, **dict(zip(others, left, strict=False))}

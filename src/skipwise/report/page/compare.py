@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from skipwise.errors import SkipwiseError
+from skipwise.report.differences import differences
 from skipwise.report.format import duration, short_count
 from skipwise.report.headline import evaluation_headline
 from skipwise.report.load import all_training, count, is_evaluation, nested, read_json, read_rows
 from skipwise.report.page.html import definitions, note, page, section, tile_list
 from skipwise.report.page.results import measured_sections, result_tiles, table_section
-from skipwise.report.rows import Row, Rows, finite, models_of
+from skipwise.report.rows import Row, Rows, by_context, finite, models_of
 from skipwise.report.tables import format_table
+
+_OWN_KEYS = ("name", "resume_from")  # of a run, and no setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,9 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
         tiles=tile_list(result_tiles(rows)),
         sections=[
             table_section(rows, "Side by side", {}),
+            _differences(rows, compared),
             *measured_sections(rows, windows.pop() if len(windows) == 1 else None, None),
+            _settings(compared),
             _folders(compared),
         ],
     )
@@ -154,6 +162,75 @@ def _distinct_ends(paths: Sequence[Path]) -> list[str]:
         if len(set(ends)) == len(ends):
             return ends
     return [str(path) for path in full]
+
+
+def _differences(rows: Rows, compared: Sequence[Compared]) -> str:
+    """Each trained model against the first one, on the same trials at the longest length."""
+    names = [one.label for one in compared if not is_evaluation(one.run)]
+    names = [name for name in names if name in models_of(rows)]
+    length = max((row["context_length"] for row in by_context(rows)), default=0)
+    if len(names) < 2 or not length:
+        return ""
+    first, *others = names
+    entries = {name: list(map(str, differences(rows, name, first, length))) for name in others}
+    if not any(entries.values()):
+        return ""
+    return section(
+        f"Against {first}",
+        definitions(dict(entries))
+        + note(
+            f"At {length:,} tokens of context, on the same trials and windows, with 95 % intervals "
+            "of the difference."
+        ),
+    )
+
+
+def _settings(compared: Sequence[Compared]) -> str:
+    """The settings that differ between the runs: the recipe's, and what a run chose itself."""
+    runs = [one for one in compared if not is_evaluation(one.run)]
+    if len(runs) < 2:
+        return ""
+    found = [_flat(_recipe(one)) | _chosen(one.run) for one in runs]
+    keys = [key for key in {key: None for one in found for key in one} if key not in _OWN_KEYS]
+    differ = [key for key in keys if len({str(one.get(key)) for one in found}) > 1]
+    if not differ:
+        return section("What differs", note("The recipes do not differ."))
+    head = "".join(f'<th scope="col">{escape(one.label)}</th>' for one in runs)
+    body = "".join(
+        f'<tr><th scope="row">{escape(key)}</th>'
+        + "".join(f"<td>{escape(str(one.get(key, '–')))}</td>" for one in found)
+        + "</tr>"
+        for key in differ
+    )
+    return section(
+        "What differs",
+        f'<div class="scroll"><table><thead><tr><th scope="col">Setting</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>",
+    )
+
+
+def _recipe(one: Compared) -> Any:
+    file = one.folder / "recipe.yaml"
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"training": {"num_steps": 4}}` as `{"training.num_steps": 4}`."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix[:-1]: tree} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat
+
+
+def _chosen(run: dict[str, Any]) -> dict[str, Any]:
+    temperature = nested(run, "temperature").get("value")
+    found = {"chosen scaling": run.get("scaling"), "chosen attention temperature": temperature}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _folders(compared: Sequence[Compared]) -> str:

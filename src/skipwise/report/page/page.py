@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
-from skipwise.report.format import length_names, short_value
+from skipwise.report.format import length_names, listed, short_value
 from skipwise.report.headline import evaluation_headline, headline
 from skipwise.report.load import count, is_evaluation, nested, read_json, read_lines, read_rows
 from skipwise.report.page import training
 from skipwise.report.page.html import definitions, note, page, section, tile_list
 from skipwise.report.page.results import measured_sections, result_tiles, table_section
-from skipwise.report.rows import Rows, find, other_tasks
+from skipwise.report.rows import RUN_MODELS, Rows, find, other_tasks
 from skipwise.report.ruler import summarise_ruler
 from skipwise.report.tables import format_table
 
@@ -69,7 +69,7 @@ def write_report(run_folder: str | Path) -> Path:
 def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
     names = {run.get("target_length"): "target", run.get("original_length"): "original"}
     return [
-        table_section(rows, "Before and after", names),
+        table_section(rows, "Before, rescaled and trained", names),
         *measured_sections(rows, run.get("original_length"), out, optional=False),
         training.selection_section(run, out),
         training.loss_section(read_lines(folder / "metrics.jsonl"), out),
@@ -124,14 +124,14 @@ def _run_tiles(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
     if L and T:
         tiles.append((" → ".join(length_names([L, T])), "tokens of context"))
         for task in ("passkey", "needle", *other_tasks(rows)):
-            found = [(m, find(rows, m, task, T)) for m in ("before", "after")]
+            found = [(m, find(rows, m, task, T)) for m in RUN_MODELS]
             values = {m: short_value(r) for m, r in found if r and r["value"] is not None}
             if values:
                 shown = " → ".join(values.values()).replace(" % →", " →")
-                tiles.append((shown, f"{task} at {T:,}, {' and '.join(values)}"))
-    known = [s for s in summarise_ruler(rows) if s.averages and s.model in ("before", "after")]
+                tiles.append((shown, f"{task} at {T:,}, {listed(list(values))}"))
+    known = [s for s in summarise_ruler(rows) if s.averages and s.model in RUN_MODELS]
     if known:
-        models = " and ".join(s.model for s in known)
+        models = listed([s.model for s in known])
         lengths = " → ".join(s.effective_short for s in known)
         tiles.append((lengths, f"effective length (RULER), {models}"))
     return tiles + training.training_tiles(run)

@@ -31,7 +31,7 @@ from skipwise.report.rows import (
     pooled,
     task_rows,
 )
-from skipwise.report.tables import layout
+from skipwise.report.tables import UNTRAINED, layout
 
 _GRIDS = {
     "passkey": (
@@ -106,6 +106,7 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
     about = [text for task, text in _ABOUT.items() if task_rows(rows, task)]
     if any(cell["low"] is not None for cell in cells.values()):
         about.append("95 % intervals are in brackets.")
+    about += [UNTRAINED.capitalize()] if "untrained" in models else []
     about += [mixed] if (mixed := describe_mixed_texts(rows)) else []
     return section(
         title,

@@ -136,7 +136,8 @@ def _spent(taken: dict[str, Any], num_tokens: int) -> str:
 def checks_section(run: dict[str, Any]) -> str:
     items = ""
     for check in run.get("checks") or []:
-        kind, word = ("passed", "ok") if check.get("passed") else ("failed", "failed")
+        word = "warn" if check.get("is_warning") else "ok"
+        kind, word = ("passed", word) if check.get("passed") else ("failed", "failed")
         text = escape(f"{check.get('name', '?')}: {check.get('detail', '')}")
         numbers = check.get("numbers")
         if isinstance(numbers, dict) and numbers:

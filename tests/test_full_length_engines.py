@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 from test_engines import assert_close, skipwise
-from test_finish import LAST, make_recipe, trained
+from test_full_length_stage import LAST, make_recipe, trained
 
 from skipwise.config.parse import dump_recipe
 from skipwise.config.run_folder import RunFolder

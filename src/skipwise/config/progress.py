@@ -1,0 +1,83 @@
+"""Progress of long work, on stderr: a bar on a terminal, elsewhere a line every 30 seconds.
+
+Every phase of a run uses it, so that a log file or a notebook never stays silent for long.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS = 30.0  # minimum time between two lines, where there is no bar
+
+
+class Progress:
+    """Counts what is done of a total; a context manager.
+
+    Work in parts (`begin`, `tick`, `finish`) may take less than was announced: `finish` counts a
+    part as done.
+    """
+
+    def __init__(
+        self, label: str, total: int | None, *, unit: str = "", done: int = 0, shown: bool = True
+    ) -> None:
+        self.label, self.total, self.done, self.first, self.end = label, total, done, done, done
+        self.detail = ""
+        self.started = self.printed = time.monotonic()
+        off = None if shown else True  # None: off if stderr is not a terminal
+        self.bar = tqdm(
+            desc=label, total=total, initial=done, unit=unit, unit_scale=True, disable=off, delay=1
+        )
+        self.lines = shown and self.bar.disable
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def begin(self, detail: str, amount: int) -> None:
+        """Start a part of this amount."""
+        self.detail, self.end = detail, self.end + amount
+        if not self.bar.disable:
+            self.bar.set_postfix_str(detail)
+
+    def tick(self, amount: int) -> None:
+        """Count some of the part as done."""
+        self.advance(min(amount, self.end - self.done), self.detail)
+
+    def finish(self) -> None:
+        """End the part, whatever it took."""
+        self.advance(self.end - self.done, f"{self.detail} done")
+
+    def advance(self, amount: int, detail: str = "") -> None:
+        """Count an amount as done; `detail` is the rest of the line."""
+        self.done += amount
+        if not self.bar.disable:
+            self.bar.update(amount)
+            if detail:
+                self.bar.set_postfix_str(detail, refresh=False)
+        elif self.lines and time.monotonic() - self.printed >= SECONDS:
+            self.printed = time.monotonic()
+            print(self.line(detail), file=sys.stderr, flush=True)
+
+    def line(self, detail: str) -> str:
+        """`train: 17%, loss 1.234, about 3 min left`."""
+        parts = [detail] if detail else []
+        if self.total:
+            parts.insert(0, f"{self.done / self.total:.0%}")
+            if self.done > self.first:
+                rate = (self.done - self.first) / (time.monotonic() - self.started)
+                parts.append(f"about {_time(max(0, self.total - self.done) / rate)} left")
+        return f"{self.label}: {', '.join(parts)}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

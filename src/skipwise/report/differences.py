@@ -1,0 +1,102 @@
+"""Differences between two models that were measured on the same trials or windows.
+
+`describe_training` says what training added to rescaling alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from skipwise.report.format import higher_is_better, is_share, metric_name, signed
+from skipwise.report.intervals import clustered_mean, paired_difference
+from skipwise.report.rows import Row, Rows, find, other_tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Of one row minus another: in points of a share, or relative in percent."""
+
+    task: str
+    value: float
+    low: float | None  # None where there are too few documents for an interval
+    high: float | None
+    unit: str  # "points" or "%"
+    higher_is_better: bool
+
+    @property
+    def better(self) -> bool:
+        """Whether it is an improvement beyond its interval."""
+        if self.low is None or self.high is None:
+            return False
+        return self.low > 0 if self.higher_is_better else self.high < 0
+
+    @property
+    def worse(self) -> bool:
+        if self.low is None or self.high is None:
+            return False
+        return self.high < 0 if self.higher_is_better else self.low > 0
+
+    def __str__(self) -> str:
+        """`passkey +61 points [51, 70]`, `perplexity −19 % [−21, −17]`."""
+        digits = 0 if self.unit == "points" else 1
+        out = f"{self.task} {signed(self.value, digits)} {self.unit}"
+        if self.low is None or self.high is None:
+            return out
+        return f"{out} [{signed(self.low, digits)}, {signed(self.high, digits)}]"
+
+
+def difference(row: Row | None, other: Row | None) -> Difference | None:
+    """Row minus other; None unless both have the scores of the same trials or windows."""
+    if not row or not other or not row.get("samples") or not other.get("samples"):
+        return None
+    values, others = (np.array(r["samples"], float) for r in (row, other))
+    if len(values) != len(others) or row.get("documents") != other.get("documents"):
+        return None
+    if row.get("text") != other.get("text"):
+        return None
+    better = higher_is_better(row)
+    if row["task"] == "perplexity":
+        bounds = clustered_mean(values - others, np.array(row["documents"]))
+        if not math.isfinite(bounds[0]):
+            return None
+        value, low, high = (100 * math.expm1(min(x, 700.0)) for x in bounds)
+        if not math.isfinite(bounds[1]):
+            low = high = None
+        unit = "%"
+    elif is_share(row):
+        value, low, high = (100 * x for x in paired_difference(values.tolist(), others.tolist()))
+        unit = "points"
+    else:
+        return None
+    name = metric_name(row) if row["task"] == "perplexity" else row["task"]
+    return Difference(
+        task=name, value=value, low=low, high=high, unit=unit, higher_is_better=better
+    )
+
+
+def differences(rows: Rows, model: str, other: str, length: int) -> list[Difference]:
+    """Of every task that both models were measured on at this context length."""
+    found = []
+    for task in ("perplexity", "passkey", "needle", *other_tasks(rows)):
+        pair = (find(rows, name, task, length) for name in (model, other))
+        if (one := difference(*pair)) is not None:
+            found.append(one)
+    return found
+
+
+def describe_training(rows: Rows, length: int) -> tuple[str, bool]:
+    """What training added to rescaling alone at a context length, and whether it added anything.
+
+    Returns:
+        an empty text where the untrained model was not measured.
+    """
+    found = differences(rows, "after", "untrained", length)
+    if not found:
+        return "", True
+    listed = ", ".join(map(str, found))
+    if any(one.better for one in found):
+        return f"Training added to rescaling alone at {length:,} tokens: {listed}", True
+    return f"Training added nothing beyond error to rescaling alone: {listed}", False
