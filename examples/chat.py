@@ -88,7 +88,8 @@ def main() -> None:
     make_chat_model(model, args.base_steps, args.batch_size, rng)
 
     chats = args.out / "chat.jsonl"
-    lines = [json.dumps({"messages": dialogue(rng, int(n))}) for n in rng.integers(4, 40, args.chats)]
+    counts = rng.integers(4, 40, args.chats)
+    lines = [json.dumps({"messages": dialogue(rng, int(n))}) for n in counts]
     chats.write_text("\n".join(lines), encoding="utf-8")
     recipe = parse_recipe(
         {
