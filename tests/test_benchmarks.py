@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -17,13 +18,17 @@ import pytest
 import torch
 from questions import TASKS, arc_challenge, boolq, hellaswag, write_task
 
+from skipwise.config.recipe import EvalSettings
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.harness.benchmarks import (
     SHORT_BENCHMARKS,
     check_benchmarks,
     expand,
+    make_task,
     run_benchmark,
 )
+from skipwise.evaluation.tasks.prompts import ChatPrompts
+from skipwise.evaluation.tasks.task import TaskInputs
 
 pytest.importorskip("lm_eval", reason="pip install 'skipwise[bench]'")
 
@@ -156,6 +161,28 @@ def test_as_many_solved_examples_as_the_suite_says_stand_before_the_question(
     solved = {s for i in range(100, 130) for s in TASKS[name](i)[1]}
     for context, _ in asked:
         assert sum(statement in context for statement in solved) == SHORT_BENCHMARKS[name][0]
+
+
+def test_the_chat_template_writes_the_question_and_its_examples_as_turns(
+    folder: str, tokenizer: Any, asked: list[tuple[str, str]]
+) -> None:
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = """{% for m in messages %}{{ '[' + m.role + ']' + m.content + '[end]' }}
+    {%- endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
+    inputs = TaskInputs(
+        load_model=Knowing,
+        tokenizer=ChatPrompts(chat),
+        documents=[],
+        haystack=lambda n: [],
+        lengths=(),
+        settings=EvalSettings(task_folder=folder, limit=1),
+        tick=lambda n: None,
+    )
+    make_task("arc_challenge").measure(inputs)
+    assert len(asked) >= 3
+    for context, _ in asked:
+        assert context.startswith("[user]") and context.endswith("[end][assistant]")
+        assert context.count("[user]") == context.count("[assistant]") == 25 + 1
 
 
 def test_the_seed_draws_the_examples(

@@ -224,3 +224,14 @@ def test_the_axolotl_plugin_tells_what_an_adapter_lacks(
     (tmp_path / "adapter_model.safetensors").touch()
     plugin.post_train(cfg, type("PeftModel", (), {"peft_config": {}})())
     assert "merge it" in capsys.readouterr().out
+
+
+def test_the_chat_example_answers_in_its_format_behind_its_old_window(tmp_path):
+    sizes = ("--to", 512, "--base-steps", 30, "--steps", 2, "--batch-size", 4, "--chats", 30)
+    out = run("chat.py", *sizes, "--out", tmp_path)
+    (answered,) = (line for line in out.splitlines() if line.startswith("answered: "))
+    assert answered.startswith("answered: Sure: ") and answered.endswith("<|im_end|>")
+    run_json = json.loads((tmp_path / "run" / "run.json").read_text())
+    (check,) = (check for check in run_json["checks"] if check["name"] == "chat")
+    assert check["detail"].startswith("30 conversations, ")
+    assert 0.2 < check["numbers"]["assistant_fraction"] < 0.6

@@ -35,7 +35,7 @@ def of(rows, metric):
 def test_perplexity_equals_a_ten_line_reference(model):
     texts = documents(300, 100, 260)
     rows = perplexity(model, texts, [64, 256], num_windows=4)
-    windows, _ = _windows(texts, 256, 32, 4)
+    windows, _, _ = _windows(texts, 256, 32, 4)
     for row, c in zip(rows, (64, 256), strict=True):
         losses = []
         for window in windows:
@@ -69,7 +69,7 @@ def test_bits_per_byte_are_the_loss_over_the_bytes_of_the_targets(model, tokeniz
     ids = np.array(tokenizer(text, verbose=False)["input_ids"])
     rows = perplexity(model, [ids], [64], tokenizer=tokenizer, num_windows=10**6, stride=40)
     (ppl,), (bits,) = of(rows, "perplexity"), of(rows, "bits_per_byte")
-    windows, _ = _windows([ids], 64, 40, 10**6)
+    windows, _, _ = _windows([ids], 64, 40, 10**6)
     num_bytes = 0
     for window in windows:
         pieces = tokenizer.convert_ids_to_tokens(window[-40:].tolist())
@@ -86,10 +86,11 @@ def test_bits_per_byte_are_the_loss_over_the_bytes_of_the_targets(model, tokeniz
 
 def test_windows_share_their_targets_over_lengths_and_never_overlap():
     texts = [np.arange(1000), np.arange(1000, 1150), np.arange(5000, 5700)]
-    windows, owners = _windows(texts, 200, 20, 30)
+    windows, owners, labels = _windows(texts, 200, 20, 30)
     assert owners.tolist() == [0] * 15 + [2] * 15
     targets = windows[:, -20:]
     assert len(np.unique(targets)) == targets.size
+    assert (labels == targets).all()
     assert (np.diff(windows, axis=1) == 1).all()
 
 

@@ -145,6 +145,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
+        if typing.get_origin(args[0]) is Literal and bool in args:
+            if isinstance(value, bool) or value in typing.get_args(args[0]):
+                return value
+            raise SkipwiseError(f"{where} is {value!r}: give auto, true or false")
         if typing.get_origin(args[0]) is Literal:
             return _word_or_number(args[0], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)

@@ -111,8 +111,9 @@ class DataSettings:
     """Files, folders, hub data sets, or mappings {path, weight, text_field, max_tokens, split}."""
     text_field: str = "text"
     """Column or JSON key that holds the text."""
-    short_documents: Literal["drop", "pack"] = "drop"
-    """Documents shorter than train_length are dropped, or packed into longer ones."""
+    short_documents: Literal["auto", "drop", "pack"] = "auto"
+    """Documents shorter than train_length are dropped, or packed into longer ones. `auto` packs
+    conversations and drops others."""
     separator: Literal["auto", "bos", "eos", "eos-bos", "blank-line", "none"] = "auto"
     """What stands between documents: BOS before each, EOS after each, both, or a blank line between
     packed ones. `auto` measures on the base model which one it was trained with; `skipwise train`
@@ -209,6 +210,9 @@ class EvalSettings:
     """Documents per lm-eval task. The default is all of them."""
     task_folder: str | None = None
     """Folder with lm-eval tasks of your own, in YAML. By default there is none."""
+    chat_template: Literal["auto"] | bool = "auto"
+    """Ask passkey, needle, RULER and lm-eval questions through the model's chat template. `auto`
+    does so in a run that trains on conversations."""
     batch_tokens: int = 16384
     """Tokens per forward pass of the evaluation."""
     seed: int = 0

@@ -50,8 +50,13 @@ class PackedStore:
         return self.read(int(self.offsets[i]), int(self.offsets[i + 1]))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) tokens; a copy."""
-        return self._take(np.arange(start, stop), self.store.tokens)
+        """(stop - start,) tokens; a copy. `ChatTokens` if the store has conversations."""
+        indices = np.arange(start, stop)
+        tokens = self._take(indices, self.store.tokens)
+        if not self.store.chat:
+            return tokens
+        rows = np.searchsorted(self.begins, indices, "right") - 1
+        return self.store.chat.attach(tokens, self.starts[rows] + indices - self.begins[rows])
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Tokens at indices of any shape; a copy, through a separate memory map."""
@@ -153,15 +158,18 @@ def build_corpus(
     """Choose the documents that examples are cut from.
 
     Documents below `min_length` tokens are dropped, or packed: joined in order up to T tokens, with
-    the tokens `between` after each. `num_held_out` documents of at least T tokens (below 1: this
-    share; auto: 16, at most a fifth) are held out for evaluation, in an order by hashes. Documents
-    that share a passage with them are dropped, unless many others have it, too, such as a licence.
-    If there is only one document, its end is held out.
+    the tokens `between` after each. `auto` packs conversations, with nothing between them: the chat
+    template writes what begins and ends each. `num_held_out` documents of at least T tokens (below
+    1: this share; auto: 16, at most a fifth) are held out for evaluation, in an order by hashes.
+    Documents that share a passage with them are dropped, unless many others have it, too, such as a
+    licence. If there is only one document, its end is held out.
 
     Raises:
         SkipwiseError: no document is long enough; says how long they are. Fewer documents can be
             held out than asked for.
     """
+    if short_documents == "auto" and len({bool(store.chat) for store in stores}) == 1:
+        short_documents = "pack" if stores[0].chat else "drop"
     groups = [[i] for i in range(len(stores))]
     if all(weight is None for weight in weights):
         groups, shares = [list(range(len(stores)))], [1.0]
@@ -178,8 +186,10 @@ def build_corpus(
             long = lengths >= min_length
             num_short += int((~long).sum())
             rows.append((i, store.offsets[:-1][long], lengths[long]))
-            if short_documents == "pack" and not long.all():
-                packed = _pack(store, np.flatnonzero(~long), min_length, target_length, between)
+            packs = bool(store.chat) if short_documents == "auto" else short_documents == "pack"
+            if packs and not long.all():
+                joint = () if store.chat.num_conversations == store.num_documents else between
+                packed = _pack(store, np.flatnonzero(~long), min_length, target_length, joint)
                 all_stores.append(packed)
                 rows.append((len(all_stores) - 1, packed.offsets[:-1], np.diff(packed.offsets)))
         table.append(rows)
@@ -431,6 +441,6 @@ def _too_short(stores: list[TokenStore], min_length: int, short_documents: str) 
         first = next((record for store in stores for record in store.bad_records), "")
         found += f"; {bad:,} records could not be read ({first})"
     fix = "give longer texts"
-    if short_documents == "drop" and lengths.sum() >= min_length:
+    if short_documents != "pack" and lengths.sum() >= min_length:
         fix += ", or join the short ones with data.short_documents=pack"
     return f"no document has the {min_length:,} tokens that an example needs: {found}\n{fix}"

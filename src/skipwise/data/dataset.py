@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from skipwise.data.chat import ChatTokens
 from skipwise.data.corpus import Corpus
-from skipwise.pose.samplers import Example, Sampler
+from skipwise.pose.samplers import IGNORE_INDEX, Example, Sampler
 
+_TRIES = 256  # draws of an example of conversations
 _CYCLE = 1000  # every cycle of this many examples has the exact proportions of the sources
 
 
@@ -51,13 +53,36 @@ class PoSEDataset(torch.utils.data.Dataset):
         """`input_ids`, `labels`, `position_ids` (L,) int64, and their `example`."""
         tokens = self.document(k)
         example = self.draw(np.random.default_rng([self.seed, k]), tokens)
-        input_ids, labels = example.take(tokens)
+        input_ids, labels = example.take(np.asarray(tokens))
+        if isinstance(tokens, ChatTokens):
+            labels[example.take(tokens.masked)[0] == 1] = IGNORE_INDEX
         item = {"input_ids": input_ids, "labels": labels}
         return {**item, "position_ids": example.position_ids(), "example": example}
 
     def draw(self, rng: np.random.Generator, tokens: np.ndarray) -> Example:
-        """Draw an example: which tokens of a document (L_x,) it takes, at which positions."""
-        return self.sampler.sample(rng, len(tokens))
+        """Draw an example: which tokens of a document (L_x,) it takes, at which positions.
+
+        Of conversations it is drawn again until no chunk begins or ends inside a turn marker and it
+        has a label. If that takes too long, which happens where turns have a few tokens only, it is
+        one chunk around a token of the assistant.
+        """
+        L_x, L = len(tokens), self.sampler.train_length
+        example = self.sampler.sample(rng, L_x)
+        if not isinstance(tokens, ChatTokens):
+            return example
+        for _ in range(_TRIES):
+            cuts = example.text_starts, (example.text_starts + example.lengths)[:-1]
+            # A sampler without chunks skips at every token; only its start can be chosen.
+            cut = np.concatenate(cuts) if self.sampler.has_chunks else example.text_starts[:1]
+            labels = example.take(~tokens.masked)[1]
+            if not tokens.in_marker[cut].any() and (labels[1:] == 1).any():
+                return example
+            example = self.sampler.sample(rng, L_x)
+        answer = int(rng.choice(np.flatnonzero(~tokens.masked)))
+        start = min(max(0, answer - L // 2), L_x - L)
+        while tokens.in_marker[start]:
+            start -= 1
+        return Example.contiguous(L, start)
 
     def document(self, k: int) -> np.ndarray:
         """(L_x,) tokens of example k's document; a view, or a copy if it was packed."""

@@ -1,9 +1,10 @@
 """Read documents from files, or from a hub dataset.
 
-A reader yields an `Outcome` per record: the document's text (empty for a blank line), or a
-`BadRecord` with file and line. `data.on_bad_record` decides whether bad records are skipped or stop
-the run. files.py finds files and their formats, and records.py finds records and their text.
-shards.py decides which process reads what, and where reading resumes.
+A reader yields an `Outcome` per record: the document's text (empty for a blank line), its
+conversation, or a `BadRecord` with file and line. `data.on_bad_record` decides whether bad records
+are skipped or stop the run. files.py finds files and their formats, records.py finds records and
+their text, and chat_records.py finds conversations. shards.py decides which process reads what, and
+where reading resumes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from skipwise.data.chat_records import Conversation, find_conversation
 from skipwise.data.files import (
     LARGEST,
     Kind,
@@ -31,7 +33,7 @@ from skipwise.data.files import (
 from skipwise.data.records import read_structured, text_in
 from skipwise.errors import SkipwiseError
 
-_READING = 2  # raise it when a file gives other documents than before: caches are then made again
+_READING = 3  # raise it when a file gives other documents than before: caches are then made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class BadRecord:
         return f"{self.where}:{number}: {self.why}"
 
 
-Outcome = str | BadRecord
+Outcome = str | Conversation | BadRecord
 
 
 @dataclass
@@ -210,10 +212,7 @@ def read_json_lines(
                 text, why = _text_of(json.loads(line), text_field)
             except (ValueError, RecursionError) as error:
                 text, why = None, f"not JSON ({error})"
-        if text is None:
-            yield BadRecord(where=str(path), why=why, line=number, start=start)
-        else:
-            yield text
+        yield _outcome(text, BadRecord(where=str(path), why=why, line=number, start=start))
 
 
 def read_records(
@@ -270,17 +269,26 @@ def read_record(where: str, record: Any, text_field: str) -> Outcome:
     if isinstance(record, Unreadable):
         return BadRecord(where=where, why=str(record))
     text, why = _text_of(record, text_field)
-    return BadRecord(where=where, why=why) if text is None else text
+    return _outcome(text, BadRecord(where=where, why=why))
 
 
-def _text_of(record: Any, text_field: str) -> tuple[str | None, str]:
-    """(text, "") of a record, or (None, why it has no text)."""
+def _outcome(found: str | Conversation | None, place: BadRecord) -> Outcome:
+    if isinstance(found, Conversation):
+        return dataclasses.replace(found, place=place)
+    return place if found is None else found
+
+
+def _text_of(record: Any, text_field: str) -> tuple[str | Conversation | None, str]:
+    """(text or conversation, "") of a record, or (None, why it has none)."""
     value = record.get(text_field) if isinstance(record, dict) else record
     if not isinstance(value, str):
         try:
             value = text_in(record, text_field)
         except ValueError as error:
-            return None, str(error)
+            found = find_conversation(record)
+            if isinstance(found, Conversation):
+                return found, ""
+            return None, found or str(error)
     try:
         if not value.isascii():
             value.encode()

@@ -1,6 +1,7 @@
 """Records of JSON documents, CSV, Parquet and Arrow files one after the other, and their text.
 
-A record is what the file holds, mostly an object with fields; `text_in` finds the text in it. A
+A record is what the file holds, mostly an object with fields; `text_in` finds the text in it, and
+chat_records.py a conversation. A
 file that cannot be read, or not any further, raises one of `BROKEN_FILE`.
 
 Memory: one record, and 256 rows of Parquet or Arrow.
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from skipwise.data.chat_records import FIELDS, has_conversation, has_pair
 from skipwise.data.files import (
     LARGEST,
     Kind,
@@ -42,8 +44,8 @@ def read_structured(path: Path, kind: Kind, text_field: str, skip: int) -> Itera
     """The records of a JSON document, CSV, Parquet or Arrow file.
 
     Args:
-        text_field: of Parquet and Arrow, only its column is read. A file without it gives a single
-            record with all fields, of which the error tells.
+        text_field: of Parquet and Arrow, only its column is read, and those of a conversation. A
+            file without them gives a single record with all fields, of which the error tells.
         skip: number of records to skip.
 
     Raises:
@@ -80,12 +82,17 @@ def text_in(record: Any, text_field: str) -> str:
 
 
 def needed_columns(names: Iterable[str], text_field: str) -> list[str]:
-    """The columns that hold the text; empty if there are none."""
+    """The columns that hold the text or a conversation; empty if there are none."""
     names = list(names)
-    for name in (text_field, text_field.split(".")[0]):
-        if name in names:
-            return [name]
-    return []
+    own = _text_column(names, text_field)
+    if own is None and not has_conversation(names):
+        return []
+    return [name for name in names if name == own or name in FIELDS]
+
+
+def _text_column(names: Iterable[str], text_field: str) -> str | None:
+    names = list(names)
+    return next((name for name in (text_field, text_field.split(".")[0]) if name in names), None)
 
 
 def _read_json(path: Path, text_field: str, skip: int) -> Iterator[Located]:
@@ -133,7 +140,7 @@ def _json_values(file: Any, path: Path) -> Iterator[Any]:
 
 def _unwrapped(value: Any, text_field: str) -> list[Any]:
     """The records of `{"version": 1, "data": [...]}`, the only list of objects; else the value."""
-    if not isinstance(value, dict) or needed_columns(value, text_field):
+    if not isinstance(value, dict) or _text_column(value, text_field) or has_pair(value):
         return [value]
     lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
     is_one = len(lists) == 1 and lists[0][0].keys().isdisjoint(("role", "from"))  # not a chat

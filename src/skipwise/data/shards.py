@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.data import readers
+from skipwise.data.chat_records import Conversation
 from skipwise.data.files import BROKEN_FILE, has_records, recognize, size_of
 from skipwise.data.readers import BadRecord, BadRecords, Outcome, Source
 
@@ -93,13 +94,13 @@ def read_shards(source: Source, start: Cursor | None = None) -> Iterator[Shard]:
     return (_file_shards if source.is_local else _hub_shards)(source, start)
 
 
-def read_documents(source: Source, bad: BadRecords) -> Iterator[str]:
-    """The text of every document: one per text file, JSON line or Parquet row."""
+def read_documents(source: Source, bad: BadRecords) -> Iterator[str | Conversation]:
+    """Every document or conversation: one per text file, JSON line or Parquet row."""
     for shard in read_shards(source):
         for outcome in shard.read():
             if isinstance(outcome, BadRecord):
                 bad.add(outcome)
-            elif outcome.strip():
+            elif isinstance(outcome, Conversation) or outcome.strip():
                 yield outcome
 
 
@@ -197,6 +198,8 @@ def _state_of(records: Any) -> Any:
 
 
 def _size(outcome: Outcome) -> int:
+    if isinstance(outcome, Conversation):
+        return outcome.size
     return len(outcome) if isinstance(outcome, str) else 0
 
 

@@ -1,13 +1,15 @@
 """The token cache on disk: complete stores, which are memory-mapped, and unfinished ones.
 
 tokens/FINGERPRINT/         tokens.bin, offsets.npy, meta.json: a complete store
-tokens/FINGERPRINT.part/    tokens.bin, lengths.bin, and progress.json with their valid lengths
+                            masked.bin, markers.bin: the same of conversations, as spans
+tokens/FINGERPRINT.part/    the .bin files, lengths.bin, and progress.json with valid lengths
 tokens/FINGERPRINT.lock     locked by the process that writes FINGERPRINT.part; others wait
 
 A kill loses only the work after the last progress.json, a few seconds. Unfinished stores that have
 not changed for two weeks are removed.
 
 Memory: 8 bytes per document (its offset), memory-mapped; twice that while a store is completed.
+        About 50 bytes on disk per turn of a conversation.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 
 from skipwise.config.machine import is_main_process
 from skipwise.config.run_folder import write_json
+from skipwise.data.chat import ChatSpans
 from skipwise.data.shards import Cursor
 
 try:
@@ -48,6 +51,7 @@ class TokenStore:
     offsets: np.ndarray  # (num_documents + 1,) int64
     num_bad_records: int = 0
     bad_records: list[str] = field(default_factory=list)  # descriptions of the first few
+    chat: ChatSpans = field(default_factory=ChatSpans)
     num_special: int = 0  # control tokens that the texts spell
     folder: Path | None = None  # the memory-mapped files
 
@@ -56,11 +60,12 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def document(self, i: int) -> np.ndarray:
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+        return self.read(int(self.offsets[i]), int(self.offsets[i + 1]))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) tokens; a view."""
-        return self.tokens[start:stop]
+        """(stop - start,) tokens; a view. `ChatTokens` if the store has conversations."""
+        tokens = self.tokens[start:stop]
+        return self.chat.attach(tokens, np.arange(start, stop)) if self.chat else tokens
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Tokens at indices of any shape; a copy, through a separate memory map."""
@@ -75,6 +80,7 @@ class TokenStore:
             begins = np.linspace(0, len(tokens) - _BLOCK, _BLOCKS, dtype=int)
         for begin in begins:
             seen.update(tokens[begin : begin + _BLOCK].tobytes())
+        seen.update(self.chat.masked.tobytes())
         return seen.hexdigest()[:16]
 
     def fresh_memmap(self) -> np.ndarray:
@@ -104,9 +110,19 @@ def open_store(folder: Path) -> TokenStore:
         offsets=offsets,
         num_bad_records=meta["num_bad_records"],
         bad_records=meta["bad_records"],
+        chat=ChatSpans(
+            masked=_spans(folder / "masked.bin"),
+            markers=_spans(folder / "markers.bin"),
+            num_conversations=meta["num_conversations"],
+            num_tokens=meta["num_chat_tokens"],
+        ),
         num_special=meta["num_special"],
         folder=folder.absolute(),
     )
+
+
+def _spans(path: Path) -> np.ndarray:
+    return np.memmap(path, np.int64, "r") if path.stat().st_size else np.zeros(0, np.int64)
 
 
 def is_complete(folder: Path) -> bool:
@@ -125,6 +141,19 @@ class StoreProgress:
     bad_records: list[str] = field(default_factory=list)
     num_special: int = 0
     num_bytes: int = 0  # read from the source's files
+    num_conversations: int = 0
+    num_chat_tokens: int = 0
+    num_masked: int = 0  # numbers in masked.bin, two for each span
+    num_markers: int = 0
+
+    def sizes(self, dtype: np.dtype) -> dict[str, int]:
+        """Valid bytes of each file."""
+        return {
+            "tokens": self.num_tokens * dtype.itemsize,
+            "lengths": self.num_documents * 4,
+            "masked": self.num_masked * 8,
+            "markers": self.num_markers * 8,
+        }
 
 
 class TokenWriter:
@@ -135,25 +164,27 @@ class TokenWriter:
         part.mkdir(exist_ok=True)
         os.utime(part)  # not abandoned
         self.progress = self._read_progress()
-        self._tokens = _open_at(part / "tokens.bin", self.progress.num_tokens * dtype.itemsize)
-        self._lengths = _open_at(part / "lengths.bin", self.progress.num_documents * 4)
+        sizes = self.progress.sizes(dtype)
+        self._files = {name: _open_at(part / f"{name}.bin", n) for name, n in sizes.items()}
 
     def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._tokens, self._lengths):
+        for file in self._files.values():
             with suppress(OSError):  # a full disk was reported already
                 file.close()
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Add documents: their (sum L_x,) tokens and (n,) lengths."""
-        self._tokens.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self._lengths.write(lengths.astype(np.uint32).tobytes())
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, chat: ChatSpans) -> None:
+        """Add documents: their (sum L_x,) tokens, (n,) lengths, and spans in the whole store."""
+        columns = {"tokens": (tokens, self.dtype), "lengths": (lengths, np.uint32)}
+        columns |= {"masked": (chat.masked, np.int64), "markers": (chat.markers, np.int64)}
+        for name, (values, dtype) in columns.items():
+            self._files[name].write(values.astype(dtype, copy=False).tobytes())
 
     def save(self, progress: StoreProgress) -> None:
         """Flush what was appended, and record it as valid."""
-        for file in (self._tokens, self._lengths):
+        for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         write_json(self.part / "progress.json", dataclasses.asdict(progress))
@@ -170,6 +201,8 @@ class TokenWriter:
             "dtype": self.dtype.name,
             "num_bad_records": self.progress.num_bad_records,
             "bad_records": self.progress.bad_records,
+            "num_conversations": self.progress.num_conversations,
+            "num_chat_tokens": self.progress.num_chat_tokens,
             "num_special": self.progress.num_special,
             "source": source,
         }
@@ -185,11 +218,11 @@ class TokenWriter:
         try:
             tree = json.loads((self.part / "progress.json").read_text(encoding="utf-8"))
             progress = StoreProgress(**{**tree, "position": Cursor(**tree["position"])})
-            sizes = [(self.part / f"{n}.bin").stat().st_size for n in ("tokens", "lengths")]
+            needed = progress.sizes(self.dtype).items()
+            whole = all((self.part / f"{name}.bin").stat().st_size >= n for name, n in needed)
         except (OSError, ValueError, TypeError, KeyError):
             return StoreProgress()
-        needed = (progress.num_tokens * self.dtype.itemsize, progress.num_documents * 4)
-        return progress if sizes[0] >= needed[0] and sizes[1] >= needed[1] else StoreProgress()
+        return progress if whole else StoreProgress()
 
 
 @contextmanager

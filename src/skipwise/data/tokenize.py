@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 
 from skipwise.data import token_cache
+from skipwise.data.chat import Spans, encode_conversation, spans_in_store, spans_of
+from skipwise.data.chat_records import Conversation, ConversationError
 from skipwise.data.files import size_of
 from skipwise.data.progress import TokenBar, warn_of_disk_space
 from skipwise.data.readers import BadRecord, BadRecords, Source, fingerprint_fields, list_files
@@ -39,7 +41,7 @@ from skipwise.data.token_cache import StoreProgress, TokenStore, TokenWriter, is
 from skipwise.errors import SkipwiseError
 from skipwise.models.separator import Separator, own_separator, special_ids
 
-_FORMAT = 2  # version of the cache format; increase it when the files change
+_FORMAT = 3  # version of the cache format; increase it when the files change
 _PIECE = 1 << 20  # most characters of one input to the tokenizer; longer texts are split
 _BATCH = 1 << 22  # characters per call of the tokenizer
 _LARGE = 1 << 28  # bytes of text above which a process pool is faster
@@ -65,7 +67,8 @@ def tokenize_source(
     Args:
         tokenizer: a transformers tokenizer.
         separator: the tokens around each document. Defaults to those that the tokenizer adds.
-        special_tokens: as `data.special_tokens`.
+            Conversations get none: the chat template writes what begins and ends them.
+        special_tokens: as `data.special_tokens`; of text only.
         on_bad_record: `skip` or `stop`.
         num_proc: processes. Defaults to the number of cores for a large source, else to 1.
         cache: folder. Defaults to $SKIPWISE_CACHE, then ~/.cache/skipwise.
@@ -79,6 +82,7 @@ def tokenize_source(
     fields = fingerprint_fields(source)
     key = [_FORMAT, _PIECE, on_bad_record, fields, tokenizer_fingerprint(tokenizer)]
     key += [separator.begin, separator.end, special_tokens]
+    key += [getattr(tokenizer, "chat_template", None)]
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     folder = (cache or cache_folder()) / "tokens" / fingerprint
     if is_complete(folder):
@@ -150,6 +154,7 @@ class _EncodedShard:
     lengths: np.ndarray  # (n,) L_x
     bad: list[BadRecord]
     num_special: int  # control tokens that the texts spell
+    chat: list[Spans | None]  # (n,) of the conversations among the documents
 
 
 def _tokenize(
@@ -213,7 +218,8 @@ def _append(
         is_complete = bool(len(ends)) and bool(ends[-1] >= max_tokens)
         lengths = lengths[: int(np.searchsorted(ends, max_tokens)) + 1]
         tokens = tokens[: int(lengths.sum())]
-    writer.append(tokens, lengths)
+    chat = spans_in_store(encoded.chat[: len(lengths)], lengths, now.num_tokens)
+    writer.append(tokens, lengths, chat)
     return dataclasses.replace(
         now,
         position=shard.end,
@@ -224,6 +230,10 @@ def _append(
         bad_records=list(bad.first),
         num_special=now.num_special + encoded.num_special,
         num_bytes=shard.done,
+        num_conversations=now.num_conversations + chat.num_conversations,
+        num_chat_tokens=now.num_chat_tokens + chat.num_tokens,
+        num_masked=now.num_masked + len(chat.masked),
+        num_markers=now.num_markers + len(chat.markers),
     )
 
 
@@ -277,15 +287,32 @@ def _work(shard: Shard) -> _EncodedShard:
 def _encode_shard(encoder: _Encoder, shard: Shard) -> _EncodedShard:
     outcomes = list(shard.read())
     texts = [text for text in outcomes if isinstance(text, str) and text.strip()]
-    bad = [record for record in outcomes if isinstance(record, BadRecord)]
+    encoded, documents = iter(_encode_batch(encoder, texts)), []
+    bad: list[BadRecord] = []
+    for outcome in outcomes:
+        if isinstance(outcome, BadRecord):
+            bad.append(outcome)
+        elif isinstance(outcome, Conversation):
+            try:
+                documents.append(encode_conversation(encoder.tokenizer, outcome))
+            except ConversationError as error:
+                bad.append(dataclasses.replace(outcome.place, why=str(error)))
+        elif outcome.strip():
+            documents.append(next(encoded))
     dtype, separator = _dtype(encoder.tokenizer), encoder.separator
     special = special_ids(encoder.tokenizer)
-    ids = [tokens.astype(dtype) for tokens in _encode_batch(encoder, texts)]
-    lengths = np.array([len(tokens) for tokens in ids], np.int64)
-    tokens = np.concatenate([np.zeros(0, dtype), *ids])
-    around = len(ids) * int(np.isin(separator.begin + separator.end, special).sum())
-    num_special = int(np.isin(tokens, special).sum()) - around
-    return _EncodedShard(tokens=tokens, lengths=lengths, bad=bad, num_special=num_special)
+    chat = [spans_of(tokens) for tokens in documents]
+    ids = [np.asarray(tokens, dtype) for tokens in documents]
+    of_text = [tokens for tokens, spans in zip(ids, chat, strict=True) if spans is None]
+    spelled = int(np.isin(np.concatenate([np.zeros(0, dtype), *of_text]), special).sum())
+    around = len(of_text) * int(np.isin(separator.begin + separator.end, special).sum())
+    return _EncodedShard(
+        tokens=np.concatenate([np.zeros(0, dtype), *ids]),
+        lengths=np.array([len(tokens) for tokens in ids], np.int64),
+        bad=bad,
+        num_special=spelled - around,
+        chat=chat,
+    )
 
 
 def _encode_batch(encoder: _Encoder, texts: list[str]) -> list[np.ndarray]:

@@ -20,11 +20,12 @@ import numpy as np
 
 from skipwise.config.progress import Progress
 from skipwise.config.recipe import EvalSettings
+from skipwise.data.chat import ChatTokens, check_template
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.harness import benchmarks
 from skipwise.evaluation.tasks import TASKS, Task, TaskInputs, task_names
 from skipwise.evaluation.tasks.perplexity import fitting_lengths
-from skipwise.evaluation.tasks.prompts import haystack_words
+from skipwise.evaluation.tasks.prompts import ChatPrompts, haystack_words
 from skipwise.models.separator import Separator
 from skipwise.report.rows import Row, Rows
 
@@ -60,6 +61,8 @@ class Texts:
         digest = hashlib.sha1(usedforsecurity=False)
         for tokens in self.documents:
             digest.update(np.asarray(tokens, np.int64).tobytes() + b"|")
+            if isinstance(tokens, ChatTokens):
+                digest.update(tokens.masked.tobytes())
         return digest.hexdigest()[:12]
 
 
@@ -105,6 +108,9 @@ def evaluate_model(
     missing = [unit for unit in units if unit.key not in known]
     _check_tasks([unit.task for unit in missing], settings)
     tokenizer = eval_model.tokenizer
+    asks_chat = settings.chat_template is True
+    if asks_chat:
+        check_template(tokenizer, f"eval.chat_template, {label}")
     load_model = functools.cache(lambda: eval_model.load().eval())
     haystack = functools.cache(lambda n: haystack_words(tokenizer, texts.documents, n))
     digest = texts.digest(tokenizer)
@@ -115,7 +121,7 @@ def evaluate_model(
             bar.begin(unit.name, unit.tokens)
             inputs = TaskInputs(
                 load_model=load_model,
-                tokenizer=tokenizer,
+                tokenizer=ChatPrompts(tokenizer) if asks_chat else tokenizer,
                 documents=texts.documents,
                 haystack=haystack,
                 lengths=unit.lengths,
@@ -187,6 +193,8 @@ def _units(
             decides = [_VERSION, eval_model.identity, settings.seed, task.name]
             decides += [group] if task.lengths == "together" else group
             decides += [*task.cache_key(settings), *([] if task.text == "unused" else [text])]
+            if settings.chat_template is True:
+                decides.append(eval_model.tokenizer.chat_template)
             encoded = json.dumps(decides, default=str).encode()
             digest = hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
             tokens = sum(group) * (count or 0)

@@ -16,9 +16,12 @@ import numpy as np
 
 from skipwise.config.machine import machine, versions
 from skipwise.config.parse import parse_recipe
-from skipwise.config.recipe import ModelSettings, Recipe, context_lengths
+from skipwise.config.recipe import EvalSettings, ModelSettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
+from skipwise.data.chat import ChatSpans
+from skipwise.data.corpus import build_corpus
 from skipwise.data.readers import parse_sources
+from skipwise.data.token_cache import TokenStore
 from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprint
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation import evaluator
@@ -88,16 +91,20 @@ def evaluate(
     if not is_run:
         _open_evaluation(run, labels, baseline, command)
     need_text = [task.name for task in evaluator.find_tasks(tasks) if task.text == "required"]
+    settings = eval_settings(recipe, own_run)
+    longest = recipe  # conversations are joined up to its target length
+    if own_run is None or data:
+        longest = dataclasses.replace(recipe, target_length=max([1, *lengths]))
     rows: Rows = []
     with run.lock():
         for eval_model in eval_models:
             around = eval_model.separator
-            documents = evaluation_documents(recipe, eval_model.tokenizer, own_run, data, around)
+            documents = evaluation_documents(longest, eval_model.tokenizer, own_run, data, around)
             if need_text and not documents:
                 raise SkipwiseError(f"{' and '.join(need_text)} need text: type --data PATH")
             texts, save = evaluator.Texts(documents=documents), run.write_results
             rows += evaluator.evaluate_model(
-                eval_model, texts, lengths, recipe.eval, done=run.results(), save=save
+                eval_model, texts, lengths, settings, done=run.results(), save=save
             )
     if not rows:
         raise SkipwiseError(
@@ -179,6 +186,15 @@ def make_eval_model(
     )
 
 
+def eval_settings(recipe: Recipe, run: RunFolder | None) -> EvalSettings:
+    """The recipe's, with `chat_template: auto` decided by the text that the run trains on."""
+    settings = recipe.eval
+    if settings.chat_template != "auto":
+        return settings
+    data = {} if run is None else run.metadata().get("data", {})
+    return dataclasses.replace(settings, chat_template=bool(data.get("num_conversations")))
+
+
 def evaluation_documents(
     recipe: Recipe,
     tokenizer: Any,
@@ -208,9 +224,21 @@ def evaluation_documents(
     held_out = [json.loads(line) for line in lines]
     own = load_tokenizer(str(run.model), ModelSettings()) if run.model.is_dir() else tokenizer
     if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(own):
-        return [np.array(document["tokens"], np.int64) for document in held_out]
+        return [_held_out(document) for document in held_out]
+    if any("masked" in document for document in held_out):
+        raise SkipwiseError(
+            f"the evaluation text of {run.path} is conversations, written by another chat template"
+            "\ntype --data FILE with conversations, for the tokenizer to write them itself"
+        )
     texts = [document["text"] for document in held_out]  # a baseline may have another tokenizer
     return [np.array(encode(tokenizer, text, separator), np.int64) for text in texts]
+
+
+def _held_out(document: dict[str, Any]) -> np.ndarray:
+    tokens = np.array(document["tokens"], np.int64)
+    if "masked" not in document:
+        return tokens
+    return ChatSpans(masked=np.array(document["masked"])).attach(tokens, np.arange(len(tokens)))
 
 
 def documents_for_search(
@@ -240,7 +268,17 @@ def _documents(
     if bad:
         count = sum(store.num_bad_records for store in stores)
         print(f"{count:,} records of the text not readable: {bad[0]}", file=sys.stderr)
-    return [store.document(i) for store in stores for i in range(store.num_documents)]
+    between, length = separator.between if separator else (), recipe.target_length
+    return [document for store in stores for document in _joined(store, length, between)]
+
+
+def _joined(store: TokenStore, length: int, between: tuple[int, ...]) -> list[np.ndarray]:
+    """The documents of a store; conversations are joined to `length` tokens if there are enough."""
+    if not store.chat or len(store.tokens) < length:
+        return [store.document(i) for i in range(store.num_documents)]
+    lengths: dict[str, int] = {"min_length": length, "target_length": length}
+    corpus = build_corpus([store], [None], **lengths, short_documents="pack", between=between)
+    return [corpus.document(0, i) for i in range(corpus.num_documents)]
 
 
 def _split_for_search(

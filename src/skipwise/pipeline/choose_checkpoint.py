@@ -18,7 +18,7 @@ from skipwise.config.recipe import EvalSettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
-from skipwise.evaluation.run import evaluation_documents
+from skipwise.evaluation.run import eval_settings, evaluation_documents
 from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
 from skipwise.evaluation.tasks.prompts import haystack_words
 from skipwise.export.hf import load_for_scoring
@@ -122,6 +122,7 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
         needle_samples=_TRIALS,
         perplexity_windows=_WINDOWS,
         batch_tokens=recipe.eval.batch_tokens,
+        chat_template=eval_settings(recipe, run).chat_template,
         seed=recipe.eval.seed + 1,  # other questions than the evaluation asks
     )
     load = partial(load_for_scoring, prepared, folder)

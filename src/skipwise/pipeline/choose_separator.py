@@ -2,7 +2,8 @@
 
 The beginnings of some training documents are packed into windows, once with each separator that the
 tokenizer has. The loss is that of the texts' own tokens, the same with every separator. The lowest
-perplexity wins if it is at least 0.5 % below that of the tokenizer's own separator.
+perplexity wins if it is at least 0.5 % below that of the tokenizer's own separator. Conversations
+are not measured: the chat template writes what begins and ends them.
 
 Shapes:  W = tokens of a window
 """
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from skipwise.config.run_folder import RunFolder
+from skipwise.data.chat_records import Conversation
 from skipwise.data.readers import BadRecords
 from skipwise.data.shards import read_documents
 from skipwise.data.tokenize import encode
@@ -36,6 +38,7 @@ _WINDOWS = 8
 _LONGEST = 512  # most tokens of a window
 _PER_WINDOW = 4  # least number of documents in a window
 _AROUND = 4  # tokens of a window that are kept free for each separator
+_MOST_READ = 10_000  # documents and conversations
 _CHARACTERS = 16  # characters read for each token that is wanted
 _TOO_HIGH = 700.0  # nats
 
@@ -125,8 +128,12 @@ def _windows(prepared: PreparedModel) -> list[list[list[int]]]:
     longest = max(1, width // _PER_WINDOW - _AROUND)
     streams = [read_documents(s, BadRecords()) for s in find_sources(prepared.recipe)]
     windows: list[list[list[int]]] = []
-    room = 0
-    for text in itertools.chain.from_iterable(itertools.zip_longest(*streams, fillvalue="")):
+    room = num_conversations = 0
+    documents = itertools.chain.from_iterable(itertools.zip_longest(*streams, fillvalue=""))
+    for text in itertools.islice(documents, _MOST_READ):
+        if isinstance(text, Conversation):
+            num_conversations += 1
+            continue
         head = encode(
             prepared.tokenizer,
             text[: _CHARACTERS * longest],
@@ -143,6 +150,8 @@ def _windows(prepared: PreparedModel) -> list[list[list[int]]]:
         windows[-1].append(head)
         room -= len(head) + _AROUND
     if sum(map(len, windows)) < 2:
+        if num_conversations:
+            raise SkipwiseError("the chat template writes what begins and ends a conversation")
         raise SkipwiseError("there are not two documents")
     return windows
 

@@ -13,7 +13,7 @@ from skipwise.config.recipe import Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation.evaluator import Texts, evaluate_model
-from skipwise.evaluation.run import evaluation_documents, make_eval_model
+from skipwise.evaluation.run import eval_settings, evaluation_documents, make_eval_model
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model, load_for_scoring
 from skipwise.export.model_card import write_card
@@ -139,7 +139,7 @@ def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
             make_eval_model(label, model, settings, lengths, tokenizer, around),
             Texts(documents=documents),
             lengths,
-            recipe.eval,
+            eval_settings(recipe, run),
             done=run.results(),
             save=run.write_results,
         )
@@ -175,7 +175,7 @@ def evaluate_untrained(
             dataclasses.replace(plain, load=load, identity=[plain.identity, scaled]),
             Texts(documents=documents),
             lengths,
-            recipe.eval,
+            eval_settings(recipe, run),
             done=run.results(),
             save=run.write_results,
         )

@@ -15,6 +15,7 @@ from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.samplers import make_sampler
 from skipwise.config.stages import first_stage
+from skipwise.data.chat import spans_of
 from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import Corpus, build_corpus
 from skipwise.data.dataset import PoSEDataset
@@ -42,6 +43,8 @@ class TrainingData:
     num_bad_records: int
     bad_records: list[str]
     digest: str  # hash of all tokens of the sources
+    num_conversations: int = 0
+    assistant_fraction: float = 0.0  # of the conversations' tokens
     num_special: int = 0  # control tokens that the text spells
 
     def items(self, size: int) -> list[dict[str, Any]]:
@@ -127,6 +130,9 @@ def load_training_data(
         num_bad_records=sum(store.num_bad_records for store in stores),
         bad_records=[line for store in stores for line in store.bad_records][:5],
         digest=digest,
+        num_conversations=sum(store.chat.num_conversations for store in stores),
+        assistant_fraction=sum(store.chat.num_labels for store in stores)
+        / max(1, sum(store.chat.num_tokens for store in stores)),
         num_special=sum(store.num_special for store in stores),
     )
 
@@ -158,8 +164,9 @@ def check_data(
     corpus, T = data.corpus, prepared.recipe.target_length
     left_out = []
     if corpus.num_short:
-        done = "dropped" if corpus.short_documents == "drop" else "packed"
-        left_out.append(f"{corpus.num_short:,} shorter ones {done}")
+        done = {"drop": "dropped", "pack": "packed"}
+        what = done.get(corpus.short_documents, "dropped, or packed if conversations")
+        left_out.append(f"{corpus.num_short:,} shorter ones {what}")
     if data.num_bad_records:
         left_out.append(f"{data.num_bad_records:,} unreadable records ({data.bad_records[0]})")
     L, count = data.sampler.train_length, corpus.num_documents
@@ -169,6 +176,7 @@ def check_data(
         *_check_files(prepared.recipe),
         _check_held_out(corpus, held_out, T, bool(prepared.recipe.data.eval_sources)),
         check_labels(data.items(16)),
+        *([_check_chat(data)] if data.num_conversations else []),
     ]
     if data.num_special:
         detail = f"the text spells {data.num_special:,} special tokens, such as EOS, which are read"
@@ -189,6 +197,7 @@ def data_metadata(prepared: PreparedModel, data: TrainingData, num_eval: int) ->
         "num_bad_records": data.num_bad_records,
         "bad_records": data.bad_records,
         "num_eval_documents": num_eval,
+        "num_conversations": data.num_conversations,
         "digest": data.digest,
     }
 
@@ -233,8 +242,18 @@ def _check_held_out(
     )
 
 
+def _check_chat(data: TrainingData) -> Check:
+    share = data.assistant_fraction
+    detail = f"{data.num_conversations:,} conversations, {share:.0%} of tokens are the assistant's"
+    numbers = {"num_conversations": data.num_conversations, "assistant_fraction": share}
+    return Check(name="chat", passed=True, detail=detail.replace("%", " %"), numbers=numbers)
+
+
 def _write_held_out(run: RunFolder, corpus: Corpus, tokenizer: Any) -> None:
     decode = partial(tokenizer.decode, skip_special_tokens=True)  # for another tokenizer
     documents = [{"text": decode(x), "tokens": x.tolist()} for x in corpus.held_out]
+    for document, tokens in zip(documents, corpus.held_out, strict=True):
+        if spans := spans_of(tokens):
+            document["masked"] = spans[0].tolist()
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
     write_text(run.eval_documents, "".join(lines))

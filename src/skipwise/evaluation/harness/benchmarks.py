@@ -29,6 +29,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.evaluation.fingerprint import harness_identity
 from skipwise.evaluation.harness.adapter import first_line, guarded, script_refusal, wrap
 from skipwise.evaluation.harness.task_folder import read_folder
+from skipwise.evaluation.tasks.prompts import ChatPrompts
 from skipwise.evaluation.tasks.task import Task, TaskInputs
 from skipwise.report.rows import Rows
 
@@ -56,9 +57,9 @@ def make_task(name: str) -> Task:
     def measure(inputs: TaskInputs) -> Rows:
         settings, model = inputs.settings, inputs.model
         limit, folder, seed = settings.limit, settings.task_folder, settings.seed
-        return run_benchmark(
-            model, inputs.tokenizer, name, limit=limit, task_folder=folder, seed=seed
-        )
+        tokenizer, chat = inputs.tokenizer, isinstance(inputs.tokenizer, ChatPrompts)
+        options = {"limit": limit, "task_folder": folder, "seed": seed, "chat_template": chat}
+        return run_benchmark(model, tokenizer.tokenizer if chat else tokenizer, name, **options)
 
     return Task(
         name=name,
@@ -87,6 +88,7 @@ def run_benchmark(
     batch_size: int = 8,
     max_length: int | None = None,
     seed: int = 0,
+    chat_template: bool = False,
 ) -> Rows:
     """Rows of one task or group, one per metric.
 
@@ -100,6 +102,7 @@ def run_benchmark(
         batch_size: rows of a forward pass; logits take rows x tokens x vocabulary x 4 bytes, twice.
         max_length: tokens the model sees; longer prompts lose their start. Defaults to its window.
         seed: draws the few-shot examples.
+        chat_template: write the questions as a user's turns, few-shot examples as earlier turns.
 
     Returns:
         rows with `value`, its 95 % interval `low` and `high` (None without a standard
@@ -122,7 +125,13 @@ def run_benchmark(
         torch.manual_seed(seed)
         lm = wrap(model, tokenizer, batch_size, max_length)
         results: Any = evaluate(
-            lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
+            lm=lm,
+            task_dict=loaded,
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAPS,
+            log_samples=False,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
         )
     if lm.num_truncated:
         warnings.warn(

@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
+from skipwise.data.chat import ChatTokens
 from skipwise.evaluation.prefill import logits_in_slices
 from skipwise.evaluation.scoring import Tick
 from skipwise.evaluation.tasks.task import Task, TaskInputs
 from skipwise.report.intervals import clustered_mean
 from skipwise.report.rows import Rows
 
+_IGNORED = -100  # the label of torch's cross entropy for no target
 _BEFORE = 16  # tokens decoded before the targets, so that both ends are cut alike
 
 
@@ -42,8 +45,9 @@ def perplexity(
     """Rows of results, two a context length: perplexity, and bits per byte.
 
     Args:
-        documents: token ids; those shorter than the longest context length are left out.
-        tokenizer: to count bytes; without it there are no bits per byte.
+        documents: token ids; those shorter than the longest context length are left out. Of
+            conversations (`ChatTokens`) only the assistant's tokens are targets.
+        tokenizer: to count bytes; without it, and for conversations, there are no bits per byte.
         stride: S. Defaults to half the shortest context length, at most 512.
         num_windows: windows in total, spread evenly over the documents.
         tick: called with the number of tokens that went through the model.
@@ -57,12 +61,18 @@ def perplexity(
     if not lengths or not num_windows:
         return []
     num_targets = max(1, min(stride or min(lengths[0] // 2, 512), lengths[0] - 1))
-    windows, owners = _windows(documents, lengths[-1], num_targets, num_windows)
-    num_samples = len(windows) * num_targets
-    bytes_per_token = _bytes(tokenizer, windows, num_targets) / num_samples
+    windows, owners, labels = _windows(documents, lengths[-1], num_targets, num_windows)
+    counts = (labels != _IGNORED).sum(1)
+    num_samples = int(counts.sum())
+    if not num_samples:
+        return []
+    all_count = num_samples == labels.size
+    bytes_per_token = _bytes(tokenizer, windows, num_targets) / num_samples if all_count else 0
     rows = []
     for c in lengths:
-        losses = _losses(model, windows[:, -c:], num_targets, batch_tokens, tick)
+        sums = _losses(model, windows[:, -c:], labels, batch_tokens, tick)
+        mean = sums.sum() / num_samples  # windows of conversations have unequal counts
+        losses = mean + (sums - mean * counts) / counts.mean()
         mean, low, high = clustered_mean(losses, owners)
         common = {"task": "perplexity", "context_length": c, "num_samples": num_samples}
         known = math.isfinite(high)
@@ -90,8 +100,8 @@ def fitting_lengths(
 
 def _windows(
     documents: Sequence[np.ndarray], length: int, num_targets: int, num_windows: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(W, length) windows and (W,) the document each is from; targets never overlap."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(W, length) windows, (W,) the document each is from, (W, S) labels; these never overlap."""
     usable = [i for i, tokens in enumerate(documents) if len(tokens) >= length]
     room = {i: (len(documents[i]) - length) // num_targets + 1 for i in usable}
     counts = dict.fromkeys(usable, 0)
@@ -101,37 +111,42 @@ def _windows(
             if left and counts[i] < room[i]:
                 counts[i] += 1
                 left -= 1
-    windows, owners = [], []
+    windows, owners, labels = [], [], []
     for i in usable:
         places = np.linspace(0, room[i] - 1, counts[i] + 2)[1:-1] if room[i] > counts[i] else None
         for j in range(counts[i]):
             start = (j if places is None else round(float(places[j]))) * num_targets
-            windows.append(np.asarray(documents[i][start : start + length], np.int64))
+            window = documents[i][start : start + length]
+            targets = np.array(window[-num_targets:], np.int64)
+            if isinstance(window, ChatTokens):
+                targets[window.masked[-num_targets:]] = _IGNORED
+            windows.append(np.asarray(window, np.int64))
             owners.append(i)
-    return np.stack(windows), np.array(owners)
+            labels.append(targets)
+    return np.stack(windows), np.array(owners), np.stack(labels)
 
 
 @torch.inference_mode()
 def _losses(
-    model: Any, windows: np.ndarray, num_targets: int, batch_tokens: int, tick: Tick | None
+    model: Any, windows: np.ndarray, labels: np.ndarray, batch_tokens: int, tick: Tick | None
 ) -> np.ndarray:
-    """(W,) mean loss of each window's targets, in nats."""
-    length = windows.shape[1]
+    """(W,) sum of the loss over each window's labels, in nats."""
+    length, num_targets = windows.shape[1], labels.shape[1]
     rows = max(1, batch_tokens // length)
     positions = torch.arange(length - num_targets - 1, length - 1)
     losses = []
     for start in range(0, len(windows), rows):
         ids = torch.from_numpy(windows[start : start + rows]).to(model.device)
+        targets = torch.from_numpy(labels[start : start + rows])
         done, total = 0, torch.zeros(len(ids), dtype=torch.float64)
         for logits in logits_in_slices(model, ids, positions):  # (B, k, V)
-            at = length - num_targets + done
-            targets = ids[:, at : at + logits.shape[1]]
+            size = logits.shape[1]
             for row in range(len(ids)):  # a row at a time: float32 copies stay small
-                target = targets[row].to(logits.device)
-                loss = torch.nn.functional.cross_entropy(logits[row].float(), target)
-                total[row] += loss.double().cpu() * logits.shape[1]
-            done += logits.shape[1]
-        losses.append((total / num_targets).numpy())
+                target = targets[row, done : done + size].to(logits.device)
+                loss = cross_entropy(logits[row].float(), target, reduction="sum")
+                total[row] += loss.double().cpu()
+            done += size
+        losses.append(total.numpy())
         if tick is not None:
             tick(ids.numel())
     return np.concatenate(losses)

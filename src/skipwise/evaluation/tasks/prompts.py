@@ -41,12 +41,44 @@ def fit_to_length(size: Callable[[int], int], length: int, guess: int = 16) -> i
     return best
 
 
+class ChatPrompts:
+    """A tokenizer whose prompts go through its chat template, in `token_ids`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tokenizer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids of a prompt that ends with the start of the answer.
+
+        What follows the question in the last line becomes the start of the assistant's turn.
+        """
+        before, line_break, last = text.rpartition("\n")
+        question, mark, answer = last.rpartition("? ")
+        asked = f"{before}{line_break}{question}?" if mark else before
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": asked}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # the answer has a few tokens
+        )
+        options = {"add_special_tokens": False, "verbose": False}
+        return self.tokenizer(rendered + answer, **options)["input_ids"]
+
+
 def count_tokens(tokenizer: Any, text: str) -> int:
     return len(token_ids(tokenizer, text))
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids without the special token that some tokenizers put at the end of a text."""
+    if isinstance(tokenizer, ChatPrompts):
+        return tokenizer.prompt_ids(text)
     ids = tokenizer(text, verbose=False)["input_ids"]
     return ids[: len(ids) - len(added_tokens(tokenizer)[1])]
 
