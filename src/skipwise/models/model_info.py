@@ -317,11 +317,13 @@ def _trained(
     keeps = keeps_length(present, config.get("model_type", "unknown"))
     window = stated if present.keeps_length and not keeps else present.window(stated)
     if ask and given is None:
-        _ask_length(config, present, stated, what)
+        _ask_length(config, parameters, present, stated, what)
     return present, given or window, notes
 
 
-def _ask_length(config: Mapping[str, Any], present: Scaling, stated: int, what: str) -> None:
+def _ask_length(
+    config: Mapping[str, Any], parameters: dict[str, Any], present: Scaling, stated: int, what: str
+) -> None:
     """SkipwiseError, with what to type, if the config does not tell L."""
     keeps = keeps_length(present, config.get("model_type", "unknown"))
     window, before = present.window(stated), getattr(present, "original_length", stated)
@@ -341,7 +343,7 @@ def _ask_length(config: Mapping[str, Any], present: Scaling, stated: int, what: 
             f"before scaling\ntype original_length={reach}, or the window it was trained for; or "
             f"original_length={before} if it was never trained with this scaling"
         )
-    if before < stated < 0.95 * window:
+    if before < stated < 0.95 * window and not parameters.get("finetuned"):
         raise SkipwiseError(
             f"{scaled} says max_position_embeddings {stated:,}, where the scaling reaches "
             f"{window:,} tokens\ntype original_length={stated}, or original_length={window}: the "
