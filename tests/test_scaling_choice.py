@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from skipwise.config.parse import dump_recipe, parse_recipe
+from skipwise.config.progress import Progress
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.errors import SkipwiseError
 from skipwise.models import load
@@ -34,11 +35,14 @@ def made(tiny, text_folder, tmp_path):
     return make
 
 
+BAR = Progress("measure scalings", None, shown=False)
+
+
 def measured(monkeypatch, losses):
     """What is measured of each scaling is given; the names that were asked for are returned."""
     asked = []
 
-    def of_one(prepared, name, documents, contexts):
+    def of_one(prepared, name, documents, contexts, bar):
         asked.append((name, [len(d) for d in documents], contexts))
         if isinstance(losses[name], Exception):
             raise losses[name]
@@ -127,7 +131,7 @@ def test_a_model_that_is_spread_is_measured_spread(made, monkeypatch):
     monkeypatch.setattr(load, "load_model", spy)
     prepared, _ = made("load.device_map=auto")
     documents = [np.arange(3, 403) for _ in range(4)]
-    scaling_module._of_one(prepared, "yarn", documents, [64, 128])
+    scaling_module._of_one(prepared, "yarn", documents, [64, 128], BAR)
     assert maps == ["auto"]
 
 
@@ -152,7 +156,8 @@ def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(ma
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 900, 600) for _ in range(4)]
     rows = [
-        scaling_module._of_one(prepared, n, documents, [64, 128, 256]) for n in ("yarn", "linear")
+        scaling_module._of_one(prepared, n, documents, [64, 128, 256], BAR)
+        for n in ("yarn", "linear")
     ]
     for row in rows:
         assert len(row["perplexity"]) == 3 and row["temperature"] in (1.0, 1.2, 1.4)
@@ -162,7 +167,7 @@ def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(ma
     fixed = dataclasses.replace(
         prepared, recipe=dataclasses.replace(prepared.recipe, attention_temperature=1.0)
     )
-    assert scaling_module._of_one(fixed, "yarn", documents, [64, 128])["temperature"] == 1.0
+    assert scaling_module._of_one(fixed, "yarn", documents, [64, 128], BAR)["temperature"] == 1.0
 
 
 @pytest.mark.slow

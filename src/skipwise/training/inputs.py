@@ -227,7 +227,10 @@ def _check_held_out(
     usable = sum(len(tokens) >= target_length for tokens in held_out)
     copies, others = corpus.count_overlaps(held_out) if is_given or held_out else (0, 0)
     detail = f"{len(held_out)} held-out documents, {usable} of at least the target length"
-    if copies:
+    repeats = copies and not is_given and corpus.num_documents == 1  # its end is held out
+    if repeats:
+        detail += ", which repeats text that is trained on: set data.eval_sources=..."
+    elif copies:
         detail = f"{copies} documents of data.sources are copies of it, at least in large part: "
         detail += "remove them from data.sources"
     elif not held_out:
@@ -238,7 +241,10 @@ def _check_held_out(
     elif is_given and others:
         detail += f"; {others} documents of data.sources share a passage with one"
     return Check(
-        name="evaluation text", passed=not copies, detail=detail, is_warning=not (copies or usable)
+        name="evaluation text",
+        passed=not copies or bool(repeats),
+        detail=detail,
+        is_warning=bool(repeats) or not (copies or usable),
     )
 
 
