@@ -476,3 +476,13 @@ def test_a_data_set_goes_to_its_workers_without_the_corpus(tmp_path):
         pickled = pickle.dumps(data)
         assert len(pickled) < store.tokens.nbytes / 2
         assert same(pickle.loads(pickled)[3], data[3])
+
+
+def test_a_copy_fails_the_check_and_a_document_that_shares_much_is_counted():
+    rng = np.random.default_rng(5)
+    book, other = (rng.integers(0, 50_000, 5000) for _ in range(2))
+    edition = np.concatenate([other[:700], book])  # the same book behind another preface
+    corpus = corpus_of(text_store([book, edition, other]))
+    assert corpus.count_leaks([book]) == (1, 1)
+    assert corpus.count_leaks([np.append(book, other[:50])]) == (1, 1)
+    assert corpus.count_leaks([rng.integers(0, 50_000, 5000)]) == (0, 0)

@@ -28,6 +28,7 @@ _WINDOW = 64  # W
 _STRIDE = 512  # S; down to W in documents under 8 S tokens, so that they have about 8 windows
 _ROWS = 4096  # windows hashed at once
 _TOKENS = 1 << 23  # most tokens that the others are compared with at once
+_BEGIN = 512  # tokens
 _NUM_HELD_OUT = 16  # documents for evaluation, if they are at most a fifth of all
 _ROUNDS = 4  # passes over the text in search of documents to hold out
 
@@ -139,10 +140,26 @@ class Corpus:
 
     def count_overlaps(self, documents: list[np.ndarray]) -> tuple[int, int]:
         """How many documents are copies of one of these, and how many share a passage with one."""
+        copies, others, _ = self._overlaps(documents)
+        return len(copies), len(others)
+
+    def count_leaks(self, documents: list[np.ndarray]) -> tuple[int, int]:
+        """How many documents are one of these from the beginning on, and how many overlap with one.
+
+        The first are copies that also begin with the same 512 tokens.
+        """
+        copies, others, table = self._overlaps(documents)
+        begins = {_begin(tokens) for tokens in documents}
+        same = sum(_begin(table.read(row)) in begins for row in copies)
+        return same, len(copies) + len(others) - same
+
+    def _overlaps(self, documents: list[np.ndarray]) -> tuple[set[int], set[int], _Table]:
+        """Rows of copies, other rows that share a passage, and the table of the rows."""
         columns = map(np.concatenate, (self.store_ids, self.starts, self.lengths))
-        found = _Table(self.stores, *columns).overlaps(documents)
+        table = _Table(self.stores, *columns)
+        found = table.overlaps(documents)
         copies = {int(row) for rows, _ in found for row in rows}
-        return len(copies), len({int(row) for _, rows in found for row in rows} - copies)
+        return copies, {int(row) for _, rows in found for row in rows} - copies, table
 
 
 def build_corpus(
@@ -412,6 +429,10 @@ def _index(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndar
     is_new = np.ones(len(values), bool)
     is_new[1:] = (values[1:] != values[:-1]) | (whose[1:] != whose[:-1])
     return values[is_new], whose[is_new], where[is_new]
+
+
+def _begin(tokens: np.ndarray) -> bytes:
+    return np.asarray(tokens[:_BEGIN], np.uint32).tobytes()
 
 
 def _strides(lengths: np.ndarray) -> np.ndarray:

@@ -225,21 +225,20 @@ def _check_held_out(
 ) -> Check:
     """Check that there is evaluation text, and that no document of it is trained on."""
     usable = sum(len(tokens) >= target_length for tokens in held_out)
-    copies, others = corpus.count_overlaps(held_out) if is_given or held_out else (0, 0)
+    copies, others = corpus.count_leaks(held_out) if is_given or held_out else (0, 0)
     detail = f"{len(held_out)} held-out documents, {usable} of at least the target length"
     repeats = copies and not is_given and corpus.num_documents == 1  # its end is held out
     if repeats:
         detail += ", which repeats text that is trained on: set data.eval_sources=..."
     elif copies:
-        detail = f"{copies} documents of data.sources are copies of it, at least in large part: "
-        detail += "remove them from data.sources"
+        detail = f"{copies} of its documents are also trained on: remove them from data.sources"
     elif not held_out:
         why = "data.eval_sources holds none" if is_given else corpus.none_held_out
         detail = f"perplexity is not measured: {why}: set data.eval_sources=..."
     elif not usable:
         detail += ": perplexity is not measured there"
     elif is_given and others:
-        detail += f"; {others} documents of data.sources share a passage with one"
+        detail += f"; {others} documents of data.sources share text with one"
     return Check(
         name="evaluation text",
         passed=not copies or bool(repeats),
