@@ -328,13 +328,13 @@ def test_the_check_warns_of_missing_evaluation_text_and_fails_where_it_is_traine
     short = str(_check_held_out(alike, [np.arange(50) + 9000], T, is_given=True))
     assert short.startswith("warn evaluation text: 1 held-out documents, 0 of at least the target")
     copies = str(_check_held_out(alike, [np.arange(700)], T, is_given=True))
-    assert copies.startswith("FAIL evaluation text: 10 documents of data.sources are copies")
+    assert copies.startswith("FAIL evaluation text: 10 of its documents are also trained on")
     other = corpus_of(store_of(1000, 1000), num_held_out="auto")
     line = str(_check_held_out(other, other.held_out, T, is_given=False))
     assert line == "ok   evaluation text: 1 held-out documents, 1 of at least the target length"
     quoted = np.concatenate([np.arange(300), 50_000 + np.arange(900)])
     line = str(_check_held_out(corpus_of(store_of(1000)), [quoted], T, is_given=True))
-    assert line.startswith("ok ") and "1 documents of data.sources share a passage" in line
+    assert line.startswith("ok ") and "1 documents of data.sources share text" in line
 
 
 def test_a_line_of_the_check_names_what_is_left_out_of_a_folder(tmp_path):
