@@ -334,7 +334,10 @@ def test_the_check_warns_of_missing_evaluation_text_and_fails_where_it_is_traine
     assert line == "ok   evaluation text: 1 held-out documents, 1 of at least the target length"
     quoted = np.concatenate([np.arange(300), 50_000 + np.arange(900)])
     line = str(_check_held_out(corpus_of(store_of(1000)), [quoted], T, is_given=True))
-    assert line.startswith("ok ") and "1 documents of data.sources share text" in line
+    assert (
+        line.startswith("ok ")
+        and "0 documents of data.sources share most of their text with one, and 1 a passage" in line
+    )
 
 
 def test_a_line_of_the_check_names_what_is_left_out_of_a_folder(tmp_path):
@@ -483,6 +486,10 @@ def test_a_copy_fails_the_check_and_a_document_that_shares_much_is_counted():
     book, other = (rng.integers(0, 50_000, 5000) for _ in range(2))
     edition = np.concatenate([other[:700], book])  # the same book behind another preface
     corpus = corpus_of(text_store([book, edition, other]))
-    assert corpus.count_leaks([book]) == (1, 1)
-    assert corpus.count_leaks([np.append(book, other[:50])]) == (1, 1)
-    assert corpus.count_leaks([rng.integers(0, 50_000, 5000)]) == (0, 0)
+    assert corpus.count_leaks([book]) == (1, 1, 0)
+    assert corpus.count_leaks([np.append(book, other[:50])]) == (1, 1, 0)
+    assert corpus.count_leaks([rng.integers(0, 50_000, 5000)]) == (0, 0, 0)
+    only_edition = corpus_of(text_store([edition, other]))
+    line = str(_check_held_out(only_edition, [book], T, is_given=True))
+    assert line.startswith("warn evaluation text: 1 held-out documents")
+    assert "1 documents of data.sources share most of their text with one, and 0 a passage" in line

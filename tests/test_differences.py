@@ -116,3 +116,9 @@ def test_a_weak_base_sets_the_bar():
     assert "passkey below" not in headline(RUN, rows_of(base, [0] * 50, [1] * 39 + [0] * 11))
     said = headline(RUN, rows_of(base, [0] * 50, [1] * 30 + [0] * 20))
     assert "passkey below 75 % at 2,048 (lowest 60 %)" in said
+
+
+def test_a_base_above_the_bar_does_not_lower_it():
+    base = [1] * 46 + [0] * 4  # 92 %
+    said = headline(RUN, rows_of(base, [0] * 50, [1] * 44 + [0] * 6))
+    assert "passkey below 90 % at 2,048 (lowest 88 %)" in said

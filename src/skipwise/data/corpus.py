@@ -143,15 +143,15 @@ class Corpus:
         copies, others, _ = self._overlaps(documents)
         return len(copies), len(others)
 
-    def count_leaks(self, documents: list[np.ndarray]) -> tuple[int, int]:
-        """How many documents are one of these from the beginning on, and how many overlap with one.
+    def count_leaks(self, documents: list[np.ndarray]) -> tuple[int, int, int]:
+        """How many documents are one of these, share most of their text, or share a passage.
 
-        The first are copies that also begin with the same 512 tokens.
+        The first share most of their text, and begin with the same 512 tokens.
         """
         copies, others, table = self._overlaps(documents)
         begins = {_begin(tokens) for tokens in documents}
         same = sum(_begin(table.read(row)) in begins for row in copies)
-        return same, len(copies) + len(others) - same
+        return same, len(copies) - same, len(others)
 
     def _overlaps(self, documents: list[np.ndarray]) -> tuple[set[int], set[int], _Table]:
         """Rows of copies, other rows that share a passage, and the table of the rows."""

@@ -156,7 +156,7 @@ def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:
             "tokens, so they do not judge the extension"
         )
         return results, shortfalls, False
-    enough = min(PASSKEY_ENOUGH, ability - 0.05)
+    enough = PASSKEY_ENOUGH if ability >= PASSKEY_ENOUGH else ability - 0.05
     own = [r for r in task_rows(rows, "passkey") if r["model"] == "after"]
     beyond = [r for r in pooled(own) if L < r["context_length"] <= T and r["value"] is not None]
     if low := [r for r in beyond if r["value"] < enough]:

@@ -225,7 +225,7 @@ def _check_held_out(
 ) -> Check:
     """Check that there is evaluation text, and that no document of it is trained on."""
     usable = sum(len(tokens) >= target_length for tokens in held_out)
-    copies, others = corpus.count_leaks(held_out) if is_given or held_out else (0, 0)
+    copies, alike, others = corpus.count_leaks(held_out) if held_out else (0, 0, 0)
     detail = f"{len(held_out)} held-out documents, {usable} of at least the target length"
     repeats = copies and not is_given and corpus.num_documents == 1  # its end is held out
     if repeats:
@@ -237,13 +237,14 @@ def _check_held_out(
         detail = f"perplexity is not measured: {why}: set data.eval_sources=..."
     elif not usable:
         detail += ": perplexity is not measured there"
-    elif is_given and others:
-        detail += f"; {others} documents of data.sources share text with one"
+    elif is_given and (alike or others):
+        detail += f"; {alike} documents of data.sources share most of their text with one, and "
+        detail += f"{others} a passage"
     return Check(
         name="evaluation text",
         passed=not copies or bool(repeats),
         detail=detail,
-        is_warning=bool(repeats) or not (copies or usable),
+        is_warning=bool(repeats) or not (copies or usable) or bool(is_given and alike),
     )
 
 
