@@ -16,7 +16,7 @@ from skipwise.report.rows import Row, Rows, find, other_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class PairedDifference:
     """Of one row minus another: in points of a share, or relative in percent."""
 
     task: str
@@ -48,7 +48,7 @@ class Difference:
         return f"{out} [{signed(self.low, digits)}, {signed(self.high, digits)}]"
 
 
-def difference(row: Row | None, other: Row | None) -> Difference | None:
+def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
     """Row minus other; None unless both have the scores of the same trials or windows."""
     if not row or not other or not row.get("samples") or not other.get("samples"):
         return None
@@ -72,12 +72,12 @@ def difference(row: Row | None, other: Row | None) -> Difference | None:
     else:
         return None
     name = metric_name(row) if row["task"] == "perplexity" else row["task"]
-    return Difference(
+    return PairedDifference(
         task=name, value=value, low=low, high=high, unit=unit, higher_is_better=better
     )
 
 
-def differences(rows: Rows, model: str, other: str, length: int) -> list[Difference]:
+def differences(rows: Rows, model: str, other: str, length: int) -> list[PairedDifference]:
     """Of every task that both models were measured on at this context length."""
     found = []
     for task in ("perplexity", "passkey", "needle", *other_tasks(rows)):
