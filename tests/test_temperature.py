@@ -22,7 +22,12 @@ from skipwise.models.attention import temperature as folding
 from skipwise.models.attention.temperature import QueryWeights, check_foldable, fold_temperature
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline import choose_temperature
-from skipwise.pipeline.choose_temperature import Candidate, hill_climb, search_temperature
+from skipwise.pipeline.choose_temperature import (
+    GRID,
+    Candidate,
+    golden_section_search,
+    search_temperature,
+)
 from skipwise.pipeline.extend import extend
 from skipwise.pipeline.quickstart import MODEL, corpus
 from skipwise.pipeline.search_text import longer_length
@@ -220,7 +225,7 @@ def test_the_recipe_takes_auto_or_a_number_above_0():
 
 
 def curve(far, near=lambda t: 5.0):
-    """What `hill_climb` asks, from two functions, and how often it asked."""
+    """What `golden_section_search` asks, from two functions, and how often it asked."""
     asked = []
 
     def measure(t):
@@ -230,28 +235,32 @@ def curve(far, near=lambda t: 5.0):
     return measure, asked
 
 
-def test_climb_stops_behind_the_lowest():
-    measure, asked = curve(lambda t: 6 + 10 * (t - 1.15) ** 2)
-    value, tried = hill_climb(measure)
-    assert value == 1.15 and asked == [1.0, 1.05, 1.1, 1.15, 1.2]
-    assert [one.temperature for one in tried] == asked
-    assert hill_climb(curve(lambda t: 6 - t)[0])[0] == 1.4  # the end of the grid
+@pytest.mark.parametrize("lowest", range(9))
+def test_the_search_finds_the_lowest_in_at_most_six_measurements(lowest):
+    measure, asked = curve(lambda t: 6 + 10 * (t - GRID[lowest]) ** 2)
+    value, tried = golden_section_search(measure)
+    assert value == GRID[lowest] and asked[0] == 1.0
+    assert len(asked) == len(set(asked)) <= (3 if lowest == 0 else 6)
+    assert [one.temperature for one in tried] == sorted(asked)
 
 
-def test_climb_keeps_the_short_length():
-    far = lambda t: 6 - t  # noqa: E731
-    cheap = hill_climb(curve(far, lambda t: 5 * (1 + 0.0999 * (t - 1)))[0])[0]  # 0.999 % at 1.1
-    dear = hill_climb(curve(far, lambda t: 5 * (1 + 0.1001 * (t - 1)))[0])[0]  # 1.001 % at 1.1
-    assert (cheap, dear) == (1.1, 1.05)
-    assert hill_climb(curve(far, lambda t: 5 * (1 + t - 1))[0])[0] == 1.0
-    assert hill_climb(curve(far, lambda t: 5 * (1 - (t - 1)))[0])[0] == 1.4  # a gain is no cost
+def test_the_search_keeps_the_short_length():
+    def found(near):
+        return golden_section_search(curve(lambda t: 6 - t, near)[0])[0]
+
+    assert found(lambda t: 5 * (1 + 0.0999 * (t - 1))) == 1.1  # costs 0.999 % at 1.1
+    assert found(lambda t: 5 * (1 + 0.1001 * (t - 1))) == 1.05  # costs 1.001 % at 1.1
+    assert found(lambda t: 5 * (1 + t - 1)) == 1.0
+    assert found(lambda t: 5 * (1 - (t - 1))) == 1.4  # a gain is no cost
 
 
-def test_climb_stays_at_1_where_little_is_gained():
-    assert hill_climb(curve(lambda t: 6 * (1 - 0.0019 * min(t - 1, 0.05) / 0.05))[0])[0] == 1.0
-    assert hill_climb(curve(lambda t: 6 * (1 - 0.0021 * min(t - 1, 0.05) / 0.05))[0])[0] == 1.05
-    assert hill_climb(curve(lambda t: 6 * t)[0])[0] == 1.0
-    assert hill_climb(curve(lambda t: math.inf)[0])[0] == 1.0
+def test_the_search_stays_at_1_where_little_is_gained():
+    def found(far):
+        return golden_section_search(curve(far)[0])[0]
+
+    assert found(lambda t: 6 * (1 - 0.0019 * min(t - 1, 0.05) / 0.05)) == 1.0
+    assert found(lambda t: 6 * (1 - 0.0021 * min(t - 1, 0.05) / 0.05)) == 1.05
+    assert found(lambda t: 6 * t) == found(lambda t: math.inf) == 1.0
 
 
 def test_the_length_is_halved_until_there_is_enough_text():
