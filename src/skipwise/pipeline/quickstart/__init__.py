@@ -12,7 +12,7 @@ from skipwise.data.tokenize import cache_folder
 
 MODEL = Path(__file__).with_name("model")
 _TRAIN_LENGTH = 256
-_NUM_PASSKEYS = 1000  # a run of 240 steps shows 960
+_NUM_PASSKEYS = 250  # a run of 60 steps shows 240
 
 
 def make_recipe(overrides: list[str] | None = None) -> Recipe:
@@ -28,7 +28,7 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
     folder = cache_folder() / "quickstart"
     model = folder / "skipwise-tiny"
     shutil.copytree(MODEL, model, dirs_exist_ok=True)
-    texts = folder / f"python-{'.'.join(map(str, sys.version_info[:3]))}"
+    texts = folder / f"stdlib-{'.'.join(map(str, sys.version_info[:3]))}"
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     write_documents(texts, tokenizer, length=_TRAIN_LENGTH, num_passkeys=_NUM_PASSKEYS)
     weights = {"source.jsonl": 3, "passkeys.jsonl": 1}
