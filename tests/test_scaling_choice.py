@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def measured(monkeypatch, losses):
     """What is measured of each scaling is given; the names that were asked for are returned."""
     asked = []
 
-    def of_one(prepared, name, documents, contexts, bar):
+    def of_one(prepared, name, documents, contexts, bar, best_loss):
         asked.append((name, [len(d) for d in documents], contexts))
         if isinstance(losses[name], Exception):
             raise losses[name]
@@ -168,6 +169,30 @@ def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(ma
         prepared, recipe=dataclasses.replace(prepared.recipe, attention_temperature=1.0)
     )
     assert scaling_module._of_one(fixed, "yarn", documents, [64, 128], BAR)["temperature"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("losses", "best_loss", "asked", "kept"),
+    [
+        ([2.0, 1.9, 1.8], 1.5, [1.0, 1.2, 1.4], 1.4),
+        ([2.0, 1.9, 1.95], 1.51, [1.0, 1.2, 1.4], 1.2),
+        ([2.0, 2.1, 1.0], math.inf, [1.0, 1.2], 1.0),  # it rises: no higher one is measured
+        ([2.0, 1.0, 1.0], 1.49, [1.0], 1.0),  # 0.51 nats behind
+    ],
+)
+def test_no_more_is_measured_than_decides(made, monkeypatch, losses, best_loss, asked, kept):
+    prepared, _ = made()
+    seen = []
+    monkeypatch.setattr(scaling_module.QueryWeights, "set", lambda self, t: seen.append(t))
+
+    def perplexity(*args, **kwargs):
+        return [{"value": math.exp(losses[(1.0, 1.2, 1.4).index(seen[-1])])}]
+
+    monkeypatch.setattr(scaling_module, "perplexity", perplexity)
+    row = scaling_module._of_one(prepared, "yarn", [], [64], BAR, best_loss)
+    assert (row["temperature"], row["loss"]) == (kept, pytest.approx(losses[asked.index(kept)]))
+    measured = seen[1:] if len(asked) == 1 else seen[1:-1]  # to try it, and to ask for passkeys
+    assert measured == asked and ("passkeys" in row) == (len(asked) > 1)
 
 
 @pytest.mark.slow
