@@ -12,14 +12,14 @@ from skipwise.data.tokenize import cache_folder
 
 MODEL = Path(__file__).with_name("model")
 _TRAIN_LENGTH = 256
-_NUM_PASSKEYS = 250  # a run of 60 steps shows 240
+_NUM_PASSKEYS = 500  # a run of 80 steps shows 480
 
 
 def make_recipe(overrides: list[str] | None = None) -> Recipe:
     """The quickstart's recipe, with its model and its text in the cache folder.
 
-    Three quarters of the examples come from the source of this interpreter's standard library, one
-    quarter are passkey prompts. The text is written once.
+    Half of the examples come from the source of this interpreter's standard library, half are
+    passkey prompts. The text is written once.
     """
     from transformers import AutoTokenizer
 
@@ -31,7 +31,7 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
     texts = folder / f"stdlib-{'.'.join(map(str, sys.version_info[:3]))}"
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     write_documents(texts, tokenizer, length=_TRAIN_LENGTH, num_passkeys=_NUM_PASSKEYS)
-    weights = {"source.jsonl": 3, "passkeys.jsonl": 1}
+    weights = {"source.jsonl": 1, "passkeys.jsonl": 1}
     sources = [f"{{path: {_with_tilde(texts / k)}, weight: {w}}}" for k, w in weights.items()]
     keys = [
         f"model={_with_tilde(model)}",

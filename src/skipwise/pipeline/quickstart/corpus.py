@@ -18,6 +18,7 @@ import numpy as np
 
 from skipwise.config.run_folder import write_text
 from skipwise.evaluation.tasks import passkey
+from skipwise.evaluation.tasks.prompts import fit_to_length
 
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
 
@@ -55,9 +56,13 @@ def passkey_document(
             filler = tuple(lines[start : start + 40]) or passkey.FILLER
         key = str(rng.integers(10_000, 100_000))
         depth = float(rng.random())
-        num_fillers = 0
-        while len(_ids(tokenizer, _answered(key, num_fillers + 1, depth, filler))) <= length - 4:
-            num_fillers += 1
+
+        def size(
+            num_fillers: int, key: str = key, depth: float = depth, filler: tuple[str, ...] = filler
+        ) -> int:
+            return len(_ids(tokenizer, _answered(key, num_fillers, depth, filler)))
+
+        num_fillers = fit_to_length(size, length - 4) or 0
         text = _answered(key, num_fillers, depth, filler) + ".\n" + " ".join(passkey.FILLER * 8)
         cut = tokenizer.decode(_ids(tokenizer, text)[:length])
         if num_fillers and len(_ids(tokenizer, cut)) == length:
