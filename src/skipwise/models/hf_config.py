@@ -9,15 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelInfo, check_positions, defaults, read_model_info
+from skipwise.models.model_info import (
+    LENGTHS,
+    ModelInfo,
+    check_positions,
+    defaults,
+    read_model_info,
+)
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
 READ_BIN = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_OBJECTS = ("rope_parameters", "rope_scaling", "text_config", "dual_chunk_attention_config")
+_OBJECTS += _LAYER_TYPES
+_WHOLE = {*SHAPE, "num_key_value_heads", "num_hidden_layers", "intermediate_size", "head_dim"}
+_WHOLE |= {"max_position_embeddings", "qk_rope_head_dim"}
+_ABOVE_0 = {"rope_theta", "rope_local_base_freq", "rotary_emb_base", "factor", "alpha"}
+_ABOVE_0 |= {"partial_rotary_factor", "rotary_pct", "original_max_position_embeddings"}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
@@ -37,8 +51,15 @@ def read_config(model: str, settings: ModelSettings) -> dict[str, Any]:
     """The config.json of a folder or hub name, unchanged.
 
     Raises:
-        SkipwiseError: no such folder or hub name, an adapter, broken JSON.
+        SkipwiseError: no such folder or hub name, an adapter, broken JSON, a value of a wrong type.
     """
+    config = _read_raw_config(model, settings)
+    if not config.get("auto_map") or config.get("model_type") in defaults():
+        _check_values(config)
+    return config
+
+
+def _read_raw_config(model: str, settings: ModelSettings) -> dict[str, Any]:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return _read_local_config(folder)
@@ -181,6 +202,49 @@ def _read_local_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> None:
+    """Refuse values that transformers passes over, computes from unchecked, or fails at.
+
+    Raises:
+        SkipwiseError: says what to write into config.json.
+    """
+    for key, value in config.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        wanted = {
+            "a JSON object": (key in _OBJECTS, isinstance(value, dict)),
+            "a whole number above 0": (
+                key in _WHOLE,
+                number and isinstance(value, int) and value > 0,
+            ),
+            "a number above 0": (key in _ABOVE_0, number and 0 < value < 1e30),
+            "a number": (key in (*LENGTHS, "sliding_window"), number),
+            "a list": (key == "layer_types", isinstance(value, list)),
+        }
+        for what, (is_meant, is_right) in wanted.items():
+            if is_meant and not is_right and (value is not None or key in _LAYER_TYPES):
+                given = f"{key} in {inside} is {json.dumps(value)}"
+                raise SkipwiseError(f"{given}: give {what}, or remove it")
+        if key in _OBJECTS and value:
+            _check_values(value, key)
+    if inside not in ("config.json", "text_config"):
+        return
+    family, layers = config.get("model_type"), config.get("layer_types")
+    if not family:
+        raise SkipwiseError(f'{inside} has no model_type: add it, such as "model_type": "llama"')
+    if layers and len(layers) != config.get("num_hidden_layers", len(layers)):
+        num = f"{config['num_hidden_layers']} num_hidden_layers and {len(layers)} layer_types"
+        raise SkipwiseError(f"{inside} has {num}: give a layer type for each layer")
+    default = defaults().get(family, {}).get("rope_parameters") or {}
+    flat = default and not any(isinstance(value, dict) for value in default.values())
+    for name, is_refused in (("rope_parameters", flat), ("rope_scaling", True)):
+        if is_refused and "full_attention" in (config.get(name) or {}):
+            done = "reads only one for all layers" if flat else "reads from rope_parameters"
+            raise SkipwiseError(
+                f"{name} in {inside} is per layer type, which {family} {done}\n"
+                f"write {'one object of settings' if flat else 'it as rope_parameters'}"
+            )
+
+
 def _check_code(raw: dict[str, Any], model: str, settings: ModelSettings) -> None:
     family = raw.get("model_type")
     if not raw.get("auto_map") or settings.trust_remote_code or family in defaults():
@@ -226,7 +290,13 @@ def _per_layer_type(
 ) -> dict[str, Any]:
     """rope_parameters by layer type, from that form or from the older keys."""
     if any(key in default for key in parameters):
-        return {key: parameters.get(key, value) for key, value in default.items()}
+        theta = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+        return {
+            key: {"rope_theta": raw.get(theta.get(key)) or value["rope_theta"], **parameters[key]}
+            if key in parameters
+            else value
+            for key, value in default.items()
+        }
     out = {key: dict(value) for key, value in default.items()}
     out["full_attention"] = _rope_parameters(raw, parameters, default["full_attention"])
     if "rope_local_base_freq" in raw:

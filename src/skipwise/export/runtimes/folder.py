@@ -116,11 +116,6 @@ def read_folder(path: Path) -> ModelFolder:
     text = raw.get("text_config")
     if isinstance(text, dict):
         raw = {key: raw[key] for key in ("quantization_config",) if key in raw} | text
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(raw.get(key), dict | None):
-            raise SkipwiseError(
-                f"{path / 'config.json'}: {key} is {raw[key]!r}\ngive a JSON object, or remove it"
-            )
     folder = ModelFolder(
         path=path,
         raw=raw,
