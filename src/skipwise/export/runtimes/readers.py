@@ -14,7 +14,8 @@ One function per runtime, each written after this runtime's code:
 
 Three more are after code of 2026 that was read and not run here: DeepSeek's yarn (vLLM and SGLang
 `deepseek_yarn`, llama.cpp src/models/deepseek2.cpp), Hunyuan's alpha (`DynamicNTKAlpha...`,
-conversion/hunyuan.py) and Gemma 4's proportional RoPE (`_proportional`). Not modelled: mrope sections, a model's own code.
+conversion/hunyuan.py) and Gemma 4's proportional RoPE (`_proportional`). Not modelled: mrope
+sections, a model's own code.
 
 Shapes:  d = rotary dimension; inv_freq is (d/2,), at the end of the window
 """
