@@ -34,7 +34,7 @@ from skipwise.data.records import read_structured, text_in
 from skipwise.errors import SkipwiseError
 
 _SHOWN = 5  # most names of files that are left out
-_READING = 3  # raise it when a file gives other documents than before: caches are then made again
+_READING = 4  # raise it when a file gives other documents than before: caches are then made again
 
 
 @dataclass(frozen=True, kw_only=True)
