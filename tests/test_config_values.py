@@ -90,11 +90,11 @@ REFUSED = {  # what is wrong: (config, words of the error)
     ),
     "per layer type, read as one": (
         llama(rope_parameters=PER_TYPE),
-        "is per layer type, which llama reads only one",
+        "per layer type, and llama takes one for all layers",
     ),
     "per layer type, older key": (
         of("gemma3_text", rope_scaling=PER_TYPE),
-        "write it as rope_parameters",
+        "gemma3_text takes those from rope_parameters alone",
     ),
 }
 CONFLICTS = {  # runtimes load these, and differ

@@ -98,10 +98,8 @@ def evaluate(
     rows: Rows = []
     with run.lock():
         for eval_model in eval_models:
-            around, is_first = eval_model.separator, eval_model is eval_models[0]
-            documents = evaluation_documents(
-                longest, eval_model.tokenizer, own_run, data, around, announce=is_first
-            )
+            around = eval_model.separator
+            documents = evaluation_documents(longest, eval_model.tokenizer, own_run, data, around)
             if need_text and not documents:
                 raise SkipwiseError(f"{' and '.join(need_text)} need text: type --data PATH")
             texts, save = evaluator.Texts(documents=documents), run.write_results
@@ -203,7 +201,6 @@ def evaluation_documents(
     run: RunFolder | None,
     data: list[str] | None = None,
     separator: Separator | None = None,
-    announce: bool = True,
 ) -> list[np.ndarray]:
     """Token ids of the documents to measure with: given, named by the recipe, or held out.
 
@@ -212,12 +209,11 @@ def evaluation_documents(
 
     Args:
         separator: the tokens around each document. Defaults to those that the tokenizer adds.
-        announce: print which files and records of the sources are left out.
     """
     settings = recipe.data
     sources = data or settings.eval_sources
     if sources:
-        return _documents(sources, recipe, tokenizer, separator, announce)
+        return _documents(sources, recipe, tokenizer, separator)
     if recipe.method == "none" and settings.sources:
         documents = _documents(settings.sources, recipe, tokenizer, separator)
         searched = recipe.attention_temperature == "auto"
@@ -256,11 +252,7 @@ def documents_for_search(
 
 
 def _documents(
-    sources: Any,
-    recipe: Recipe,
-    tokenizer: Any,
-    separator: Separator | None,
-    announce: bool = True,
+    sources: Any, recipe: Recipe, tokenizer: Any, separator: Separator | None
 ) -> list[np.ndarray]:
     settings = recipe.data
     options: dict[str, Any] = {
@@ -270,13 +262,14 @@ def _documents(
     }
     parsed = parse_sources(sources, settings.text_field)
     stores = [tokenize_source(s, tokenizer, **options, progress=False) for s in parsed]
-    left_out = [found] if (found := describe_left_out(parsed)) else []
     bad = [record for store in stores for record in store.bad_records]
-    if bad:
-        count = sum(store.num_bad_records for store in stores)
-        left_out.append(f"{count:,} unreadable records ({bad[0]})")
-    if left_out and announce:
-        print(f"left out of the text: {', '.join(left_out)}", file=sys.stderr)
+    count = sum(store.num_bad_records for store in stores)
+    left_out = [
+        describe_left_out(parsed),
+        *(f"{count:,} unreadable records ({x})" for x in bad[:1]),
+    ]
+    if any(left_out):
+        print(f"left out of the text: {', '.join(filter(None, left_out))}", file=sys.stderr)
     between, length = separator.between if separator else (), recipe.target_length
     return [document for store in stores for document in _joined(store, length, between)]
 

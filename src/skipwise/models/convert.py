@@ -90,9 +90,8 @@ def _refuse_conflicts(config: dict[str, Any]) -> None:
     for key, values in found.items():
         if len(values) > 1:
             raise SkipwiseError(
-                f"config.json has two values of {key}, {' and '.join(map(str, values))}, and "
-                "runtimes differ in which one they read\nremove the one that the weights were not "
-                "trained with, from rope_scaling, rope_parameters or beside them"
+                f"config.json has two values of {key}, {values[0]} and {values[1]}, and runtimes "
+                "differ in which one they read\nremove the one that was not trained with"
             )
 
 

@@ -27,11 +27,22 @@ SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete c
 READ_BIN = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _OBJECTS = ("rope_parameters", "rope_scaling", "text_config", "dual_chunk_attention_config")
-_OBJECTS += _LAYER_TYPES
-_WHOLE = {*SHAPE, "num_key_value_heads", "num_hidden_layers", "intermediate_size", "head_dim"}
-_WHOLE |= {"max_position_embeddings", "qk_rope_head_dim"}
-_ABOVE_0 = {"rope_theta", "rope_local_base_freq", "rotary_emb_base", "factor", "alpha"}
-_ABOVE_0 |= {"partial_rotary_factor", "rotary_pct", "original_max_position_embeddings"}
+_THETAS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base")
+_BEFORE = "original_max_position_embeddings"
+_SIZES = ("num_key_value_heads", "num_hidden_layers", "intermediate_size")
+_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {  # what the values of these keys must be
+    "a JSON object": (dict, (*_OBJECTS, *_LAYER_TYPES)),
+    "a list": (list, ("layer_types",)),
+    "a number": (int | float, (*LENGTHS, "sliding_window")),
+    "a number above 0": (
+        int | float,
+        (*_THETAS, "factor", "alpha", "partial_rotary_factor", "rotary_pct", _BEFORE),
+    ),
+    "a whole number above 0": (
+        int,
+        (*SHAPE, *_SIZES, "head_dim", "qk_rope_head_dim", "max_position_embeddings"),
+    ),
+}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
@@ -203,28 +214,15 @@ def _read_local_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> None:
-    """Refuse values that transformers passes over, computes from unchecked, or fails at.
-
-    Raises:
-        SkipwiseError: says what to write into config.json.
-    """
-    for key, value in config.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        wanted = {
-            "a JSON object": (key in _OBJECTS, isinstance(value, dict)),
-            "a whole number above 0": (
-                key in _WHOLE,
-                number and isinstance(value, int) and value > 0,
-            ),
-            "a number above 0": (key in _ABOVE_0, number and 0 < value < 1e30),
-            "a number": (key in (*LENGTHS, "sliding_window"), number),
-            "a list": (key == "layer_types", isinstance(value, list)),
-        }
-        for what, (is_meant, is_right) in wanted.items():
-            if is_meant and not is_right and (value is not None or key in _LAYER_TYPES):
-                given = f"{key} in {inside} is {json.dumps(value)}"
-                raise SkipwiseError(f"{given}: give {what}, or remove it")
-        if key in _OBJECTS and value:
+    """SkipwiseError for values that transformers passes over, computes from, or fails at."""
+    for what, key in ((what, key) for what, (_, keys) in _KINDS.items() for key in keys):
+        value, kind = config.get(key), _KINDS[what][0]
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        good = good and ("above 0" not in what or 0 < value < 1e30)
+        if not good and key in config and (value is not None or key in _LAYER_TYPES):
+            given = f"{key} in {inside} is {json.dumps(value)}"
+            raise SkipwiseError(f"{given}: give {what}, or remove it")
+        if kind is dict and value:
             _check_values(value, key)
     if inside not in ("config.json", "text_config"):
         return
@@ -235,14 +233,12 @@ def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> Non
         num = f"{config['num_hidden_layers']} num_hidden_layers and {len(layers)} layer_types"
         raise SkipwiseError(f"{inside} has {num}: give a layer type for each layer")
     default = defaults().get(family, {}).get("rope_parameters") or {}
-    flat = default and not any(isinstance(value, dict) for value in default.values())
-    for name, is_refused in (("rope_parameters", flat), ("rope_scaling", True)):
-        if is_refused and "full_attention" in (config.get(name) or {}):
-            done = "reads only one for all layers" if flat else "reads from rope_parameters"
-            raise SkipwiseError(
-                f"{name} in {inside} is per layer type, which {family} {done}\n"
-                f"write {'one object of settings' if flat else 'it as rope_parameters'}"
-            )
+    flat = default and "full_attention" not in default
+    if "full_attention" in (config.get("rope_scaling") or flat and config.get(_OBJECTS[0]) or {}):
+        how = "takes one for all layers\nwrite one"
+        if not flat:
+            how = "takes those from rope_parameters alone\nrename rope_scaling to rope_parameters"
+        raise SkipwiseError(f"RoPE settings in {inside} are per layer type, and {family} {how}")
 
 
 def _check_code(raw: dict[str, Any], model: str, settings: ModelSettings) -> None:
