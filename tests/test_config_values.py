@@ -72,10 +72,6 @@ REFUSED = {  # what is wrong: (config, words of the error)
         of("hunyuan_v1_dense", rope_scaling={"type": "dynamic", "alpha": "1000", "factor": 1.0}),
         'alpha in rope_scaling is "1000"',
     ),
-    "layer type null": (
-        of("gemma3_text", rope_parameters={**PER_TYPE, "full_attention": None}),
-        "full_attention in rope_parameters is null: give a JSON object",
-    ),
     "layer type text": (
         of("gemma3_text", rope_parameters={"full_attention": "default"}),
         'full_attention in rope_parameters is "default"',
@@ -167,6 +163,7 @@ USED = {  # odd, and used by transformers as it is
     "finetuned text": scaled(finetuned="true"),
     "no length of a tokenizer": llama(model_max_length=1e30),
     "window 0": of("mistral", sliding_window=0),
+    "layer type null": of("gemma3_text", rope_parameters={**PER_TYPE, "full_attention": None}),
     "share integer": of("glm4", partial_rotary_factor=1),
     "two that agree": llama(
         rope_theta=1e6,

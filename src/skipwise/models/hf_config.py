@@ -29,7 +29,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 _OBJECTS = ("rope_parameters", "rope_scaling", "text_config", "dual_chunk_attention_config")
 _THETAS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base")
 _BEFORE = "original_max_position_embeddings"
-_SIZES = ("num_key_value_heads", "num_hidden_layers", "intermediate_size")
+_HEADS = ("num_key_value_heads", "head_dim", "qk_rope_head_dim")
 _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {  # what the values of these keys must be
     "a JSON object": (dict, (*_OBJECTS, *_LAYER_TYPES)),
     "a list": (list, ("layer_types",)),
@@ -40,7 +40,7 @@ _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {  # what the values of these k
     ),
     "a whole number above 0": (
         int,
-        (*SHAPE, *_SIZES, "head_dim", "qk_rope_head_dim", "max_position_embeddings"),
+        (*SHAPE, *_HEADS, "num_hidden_layers", "max_position_embeddings"),
     ),
 }
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
@@ -219,7 +219,7 @@ def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> Non
         value, kind = config.get(key), _KINDS[what][0]
         good = isinstance(value, kind) and not isinstance(value, bool)
         good = good and ("above 0" not in what or 0 < value < 1e30)
-        if not good and key in config and (value is not None or key in _LAYER_TYPES):
+        if not good and value is not None:
             given = f"{key} in {inside} is {json.dumps(value)}"
             raise SkipwiseError(f"{given}: give {what}, or remove it")
         if kind is dict and value:
@@ -234,7 +234,7 @@ def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> Non
         raise SkipwiseError(f"{inside} has {num}: give a layer type for each layer")
     default = defaults().get(family, {}).get("rope_parameters") or {}
     flat = default and "full_attention" not in default
-    if "full_attention" in (config.get("rope_scaling") or flat and config.get(_OBJECTS[0]) or {}):
+    if "full_attention" in (config.get("rope_scaling") or (flat and config.get(_OBJECTS[0])) or {}):
         how = "takes one for all layers\nwrite one"
         if not flat:
             how = "takes those from rope_parameters alone\nrename rope_scaling to rope_parameters"
@@ -289,7 +289,7 @@ def _per_layer_type(
         theta = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
         return {
             key: {"rope_theta": raw.get(theta.get(key)) or value["rope_theta"], **parameters[key]}
-            if key in parameters
+            if parameters.get(key)
             else value
             for key, value in default.items()
         }
