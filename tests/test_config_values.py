@@ -181,10 +181,12 @@ def test_odd_values_that_transformers_uses_are_used(name, said, tmp_path):
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma3n_text", "modernbert-decoder", "olmo3"])
 @pytest.mark.parametrize("top", [{}, {"rope_theta": 123456.0}])
-def test_a_layer_type_without_theta_has_that_of_its_class(family, top):
-    given = {"full_attention": LINEAR_8, "sliding_attention": PLAIN}
+@pytest.mark.parametrize("unset", [{}, {"rope_theta": None}])
+def test_a_layer_type_without_theta_has_that_of_its_class(family, top, unset):
+    given = {"full_attention": {**LINEAR_8, **unset}, "sliding_attention": PLAIN}
     config = of(family, rope_parameters=given, **top)
-    rest = json.loads(json.dumps({k: v for k, v in config.items() if k != "model_type"}))
+    plain = of(family, rope_parameters={"full_attention": LINEAR_8, "sliding_attention": PLAIN})
+    rest = json.loads(json.dumps({k: v for k, v in {**plain, **top}.items() if k != "model_type"}))
     of_class = CONFIG_MAPPING[family](**rest).rope_parameters
     alone = complete(config)["rope_parameters"]
     assert alone["full_attention"]["rope_theta"] == of_class["full_attention"]["rope_theta"]

@@ -286,13 +286,12 @@ def _per_layer_type(
 ) -> dict[str, Any]:
     """rope_parameters by layer type, from that form or from the older keys."""
     if any(key in default for key in parameters):
-        theta = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
-        return {
-            key: {"rope_theta": raw.get(theta.get(key)) or value["rope_theta"], **parameters[key]}
-            if parameters.get(key)
-            else value
-            for key, value in default.items()
-        }
+        filled = {key: parameters.get(key) or value for key, value in default.items()}
+        for key, older in zip(_LAYER_TYPES, ("rope_theta", "rope_local_base_freq"), strict=True):
+            given = {k: v for k, v in (parameters.get(key) or {}).items() if v is not None}
+            theta = raw.get(older) or (default.get(key) or {}).get("rope_theta", 10000.0)
+            filled |= {key: {"rope_theta": theta, **given}} if given else {}
+        return filled
     out = {key: dict(value) for key, value in default.items()}
     out["full_attention"] = _rope_parameters(raw, parameters, default["full_attention"])
     if "rope_local_base_freq" in raw:
