@@ -1,4 +1,4 @@
-"""Task folders of lm-eval: groups and tags, and what would run code is refused."""
+"""Task folders of lm-eval: what would run code is refused and does not run."""
 
 from __future__ import annotations
 
