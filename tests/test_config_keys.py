@@ -39,6 +39,7 @@ REFUSED = ("beam", "deepseek_v4", "dots3_note_text", "gemma4_text", "gemma4_unif
 REFUSED += ("granitemoehybrid", "lfm3", "llama4_text", "recurrent_gemma", "zamba2")
 REFUSED += ("zaya", "bamba", "afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint")
 REFUSED += ("kolibri1",)
+REFUSED += ("glm4_moe",)  # without head_dim, 21 dimensions of 42 rotate
 OWN_SCALING_FIRST = ("apertus", "cwm", "ministral3")  # ignore a rope_theta without rope_parameters
 
 
