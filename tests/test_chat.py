@@ -333,7 +333,9 @@ def test_conversations_are_read_from_parquet_with_their_empty_keys_left_out(tmp_
     table = pyarrow.table({"id": [1], "messages": [turns], "system": ["Sys."]})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     (source,) = parse_sources([str(tmp_path / "x.parquet")])
-    store = tokenize_source(source, tokenizer_with(CHATML), cache=tmp_path / "cache")
+    writes_calls = CHATML.replace("m.content", "m.content ~ (m.tool_calls or '')")
+    store = tokenize_source(source, tokenizer_with(writes_calls), cache=tmp_path / "cache")
     turns = [{"role": "system", "content": "Sys."}, *TURNS]
-    whole = encode_conversation(tokenizer_with(CHATML), Conversation(messages=turns))
+    turns[3] = {**turns[3], "tool_calls": [{"name": "x", "arguments": {"a": 1}}]}
+    whole = encode_conversation(tokenizer_with(writes_calls), Conversation(messages=turns))
     assert store.document(0).tolist() == whole.tolist()
