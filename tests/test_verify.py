@@ -340,7 +340,7 @@ def test_an_adapter_is_read_with_the_rope_of_its_base(tmp_path):
         (json.dumps({"model_type": "gpt2"}), "has no RoPE settings"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4}), "neither head_dim nor hidden_size"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4, "hidden_size": 64}), "incomplete"),
-        (json.dumps({**BASE, "rope_scaling": "yarn"}), "rope_scaling is 'yarn'"),
+        (json.dumps({**BASE, "rope_scaling": "yarn"}), 'rope_scaling in config.json is "yarn"'),
     ],
 )
 def test_what_cannot_be_read_is_an_error_with_its_reason(content, words, tmp_path):
