@@ -104,7 +104,7 @@ def main() -> None:
                 "micro_batch_size": args.batch_size,
                 "learning_rate": 5e-4,
             },
-            "eval": {"tasks": ["perplexity"], "perplexity_windows": 4},
+            "eval": {"tasks": ["perplexity"], "perplexity_windows": 4, "untrained": False},
         }
     )
     run = extend(recipe, args.out / "run")

@@ -24,6 +24,7 @@ SCRIPTS = [file for file in FILES if '__name__ == "__main__"' in (ROOT / file).r
 SMALLEST = {
     "benchmarks/evaluation_memory.py": ("--smoke", "evaluation_memory"),
     "benchmarks/evaluation_speed.py": ("--smoke", "evaluation_speed"),
+    "benchmarks/extend_parts.py": ("--smoke", "extend_parts"),
     "benchmarks/hybrid_layers.py": ("--smoke", "hybrid_layers"),
     "benchmarks/input_pipeline.py": ("--smoke", "input_pipeline"),
     "benchmarks/kill_and_resume.py": ("--smoke", "kill_and_resume"),

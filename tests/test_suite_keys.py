@@ -177,13 +177,19 @@ def test_settings_that_would_not_take_effect_are_errors(more, word, tiny, tmp_pa
     assert word in capsys.readouterr().err and not (tmp_path / "e").exists()
 
 
-def test_unreadable_records_are_told_and_nothing_measured_is_an_error(tiny, tmp_path, capsys):
-    file = tmp_path / "bad.jsonl"
+def test_what_is_left_out_of_the_text_is_said_and_nothing_measured_is_an_error(
+    tiny, tmp_path, capsys
+):
+    file = tmp_path / "data" / "bad.jsonl"
+    file.parent.mkdir()
+    (file.parent / "README.md").write_text("about these texts\n" * 400)
     file.write_text('{"text": "a b c"}\n{"text": \n')
-    command = ["eval", str(tiny), "--lengths", "256", "--data", str(file), "--tasks", "perplexity"]
+    command = ["eval", str(tiny), "--lengths", "256", "--data", str(file.parent)]
+    command += ["--tasks", "perplexity"]
     assert main([*command, "--out", str(tmp_path / "e"), *SMALL]) == 2
     said = capsys.readouterr().err
-    assert "1 records of the text not readable" in said and "bad.jsonl" in said
+    left_out = "left out of the text: 1 file that is no text: README.md, 1 unreadable records"
+    assert left_out in said and "bad.jsonl" in said
     assert "no document is that long" in said and "nothing was measured" in said
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from config_facts import module_frequencies
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from verify_cases import (
@@ -339,7 +340,7 @@ def test_an_adapter_is_read_with_the_rope_of_its_base(tmp_path):
         (json.dumps({"model_type": "gpt2"}), "has no RoPE settings"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4}), "neither head_dim nor hidden_size"),
         (json.dumps({"model_type": "x", "rope_theta": 1e4, "hidden_size": 64}), "incomplete"),
-        (json.dumps({**BASE, "rope_scaling": "yarn"}), "rope_scaling is 'yarn'"),
+        (json.dumps({**BASE, "rope_scaling": "yarn"}), 'rope_scaling in config.json is "yarn"'),
     ],
 )
 def test_what_cannot_be_read_is_an_error_with_its_reason(content, words, tmp_path):
@@ -392,3 +393,38 @@ def test_neither_torch_nor_transformers_is_imported(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "llama.cpp" in done.stdout, done.stderr
+
+
+GEMMA_4 = {
+    "model_type": "gemma4_text",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "max_position_embeddings": T,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+@pytest.mark.parametrize("share", [0.25, 0.75, 1.0])
+def test_proportional_rope_is_compared_by_its_frequencies(tmp_path, share, factor):
+    full = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": share}
+    full |= {"factor": factor} if factor else {}
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    given = {"full_attention": full, "sliding_attention": plain}
+    folder = write(tmp_path, {**GEMMA_4, "rope_parameters": given})
+    verdict = verify_folder(folder)
+    config = AutoConfig.from_pretrained(folder)
+    want = module_frequencies(config).numpy()
+    assert want.shape == (16,) and (want > 0).sum() == 16 * share
+    assert np.allclose(reading(verdict, "transformers 5").inv_freq, want, rtol=1e-6)
+    others = [reading(verdict, name) for name in ("vLLM", "SGLang", "llama.cpp")]
+    for other in others:  # none reads the factor
+        assert np.allclose(other.inv_freq, want * (factor or 1.0), rtol=1e-6)
+    issues = [issue for issue in verdict.issues if issue.name == "other frequencies"]
+    assert {name for issue in issues for name in issue.runtimes} == (
+        {"vLLM", "SGLang", "llama.cpp"} if factor else set()
+    )

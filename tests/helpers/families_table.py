@@ -48,8 +48,8 @@ saved model (Mistral 7B v0.1). Layers with a window beside full ones keep it; se
 
 State layers (Gated DeltaNet in Qwen 3 Next and 3.5, Mamba 2 in Bamba, Falcon H1, Granite 4 and Zamba 2, short
 convolutions in LFM 2, lightning attention in MiniMax) know no positions: their state runs on over a skip, as if the text
-went on. Whether it does or starts again after the skip changed perplexity by 0.03 % at most in tiny Qwen 3 Next and Bamba
-models (`benchmarks/hybrid_layers.py`; see "State layers" in method.md), so nothing in the model is changed. Skips do not
+went on. Whether it does or starts again after the skip changed perplexity by 0.03 % at most in tiny Qwen 3 Next, Bamba
+and LFM 2 models (`benchmarks/hybrid_layers.py`; see "State layers" in method.md), so nothing in the model is changed. Skips do not
 show these layers a longer text.
 
 **Settings that stay as they were trained**: the sections of Qwen 3.5's multimodal RoPE, which do nothing in text, and

@@ -177,6 +177,11 @@ class _Rendered:
         self.text = self.render(self.messages)
         if not self.text:
             raise ConversationError(f"the chat template refuses it: {self.refusal or 'no text'}")
+        calls = [c for m in self.messages for c in m.get("tool_calls") or ()]
+        for what, given in (("tools", self.options.get("tools") or ()), ("tool calls", calls)):
+            found = [one.get("function") or one for one in given if isinstance(one, dict)]
+            if not all(str(one.get("name")) in self.text for one in found):
+                raise ConversationError(f"the chat template does not write its {what}")
 
     def render(self, turns: list[dict[str, Any]], generation: bool = False) -> str:
         """The text of these turns; "" where the template raises an error."""

@@ -13,12 +13,15 @@ _ALIASES = {  # ShareGPT and its variants
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
     **dict.fromkeys(("observation", "function_response"), "tool"),
 }
+_CALLS = ("function_call", "tool_call")  # ShareGPT's roles of an assistant's turn
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
     ("instruction", "response"),
+    ("question", "answer"),
+    ("query", "response"),
 )
 FIELDS = {  # all that decide a conversation, for formats that are read by column
     *_LISTS,
@@ -62,7 +65,7 @@ def find_conversation(record: Any) -> Conversation | str | None:
     if not isinstance(record, dict):
         return None
     given: Any = []
-    turns = next((record[k] for k in _LISTS if isinstance(record.get(k), list)), None)
+    turns = next((t for t in (_parsed(record.get(k)) for k in _LISTS) if isinstance(t, list)), None)
     if turns is None:
         pair = next((p for p in _PAIRS if record.get(p[0]) and record.get(p[1])), None)
         if pair is None:
@@ -75,15 +78,29 @@ def find_conversation(record: Any) -> Conversation | str | None:
         prompt, answers = _messages(given, "user"), _messages(turns, "assistant")
         if system := record.get("system"):
             prompt = _messages(system, "system") + prompt
-        options = dict(record.get("chat_template_kwargs") or {})
-        if tools := record.get("tools"):
-            options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+        options = _parsed(record.get("chat_template_kwargs")) or {}
+        if not isinstance(options, dict):
+            raise ConversationError("chat_template_kwargs is not an object")
+        if tools := _parsed(record.get("tools")):
+            if not isinstance(tools, list):
+                raise ConversationError("tools is not a list, or not JSON")
+            options = {**options, "tools": tools}
     except (ConversationError, TypeError, ValueError) as error:
         return str(error)
     if not any(message["role"] == "assistant" for message in answers):
         roles = ", ".join(dict.fromkeys(message["role"] for message in answers))
         return f"no turn of the assistant; its roles are {roles or 'none'}"
     return Conversation(messages=prompt + answers, num_given=len(prompt), options=options)
+
+
+def _parsed(value: Any) -> Any:
+    """A value that some data sets hold as JSON text; another text as it is."""
+    if not isinstance(value, str) or value[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _messages(value: Any, role: str) -> list[dict[str, Any]]:
@@ -102,11 +119,17 @@ def _message(number: int, turn: Any) -> dict[str, Any]:
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         parts = [{"text": part} if isinstance(part, str) else part for part in content]
-        other = next((p for p in parts if not isinstance(p.get("text"), str)), None)
-        if other is not None:
-            kind = other.get("type", "unknown")
+        others = [p for p in parts if not isinstance(p, dict) or not isinstance(p.get("text"), str)]
+        if others:
+            kind = others[0].get("type", "unknown") if isinstance(others[0], dict) else "unknown"
             raise ConversationError(f"turn {number} has a part of type {kind}, which is not text")
         content = "".join(part["text"] for part in parts)
+    if role.lower() in _CALLS:
+        call = _parsed(content)
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise ConversationError(f"turn {number} is a call that is not JSON with a name")
+        call = {"type": "function", "function": {"arguments": {}, **call}}
+        turn, role, content = {"tool_calls": [call]}, "assistant", ""
     if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
         raise ConversationError(f"turn {number} has no text in its content")
     try:

@@ -32,6 +32,7 @@ _COMPRESSIONS = {
     b"BZh": "bz2",
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x50\x2a\x4d\x18": "zstd",  # a skippable frame first, as pzstd writes it
     b"\x04\x22\x4d\x18": "lz4",
 }
 _COMPRESSED_SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
@@ -154,8 +155,9 @@ def recognize(path: Path, head: bytes | None = None) -> Format:
     if (found := _UNREADABLE.match(head)) or head[257:262] == b"ustar":
         raise Unreadable(_WHY[found.group() if found else b"ustar"])
     suffix = suffix_of(path)
-    if head.startswith((b"PAR1", b"ARROW1")) and compression:
-        raise Unreadable(f"Parquet or Arrow inside {compression}: decompress it first")
+    if compression and (head.startswith((b"PAR1", b"ARROW1")) or _compression(head)):
+        inner = _compression(head) or "Parquet or Arrow"
+        raise Unreadable(f"{inner} inside {compression}: decompress it first")
     if head.startswith(b"PAR1"):
         kind = "parquet"
     elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -170,6 +172,11 @@ def recognize(path: Path, head: bytes | None = None) -> Format:
         kind = "lines"
     else:
         kind = "text"
+        is_page = head.removeprefix(codecs.BOM_UTF8).lstrip()[:14].lower()
+        if is_page.startswith((b"<!doctype html", b"<html")) and suffix[:4] != ".htm":
+            raise Unreadable(
+                "an HTML page: write its text to it, or name it .html to keep the tags"
+            )
     return Format(kind=kind, is_plain=is_plain)
 
 

@@ -33,7 +33,8 @@ from skipwise.data.files import (
 from skipwise.data.records import read_structured, text_in
 from skipwise.errors import SkipwiseError
 
-_READING = 3  # raise it when a file gives other documents than before: caches are then made again
+_SHOWN = 5  # most names of files that are left out
+_READING = 4  # raise it when a file gives other documents than before: caches are then made again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,17 @@ def left_out_files(sources: list[Source]) -> list[Path]:
     """The files of the sources' folders that are not read."""
     roots = [(Path(s.path).expanduser(), s.split) for s in sources if s.is_local]
     return [p for root, split in roots if root.is_dir() for p in list_folder(root, split).left_out]
+
+
+def describe_left_out(sources: list[Source]) -> str:
+    """How many files of the sources' folders are not read, and which; empty if all are."""
+    paths = left_out_files(sources)
+    if not paths:
+        return ""
+    shown = [path.name + "/" * path.is_dir() for path in paths[:_SHOWN]]
+    names = ", ".join(shown) + ", ..." * (len(paths) > _SHOWN)
+    what = "files that are not texts" if len(paths) > 1 else "file that is no text"
+    return f"{len(paths):,} {what}: {names}"
 
 
 def fingerprint_fields(source: Source) -> list[Any]:

@@ -73,11 +73,12 @@ def text_in(record: Any, text_field: str) -> str:
     try:
         value = _find(record, text_field)
     except KeyError:
-        what = f"no field {text_field!r}, only {_names(record)}{_hint(record)}"
+        what = f"no field {text_field!r}, only {_names(record)}{_hint(record, text_field)}"
         raise ValueError(what) from None
-    parts = [_decoded(part) for part in _flat(value)]
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{text_field!r} holds {_describe(value)}, not text{_hint(record)}")
+    parts = [_decoded(part) for part in _flat(value) if part is not None]
+    if not all(isinstance(part, str) for part in parts) or (not parts and value != []):
+        hint = _hint(record, text_field)
+        raise ValueError(f"{text_field!r} holds {_describe(value)}, not text{hint}")
     return "\n\n".join(parts)
 
 
@@ -153,10 +154,15 @@ def _read_csv(path: Path, text_field: str, skip: int) -> Iterator[Located]:
         lines = io.TextIOWrapper(file, "utf-8", newline="")
         first = lines.readline(LARGEST)
         usual = "," if suffix_of(path) == ".csv" else "\t"
-        others = (usual, ",", ";", "\t", "|")
-        delimiter = usual if usual in first else max(others, key=first.count)
+        if named := re.fullmatch(r"sep=(.)\s*", first):  # for Excel
+            usual, first = named[1], lines.readline(LARGEST)
+        others, unquoted = (usual, ",", ";", "\t", "|"), re.sub('"[^"]*"', "", first)
+        delimiter = usual if usual in unquoted else max(others, key=unquoted.count)
         rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-        header = next(rows, [])
+        try:
+            header = [name.strip() for name in next(rows, [])]
+        except csv.Error as error:
+            raise Unreadable(f"its header is not CSV ({error})") from error
         is_missing = not needed_columns(header, text_field)
         number = 0
         while True:
@@ -274,9 +280,10 @@ def _names(record: dict[Any, Any]) -> str:
     return ", ".join(shown) + ", ..." * (len(record) > _SHOWN)
 
 
-def _hint(record: dict[Any, Any]) -> str:
+def _hint(record: dict[Any, Any], text_field: str) -> str:
     """What to type where another field holds text: the longest one."""
-    texts = [(size, path) for size, path in _texts(record, "") if len(path) <= _NAME]
+    texts = [(n, path) for n, path in _texts(record, "") if len(path) <= _NAME]
+    texts = [(n, path) for n, path in texts if path not in ("", text_field)]
     return f": type data.text_field={max(texts)[1]}" if texts else ""
 
 

@@ -20,7 +20,7 @@ from skipwise.config.recipe import EvalSettings, ModelSettings, Recipe, context_
 from skipwise.config.run_folder import RunFolder
 from skipwise.data.chat import ChatSpans
 from skipwise.data.corpus import build_corpus
-from skipwise.data.readers import parse_sources
+from skipwise.data.readers import describe_left_out, parse_sources
 from skipwise.data.token_cache import TokenStore
 from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprint
 from skipwise.errors import SkipwiseError
@@ -260,14 +260,16 @@ def _documents(
         "special_tokens": settings.special_tokens,
         "on_bad_record": settings.on_bad_record,
     }
-    stores = [
-        tokenize_source(s, tokenizer, **options, progress=False)
-        for s in parse_sources(sources, settings.text_field)
-    ]
+    parsed = parse_sources(sources, settings.text_field)
+    stores = [tokenize_source(s, tokenizer, **options, progress=False) for s in parsed]
     bad = [record for store in stores for record in store.bad_records]
-    if bad:
-        count = sum(store.num_bad_records for store in stores)
-        print(f"{count:,} records of the text not readable: {bad[0]}", file=sys.stderr)
+    count = sum(store.num_bad_records for store in stores)
+    left_out = [
+        describe_left_out(parsed),
+        *(f"{count:,} unreadable records ({x})" for x in bad[:1]),
+    ]
+    if any(left_out):
+        print(f"left out of the text: {', '.join(filter(None, left_out))}", file=sys.stderr)
     between, length = separator.between if separator else (), recipe.target_length
     return [document for store in stores for document in _joined(store, length, between)]
 

@@ -27,6 +27,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.models import convert_families as families
 from skipwise.models.convert_families import Conversion
 from skipwise.models.hf_config import READ_BIN, first_line
+from skipwise.pose.rope import SCALINGS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,9 @@ def conversion_for(config: dict[str, Any], text_only: bool = False) -> Conversio
 
     Raises:
         SkipwiseError: Baichuan-13B, which has no RoPE; no text model to extract, or one that
-            transformers has no class for.
+            transformers has no class for; two RoPE settings that differ.
     """
+    _refuse_conflicts(config)
     if text_only:
         return families.text_model(config)
     match config.get("model_type"):
@@ -74,6 +76,23 @@ def conversion_for(config: dict[str, Any], text_only: bool = False) -> Conversio
                 frozen=("lm_head.weight",) if normed else (),
             )
     return None
+
+
+def _refuse_conflicts(config: dict[str, Any]) -> None:
+    """SkipwiseError where keys of a config.json set RoPE twice, and differently."""
+    older, newer = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    if config.get("model_type") in ("phi3", "phi4_multimodal") or "full_attention" in newer:
+        return  # Phi-3 says yarn for longrope
+    top = config.get("rope_theta") or config.get("rotary_emb_base")
+    names = {p.get(key) for p in (older, newer) for key in ("type", "rope_type")} & SCALINGS.keys()
+    thetas = [top, *(p.get("rope_theta") or top or "unset" for p in (older, newer) if p)]
+    found = {"rope_type": sorted(names), "rope_theta": sorted({*thetas} - {None}, key=str)}
+    for key, values in found.items():
+        if len(values) > 1:
+            raise SkipwiseError(
+                f"config.json has two values of {key}, {values[0]} and {values[1]}, and runtimes "
+                "differ in which one they read\nremove the one that was not trained with"
+            )
 
 
 def convert_model(

@@ -9,15 +9,40 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelInfo, check_positions, defaults, read_model_info
+from skipwise.models.model_info import (
+    LENGTHS,
+    ModelInfo,
+    check_positions,
+    defaults,
+    read_model_info,
+)
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
 READ_BIN = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_OBJECTS = ("rope_parameters", "rope_scaling", "text_config", "dual_chunk_attention_config")
+_THETAS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base")
+_BEFORE = "original_max_position_embeddings"
+_HEADS = ("num_key_value_heads", "head_dim", "qk_rope_head_dim")
+_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {  # what the values of these keys must be
+    "a JSON object": (dict, (*_OBJECTS, *_LAYER_TYPES)),
+    "a list": (list, ("layer_types",)),
+    "a number": (int | float, (*LENGTHS, "sliding_window")),
+    "a number above 0": (
+        int | float,
+        (*_THETAS, "factor", "alpha", "partial_rotary_factor", "rotary_pct", _BEFORE),
+    ),
+    "a whole number above 0": (
+        int,
+        (*SHAPE, *_HEADS, "num_hidden_layers", "max_position_embeddings"),
+    ),
+}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
@@ -37,8 +62,15 @@ def read_config(model: str, settings: ModelSettings) -> dict[str, Any]:
     """The config.json of a folder or hub name, unchanged.
 
     Raises:
-        SkipwiseError: no such folder or hub name, an adapter, broken JSON.
+        SkipwiseError: no such folder or hub name, an adapter, broken JSON, a value of a wrong type.
     """
+    config = _read_raw_config(model, settings)
+    if not config.get("auto_map") or config.get("model_type") in defaults():
+        _check_values(config)
+    return config
+
+
+def _read_raw_config(model: str, settings: ModelSettings) -> dict[str, Any]:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return _read_local_config(folder)
@@ -181,6 +213,34 @@ def _read_local_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> None:
+    """SkipwiseError for values that transformers passes over, computes from, or fails at."""
+    for what, key in ((what, key) for what, (_, keys) in _KINDS.items() for key in keys):
+        value, kind = config.get(key), _KINDS[what][0]
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        good = good and ("above 0" not in what or 0 < value < 1e30)
+        if not good and value is not None:
+            given = f"{key} in {inside} is {json.dumps(value)}"
+            raise SkipwiseError(f"{given}: give {what}, or remove it")
+        if kind is dict and value:
+            _check_values(value, key)
+    if inside not in ("config.json", "text_config"):
+        return
+    family, layers = config.get("model_type"), config.get("layer_types")
+    if not family:
+        raise SkipwiseError(f'{inside} has no model_type: add it, such as "model_type": "llama"')
+    if layers and len(layers) != config.get("num_hidden_layers", len(layers)):
+        num = f"{config['num_hidden_layers']} num_hidden_layers and {len(layers)} layer_types"
+        raise SkipwiseError(f"{inside} has {num}: give a layer type for each layer")
+    default = defaults().get(family, {}).get("rope_parameters") or {}
+    flat = default and "full_attention" not in default
+    if "full_attention" in (config.get("rope_scaling") or (flat and config.get(_OBJECTS[0])) or {}):
+        how = "takes one for all layers\nwrite one"
+        if not flat:
+            how = "takes those from rope_parameters alone\nrename rope_scaling to rope_parameters"
+        raise SkipwiseError(f"RoPE settings in {inside} are per layer type, and {family} {how}")
+
+
 def _check_code(raw: dict[str, Any], model: str, settings: ModelSettings) -> None:
     family = raw.get("model_type")
     if not raw.get("auto_map") or settings.trust_remote_code or family in defaults():
@@ -226,7 +286,12 @@ def _per_layer_type(
 ) -> dict[str, Any]:
     """rope_parameters by layer type, from that form or from the older keys."""
     if any(key in default for key in parameters):
-        return {key: parameters.get(key, value) for key, value in default.items()}
+        filled = {key: parameters.get(key) or value for key, value in default.items()}
+        for key, older in zip(_LAYER_TYPES, ("rope_theta", "rope_local_base_freq"), strict=True):
+            given = {k: v for k, v in (parameters.get(key) or {}).items() if v is not None}
+            theta = raw.get(older) or (default.get(key) or {}).get("rope_theta", 10000.0)
+            filled |= {key: {"rope_theta": theta, **given}} if given else {}
+        return filled
     out = {key: dict(value) for key, value in default.items()}
     out["full_attention"] = _rope_parameters(raw, parameters, default["full_attention"])
     if "rope_local_base_freq" in raw:

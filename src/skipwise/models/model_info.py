@@ -114,6 +114,11 @@ def read_model_info(
     if plain and "partial_rotary_factor" in parameters and known.get(_IGNORES_SHARE):
         parameters["partial_rotary_factor"] = 1.0  # said to scaled modules, which read it
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
+        raise SkipwiseError(
+            f"this {family} model cannot be extended: RoPE would rotate {rotary_dim} of a head's "
+            f"{head_dim} dimensions\ngive head_dim and partial_rotary_factor as its base has them"
+        )
     parameters, notes = _without_alpha(parameters, rotary_dim, known)
     theta = float(parameters.get("rope_theta", 10000.0))
     computed, refused = parameters, known.get("refused_rope_types", ())
@@ -343,7 +348,7 @@ def _ask_length(
             f"before scaling\ntype original_length={reach}, or the window it was trained for; or "
             f"original_length={before} if it was never trained with this scaling"
         )
-    if before < stated < 0.95 * window and not parameters.get("finetuned"):
+    if before != stated < 0.95 * window and not parameters.get("finetuned"):
         raise SkipwiseError(
             f"{scaled} says max_position_embeddings {stated:,}, where the scaling reaches "
             f"{window:,} tokens\ntype original_length={stated}, or original_length={window}: the "
@@ -354,9 +359,9 @@ def _ask_length(
     dual = config.get("dual_chunk_attention_config") or {}  # here it does not name L
     found = {"chunk_size": dual.get("chunk_size"), **{key: config.get(key) for key in keys}}
     lengths = {
-        key: length
+        key: int(length)
         for key, length in found.items()
-        if isinstance(length, int)
+        if isinstance(length, int | float)
         and 0 < length < 1e9
         and length not in (stated, window, before, known.get(key))
     }

@@ -19,7 +19,7 @@ from skipwise.data.chat import spans_of
 from skipwise.data.collator import ExampleCollator
 from skipwise.data.corpus import Corpus, build_corpus
 from skipwise.data.dataset import PoSEDataset
-from skipwise.data.readers import Source, left_out_files, parse_sources
+from skipwise.data.readers import Source, describe_left_out, parse_sources
 from skipwise.data.token_cache import TokenStore
 from skipwise.data.tokenize import tokenize_source
 from skipwise.errors import Check, SkipwiseError
@@ -28,8 +28,6 @@ from skipwise.pose.samplers import Sampler
 from skipwise.preflight.batch import check_documents, check_labels
 from skipwise.preflight.config import check_config
 from skipwise.training.checkpoints import last_checkpoint, trained_checkpoint
-
-_SHOWN = 5  # most names of files that are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,13 +209,8 @@ def text_changed(run: RunFolder, digest: str) -> bool:
 def _check_files(recipe: Recipe) -> list[Check]:
     """What is left out of the folders of the sources, if anything is."""
     settings = recipe.data
-    paths = left_out_files(parse_sources((*settings.sources, *settings.eval_sources)))
-    if not paths:
-        return []
-    shown = [path.name + "/" * path.is_dir() for path in paths[:_SHOWN]]
-    names = ", ".join(shown) + ", ..." * (len(paths) > _SHOWN)
-    count = f"{len(paths):,} file{'s that are not texts' if len(paths) > 1 else ' that is no text'}"
-    return [Check(name="left out", passed=True, detail=f"{count}: {names}")]
+    detail = describe_left_out(parse_sources((*settings.sources, *settings.eval_sources)))
+    return [Check(name="left out", passed=True, detail=detail)] if detail else []
 
 
 def _check_held_out(

@@ -68,8 +68,8 @@ class ModelFolder:
     @property
     def head_dim(self) -> int | None:
         """Dimensions of a head. None if the config does not give it, directly or by its width."""
-        if self.raw.get("qk_rope_head_dim"):  # DeepSeek: only these dimensions rotate
-            return self.raw["qk_rope_head_dim"]
+        if found := self.raw.get("qk_rope_head_dim") or self.value("global_head_dim"):
+            return found  # DeepSeek: only these dimensions rotate; Gemma 4: of the full layers
         keys = self.known.get("keys", {})
         own = next((self.raw[k] for k, n in keys.items() if n == "head_dim" and k in self.raw), 0)
         if own or self.value("head_dim"):
@@ -116,11 +116,6 @@ def read_folder(path: Path) -> ModelFolder:
     text = raw.get("text_config")
     if isinstance(text, dict):
         raw = {key: raw[key] for key in ("quantization_config",) if key in raw} | text
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(raw.get(key), dict | None):
-            raise SkipwiseError(
-                f"{path / 'config.json'}: {key} is {raw[key]!r}\ngive a JSON object, or remove it"
-            )
     folder = ModelFolder(
         path=path,
         raw=raw,

@@ -12,9 +12,10 @@ One function per runtime, each written after this runtime's code:
 - llama.cpp:       as in llama-cpp-python 0.3.36, conversion/{base,llama}.py (which runs
                    transformers 4.57.6) and src/llama-context.cpp
 
-Two more are after code of 2026 that was read and not run here: DeepSeek's yarn (vLLM and SGLang
-`deepseek_yarn`, llama.cpp src/models/deepseek2.cpp) and Hunyuan's alpha (`DynamicNTKAlpha...`,
-conversion/hunyuan.py). Not modelled: mrope sections, a model's own code.
+Three more are after code of 2026 that was read and not run here: DeepSeek's yarn (vLLM and SGLang
+`deepseek_yarn`, llama.cpp src/models/deepseek2.cpp), Hunyuan's alpha (`DynamicNTKAlpha...`,
+conversion/hunyuan.py) and Gemma 4's proportional RoPE (`_proportional`). Not modelled: mrope
+sections, a model's own code.
 
 Shapes:  d = rotary dimension; inv_freq is (d/2,), at the end of the window
 """
@@ -50,7 +51,7 @@ _NEEDED = {  # keys without which transformers refuses a type
 }
 _NOT_MULTIPLIED = ("yarn", "llama3")  # types whose length vLLM does not multiply by a factor
 _TYPES = ("full_attention", "sliding_attention")
-_NOT_COMPUTED = ("proportional",)  # a type of transformers 5 that pose/rope.py does not have
+_OTHER_TYPES = ("proportional",)  # a type of transformers 5 that pose/rope.py does not have
 _PHI3 = ("phi3", "phi4_multimodal")  # call longrope su or yarn, and keep L at the top level
 _ALPHA = "hunyuan"  # of the families whose own classes read alpha
 _NO_HEAD_DIM = ("mixtral", "minimax")  # classes that leave head_dim at None
@@ -221,7 +222,7 @@ def llama_cpp(folder: ModelFolder) -> Reading:
     if folder.family in LLAMA_CPP_WITHOUT_ROPE:
         p, scaled = {"rope_theta": 10000.0, "partial_rotary_factor": _partial(folder, {})}, False
         error = None
-    if not scaled:  # it still converts, without a warning
+    if not scaled and name not in _OTHER_TYPES:  # it still converts, without a warning
         p = {k: p[k] for k in ("rope_theta", "partial_rotary_factor") if k in p}
         p["rope_type"] = "default"
     theta = sliding.get("rope_theta", folder.raw.get("rope_local_base_freq"))
@@ -363,6 +364,9 @@ def _reading(
         error=error,
     )
     scaling = SCALINGS.get(name)
+    if name in _OTHER_TYPES and not error:
+        factor = float(p.get("factor") or 1.0) if runtime == T5 else 1.0  # which only it reads
+        return dataclasses.replace(plain, factor=factor, inv_freq=_proportional(folder, p, factor))
     if error or scaling is None or not scaling.is_rope_type:
         return plain
     fields = {f.name for f in dataclasses.fields(scaling)} | {"rope_type"}
@@ -383,6 +387,18 @@ def _reading(
         attention_factor=scaling.attention_factor,
         inv_freq=inv_freq,
     )
+
+
+def _proportional(folder: ModelFolder, p: dict[str, Any], factor: float) -> np.ndarray:
+    """(head_dim/2,) default RoPE of a full head, in which only the first pairs rotate.
+
+    Source: transformers 5, `_compute_proportional_rope_parameters`; `Gemma4RotaryEmbedding` of vLLM
+    and SGLang; llama.cpp conversion/gemma.py, which divides the other pairs by 1e30.
+    """
+    assert folder.head_dim is not None
+    inv_freq = Unscaled().inv_freq(p["rope_theta"], folder.head_dim) / factor
+    inv_freq[int(p.get("partial_rotary_factor", 1.0) * folder.head_dim // 2) :] = 0.0
+    return inv_freq
 
 
 def _vllm_length(folder: ModelFolder, p: dict[str, Any]) -> int:
@@ -412,7 +428,7 @@ def _refused(folder: ModelFolder, p: dict[str, Any], *more: str) -> str | None:
     name = p["rope_type"]
     if name in folder.known.get("refused_rope_types", ()):
         return f"the config of {folder.family} takes no rope_type {name!r}"
-    if name not in (*KNOWN_TYPES, *_NOT_COMPUTED, *more):
+    if name not in (*KNOWN_TYPES, *_OTHER_TYPES, *more):
         return f"rope_type {name!r} is unknown"
     return _lacks(p)
 
