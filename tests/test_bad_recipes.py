@@ -53,7 +53,7 @@ def test_of_1500_bad_files_and_overrides_none_is_a_traceback_none_is_slow_none_o
 
 def test_every_number_of_the_recipe_has_a_range_and_its_default_lies_inside():
     for key, hint in keys():
-        types = {h for h in typing.get_args(getattr(hint, "__origin__", hint)) or (hint,)}
+        types = set(typing.get_args(getattr(hint, "__origin__", hint)) or (hint,))
         types |= {getattr(hint, "__origin__", hint)}
         numeric = types & {int, float} or any(int in typing.get_args(t) for t in types)
         rules = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)]

@@ -39,12 +39,15 @@ VALID = (
 def keys(cls=Recipe, prefix=""):
     """(dotted key, its annotation) of every key, LoRA's too."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        inner = next(
-            (h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None
-        )
+        inner = next((h for h in (hint, *inside(hint)) if dataclasses.is_dataclass(h)), None)
         yield f"{prefix}{name}", hint
         if inner is not None:
             yield from keys(inner, f"{prefix}{name}.")
+
+
+def inside(hint):
+    """The types of a union."""
+    return () if typing.get_origin(hint) is Annotated else typing.get_args(hint)
 
 
 def edges(hint):

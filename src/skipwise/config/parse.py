@@ -27,6 +27,14 @@ from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import SCALINGS
 from skipwise.pose.samplers import SAMPLERS
 
+# Arguments of TrainingArguments that upload, write elsewhere or read settings that do, by prefix.
+REFUSED_TRAINER = {
+    "push_to_hub": "uploads every checkpoint: type skipwise publish, which shows what it uploads",
+    "hub_": "is for uploads from training: type skipwise publish, which uses your login",
+    "trackio_": "uploads to a Space on the Hub: leave it out",
+    "logging_dir": "writes outside of the run folder: leave it out",
+    "resume_from_checkpoint": "is decided by the run folder, which resumes at its last checkpoint",
+}
 # Keys and values that were renamed before the first release.
 RENAMED_KEYS = {
     "temperature": "attention_temperature",
@@ -48,6 +56,7 @@ RENAMED_VALUES = {
     "eval.tasks": {"pose-table": "short-benchmarks"},
 }
 _MAX_BYTES, _MAX_DEPTH, _MAX_NODES = 1 << 20, 20, 10_000  # of a recipe
+_DEEP = re.compile(rf"[\[{{]{{{_MAX_DEPTH + 1}}}")
 _MAX_TEXT = 4096  # characters of a value
 _NO_TEXT = re.compile("[\\0\ud800-\udfff]")
 _NO_FILE_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029]|^\s|\s$")
@@ -83,8 +92,10 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: it is not YAML, has a key twice, is nested too deep or expands too far.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
+        if _DEEP.search(text):  # PyYAML needs seconds to come to that conclusion
+            raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} levels deep")
         node = loader.get_single_node()
         _count_nodes(node, {})
         return None if node is None else loader.construct_document(node)
@@ -93,8 +104,6 @@ def parse_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise ValueError(f"{problem.splitlines()[0][:200]}{line}") from error
-    finally:
-        loader.dispose()
 
 
 def _count_nodes(node: Any, known: dict[int, int]) -> int:
@@ -119,7 +128,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type or out of its
             range, `trust_remote_code` in the file.
     """
-    return _parse_file(_read_yaml(path), overrides, path, consent="")
+    return _parse_file(_read_yaml(path), overrides, path, consent=None)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -146,7 +155,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load_run_recipe(
-    path: str | Path, overrides: list[str] | None = None, consent: str = ""
+    path: str | Path, overrides: list[str] | None = None, consent: Any = None
 ) -> Recipe:
     """Read a run folder's recipe, in which an older version may have used the old names.
 
@@ -157,7 +166,7 @@ def load_run_recipe(
 
 
 def _parse_file(
-    tree: dict[str, Any], overrides: list[str] | None, path: str | Path, consent: str
+    tree: dict[str, Any], overrides: list[str] | None, path: str | Path, consent: Any
 ) -> Recipe:
     """`parse_recipe`, but a file cannot consent to run a model's code: only the user can."""
     recipe = parse_recipe(tree, overrides)
@@ -181,6 +190,16 @@ def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Re
         if tree.get(key) is None:
             raise SkipwiseError(f"the recipe has no {key}: type {key}=...")
     recipe: Recipe = _build(Recipe, tree, "")
+    for key in recipe.trainer:
+        if why := [why for prefix, why in REFUSED_TRAINER.items() if key.startswith(prefix)]:
+            raise SkipwiseError(f"trainer.{key} {why[0]}")
+    deepspeed = recipe.trainer.get("deepspeed")
+    monitors = {"tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "autotuning"}
+    if isinstance(deepspeed, str) or (isinstance(deepspeed, dict) and monitors & set(deepspeed)):
+        raise SkipwiseError(
+            "trainer.deepspeed: give a mapping of DeepSpeed's keys, no file name, without "
+            f"{', '.join(sorted(monitors))}, which write elsewhere"
+        )
     training = recipe.training
     if training.warmup_steps > max(training.num_steps, TrainingSettings.warmup_steps):
         raise SkipwiseError(
@@ -255,6 +274,9 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         inner = _paths_of(Recipe, unknown[0])
         meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
         raise SkipwiseError(f"{old} is not a recipe key: choose from {', '.join(hints)}{meant}")
+    required = (f.name for f in dataclasses.fields(cls) if f.default is f.default_factory)
+    if missing := [key for key in required if key not in tree]:
+        raise SkipwiseError(f"{where or 'the recipe'} has no {missing[0]}")
     return cls(**{key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()})
 
 

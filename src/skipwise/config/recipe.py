@@ -10,7 +10,6 @@ examples, lr 2e-5 after 10 warm-up steps, N = 2); YaRN is the scaling it takes t
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,9 +30,7 @@ class Range:
     hint: str = ""  # what to type instead
 
     def __contains__(self, value: float) -> bool:
-        return (
-            math.isfinite(value) and self.low <= value <= self.high and value not in self.excluded
-        )
+        return self.low <= value <= self.high and value not in self.excluded  # False for NaN
 
     def __str__(self) -> str:
         low, high = _number(self.low), _number(self.high)
