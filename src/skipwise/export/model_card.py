@@ -6,6 +6,8 @@ huggingface_hub writes the metadata in the format that the Hub reads.
 
 from __future__ import annotations
 
+import html
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from skipwise.config.lengths import format_length
 from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.models.hf_config import stays_inside
 from skipwise.report import format_table
 from skipwise.report.format import metric_name, short_value
 from skipwise.report.headline import headline
@@ -53,9 +57,14 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     base = Path(recipe.model).expanduser()
     copied = base_metadata(recipe.model)
     if base.is_dir():
+        licenses = []
         for file in sorted(base.iterdir()):
-            if file.is_file() and file.name.lower().startswith(("license", "licence", "notice")):
+            is_text = file.name.lower().startswith(("license", "licence", "notice"))
+            if is_text and file.is_file() and stays_inside(file):
+                (run.model / file.name).unlink(missing_ok=True)  # a link would be followed
                 shutil.copyfile(file, run.model / file.name)
+                licenses.append(file.name)
+        run.update(licenses=licenses)  # publish uploads these and no others
     path = run.model / "README.md"
     text = f"---\n{card_metadata(run, copied)}\n---\n\n{_body(run, metadata, copied, place)}"
     write_text(path, text)
@@ -73,13 +82,33 @@ def base_metadata(model: str) -> dict[str, Any]:
         found = card.data.to_dict()
     except Exception:  # no card, no network or broken YAML
         return {}
-    return {key: found[key] for key in _COPIED_KEYS if found.get(key)}
+    return {key: found[key] for key in _COPIED_KEYS if _is_plain(found.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of the base's card is one line without HTML, or a list of such."""
+    values = value if isinstance(value, list) else [value]
+    return bool(value) and all(
+        isinstance(v, str) and len(v) < 300 and re.fullmatch(r"[\w.:/#?=&%+ -]+", v) for v in values
+    )
+
+
+def public_name(run: RunFolder) -> str:
+    """The run's name, if its user gave one; else from the base's name on the Hub or its family."""
+    recipe, model = run.recipe(), run.metadata().get("model", {})
+    base = recipe.model if model.get("hub") else _plain(model.get("family", "model"))
+    return recipe.name or f"{Path(base).name}-{format_length(recipe.target_length)}"
+
+
+def _plain(text: Any) -> str:
+    """Text of run.json, results or recipe without what Markdown and HTML give a meaning."""
+    return re.sub(r"[^\w .,:;/+()=±%-]", "", str(text))[:200]
 
 
 def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     """The YAML at the top of the card."""
     recipe, metadata, rows = run.recipe(), run.metadata(), run.results()
-    is_folder = Path(recipe.model).expanduser().exists()
+    on_hub = metadata.get("model", {}).get("hub", False)
     T = recipe.target_length
     results = []
     for task in ("passkey", "needle", "perplexity", *other_tasks(rows)):
@@ -98,12 +127,12 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
             )
         )
     data = ModelCardData(
-        base_model=None if is_folder else recipe.model,
+        base_model=recipe.model if on_hub else None,
         datasets=_hub_datasets(metadata) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "pose", "skipwise", recipe.method],
-        model_name=recipe.run_name if results else None,
+        model_name=public_name(run) if results else None,
         eval_results=results or None,
         **copied,
     )
@@ -113,26 +142,27 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
 def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], place: str) -> str:
     recipe, rows = run.recipe(), run.results()
     L, T = metadata.get("original_length") or 0, recipe.target_length
-    scaling = metadata.get("scaling", recipe.rope.type)
-    name = metadata.get("model", {}).get("name", recipe.model)
+    scaling, model = _plain(metadata.get("scaling", recipe.rope.type)), metadata.get("model", {})
+    base = f"A {_plain(model.get('family', 'RoPE'))} model"  # the name of a folder is private
+    base = f"`{_plain(recipe.model)}`" if model.get("hub") else base
     papers = [_PAPERS["pose"], *([_PAPERS[scaling]] if scaling in _PAPERS else [])]
     license_id = copied.get("license")
-    return f"""# {recipe.run_name}
+    return f"""# {_plain(public_name(run))}
 
-`{name}` with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
+{base} with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
 [PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{scaling}` RoPE
 scaling.
 
-{headline(metadata, rows)}
+{html.escape(headline(metadata, rows), quote=False)}
 
 ## Measured before and after training
 
-{format_table(rows)}
+{html.escape(format_table(rows), quote=False)}
 
 95 % intervals are in brackets. Perplexity is measured on the same target tokens at every context
 length. Passkey and needle are exact match over all depths.
 
-{_short_context_results(rows, L)}
+{html.escape(_short_context_results(rows, L), quote=False)}
 
 ## How it was made
 
@@ -207,13 +237,15 @@ def _training_summary(recipe: Any, metadata: dict[str, Any]) -> str:
         f"- trained on examples of {L:,} tokens with position ids up to {recipe.target_length:,}",
         *_full_length_lines(recipe, metadata.get("finish", {})),
         f"- {data.get('num_documents', 0):,} documents, {data.get('num_tokens', 0):,} tokens"
-        + (f", from {', '.join(names)}" if (names := _hub_datasets(metadata)) else ""),
+        + (f", from {', '.join(map(_plain, names))}" if (names := _hub_datasets(metadata)) else ""),
     ]
     if (chosen := selection.get("chosen")) is not None:
-        lines.append(f"- the checkpoint of step {chosen:,}, chosen by {selection['by']}")
+        lines.append(f"- the checkpoint of step {chosen:,}, chosen by {_plain(selection['by'])}")
     lines += temperature
     versions = metadata.get("versions", {})
-    used = [f"{k} {versions[k]}" for k in ("skipwise", "transformers", "torch") if k in versions]
+    used = [
+        f"{k} {_plain(versions[k])}" for k in ("skipwise", "transformers", "torch") if k in versions
+    ]
     return "\n".join([*lines, f"- {', '.join(used)}"])
 
 
@@ -228,12 +260,11 @@ def _full_length_lines(recipe: Any, finish: dict[str, Any]) -> list[str]:
 
 
 def _hub_datasets(metadata: dict[str, Any]) -> list[str]:
-    """Sources that are data sets on the Hub. Local paths stay private."""
-    sources = metadata.get("data", {}).get("sources", [])
-    return [s for s in sources if s.count("/") == 1 and not Path(s).expanduser().exists()]
+    """Sources that were data sets on the Hub when the run began. Local names stay private."""
+    return [str(name) for name in metadata.get("data", {}).get("hub_sources", [])]
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
     """The YAML at the top of a card."""
-    _, head, _ = card.read_text(encoding="utf-8").split("---\n", 2)
+    _, head, _ = re.split(r"^---\n", card.read_text(encoding="utf-8"), maxsplit=2, flags=re.M)
     return yaml.safe_load(head)
