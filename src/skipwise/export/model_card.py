@@ -6,7 +6,6 @@ huggingface_hub writes the metadata in the format that the Hub reads.
 
 from __future__ import annotations
 
-import html
 import re
 import shutil
 from pathlib import Path
@@ -53,7 +52,7 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     Args:
         place: folder or Hub name of the model, for the loading commands in the card.
     """
-    recipe, metadata = run.recipe(), run.metadata()
+    recipe, metadata = run.recipe(), _plain(run.metadata())
     base = Path(recipe.model).expanduser()
     copied = base_metadata(recipe.model)
     if base.is_dir():
@@ -100,14 +99,18 @@ def public_name(run: RunFolder) -> str:
     return recipe.name or f"{Path(base).name}-{format_length(recipe.target_length)}"
 
 
-def _plain(text: Any) -> str:
-    """Text of run.json, results or recipe without what Markdown and HTML give a meaning."""
-    return re.sub(r"[^\w .,:;/+()=±%-]", "", str(text))[:200]
+def _plain(value: Any) -> Any:
+    """Values of run.json and results.json without what Markdown and HTML give a meaning."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return re.sub(r"[^\w .,:;/+()=±%-]", "", value)[:200] if isinstance(value, str) else value
 
 
 def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     """The YAML at the top of the card."""
-    recipe, metadata, rows = run.recipe(), run.metadata(), run.results()
+    recipe, metadata, rows = run.recipe(), run.metadata(), _plain(run.results())
     on_hub = metadata.get("model", {}).get("hub", False)
     T = recipe.target_length
     results = []
@@ -140,10 +143,10 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
 
 
 def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], place: str) -> str:
-    recipe, rows = run.recipe(), run.results()
+    recipe, rows = run.recipe(), _plain(run.results())
     L, T = metadata.get("original_length") or 0, recipe.target_length
-    scaling, model = _plain(metadata.get("scaling", recipe.rope.type)), metadata.get("model", {})
-    base = f"A {_plain(model.get('family', 'RoPE'))} model"  # the name of a folder is private
+    scaling, model = metadata.get("scaling", recipe.rope.type), metadata.get("model", {})
+    base = f"A {model.get('family', 'RoPE')} model"  # the name of a folder is private
     base = f"`{_plain(recipe.model)}`" if model.get("hub") else base
     papers = [_PAPERS["pose"], *([_PAPERS[scaling]] if scaling in _PAPERS else [])]
     license_id = copied.get("license")
@@ -153,16 +156,16 @@ def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], plac
 [PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{scaling}` RoPE
 scaling.
 
-{html.escape(headline(metadata, rows), quote=False)}
+{headline(metadata, rows)}
 
 ## Measured before and after training
 
-{html.escape(format_table(rows), quote=False)}
+{format_table(rows)}
 
 95 % intervals are in brackets. Perplexity is measured on the same target tokens at every context
 length. Passkey and needle are exact match over all depths.
 
-{html.escape(_short_context_results(rows, L), quote=False)}
+{_short_context_results(rows, L)}
 
 ## How it was made
 
@@ -237,15 +240,13 @@ def _training_summary(recipe: Any, metadata: dict[str, Any]) -> str:
         f"- trained on examples of {L:,} tokens with position ids up to {recipe.target_length:,}",
         *_full_length_lines(recipe, metadata.get("finish", {})),
         f"- {data.get('num_documents', 0):,} documents, {data.get('num_tokens', 0):,} tokens"
-        + (f", from {', '.join(map(_plain, names))}" if (names := _hub_datasets(metadata)) else ""),
+        + (f", from {', '.join(names)}" if (names := _hub_datasets(metadata)) else ""),
     ]
     if (chosen := selection.get("chosen")) is not None:
-        lines.append(f"- the checkpoint of step {chosen:,}, chosen by {_plain(selection['by'])}")
+        lines.append(f"- the checkpoint of step {chosen:,}, chosen by {selection['by']}")
     lines += temperature
     versions = metadata.get("versions", {})
-    used = [
-        f"{k} {_plain(versions[k])}" for k in ("skipwise", "transformers", "torch") if k in versions
-    ]
+    used = [f"{k} {versions[k]}" for k in ("skipwise", "transformers", "torch") if k in versions]
     return "\n".join([*lines, f"- {', '.join(used)}"])
 
 
