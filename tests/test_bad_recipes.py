@@ -180,3 +180,31 @@ def test_bad_values_reach_the_command_line_as_two_lines_and_exit_code_2(tmp_path
     for arguments in (["--to", "99999999999999999999"], ["--to", "32k", "seed=1e30"]):
         assert main(["plan", str(tmp_path / "m"), *arguments]) == 2
         assert capsys.readouterr().err.startswith("skipwise: ")
+
+
+def test_positions_of_the_longest_target_take_seconds_and_no_memory(capsys):
+    started = time.monotonic()
+    for arguments in (["--to", "2147483647"], ["--length", "1000m", "--to", "2147483647"]):
+        assert main(["positions", *arguments, "--json"]) == 0
+    for arguments in (["--to", "1e9", "num_chunks=3"], ["--to", "1e9", "method=randpos"]):
+        assert main(["positions", *arguments]) == 2
+        assert "is sampled, up to" in capsys.readouterr().err
+    for arguments in (["--to", "1e12"], ["--to", "1e15"], ["--seed", "-1"], ["--draw", "folder"]):
+        assert main(["positions", *arguments]) == 2
+        assert len(capsys.readouterr().err.splitlines()) <= 3
+    assert time.monotonic() - started < 30
+
+
+def test_an_evaluation_beyond_memory_is_refused_before_a_prompt_is_built(tiny, tmp_path, capsys):
+    started = time.monotonic()
+    for lengths in ("2e9", "64..2e9", "1e18", "64..1e18"):
+        out = str(tmp_path / "out")
+        assert main(["eval", str(tiny), "--lengths", lengths, "--out", out]) == 2
+        assert "tokens" in capsys.readouterr().err
+    assert time.monotonic() - started < 60
+
+
+def test_an_out_folder_that_no_system_can_make_is_refused(tiny, capsys):
+    for out in ("x" * 300, "a\0b"):
+        assert main(["train", str(tiny), "--to", "256", "--out", out]) == 2
+        assert "--out" in capsys.readouterr().err

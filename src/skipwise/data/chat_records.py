@@ -78,7 +78,7 @@ def find_conversation(record: Any) -> Conversation | str | None:
         options = dict(record.get("chat_template_kwargs") or {})
         if tools := record.get("tools"):
             options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    except (ConversationError, TypeError, ValueError) as error:
+    except (ConversationError, TypeError, ValueError, RecursionError) as error:
         return str(error)
     if not any(message["role"] == "assistant" for message in answers):
         roles = ", ".join(dict.fromkeys(message["role"] for message in answers))

@@ -263,7 +263,7 @@ def _saved_files(folder: Path, split: str) -> list[Path] | None:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -313,5 +313,5 @@ def _starts_with_object(path: Path) -> bool:
     with open_stream(path) as (file, _):
         try:
             return isinstance(json.loads(file.readline(1 << 20)), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
