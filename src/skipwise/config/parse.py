@@ -315,7 +315,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_value(args[0], item, where.removesuffix("s")) for item in items)
+        return tuple(_value(args[0], item, where) for item in items)
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise SkipwiseError(f"{where} is {_shown(value)}: it must map keys to values")
@@ -406,7 +406,7 @@ def _word_or_number(words: Any, value: Any, where: str) -> Any:
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
-    if hint is int and where.endswith("_length"):
+    if hint is int and where.rstrip("s").endswith("_length"):
         try:
             return parse_length(value)
         except SkipwiseError as error:
