@@ -148,6 +148,7 @@ def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], plac
     scaling, model = metadata.get("scaling", recipe.rope.type), metadata.get("model", {})
     base = f"A {model.get('family', 'RoPE')} model"  # the name of a folder is private
     base = f"`{_plain(recipe.model)}`" if model.get("hub") else base
+    metadata = {**metadata, "model": {**model, "name": base.strip("`")}}
     papers = [_PAPERS["pose"], *([_PAPERS[scaling]] if scaling in _PAPERS else [])]
     license_id = copied.get("license")
     return f"""# {_plain(public_name(run))}

@@ -73,32 +73,29 @@ def check_trusted(checkpoint: Path, engine: str) -> None:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint that is marked complete; empty if nothing."""
-    metadata = _read_mark(folder)
+    """What is wrong with a checkpoint that is marked complete; empty if nothing. Told once."""
+    mark, files = folder / _COMPLETE, _files(folder)
+    stats = {name: path.stat() for name, path in {_COMPLETE: mark, **files}.items()}
+    key = (str(folder), *((n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in stats.items()))
+    if key not in _known:
+        _known[key] = _find_damage(_read_mark(folder), files)
+        if _known[key] and is_main_process():
+            print(
+                f"{folder} is damaged: {_known[key]}; it is not used", file=sys.stderr, flush=True
+            )
+    return _known[key]
+
+
+def _find_damage(metadata: dict[str, Any] | None, files: dict[str, Path]) -> str:
     if metadata is None:
         return f"{_COMPLETE} cannot be read"
-    listed, files = metadata.get("files"), _files(folder)
-    if listed is None:  # written by an older version
-        return "" if any(f.suffix in (".safetensors", ".bin") for f in files.values()) else "empty"
-    marked = (folder / _COMPLETE).stat().st_mtime_ns
-    key = (
-        str(folder),
-        marked,
-        *((n, f.stat().st_size, f.stat().st_mtime_ns) for n, f in files.items()),
-    )
-    if key not in _known:
-        found = ""
-        if missing := [name for name in listed if name not in files]:
-            found = f"{missing[0]} is missing"
-        else:
-            full = metadata["engine"] not in _SAFE_ENGINES
-            digests = _digests({name: files[name] for name in listed}, full=full)
-            changed = [name for name in listed if digests[name] != listed[name]]
-            found = f"{changed[0]} has changed" if changed else ""
-        _known[key] = found
-        if found and is_main_process():
-            print(f"{folder} is damaged: {found}; it is not used", file=sys.stderr, flush=True)
-    return _known[key]
+    listed = metadata.get("files", {})  # an older version wrote none
+    if missing := [name for name in listed if name not in files]:
+        return f"{missing[0]} is missing"
+    full = metadata["engine"] not in _SAFE_ENGINES
+    digests = _digests({name: files[name] for name in listed}, full=full)
+    changed = [name for name in listed if digests[name] != listed[name]]
+    return f"{changed[0]} has changed" if changed else ""
 
 
 def last_checkpoint(run: RunFolder) -> Path | None:
