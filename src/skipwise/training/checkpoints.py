@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def mark_complete(folder: Path, step: int, engine: str, num_processes: int | Non
         "files": _digests(files, full=engine not in _SAFE_ENGINES),
     }
     if engine not in _SAFE_ENGINES:  # DeepSpeed and DCP unpickle
-        metadata["seal"] = seal(metadata)
+        with suppress(SkipwiseError):  # no place for a key: the user is asked when it is loaded
+            metadata["seal"] = seal(metadata)
     part = folder / f"{_COMPLETE}.part"
     part.write_text(json.dumps(metadata) + "\n", encoding="utf-8")
     _sync(part)
