@@ -239,19 +239,19 @@ class EvalSettings:
     """Lengths in tokens. The default is original_length, its doublings, and target_length."""
     untrained: bool = True
     """Measure the rescaled model before training too, to show what training added."""
-    perplexity_windows: Annotated[int, Range(1, 1_000_000)] = 32
+    perplexity_windows: Annotated[int, Range(0, 1_000_000)] = 32
     """Windows of target_length tokens that perplexity is averaged over."""
     perplexity_stride: Annotated[int | None, LENGTH] = None
     """Target tokens per window. The default is half the shortest length, at most 512."""
-    passkey_samples: Annotated[int, Range(1, 100_000)] = 50
+    passkey_samples: Annotated[int, Range(0, 100_000)] = 50
     """Passkey prompts per length, spread over the depths."""
-    needle_samples: Annotated[int, Range(1, 100_000)] = 100
+    needle_samples: Annotated[int, Range(0, 100_000)] = 100
     """Needle questions per length, spread over the depths."""
     needles_per_haystack: Annotated[int, Range(1, 1000)] = 10
     """Needles in one haystack, asked one after the other; 1 hides a passkey in real text."""
     num_depths: Annotated[int, Range(1, 1000)] = 10
     """Depths at which passkeys and needles are placed."""
-    ruler_samples: Annotated[int, Range(1, 100_000)] = 20
+    ruler_samples: Annotated[int, Range(0, 100_000)] = 20
     """Prompts per RULER task and length."""
     limit: Annotated[int | None, COUNT] = None
     """Documents per lm-eval task. The default is all of them."""
