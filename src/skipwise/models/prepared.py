@@ -18,7 +18,6 @@ from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import ModelSettings, Recipe
 from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.config.stages import first_stage, full_length_stage
-from skipwise.errors import SkipwiseError
 from skipwise.models.attention.temperature import check_foldable
 from skipwise.models.convert import conversion_for, convert_model, load_sentencepiece
 from skipwise.models.convert_families import Conversion
