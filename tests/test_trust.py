@@ -204,7 +204,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path, shard):
         *({"rope_parameters": {"full_attention": {"rope_theta": n}}} for n in (0, "x")),
         *({"sliding_window": n} for n in (-1, "x")),
         *({"partial_rotary_factor": n} for n in (0, 5, "x")),
-        *({"text_config": {"head_dim": n}} for n in (31, -2, 1e9)),
+        *({"text_config": {"head_dim": n}} for n in (-2, 0.5, 1e9)),
     ],
     ids=str,
 )
@@ -212,6 +212,33 @@ def test_a_config_with_a_size_that_no_model_has_is_refused_with_its_key(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
     with pytest.raises(SkipwiseError, match=r"config.json: [a-z_]+ is .*"):
         read_config(str(tmp_path), ModelSettings())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"head_dim": 31},
+        {"num_attention_heads": 7},
+        {"rope_scaling": "x"},
+        {"layer_types": 5},
+        {"text_config": 5},
+        {"num_attention_heads": [1, 2]},
+        {"rope_parameters": {"rope_theta": [1]}},
+        {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": "x"}},
+        {"use_sliding_window": True, "max_window_layers": "x", "sliding_window": 10},
+    ],
+    ids=str,
+)
+def test_a_config_of_the_wrong_kind_is_two_lines_in_plan_and_check(tmp_path, capsys, values):
+    plain = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+    plain |= {"num_attention_heads": 4, "max_position_embeddings": 64, "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps({**plain, "intermediate_size": 64}))
+    assert main(["check", str(tmp_path), "--to", "256"]) == 0
+    capsys.readouterr()
+    (tmp_path / "config.json").write_text(json.dumps({**plain, **values}))
+    for verb in ("check", "plan"):
+        assert main([verb, str(tmp_path), "--to", "256"]) == 2
+        assert 1 <= len(capsys.readouterr().err.splitlines()) <= 3
 
 
 def test_a_config_nested_too_deep_or_no_regular_file_is_refused(tmp_path):

@@ -17,7 +17,13 @@ from typing import Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
-from skipwise.models.model_info import ModelInfo, check_positions, defaults, read_model_info
+from skipwise.models.model_info import (
+    ModelInfo,
+    check_positions,
+    defaults,
+    explains_wrong_types,
+    read_model_info,
+)
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
 READ_BIN = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
@@ -147,6 +153,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return read
 
 
+@explains_wrong_types
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """A config.json with its class's defaults, and with RoPE spelled as in transformers 5.
 
@@ -260,8 +267,6 @@ def _check_ranges(config: Mapping[str, Any], where: str) -> None:
             raise SkipwiseError(
                 f"{where}: {key} is {str(value)[:40]}: a model has {low:,} to {high:,}"
             )
-        if key == "head_dim" and value % 2:
-            raise SkipwiseError(f"{where}: {key} is {value}: RoPE rotates pairs of dimensions")
 
 
 def _sizes(config: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
