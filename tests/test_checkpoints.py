@@ -238,6 +238,17 @@ def test_an_engine_that_unpickles_takes_only_what_this_user_wrote(tmp_path, monk
     check_trusted(own, engine)  # the user typed it
 
 
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp", "fsdp_config", "accelerator_config"])
+def test_a_recipe_that_changes_the_engine_in_trainer_is_no_way_around(tmp_path, key):
+    tree = {"model": "m", "target_length": 64, "trainer": {key: {"x": 1}}}
+    folder = checkpoint(tmp_path, 2)
+    check_trusted(folder, "ddp", parse_recipe({"model": "m", "target_length": 64}))
+    with pytest.raises(SkipwiseError, match="SKIPWISE_TRUST_CHECKPOINTS=1"):
+        check_trusted(folder, "ddp", parse_recipe(tree))
+    mark_complete(folder, 2, "ddp", parse_recipe(tree))
+    check_trusted(folder, "ddp", parse_recipe(tree))
+
+
 def test_the_key_is_the_users_own_and_nobody_else_can_read_it(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     sharded(tmp_path, "zero3")

@@ -138,7 +138,7 @@ def read_model_info(
     if rotary_dim < 2 or rotary_dim % 2:
         raise SkipwiseError(
             f"the config of this {family} model rotates {rotary_dim} dimensions of a head, and "
-            "RoPE rotates pairs\ncorrect hidden_size, num_attention_heads or head_dim in config.json"
+            "RoPE rotates pairs\ncorrect hidden_size, num_attention_heads or head_dim there"
         )
     parameters, notes = _without_alpha(parameters, rotary_dim, known)
     theta = float(parameters.get("rope_theta", 10000.0))

@@ -28,11 +28,24 @@ from skipwise.errors import SkipwiseError
 _COMPLETE = "complete"
 _TRUST = "SKIPWISE_TRUST_CHECKPOINTS"
 _SAFE_ENGINES = ("one process", "ddp", "fsdp2")  # torch loads their files with weights_only
+_ENGINE_KEYS = ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config")
 _BLOCK, _BLOCKS = 1 << 16, 1024  # larger files than 64 MiB are sampled
 _known: dict[tuple[Any, ...], str] = {}  # damage by folder and the sizes and times of its files
 
 
-def mark_complete(folder: Path, step: int, engine: str, num_processes: int | None = None) -> None:
+def unpickles(engine: str, recipe: Recipe | None = None) -> bool:
+    """Whether loading a checkpoint can run code: DeepSpeed and FSDP's sharded format unpickle."""
+    changed = recipe is not None and any(key in recipe.trainer for key in _ENGINE_KEYS)
+    return engine not in _SAFE_ENGINES or changed
+
+
+def mark_complete(
+    folder: Path,
+    step: int,
+    engine: str,
+    recipe: Recipe | None = None,
+    num_processes: int | None = None,
+) -> None:
     """Write the list of the checkpoint's files, after all of them are on the disk."""
     files = _files(folder)
     for path in (*files.values(), *(p for p in folder.rglob("*") if p.is_dir())):
@@ -41,9 +54,10 @@ def mark_complete(folder: Path, step: int, engine: str, num_processes: int | Non
         "step": step,
         "engine": engine,
         "num_processes": num_processes or world_size(),
-        "files": _digests(files, full=engine not in _SAFE_ENGINES),
+        "full": (full := unpickles(engine, recipe)),  # whether pickles are read completely
+        "files": _digests(files, full),
     }
-    if engine not in _SAFE_ENGINES:  # DeepSpeed and DCP unpickle
+    if full:
         with suppress(SkipwiseError):  # no place for a key: the user is asked when it is loaded
             metadata["seal"] = seal(metadata)
     part = folder / f"{_COMPLETE}.part"
@@ -53,13 +67,13 @@ def mark_complete(folder: Path, step: int, engine: str, num_processes: int | Non
     _sync(folder)
 
 
-def check_trusted(checkpoint: Path, engine: str) -> None:
+def check_trusted(checkpoint: Path, engine: str, recipe: Recipe | None = None) -> None:
     """Refuse a checkpoint that this user did not write, if loading it can run code.
 
-    DeepSpeed, and FSDP with sharded checkpoints, unpickle. So each of their files must be listed
-    with its full digest, and the list sealed with this user's key.
+    Each of its files must be listed with its full digest, and the list sealed with the user's key.
     """
-    if engine in _SAFE_ENGINES or os.environ.get(_TRUST) == "1" or not is_main_process():
+    trusted = os.environ.get(_TRUST) == "1" or not is_main_process()
+    if trusted or not unpickles(engine, recipe):
         return
     metadata, files = _read_mark(checkpoint) or {}, _files(checkpoint)
     listed = metadata.get("files", {})
@@ -94,8 +108,8 @@ def _find_damage(metadata: dict[str, Any] | None, files: dict[str, Path]) -> str
     listed = metadata.get("files", {})  # an older version wrote none
     if missing := [name for name in listed if name not in files]:
         return f"{missing[0]} is missing"
-    full = metadata["engine"] not in _SAFE_ENGINES
-    digests = _digests({name: files[name] for name in listed}, full=full)
+    full = bool(metadata.get("full"))
+    digests = _digests({name: files[name] for name in listed}, full)
     changed = [name for name in listed if digests[name] != listed[name]]
     return f"{changed[0]} has changed" if changed else ""
 

@@ -223,7 +223,7 @@ def _start_engine(prepared: PreparedModel, run: RunFolder) -> Engine:
     resume_from, converted = last_checkpoint(run), False
     if resume_from is not None:
         saved_by = num_processes_of(resume_from, name)
-        check_trusted(resume_from, name)
+        check_trusted(resume_from, name, recipe)
         if world_size() > 1 and torch.distributed.is_initialized():
             torch.distributed.barrier()  # nobody loads before the first process has checked
         converted = saved_by != world_size() and engines.is_kind(name, "deepspeed")
@@ -231,7 +231,7 @@ def _start_engine(prepared: PreparedModel, run: RunFolder) -> Engine:
             engines.convert_to_universal_checkpoint(resume_from)
             if is_main_process():
                 step = int(resume_from.name.rsplit("-", 1)[1])
-                mark_complete(resume_from, step, name, saved_by)
+                mark_complete(resume_from, step, name, recipe, saved_by)
     load_once = engines.cpu_ram_efficient_loading(name, recipe.lora, prepared.info.tied_embeddings)
     if load_once and has_persistent_buffers(prepared.scaled, prepared.load):
         load_once = False  # accelerate 1.15: AttributeError
