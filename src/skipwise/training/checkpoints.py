@@ -116,7 +116,9 @@ def _find_damage(metadata: dict[str, Any] | None, files: dict[str, Path]) -> str
 
 def last_checkpoint(run: RunFolder) -> Path | None:
     """The newest checkpoint that is complete and not damaged."""
-    return next((folder for folder in reversed(_complete(run)) if not damage(folder)), None)
+    return next(
+        (folder for folder in reversed(complete_checkpoints(run)) if not damage(folder)), None
+    )
 
 
 def remove_incomplete(run: RunFolder) -> None:
@@ -135,13 +137,13 @@ def remove_incomplete(run: RunFolder) -> None:
 
 def remove_old(run: RunFolder, num_kept: int) -> None:
     """Remove all but the newest complete checkpoints, by their steps: clocks can be wrong."""
-    for folder in _complete(run)[:-num_kept]:
+    for folder in complete_checkpoints(run)[:-num_kept]:
         (folder / _COMPLETE).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _complete(run: RunFolder) -> list[Path]:
-    """The checkpoints that are marked complete, the oldest first."""
+def complete_checkpoints(run: RunFolder) -> list[Path]:
+    """The checkpoints that are marked complete, the oldest first; their files are not read."""
     folders = [mark.parent for mark in run.checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
     return sorted((f for f in folders if _step(f) is not None), key=lambda f: _step(f) or 0)
 
