@@ -75,6 +75,8 @@ def base_metadata(model: str) -> dict[str, Any]:
     folder = Path(model).expanduser()
     try:
         if folder.exists():
+            if not (folder / "README.md").is_file():
+                return {}
             card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
         else:
             card = ModelCard.load(model)

@@ -250,6 +250,8 @@ def check_inside(folder: Path) -> None:
     for index in folder.glob("*.index.json"):
         shard_names(index)
     for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise SkipwiseError(f"{file} is not a regular file\nremove it from the model folder")
         if file.suffix in _COPIED and not stays_inside(file):
             raise SkipwiseError(
                 f"{file} is a link out of its folder, and its text would be exported\n"
