@@ -11,6 +11,8 @@ from bad_recipes import VALID, files, keys, outside, overrides
 from skipwise.cli import main
 from skipwise.config.parse import dump_recipe, load_recipe, parse_recipe
 from skipwise.config.recipe import Range
+from skipwise.data.files import list_folder
+from skipwise.data.readers import list_files, parse_sources
 from skipwise.errors import SkipwiseError
 
 BASE = {"model": "m", "target_length": "32k"}
@@ -208,3 +210,14 @@ def test_an_out_folder_that_no_system_can_make_is_refused(tiny, capsys):
     for out in ("x" * 300, "a\0b"):
         assert main(["train", str(tiny), "--to", "256", "--out", out]) == 2
         assert "--out" in capsys.readouterr().err
+
+
+def test_a_pipe_in_a_folder_of_texts_is_left_out_and_as_a_source_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "a.txt").write_text("text")
+    listing = list_folder(tmp_path)
+    assert [p.name for p in listing.files] == ["a.txt"]
+    assert [p.name for p in listing.left_out] == ["pipe.txt"]
+    (source,) = parse_sources([str(tmp_path / "pipe.txt")])
+    with pytest.raises(SkipwiseError, match="cannot be opened"):
+        list_files(source)

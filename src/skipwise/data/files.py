@@ -228,7 +228,8 @@ def _walk(folder: Path, split: str, seen: set[str], listing: Listing) -> None:
     for entry in found:
         is_link = entry.is_symlink()
         path = Path(entry.path)
-        if entry.name.startswith("."):
+        is_special = not entry.is_file() and not entry.is_dir() and path.exists()  # a pipe, ...
+        if entry.name.startswith(".") or is_special:
             listing.left_out.append(path)
         elif path.is_dir() if is_link else entry.is_dir():
             _walk(path, split, seen, listing)
