@@ -9,7 +9,7 @@ import yaml
 from bad_recipes import VALID, files, keys, outside, overrides
 
 from skipwise.cli import main
-from skipwise.config.parse import dump_recipe, load_recipe, parse_recipe
+from skipwise.config.parse import dump_recipe, load_recipe, load_run_recipe, parse_recipe
 from skipwise.config.recipe import Range
 from skipwise.data.files import list_folder
 from skipwise.data.readers import list_files, parse_sources
@@ -18,11 +18,11 @@ from skipwise.errors import SkipwiseError
 BASE = {"model": "m", "target_length": "32k"}
 
 
-def attempt(file, override=None):
+def attempt(file, override=None, load=load_recipe):
     """(the recipe or None, the message, seconds) of a file, or of an override."""
     started = time.monotonic()
     try:
-        recipe = load_recipe(file) if override is None else parse_recipe(BASE, [override])
+        recipe = load(file) if override is None else parse_recipe(BASE, [override])
         message = ""
     except SkipwiseError as error:
         recipe, message = None, str(error)
@@ -51,6 +51,20 @@ def test_of_1500_bad_files_and_overrides_none_is_a_traceback_none_is_slow_none_o
         assert recipe is None or not outside(recipe), override[:80]
     assert accepted + refused >= 1500
     assert accepted > 100 and refused > 700  # it does make both kinds
+
+
+def test_the_recipe_of_a_run_folder_is_read_as_carefully(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    old = [b"full_length: 5\nfinish: {share: 0.1}\n", b"training: {loss: {a: 1}}\n", b"finish: 5\n"]
+    old += [b"eval: {tasks: [{a: 1}], select: [b]}\n", b"temperature: {a: 1}\npositions: [cut]\n"]
+    for content in (
+        *files(300, seed=2),
+        *(b"model: m\ntarget_length: 64\n" + more for more in old),
+    ):
+        file.write_bytes(content)
+        recipe, message, seconds = attempt(file, load=load_run_recipe)
+        assert seconds < 10 and len(message.splitlines()) <= 3, content[:80]
+        assert recipe is None or not outside(recipe), content[:80]
 
 
 def test_every_number_of_the_recipe_has_a_range_and_its_default_lies_inside():

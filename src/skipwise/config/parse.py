@@ -223,15 +223,17 @@ def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict) and key in section:
             value = section.pop(key)
             *parents, key = new.split(".")
-            (tree.setdefault(parents[0], {}) if parents else tree)[key] = value
+            target = tree.setdefault(parents[0], {}) if parents else tree
+            if isinstance(target, dict):  # else it is refused below
+                target[key] = value
     tree.pop("finish", None)
     for where, values in RENAMED_VALUES.items():
         name, key = where.split(".")
         section = tree.get(name)
         if isinstance(section, dict) and key in section:
             given = section[key]
-            many = isinstance(given, list)
-            section[key] = [values.get(v, v) for v in given] if many else values.get(given, given)
+            found = [values.get(str(v), v) for v in (given if isinstance(given, list) else [given])]
+            section[key] = found if isinstance(given, list) else found[0]
     return tree
 
 

@@ -36,7 +36,8 @@ def coverage(
     if not exact and not isinstance(sampler, FullLength) and T > _LONGEST_SAMPLED:
         raise SkipwiseError(
             f"the coverage of {type(sampler).__name__} is sampled, up to {_LONGEST_SAMPLED:,} "
-            f"tokens, and the target has {T:,}\ntype a shorter target, or method=pose with num_chunks=2"
+            f"tokens, and the target has {T:,}\n"
+            "type a shorter target, or method=pose with num_chunks=2"
         )
     wanted = np.arange(T) if distances is None else distances
     if isinstance(sampler, FullLength):
