@@ -13,12 +13,10 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.config.run_folder import RunFolder, open_run, write_json
 from skipwise.config.trust import secret_in, without_secrets
 from skipwise.errors import SkipwiseError
-from skipwise.export.hf import without_local_names
 from skipwise.export.hub import describe_upload, plan_upload
 from skipwise.export.model_card import public_name, read_metadata, write_card
 from skipwise.models.compatibility import save_tokenizer
 from skipwise.models.hf_config import read_config, stays_inside
-from skipwise.pipeline.stages import prepare_run
 
 BASE = {"model": "me/base", "target_length": "32k"}
 TOKEN = "hf_" + "Q" * 34
@@ -260,6 +258,8 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path):
 
 def test_a_name_that_was_local_when_the_run_began_stays_private(run, tmp_path):  # noqa: F811
     """Also from another folder, and after the folder was removed: then it looks like a hub name."""
+    from skipwise.export.hf import without_local_names
+
     text = run.recipe_file.read_text().replace(str(tmp_path / "base"), "clients/secret-base")
     run.recipe_file.write_text(text.replace("me/books", "clients/acme-contracts"))
     run.update(
@@ -275,6 +275,8 @@ def test_a_name_that_was_local_when_the_run_began_stays_private(run, tmp_path): 
 
 
 def test_names_of_the_hub_are_in_the_card_and_the_recipe(run):  # noqa: F811
+    from skipwise.export.hf import without_local_names
+
     text = run.recipe_file.read_text().splitlines(keepends=True)
     run.recipe_file.write_text("model: org/base-7b\n" + "".join(text[1:]))
     run.update(model={"name": "base-7b", "family": "llama", "hub": True})
@@ -285,10 +287,11 @@ def test_names_of_the_hub_are_in_the_card_and_the_recipe(run):  # noqa: F811
 
 
 def test_where_a_name_comes_from_is_decided_once(tiny, text_folder, tmp_path):
+    from skipwise.models.prepared import prepare_model
+    from skipwise.pipeline.stages import prepare_run
+
     tree = {"model": str(tiny), "target_length": 256, "data": {"sources": [str(text_folder)]}}
     recipe = parse_recipe(tree)
-    from skipwise.models.prepared import prepare_model
-
     opened = open_run(tmp_path / "run", recipe, "x")
     prepare_run(prepare_model(recipe), opened)
     metadata = opened.metadata()
