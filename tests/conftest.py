@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from forked import plain
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+_STATE = tempfile.TemporaryDirectory(prefix="skipwise-state-")  # for keys of signatures
+os.environ["XDG_STATE_HOME"] = _STATE.name
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers beside each other, so one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

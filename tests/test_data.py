@@ -351,7 +351,7 @@ def test_a_line_of_the_check_names_what_is_left_out_of_a_folder(tmp_path):
 
 
 def test_a_wrong_data_held_out_is_an_error():
-    for value, word in (("-1", "a number above 0"), ("1.5", "a share such as 0.05")):
+    for value, word in (("-1", "give above 0"), ("1.5", "a share such as 0.05")):
         with pytest.raises(SkipwiseError, match=word):
             find_sources(parse_recipe(BASE, [f"data.held_out={value}", "data.sources=[.]"]))
     both = ["data.held_out=3", "data.sources=[.]", "data.eval_sources=[.]"]

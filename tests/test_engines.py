@@ -149,6 +149,34 @@ def test_one_process_goes_on_where_two_were_stopped(alone, trained, engine, tmp_
     assert_close(weights(tmp_path / "run"), weights(alone), 1e-5)
 
 
+class Evil:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("processes", [2, 1], ids=["loaded", "converted"])
+@pytest.mark.parametrize("kind", ["model_states", "optim_states"])
+def test_a_planted_pickle_of_deepspeed_does_not_run(trained, tmp_path, kind, processes):
+    run, ran = RunFolder(tmp_path / "run"), tmp_path / "ran"
+    shutil.copytree(trained("zero3"), run.path)
+    shutil.rmtree(run.checkpoints / "checkpoint-20")
+    folder = run.checkpoints / "checkpoint-16"
+    for planted in folder.glob(f"global_step16/*{kind}.pt"):
+        torch.save({"module": Evil(ran)}, planted)
+    mark = json.loads((folder / "complete").read_text())
+    theirs = {**mark, "files": {}, "seal": "0" * 64}  # a mark that does not say it is damaged
+    (folder / "complete").write_text(json.dumps(theirs))
+    with redirect_stderr(io.StringIO()) as err, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "subprocess", forked.training)
+        code = main(["train", str(run.path), "--gpus", str(processes), "--engine", "zero3"])
+    assert code == 2 and not ran.exists(), err.getvalue()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", EACH)
 def test_what_an_engine_trained_is_exported(trained, engine):

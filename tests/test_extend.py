@@ -14,6 +14,7 @@ from skipwise.config.parse import parse_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.export.hf import export_model
+from skipwise.export.hub import plan_upload
 from skipwise.models.compatibility import make_portable
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.extend import extend
@@ -51,7 +52,7 @@ def test_the_run_folder_holds_everything(finished):
     card = (finished.model / "README.md").read_text()
     assert "64 to 256 tokens" in card and "perplexity" in card
     recipe = (finished.model / "skipwise_recipe.yaml").read_text()
-    assert "model: tiny-llama\n" in recipe and "/" not in recipe  # no path of this machine
+    assert "model: local\n" in recipe and "/" not in recipe  # no name of this machine
     assert list((finished.path / "tensorboard").glob("events*"))  # on where it is installed
 
 
@@ -279,3 +280,13 @@ def test_importance_weights_train_with_lora_and_export(tiny, text_folder, tmp_pa
     overrides = ["lora.rank=2", "positions.key_weights=importance"]
     run = extend(make_recipe(tiny, text_folder, *overrides), tmp_path / "run")
     assert run.metadata()["training"]["mode"] == "lora"
+
+
+def test_no_file_of_the_export_names_a_folder_of_this_machine(finished, tiny, text_folder):
+    for file in finished.model.iterdir():
+        content = file.read_bytes()
+        for name in (str(tiny), tiny.name, str(text_folder), str(finished.path)):
+            assert name.encode() not in content, (file.name, name)
+    assert set(finished.metadata()["files"]) <= {file.name for file in finished.model.iterdir()}
+    upload = plan_upload(finished, "me/long")
+    assert upload.left_out == [] and len(upload.files) == len(list(finished.model.iterdir()))

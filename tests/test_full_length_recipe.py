@@ -56,12 +56,12 @@ def test_the_recipe_of_the_finish_in_figures():
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
-        (["full_length.fraction=1"], "give a number from 0 to below 1"),
+        (["full_length.fraction=1"], "give at least 0 and below 1"),
         (["full_length.fraction=0.9999"], "leaves none for the first stage"),
         (["full_length.fraction=0.1", "method=full"], "is at full length already"),
         (["full_length.fraction=0.1", "method=none"], "trains nothing"),
         (["full_length.learning_rate=1e-5"], r"does not take effect with full_length\.fraction: 0"),
-        (["full_length.fraction=-0.1"], "0 or more"),
+        (["full_length.fraction=-0.1"], "give at least 0"),
         (
             ["full_length.fraction=0.1", "training.num_steps=10", "training.global_batch_size=1"],
             r"fewer tokens than an example of 32k\ntype full_length\.fraction=0\.4 or more",

@@ -257,8 +257,8 @@ def test_what_a_finish_took_is_there_when_it_counts_as_done(
 ):
     plain = callbacks_module.mark_complete
 
-    def killed(folder, step, engine):
-        plain(folder, step, engine)
+    def killed(folder, step, *rest):
+        plain(folder, step, *rest)
         if "finish" in folder.parts and step == LAST:
             raise KeyboardInterrupt
 

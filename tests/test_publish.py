@@ -57,8 +57,13 @@ def run(tmp_path):
         train_length=64,
         target_length=256,
         scaling="yarn",
-        model={"name": "base"},
-        data={"sources": ["me/books", str(tmp_path)], "num_documents": 3, "num_tokens": 999},
+        model={"name": "base", "family": "llama", "hub": False},
+        data={
+            "sources": ["me/books", str(tmp_path)],
+            "hub_sources": ["me/books"],
+            "num_documents": 3,
+            "num_tokens": 999,
+        },
         training={
             "mode": "lora",
             "num_steps": 10,
@@ -93,7 +98,7 @@ def publish(run, hub, *arguments, token=TOKEN, typed=None):
 
 def test_the_card_says_what_was_measured_and_carries_the_licence_over(run):
     card = write_card(run, "me/long").read_text()
-    assert "`base` with its context window extended from 64 to 256 tokens" in card
+    assert "A llama model with its context window extended from 64 to 256 tokens" in card
     assert "| passkey " in card and "perplexity 5.00 before, 5.10 after (+2.0%)" in card
     assert "`apache-2.0`, the license of the base model" in card
     assert "vllm serve me/long --max-model-len 256" in card

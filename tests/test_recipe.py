@@ -77,7 +77,7 @@ def test_yaml_round_trip_keeps_every_value(tmp_path):
         ("target_modules=[q]", "did you mean lora.target_modules"),
         ("training.num_steps=many", "a whole number"),
         ("training.num_steps=2.5", "a whole number"),
-        ("training.num_steps=-1", "0 or more"),
+        ("training.num_steps=-1", "give 1 to 100,000,000"),
         ("training.gradient_checkpointing=3", "true or false"),
         ("positions.chunk_lengths=half", "choose one of random, first-half"),
         ("method=pse", "choose one of pose"),

@@ -219,7 +219,7 @@ def test_the_recipe_takes_auto_or_a_number_above_0():
         assert dump_recipe(again) == dump_recipe(recipe)
     for value in ("0", "-1", "hot", "true", ".inf", ".nan", "null", "[1]"):
         with pytest.raises(
-            SkipwiseError, match=r"temperature is .*: give auto or a number above 0"
+            SkipwiseError, match=r"temperature is .*: give (auto or a number|0\.1 to 10)"
         ):
             parse(f"attention_temperature={value}")
 

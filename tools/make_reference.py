@@ -17,11 +17,12 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from skipwise.cli import build_parser
 from skipwise.config import parse, recipe
-from skipwise.config.recipe import Recipe
+from skipwise.config.lengths import MAX_LENGTH
+from skipwise.config.recipe import Range, Recipe
 
 ROOT = Path(__file__).parents[1]
 GENERATED = "<!-- Written by `make reference` from {}. Do not edit. -->"
@@ -56,7 +57,8 @@ skipwise extend mine.yaml --out runs/shorter training.num_steps=200 rope.type=li
 Any key can also be set on the command line as `key=value`, with or without a recipe file. Only
 `model`, `target_length` and, for training, `data.sources` have no default. A length is in tokens:
 `32768` or `32k`, where k = 1,024. `recipe.yaml` in a run folder lists all keys with the values of
-that run. An unknown key is an error, and so is a value of the wrong type.
+that run. An unknown key is an error, and so is a value of the wrong type or out of its range, a key
+given twice, and anything that looks like a token or password. A length is 1 to 2,147,483,647.
 
 Letters: L = `original_length`, T = `target_length`.
 """
@@ -121,10 +123,11 @@ def _key_table(
     skip: set[str] | frozenset[str] = frozenset(),
 ) -> str:
     hints = typing.get_type_hints(cls)
+    rules = typing.get_type_hints(cls, include_extras=True)
     rows = [
         (
             f"`{field.name}`",
-            _type_in_words(hints[field.name], prefix + field.name),
+            _type_in_words(hints[field.name], prefix + field.name) + _rule(rules[field.name]),
             _default(field),
             _linked(documented[cls.__name__, field.name]),
         )
@@ -154,6 +157,14 @@ def _type_in_words(hint: Any, key: str) -> str:
         return "mapping"
     words = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text"}
     return "length" if is_length else words[hint]
+
+
+def _rule(hint: Any) -> str:
+    """The rule that the annotation states beside the type, as in `, 1 to 10`."""
+    rule = hint.__metadata__[0] if typing.get_origin(hint) is Annotated else ""
+    if isinstance(rule, Range) and rule.high == MAX_LENGTH:
+        return "" if rule.low == 1 else f", {rule.low} or more"
+    return f", {rule}" if isinstance(rule, Range | str) and rule else ""
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

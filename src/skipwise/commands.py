@@ -39,18 +39,22 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
         return load_recipe(path, options + overrides)
     run = RunFolder(path)
     if run.recipe_file.exists():
-        return load_run_recipe(run.recipe_file, options + overrides)
+        return load_run_recipe(run.recipe_file, options + overrides, run.metadata().get("consent"))
     if not args.to and not any(o.startswith("target_length=") for o in overrides):
         raise SkipwiseError("missing target length: pass --to 32k")
     return parse_recipe({"model": args.thing}, options + overrides)
 
 
 def _command_line() -> str:
-    return shlex.join(["skipwise", *sys.argv[1:]])
+    from skipwise.config.trust import without_secrets
+
+    return without_secrets(shlex.join(["skipwise", *sys.argv[1:]]))
 
 
 def _out_folder(recipe: Recipe, args: argparse.Namespace) -> Path:
     if args.out:
+        if "\0" in args.out or any(len(os.fsencode(p)) > 255 for p in Path(args.out).parts):
+            raise SkipwiseError(f"--out {args.out[:80]!r}: give the name of a folder")
         return Path(args.out)
     if (Path(getattr(args, "thing", "")) / "recipe.yaml").exists():
         return Path(args.thing)
@@ -155,10 +159,15 @@ def plan_verb(args: argparse.Namespace) -> None:
 def positions_verb(args: argparse.Namespace) -> None:
     from skipwise.config.lengths import parse_length
     from skipwise.config.parse import parse_recipe
+    from skipwise.config.recipe import SEED
     from skipwise.config.samplers import make_sampler
     from skipwise.pose.preview import describe_positions, draw_text
 
     L, T = parse_length(args.length), parse_length(args.to)
+    if args.seed not in SEED:
+        raise SkipwiseError(f"--seed {args.seed}: give {SEED}")
+    if args.draw and Path(args.draw).suffix not in (".png", ".svg", ".pdf"):
+        raise SkipwiseError(f"--draw {args.draw}: give the name of a .png or .svg file")
     overrides = [o if o.startswith("method=") else f"positions.{o}" for o in args.overrides]
     recipe = parse_recipe({"model": "-", "target_length": T}, overrides)
     sampler = make_sampler(recipe, L)

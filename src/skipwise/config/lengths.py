@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from skipwise.errors import SkipwiseError
 
+MAX_LENGTH = 2**31 - 1  # positions are 32-bit numbers in some runtimes
+
 
 def parse_length(value: str | int) -> int:
     """Tokens from `32768`, `32_768`, `32k` or `1m`; k = 1,024, m = 1,024 x 1,024."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    text = str(value).strip().lower().replace(",", "").replace("_", "")
+    text = value if isinstance(value, str) else "huge"
+    if isinstance(value, int | float) and abs(value) < 1e30:
+        text = str(value)
+    text = text.strip().lower().replace(",", "").replace("_", "")
     scale = {"k": 1024, "m": 1024 * 1024}.get(text[-1:], 1)
     try:
         tokens = float(text[:-1] if scale > 1 else text) * scale
+        if tokens > MAX_LENGTH:
+            raise SkipwiseError(f"{text[:40]} is more than {MAX_LENGTH:,} tokens")
         if tokens == int(tokens) and tokens > 0:
             return int(tokens)
     except (ValueError, OverflowError):
         pass
-    raise SkipwiseError(f"{value!r} is not a length in tokens: type 32768 or 32k")
+    raise SkipwiseError(f"{str(value)[:80]!r} is not a length in tokens: type 32768 or 32k")
 
 
 def parse_lengths(text: str) -> list[int]:

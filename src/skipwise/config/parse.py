@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from skipwise.config.lengths import parse_length
-from skipwise.config.recipe import Recipe
+from skipwise.config.recipe import (
+    FILE_NAME,
+    NOT_EMPTY,
+    Range,
+    Recipe,
+    SourceSettings,
+    TrainingSettings,
+)
+from skipwise.config.trust import has_consent, secret_in
 from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import SCALINGS
 from skipwise.pose.samplers import SAMPLERS
 
+# Arguments of TrainingArguments that upload, write elsewhere or read settings that do, by prefix.
+REFUSED_TRAINER = {
+    "push_to_hub": "uploads every checkpoint: type skipwise publish, which shows what it uploads",
+    "hub_": "is for uploads from training: type skipwise publish, which uses your login",
+    "trackio_": "uploads to a Space on the Hub: leave it out",
+    "logging_dir": "writes outside of the run folder: leave it out",
+    "resume_from_checkpoint": "is decided by the run folder, which resumes at its last checkpoint",
+}
 # Keys and values that were renamed before the first release.
 RENAMED_KEYS = {
     "temperature": "attention_temperature",
@@ -37,32 +55,130 @@ RENAMED_VALUES = {
     "export.checkpoint": {"needles": "needle"},
     "eval.tasks": {"pose-table": "short-benchmarks"},
 }
+_MAX_BYTES, _MAX_DEPTH, _MAX_NODES = 1 << 20, 20, 10_000  # of a recipe
+_DEEP = re.compile(rf"[\[{{]{{{_MAX_DEPTH + 1}}}")
+_MAX_TEXT = 4096  # characters of a value
+_NO_TEXT = re.compile("[\\0\ud800-\udfff]")
+_NO_FILE_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029]|^\s|\s$")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without duplicate keys, and with limits on depth and on what aliases expand to."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {_shown(key.value)} is given twice (line {line})")
+            seen.add(key.value)
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is not YAML, has a key twice, is nested too deep or expands too far.
+    """
+    try:
+        loader = _Loader(text)
+        if _DEEP.search(text):  # PyYAML needs seconds to come to that conclusion
+            raise yaml.YAMLError(f"it is nested more than {_MAX_DEPTH} levels deep")
+        node = loader.get_single_node()
+        _count_nodes(node, {})
+        return None if node is None else loader.construct_document(node)
+    except Exception as error:  # PyYAML raises many types for a tag that does not fit its value
+        problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"{problem.splitlines()[0][:200]}{line}") from error
+
+
+def _count_nodes(node: Any, known: dict[int, int]) -> int:
+    """The number of values in a node, with its aliases expanded."""
+    if isinstance(node, yaml.CollectionNode):
+        if id(node) not in known:
+            known[id(node)] = _MAX_NODES + 1  # while it is counted: it must not contain itself
+            parts = [
+                part for item in node.value for part in (item if type(item) is tuple else [item])
+            ]
+            known[id(node)] = 1 + sum(_count_nodes(part, known) for part in parts)
+        if known[id(node)] > _MAX_NODES:
+            raise yaml.YAMLError(f"it has more than {_MAX_NODES:,} values, or contains itself")
+        return known[id(node)]
+    return 1
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from YAML and apply `key=value` overrides.
 
     Raises:
-        SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type.
+        SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type or out of its
+            range, `trust_remote_code` in the file.
     """
-    return parse_recipe(_read_yaml(path), overrides)
+    return _parse_file(_read_yaml(path), overrides, path, consent=None)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
+    file = Path(path)
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if file.exists() and not file.is_file():
+            raise SkipwiseError(f"{path} is not a regular file: give a recipe in YAML")
+        with file.open("rb") as opened:
+            content = opened.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise SkipwiseError(f"{path} is larger than 1 MiB: it is not a recipe")
+        tree = parse_yaml(content.decode("utf-8-sig"))
     except OSError as error:
         raise SkipwiseError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise SkipwiseError(
+            f"{path} is not UTF-8 text (byte {error.start})\nsave it as UTF-8"
+        ) from error
+    except ValueError as error:
         raise SkipwiseError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise SkipwiseError(f"{path} is not a recipe: it must map keys to values")
     return tree
 
 
-def load_run_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a run folder's recipe, in which an older version may have used the old names."""
-    return parse_recipe(_renamed(_read_yaml(path)), overrides)
+def load_run_recipe(
+    path: str | Path, overrides: list[str] | None = None, consent: Any = None
+) -> Recipe:
+    """Read a run folder's recipe, in which an older version may have used the old names.
+
+    Args:
+        consent: the run's record that its user typed load.trust_remote_code=true.
+    """
+    return _parse_file(_renamed(_read_yaml(path)), overrides, path, consent)
+
+
+def _parse_file(
+    tree: dict[str, Any], overrides: list[str] | None, path: str | Path, consent: Any
+) -> Recipe:
+    """`parse_recipe`, but a file cannot consent to run a model's code: only the user can."""
+    recipe = parse_recipe(tree, overrides)
+    keys = [override.partition("=")[0] for override in overrides or []]
+    if not recipe.load.trust_remote_code or "load" in keys or "load.trust_remote_code" in keys:
+        return recipe
+    if not has_consent(consent, recipe.model, recipe.load.revision):
+        raise SkipwiseError(
+            f"{path} asks to run code that {recipe.model} brings, and a file cannot consent for you"
+            "\nread that code, and type load.trust_remote_code=true if you trust it, else =false"
+        )
+    return recipe
 
 
 def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Recipe:
@@ -73,7 +189,24 @@ def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Re
     for key in ("model", "target_length"):
         if tree.get(key) is None:
             raise SkipwiseError(f"the recipe has no {key}: type {key}=...")
-    return _build(Recipe, tree, "")
+    recipe: Recipe = _build(Recipe, tree, "")
+    for key in recipe.trainer:
+        if why := [why for prefix, why in REFUSED_TRAINER.items() if key.startswith(prefix)]:
+            raise SkipwiseError(f"trainer.{key} {why[0]}")
+    deepspeed = recipe.trainer.get("deepspeed")
+    monitors = {"tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "autotuning"}
+    if isinstance(deepspeed, str) or (isinstance(deepspeed, dict) and monitors & set(deepspeed)):
+        raise SkipwiseError(
+            "trainer.deepspeed: give a mapping of DeepSpeed's keys, no file name, without "
+            f"{', '.join(sorted(monitors))}, which write elsewhere"
+        )
+    training = recipe.training
+    if training.warmup_steps > max(training.num_steps, TrainingSettings.warmup_steps):
+        raise SkipwiseError(
+            f"training.warmup_steps is {training.warmup_steps:,}, and training.num_steps is "
+            f"{training.num_steps:,}: the learning rate would never be reached\ntype a smaller one"
+        )
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -90,15 +223,17 @@ def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict) and key in section:
             value = section.pop(key)
             *parents, key = new.split(".")
-            (tree.setdefault(parents[0], {}) if parents else tree)[key] = value
+            target = tree.setdefault(parents[0], {}) if parents else tree
+            if isinstance(target, dict):  # else it is refused below
+                target[key] = value
     tree.pop("finish", None)
     for where, values in RENAMED_VALUES.items():
         name, key = where.split(".")
         section = tree.get(name)
         if isinstance(section, dict) and key in section:
             given = section[key]
-            many = isinstance(given, list)
-            section[key] = [values.get(v, v) for v in given] if many else values.get(given, given)
+            found = [values.get(str(v), v) for v in (given if isinstance(given, list) else [given])]
+            section[key] = found if isinstance(given, list) else found[0]
     return tree
 
 
@@ -106,7 +241,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SkipwiseError(
-            f"{override!r} is not an override: type key=value, for example training.num_steps=200"
+            f"{_shown(override)} is not an override: type key=value, for example "
+            "training.num_steps=200"
         )
     *parents, last = key.split(".")
     at = tree
@@ -117,19 +253,22 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(at, dict):
             raise SkipwiseError(f"{key}: {parent} has no keys below it")
     try:
-        at[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SkipwiseError(f"{override!r}: the value is not YAML") from error
+        at[last] = parse_yaml(value)
+    except ValueError as error:
+        raise SkipwiseError(f"{_shown(override)}: the value is not YAML: {error}") from error
 
 
 def _build(cls: type, tree: Any, where: str) -> Any:
     """Make a dataclass from a mapping; unknown keys and wrong types are errors."""
     if not isinstance(tree, dict):
-        raise SkipwiseError(f"{where or 'the recipe'} is {tree!r}: it must map keys to values")
-    hints = typing.get_type_hints(cls)
+        raise SkipwiseError(
+            f"{where or 'the recipe'} is {_shown(tree)}: it must map keys to values"
+        )
+    hints = _hints(cls)
     unknown = [key for key in tree if key not in hints]
     if unknown:
-        old = _join(where, unknown[0])
+        key = unknown[0] if isinstance(unknown[0], str) else _shown(unknown[0])
+        old = _join(where, key if key.isprintable() and len(key) < 80 else _shown(key))
         new = {a: b for a, b in RENAMED_KEYS.items() if a == old or a.startswith(f"{old}.")}
         if new:
             pairs = ", ".join(f"{a} is now {b}" for a, b in new.items())
@@ -137,40 +276,115 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         inner = _paths_of(Recipe, unknown[0])
         meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
         raise SkipwiseError(f"{old} is not a recipe key: choose from {', '.join(hints)}{meant}")
+    required = (f.name for f in dataclasses.fields(cls) if f.default is f.default_factory)
+    if missing := [key for key in required if key not in tree]:
+        raise SkipwiseError(f"{where or 'the recipe'} has no {missing[0]}")
     return cls(**{key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()})
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        found = _value(args[0], value, where)
+        _check(args[1], found, where)
+        return found
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
         if typing.get_origin(args[0]) is Literal and bool in args:
             if isinstance(value, bool) or value in typing.get_args(args[0]):
                 return value
-            raise SkipwiseError(f"{where} is {value!r}: give auto, true or false")
+            raise SkipwiseError(f"{where} is {_shown(value)}: give auto, true or false")
         if typing.get_origin(args[0]) is Literal:
             return _word_or_number(args[0], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
     if hint is Any:
-        return value
+        return _checked(value, where)
     if choices := registered(where) or (args if origin is Literal else ()):
         value = "none" if value is None and "none" in choices else value
         if value not in choices:
-            if (new := RENAMED_VALUES.get(where, {}).get(value)) is not None:
-                raise SkipwiseError(f"{where}: {value} was renamed: type {where}={new}")
-            raise SkipwiseError(f"{where} is {value!r}: choose one of {', '.join(choices)}")
+            renamed = RENAMED_VALUES.get(where, {})
+            if isinstance(value, str) and value in renamed:
+                raise SkipwiseError(f"{where}: {value} was renamed: type {where}={renamed[value]}")
+            raise SkipwiseError(f"{where} is {_shown(value)}: choose one of {', '.join(choices)}")
         return value
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_value(args[0], item, where.removesuffix("s")) for item in items)
+        return tuple(_value(args[0], item, where) for item in items)
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
-            raise SkipwiseError(f"{where} is {value!r}: it must map keys to values")
-        return value
-    return _scalar(hint, value, where)
+            raise SkipwiseError(f"{where} is {_shown(value)}: it must map keys to values")
+        return _checked(value, where)
+    found = _scalar(hint, value, where)
+    return _checked(found, where) if isinstance(found, str) else found  # numbers have ranges
+
+
+def _check(rule: Any, value: Any, where: str) -> None:
+    """The rule that the recipe's dataclasses state beside a key's type."""
+    if isinstance(rule, Range):
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, int | float) and number not in rule:
+                hint = f"; {rule.hint}" if rule.hint else ""
+                raise SkipwiseError(f"{where} is {_shown(number)}: give {rule}{hint}")
+    elif rule == NOT_EMPTY and not value:
+        raise SkipwiseError(f"{where} is empty: give one or more")
+    elif rule == FILE_NAME and value is not None:
+        if value in ("", ".", "..") or _NO_FILE_NAME.search(value) or len(value.encode()) > 200:
+            raise SkipwiseError(
+                f"{where} is {_shown(value)}: give {FILE_NAME}, without / and line breaks"
+            )
+    elif rule is SourceSettings:
+        for source in value:
+            if isinstance(source, dict):
+                _build(SourceSettings, source, where)
+            else:
+                _scalar(str, source, where)
+
+
+def _checked(value: Any, where: str) -> Any:
+    """The value, if it has no secret, no number that is not finite, and text of a usual length."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str) or not key.isprintable() or len(key) > 100:
+                raise SkipwiseError(f"{where} has the key {_shown(key)}: give a name")
+            _checked(item, f"{where}.{key}")
+            if why := secret_in(item, key):
+                raise SkipwiseError(_secret(f"{where}.{key}", why))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _checked(item, where)
+    elif isinstance(value, str):
+        if len(value) > _MAX_TEXT or _NO_TEXT.search(value):
+            raise SkipwiseError(
+                f"{where} is {_shown(value)}: give Unicode text of at most {_MAX_TEXT:,} characters"
+            )
+        if why := secret_in(value):
+            raise SkipwiseError(_secret(where, why))
+    elif isinstance(value, int | float) and not abs(value) < 2**63:
+        raise SkipwiseError(f"{where} is {_shown(value)}: give a finite number")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise SkipwiseError(f"{where} is {_shown(value)}: give text or a number")
+    return value
+
+
+def _secret(where: str, why: str) -> str:
+    return (
+        f"{where} holds {why}, and a recipe is kept in clear and published\n"
+        "leave it out, and set it in the environment or by the login command of the service"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message: one line, cut off."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**60 else "a huge number"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def registered(where: str) -> tuple[str, ...]:
@@ -181,37 +395,36 @@ def registered(where: str) -> tuple[str, ...]:
 
 
 def _word_or_number(words: Any, value: Any, where: str) -> Any:
-    """One of the words, or a number above 0 (for the distillation weight also 0)."""
+    """One of the words, or a number."""
     choices = typing.get_args(words)
     if value in choices:
         return value
     try:
-        number = _scalar(float, value, where)
-    except SkipwiseError:
-        number = math.nan
-    off = number == 0 and where == "distillation.weight"
-    if not 0 < number < math.inf and not off:
-        raise SkipwiseError(f"{where} is {value!r}: give {', '.join(choices)} or a number above 0")
-    return number
+        return _scalar(float, value, where)
+    except SkipwiseError as error:
+        raise SkipwiseError(
+            f"{where} is {_shown(value)}: give {', '.join(choices)} or a number"
+        ) from error
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
-    if hint is int and where.endswith("_length"):
-        return parse_length(value)
+    if hint is int and where.rstrip("s").endswith("_length"):
+        try:
+            return parse_length(value)
+        except SkipwiseError as error:
+            raise SkipwiseError(f"{where}: {error}") from error
     if hint is float and isinstance(value, str):  # YAML reads 2e-5 as a string
         try:
             value = float(value)
         except ValueError:
             value = str(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        value = str(value) if abs(value) < 2**1000 else ""
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)) or value == "":
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise SkipwiseError(f"{where} is {value!r}: give {names.get(hint, hint.__name__)}")
-    if hint in (int, float) and value < 0:
-        raise SkipwiseError(f"{where} is {value}: give 0 or more")
+        raise SkipwiseError(f"{where} is {_shown(value)}: give {names.get(hint, hint.__name__)}")
     return value
 
 

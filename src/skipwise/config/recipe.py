@@ -12,11 +12,45 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from skipwise.config.lengths import format_length
+from skipwise.config.lengths import MAX_LENGTH, format_length
 
 SHARDED_ENGINES = ("fsdp2", "zero3", "zero3-offload")  # of `engine`: they split the model
+MAX_SEED = 2**32 - 1  # numpy's limit
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a key accepts, as `Annotated` metadata; parse.py checks it at load."""
+
+    low: float
+    high: float
+    excluded: tuple[float, ...] = ()  # an end that is not accepted itself
+    hint: str = ""  # what to type instead
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and value not in self.excluded  # False for NaN
+
+    def __str__(self) -> str:
+        low, high = _number(self.low), _number(self.high)
+        if not self.excluded:
+            return f"{low} to {high}"
+        low = f"above {low}" if self.low in self.excluded else f"at least {low}"
+        return f"{low} and {'below' if self.high in self.excluded else 'at most'} {high}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,g}"
+
+
+LENGTH = Range(1, MAX_LENGTH)
+COUNT = Range(1, 100_000_000)
+SEED = Range(0, MAX_SEED)
+FRACTION = Range(0, 1)
+RATE = Range(0, 1, excluded=(0,))
+NOT_EMPTY = "not empty"  # a list has at least one entry
+FILE_NAME = "one plain file name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +84,11 @@ class ModelSettings:
 class LoRASettings:
     """LoRA through peft; `lora: {}` turns it on. Norms and embeddings train as well."""
 
-    rank: int = 16
+    rank: Annotated[int, Range(1, 65_536)] = 16
     """Rank of the adapter matrices. Measured: research/study."""
-    alpha: int = 32
+    alpha: Annotated[int, Range(1, 65_536)] = 32
     """LoRA's scaling numerator: the adapter's output is multiplied by alpha / rank."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1, excluded=(1,))] = 0.0
     """Dropout probability on the adapter's input."""
     target_modules: tuple[str, ...] = ()
     """Names of the modules that get an adapter. The default is every linear layer but the head."""
@@ -70,7 +104,7 @@ class LoRASettings:
 class PositionSettings:
     """The sampler of `method: pose`. `content` and `key_weights` apply to `cream` as well."""
 
-    num_chunks: int = 2
+    num_chunks: Annotated[int, Range(1, 65_536)] = 2
     """Number of chunks N that a training example is cut into. PoSE, section 4.1."""
     chunk_lengths: Literal["random", "first-half"] = "random"
     """`random` cuts anywhere; `first-half` cuts in the first half, as the authors' code does.
@@ -80,7 +114,7 @@ class PositionSettings:
     content: Literal["auto", "uniform", "contiguous", "aligned"] = "auto"
     """Which text a chunk shows; `aligned` is the text at its positions. `auto` is `aligned` for
     pose, `contiguous` for cream, `uniform` for other methods. Measured: research/study."""
-    unskipped_fraction: float = 0.0
+    unskipped_fraction: Annotated[float, FRACTION] = 0.0
     """Fraction of the examples that keep positions 0 .. L-1. Measured: research/study."""
     key_weights: Literal["auto", "none", "importance"] = "auto"
     """`importance` weights each key by the positions that its chunk represents. `auto` is
@@ -97,17 +131,30 @@ class RopeSettings:
     documents before training and takes the best. Without long documents, and in `skipwise train`,
     `auto` is the first of yarn, longrope and ntk that the family supports. A model that is already
     scaled keeps its own type. Measured: research/study."""
-    factor: float | None = None
+    factor: Annotated[float | None, Range(1, 1_000_000)] = None
     """Scaling factor. The default is target_length / original_length."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the scaling as in a transformers config: beta_fast, low_freq_factor, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """The keys of a source that is a mapping; `Source` in data/readers.py holds the values."""
+
+    path: str
+    text_field: str | None = None
+    weight: Annotated[float | None, Range(0, 1_000_000_000)] = None
+    max_tokens: Annotated[float | None, Range(1, 2**53)] = None
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """The text to train on and to evaluate on."""
 
-    sources: tuple[Any, ...] = ()
+    sources: Annotated[tuple[Any, ...], SourceSettings] = ()
     """Files, folders, hub data sets, or mappings {path, weight, text_field, max_tokens, split}."""
     text_field: str = "text"
     """Column or JSON key that holds the text."""
@@ -122,11 +169,11 @@ class DataSettings:
     """How text that spells a special token, such as `</s>`, is read: as that token, or as text."""
     on_bad_record: Literal["skip", "stop"] = "skip"
     """Skip records that cannot be read and report them, or stop at the first one."""
-    num_proc: int | None = None
+    num_proc: Annotated[int | None, Range(1, 1024)] = None
     """Tokenizer processes. The default is one per core for 256 MiB of text or more, else one."""
-    eval_sources: tuple[Any, ...] = ()
+    eval_sources: Annotated[tuple[Any, ...], SourceSettings] = ()
     """Text for the evaluation. By default documents are held out of `sources`."""
-    held_out: Literal["auto"] | float = "auto"
+    held_out: Annotated[Literal["auto"] | float, Range(0, 1_000_000, excluded=(0,))] = "auto"
     """Documents of target_length or more to hold out of `sources`: their number, or below 1 their
     share of all documents (of a single document, of its tokens). `auto` is 16, and at most a fifth
     of the documents."""
@@ -136,38 +183,38 @@ class DataSettings:
 class TrainingSettings:
     """Steps, batch and optimizer. Further arguments of transformers go into `trainer`."""
 
-    num_steps: int = 1000
+    num_steps: Annotated[int, Range(1, 100_000_000, hint="method=none trains nothing")] = 1000
     """Optimizer steps. PoSE, section 4.1."""
-    global_batch_size: int = 64
+    global_batch_size: Annotated[int, Range(1, 1_000_000)] = 64
     """Examples per step, over all devices and accumulation steps. PoSE, section 4.1."""
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, Range(1, 1_000_000)] = 1
     """Examples per device and forward pass; the rest of the batch is accumulated."""
-    learning_rate: float = 2e-5
+    learning_rate: Annotated[float, RATE] = 2e-5
     """Peak learning rate. PoSE, section 4.1."""
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, Range(0, 100_000_000)] = 10
     """Steps of linear warm-up. PoSE, section 4.1."""
     lr_scheduler: str = "linear"
     """Name of a transformers learning rate schedule: linear, cosine, constant_with_warmup, ..."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, FRACTION] = 0.0
     """AdamW weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    max_grad_norm: Annotated[float, Range(0, 1_000_000)] = 1.0
+    """Gradients are clipped to this norm; 0 does not clip."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
     loss: Literal["auto", "full", "chunked"] = "auto"
     """`chunked` never materializes the full logits tensor. `auto` is `chunked` where float32
     logits exceed 64 MiB, else `full`. Measured: docs/scaling.md."""
-    save_steps: int = 100
+    save_steps: Annotated[int, COUNT] = 100
     """Steps between checkpoints."""
-    save_total_limit: int = 2
-    """Newest checkpoints to keep, at least 2."""
+    save_total_limit: Annotated[int, Range(2, 1_000_000)] = 2
+    """Newest checkpoints to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings:
     """Self-distillation: the model learns from its base on the first chunk of each example."""
 
-    weight: Literal["auto"] | float = "auto"
+    weight: Annotated[Literal["auto"] | float, Range(0, 1000)] = "auto"
     """Weight w of KL(base || model) per token; 0 is off. `auto` is 3 for pose and 0 for other
     methods or where it is not possible, with the reason. Measured: research/study."""
 
@@ -176,9 +223,9 @@ class DistillationSettings:
 class FullLengthSettings:
     """An optional last stage of training at the target length, with positions that do not skip."""
 
-    fraction: float = 0.0
+    fraction: Annotated[float, Range(0, 1, excluded=(1,))] = 0.0
     """Fraction of the training tokens spent in this stage; 0 is off. Measured: research/study."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, RATE] = None
     """Peak learning rate of this stage. The default is a third of `training.learning_rate`."""
 
 
@@ -186,36 +233,36 @@ class FullLengthSettings:
 class EvalSettings:
     """What is measured before and after training, and on how many samples."""
 
-    tasks: tuple[str, ...] = ("perplexity", "passkey", "needle", "ruler")
+    tasks: Annotated[tuple[str, ...], NOT_EMPTY] = ("perplexity", "passkey", "needle", "ruler")
     """Tasks: these four, a single RULER task, short-benchmarks, or any lm-eval task."""
-    context_lengths: tuple[int, ...] = ()
+    context_lengths: Annotated[tuple[int, ...], Range(16, MAX_LENGTH)] = ()
     """Lengths in tokens. The default is original_length, its doublings, and target_length."""
     untrained: bool = True
     """Measure the rescaled model before training too, to show what training added."""
-    perplexity_windows: int = 32
+    perplexity_windows: Annotated[int, Range(0, 1_000_000)] = 32
     """Windows of target_length tokens that perplexity is averaged over."""
-    perplexity_stride: int | None = None
+    perplexity_stride: Annotated[int | None, LENGTH] = None
     """Target tokens per window. The default is half the shortest length, at most 512."""
-    passkey_samples: int = 50
+    passkey_samples: Annotated[int, Range(0, 100_000)] = 50
     """Passkey prompts per length, spread over the depths."""
-    needle_samples: int = 100
+    needle_samples: Annotated[int, Range(0, 100_000)] = 100
     """Needle questions per length, spread over the depths."""
-    needles_per_haystack: int = 10
+    needles_per_haystack: Annotated[int, Range(1, 1000)] = 10
     """Needles in one haystack, asked one after the other; 1 hides a passkey in real text."""
-    num_depths: int = 10
+    num_depths: Annotated[int, Range(1, 1000)] = 10
     """Depths at which passkeys and needles are placed."""
-    ruler_samples: int = 20
+    ruler_samples: Annotated[int, Range(0, 100_000)] = 20
     """Prompts per RULER task and length."""
-    limit: int | None = None
+    limit: Annotated[int | None, COUNT] = None
     """Documents per lm-eval task. The default is all of them."""
     task_folder: str | None = None
     """Folder with lm-eval tasks of your own, in YAML. By default there is none."""
     chat_template: Literal["auto"] | bool = "auto"
     """Ask passkey, needle, RULER and lm-eval questions through the model's chat template. `auto`
     does so in a run that trains on conversations."""
-    batch_tokens: int = 16384
+    batch_tokens: Annotated[int, LENGTH] = 16384
     """Tokens per forward pass of the evaluation."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Random seed of the evaluation's prompts."""
 
 
@@ -233,21 +280,21 @@ class Recipe:
 
     model: str
     """Folder or hub name of the model to extend."""
-    target_length: int
+    target_length: Annotated[int, LENGTH]
     """Context length T to reach, in tokens: 32768 or 32k."""
-    name: str | None = None
-    """Name of the run. The default is MODEL-TARGET, as in `my-model-32k`."""
-    original_length: int | None = None
+    name: Annotated[str | None, FILE_NAME] = None
+    """Name of the run and of its folder. The default is MODEL-TARGET, as in `my-model-32k`."""
+    original_length: Annotated[int | None, LENGTH] = None
     """Length L that the model was trained for. The default is what its config says."""
-    train_length: int | None = None
+    train_length: Annotated[int | None, LENGTH] = None
     """Tokens per training example. The default is original_length."""
     method: str = "pose"
     """How positions are chosen: PoSE, or a baseline. `none` rescales RoPE without training."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Random seed of training. Example k depends on the seed and on k alone."""
     engine: Literal["auto", "ddp", "fsdp2", "zero3", "zero3-offload"] = "auto"
     """How training is distributed. `auto` is what the launcher set up, else ddp on several GPUs."""
-    attention_temperature: Literal["auto"] | float = "auto"
+    attention_temperature: Annotated[Literal["auto"] | float, Range(0.1, 10)] = "auto"
     """Factor on every attention logit, folded into the exported weights; 1.0 is off. `auto`
     searches it after training for the lowest perplexity at target_length. Measured: research/study.
     """

@@ -32,6 +32,7 @@ except ImportError:
 
 from skipwise.config.parse import dump_recipe, load_run_recipe
 from skipwise.config.recipe import Recipe
+from skipwise.config.trust import consent_to_code
 from skipwise.errors import SkipwiseError
 
 
@@ -39,7 +40,7 @@ class RunFolder:
     """Paths and JSON of one run. Files are replaced atomically, and only rank 0 writes."""
 
     def __init__(self, path: str | Path, parent: RunFolder | None = None) -> None:
-        self.path = Path(path)
+        self.path, self.parent = Path(path), parent
         main = self.path if parent is None else parent.path
         self.metrics_file = main / "metrics.jsonl"  # a stage writes both to the main folder
         self.candidates = main / "candidates"
@@ -60,7 +61,20 @@ class RunFolder:
     def recipe(self) -> Recipe:
         if not self.recipe_file.exists():
             raise SkipwiseError(f"{self.path} is not a run folder: it has no recipe.yaml")
-        return load_run_recipe(self.recipe_file)
+        main = self if self.parent is None else self.parent  # where the user's consent is kept
+        return load_run_recipe(self.recipe_file, consent=main.metadata().get("consent"))
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write recipe.yaml, and that the user consented to the model's code, if it runs any.
+
+        A recipe from a file runs none unless its user typed it, so that of `recipe` was typed.
+        """
+        write_text(self.recipe_file, dump_recipe(recipe))
+        self.keep_consent(recipe)
+
+    def keep_consent(self, recipe: Recipe) -> None:
+        if recipe.load.trust_remote_code:
+            self.update(consent=consent_to_code(recipe.model, recipe.load.revision))
 
     def metadata(self) -> dict[str, Any]:
         return _read_json(self.path / "run.json", {})
@@ -119,6 +133,7 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
     run = RunFolder(path)
     text = dump_recipe(recipe)
     if run.recipe_file.exists():
+        run.keep_consent(recipe)
         before = run.recipe()
         old = dump_recipe(dataclasses.replace(before, engine=recipe.engine))
         if old == text and before != recipe:
@@ -141,7 +156,7 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
         )
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        write_text(run.recipe_file, text)
+        run.write_recipe(recipe)
     except OSError as error:
         raise SkipwiseError(f"{run.path} cannot be written: {error.strerror}") from error
     run.update(

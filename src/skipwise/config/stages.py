@@ -117,8 +117,6 @@ def _steps_taken(recipe: Recipe) -> int:
 
 def _check(recipe: Recipe) -> None:
     share = recipe.full_length.fraction
-    if share >= 1:
-        raise SkipwiseError(f"full_length.fraction is {share:g}: give a number from 0 to below 1")
     if share and recipe.method in ("full", "none"):
         reason = "is at full length already" if recipe.method == "full" else "trains nothing"
         raise SkipwiseError(

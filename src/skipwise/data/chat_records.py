@@ -85,7 +85,7 @@ def find_conversation(record: Any) -> Conversation | str | None:
             if not isinstance(tools, list):
                 raise ConversationError("tools is not a list, or not JSON")
             options = {**options, "tools": tools}
-    except (ConversationError, TypeError, ValueError) as error:
+    except (ConversationError, TypeError, ValueError, RecursionError) as error:
         return str(error)
     if not any(message["role"] == "assistant" for message in answers):
         roles = ", ".join(dict.fromkeys(message["role"] for message in answers))

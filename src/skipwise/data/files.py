@@ -235,7 +235,8 @@ def _walk(folder: Path, split: str, seen: set[str], listing: Listing) -> None:
     for entry in found:
         is_link = entry.is_symlink()
         path = Path(entry.path)
-        if entry.name.startswith("."):
+        is_special = not entry.is_file() and not entry.is_dir() and path.exists()  # a pipe, ...
+        if entry.name.startswith(".") or is_special:
             listing.left_out.append(path)
         elif path.is_dir() if is_link else entry.is_dir():
             _walk(path, split, seen, listing)
@@ -270,7 +271,7 @@ def _saved_files(folder: Path, split: str) -> list[Path] | None:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -320,5 +321,5 @@ def _starts_with_object(path: Path) -> bool:
     with open_stream(path) as (file, _):
         try:
             return isinstance(json.loads(file.readline(1 << 20)), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False

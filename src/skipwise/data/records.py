@@ -125,6 +125,8 @@ def _json_values(file: Any, path: Path) -> Iterator[Any]:
                 is_cut = error.pos > len(buffer) - 16 or "Unterminated" in error.msg
                 if ended or not is_cut:
                     raise Unreadable(f"not JSON after {count:,} records ({error.msg})") from error
+            except RecursionError as error:
+                raise Unreadable(f"nested too deep after {count:,} records") from error
         elif ended:
             if is_open:
                 raise Unreadable(f"it ends in a JSON array, after {count:,} records")

@@ -27,7 +27,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.evaluation import evaluator
 from skipwise.evaluation.fingerprint import files_identity
 from skipwise.models.hf_config import load_config
-from skipwise.models.load import compute_dtype, load_for_evaluation, load_tokenizer
+from skipwise.models.load import check_memory, compute_dtype, load_for_evaluation, load_tokenizer
 from skipwise.models.model_info import check_reach
 from skipwise.models.separator import (
     Separator,
@@ -163,6 +163,7 @@ def make_eval_model(
     config = load_config(model, settings)
     check_reach(config.to_dict(), max(lengths, default=0))
     dtype = compute_dtype(settings)
+    check_memory(config, max(lengths, default=0), dtype)
     tokenizer = tokenizer or load_tokenizer(model, settings)
     if separator == "auto":
         separator = own_separator(tokenizer)

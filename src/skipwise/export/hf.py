@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,7 +108,9 @@ def export_model(
         model.save_pretrained(part, max_shard_size=_SHARD)
         save_tokenizer(prepared.tokenizer, prepared.source, part)
         make_portable(part, recipe.target_length)
-        write_text(part / "skipwise_recipe.yaml", dump_recipe(without_local_paths(recipe)))
+        write_text(
+            part / "skipwise_recipe.yaml", dump_recipe(without_local_names(recipe, run.metadata()))
+        )
     return [_check_reload(run.model, probe, want)]
 
 
@@ -192,23 +195,37 @@ def load_for_scoring(prepared: PreparedModel, checkpoint: Path | None) -> Any:
     return model if settings.device_map is not None else model.to(best_device())
 
 
-def without_local_paths(recipe: Recipe) -> Recipe:
-    """The recipe with local paths cut to file names, for publication."""
+def without_local_names(recipe: Recipe, metadata: dict[str, Any]) -> Recipe:
+    """The recipe for publication: names of the Hub are kept, those of this machine are not.
+
+    Args:
+        metadata: run.json, which says since the run began which names are of the Hub.
+    """
+    public = set(metadata.get("data", {}).get("hub_sources", []))
+    public |= {recipe.model} if metadata.get("model", {}).get("hub") else set()
 
     def name(value: Any) -> Any:
         if isinstance(value, dict):
             return {**value, "path": name(value.get("path"))}
-        path = Path(str(value)).expanduser()
-        return path.resolve().name if path.exists() else value
+        return value if value in public else "local"
 
     data = dataclasses.replace(
         recipe.data,
         sources=tuple(map(name, recipe.data.sources)),
         eval_sources=tuple(map(name, recipe.data.eval_sources)),
     )
-    tasks = recipe.eval.task_folder
-    settings = dataclasses.replace(recipe.eval, task_folder=tasks and name(tasks))
-    return dataclasses.replace(recipe, model=name(recipe.model), data=data, eval=settings)
+    trainer = {
+        key: "local" if isinstance(value, str) and re.search(r"[/\\]", value) else value
+        for key, value in recipe.trainer.items()
+    }
+    return dataclasses.replace(
+        recipe,
+        model=name(recipe.model),
+        data=data,
+        trainer=trainer,
+        eval=dataclasses.replace(recipe.eval, task_folder=recipe.eval.task_folder and "local"),
+        load=dataclasses.replace(recipe.load, trust_remote_code=False),  # each user consents
+    )
 
 
 def _temperature_note(run: RunFolder) -> str:

@@ -6,6 +6,7 @@ file. A run with a failed check is not uploaded.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,15 @@ from huggingface_hub.utils import validate_repo_id
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 
+_EXPORTED = re.compile(  # names that `skipwise export` writes
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"|(config|generation_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|(pre)?(tokenizer|processor)(_config)?\.(json|model)|spiece\.model|vocab\.txt|merges\.txt"
+    r"|(chat_template|additional_chat_templates/[\w.-]+)\.jinja|skipwise_recipe\.yaml"
+    r"|README\.md|(licen[cs]e|notice)[\w.-]*",
+    re.IGNORECASE,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
@@ -26,6 +36,7 @@ class Upload:
     repo_id: str
     private: bool
     files: list[tuple[Path, str]]  # (local file, its name in the repository)
+    left_out: list[str]  # what else lies in the folder
 
     @property
     def num_bytes(self) -> int:
@@ -52,10 +63,27 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
             f"{run.path}: the check {failed[0]!r} failed, so the model is not published\n"
             f"see {run.report / 'index.html'}"
         )
-    found = [file for file in sorted(run.model.rglob("*")) if file.is_file()]
-    files = [(file, file.relative_to(run.model).as_posix()) for file in found]
-    files += [(f, f.name) for f in sorted(run.gguf.glob("*.gguf"))]
-    return Upload(repo_id=repo_id, private=private, files=files)
+    metadata, files, left_out = run.metadata(), [], []
+    exported = {"README.md", *metadata.get("files", []), *metadata.get("licenses", [])}
+    for file in sorted(run.model.rglob("*")):
+        name = file.relative_to(run.model).as_posix()
+        written = name in exported or "files" not in metadata  # exported by an older version
+        if _is_own(file, run.model) and _EXPORTED.fullmatch(name) and written:
+            files.append((file, name))
+        elif not file.is_dir() or file.is_symlink():
+            left_out.append(name)
+    for file in sorted(run.gguf.glob("*.gguf")):
+        if _is_own(file, run.gguf):
+            files.append((file, file.name))
+        else:
+            left_out.append(file.name)
+    return Upload(repo_id=repo_id, private=private, files=files, left_out=left_out)
+
+
+def _is_own(file: Path, folder: Path) -> bool:
+    """Whether it is a regular file that no link below the folder leads to."""
+    path = folder.resolve() / file.relative_to(folder)
+    return file.is_file() and path.resolve() == path
 
 
 def describe_upload(upload: Upload) -> str:
@@ -65,6 +93,10 @@ def describe_upload(upload: Upload) -> str:
     visibility = "private" if upload.private else "public: everyone can read it"
     lines.insert(0, f"to {HfApi().endpoint}/{upload.repo_id} ({visibility})")
     lines.append(f"  {'total':<{width}}  {_format_size(upload.num_bytes):>9}")
+    if upload.left_out:
+        lines.append("left out, because skipwise export did not write it:")
+        lines += [f"  {name!r}"[:200] for name in upload.left_out[:20]]
+        lines += [f"  and {len(upload.left_out) - 20} more"] * (len(upload.left_out) > 20)
     return "\n".join(lines)
 
 

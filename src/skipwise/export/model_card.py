@@ -6,6 +6,7 @@ huggingface_hub writes the metadata in the format that the Hub reads.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from skipwise.config.lengths import format_length
 from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.models.hf_config import stays_inside
 from skipwise.report import format_table
 from skipwise.report.format import metric_name, short_value
 from skipwise.report.headline import headline
@@ -49,13 +52,18 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     Args:
         place: folder or Hub name of the model, for the loading commands in the card.
     """
-    recipe, metadata = run.recipe(), run.metadata()
+    recipe, metadata = run.recipe(), _plain(run.metadata())
     base = Path(recipe.model).expanduser()
     copied = base_metadata(recipe.model)
     if base.is_dir():
+        licenses = []
         for file in sorted(base.iterdir()):
-            if file.is_file() and file.name.lower().startswith(("license", "licence", "notice")):
+            is_text = file.name.lower().startswith(("license", "licence", "notice"))
+            if is_text and file.is_file() and stays_inside(file):
+                (run.model / file.name).unlink(missing_ok=True)  # a link would be followed
                 shutil.copyfile(file, run.model / file.name)
+                licenses.append(file.name)
+        run.update(licenses=licenses)  # publish uploads these and no others
     path = run.model / "README.md"
     text = f"---\n{card_metadata(run, copied)}\n---\n\n{_body(run, metadata, copied, place)}"
     write_text(path, text)
@@ -67,19 +75,45 @@ def base_metadata(model: str) -> dict[str, Any]:
     folder = Path(model).expanduser()
     try:
         if folder.exists():
+            if not (folder / "README.md").is_file():
+                return {}
             card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
         else:
             card = ModelCard.load(model)
         found = card.data.to_dict()
     except Exception:  # no card, no network or broken YAML
         return {}
-    return {key: found[key] for key in _COPIED_KEYS if found.get(key)}
+    return {key: found[key] for key in _COPIED_KEYS if _is_plain(found.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of the base's card is one line without HTML, or a list of such."""
+    values = value if isinstance(value, list) else [value]
+    return bool(value) and all(
+        isinstance(v, str) and len(v) < 300 and re.fullmatch(r"[\w.:/#?=&%+ -]+", v) for v in values
+    )
+
+
+def public_name(run: RunFolder) -> str:
+    """The run's name, if its user gave one; else from the base's name on the Hub or its family."""
+    recipe, model = run.recipe(), run.metadata().get("model", {})
+    base = recipe.model if model.get("hub") else _plain(model.get("family", "model"))
+    return recipe.name or f"{Path(base).name}-{format_length(recipe.target_length)}"
+
+
+def _plain(value: Any) -> Any:
+    """Values of run.json and results.json without what Markdown and HTML give a meaning."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return re.sub(r"[^\w .,:;/+()=±%-]", "", value)[:200] if isinstance(value, str) else value
 
 
 def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     """The YAML at the top of the card."""
-    recipe, metadata, rows = run.recipe(), run.metadata(), run.results()
-    is_folder = Path(recipe.model).expanduser().exists()
+    recipe, metadata, rows = run.recipe(), run.metadata(), _plain(run.results())
+    on_hub = metadata.get("model", {}).get("hub", False)
     T = recipe.target_length
     results = []
     for task in ("passkey", "needle", "perplexity", *other_tasks(rows)):
@@ -98,12 +132,12 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
             )
         )
     data = ModelCardData(
-        base_model=None if is_folder else recipe.model,
+        base_model=recipe.model if on_hub else None,
         datasets=_hub_datasets(metadata) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "pose", "skipwise", recipe.method],
-        model_name=recipe.run_name if results else None,
+        model_name=public_name(run) if results else None,
         eval_results=results or None,
         **copied,
     )
@@ -111,15 +145,17 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
 
 
 def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], place: str) -> str:
-    recipe, rows = run.recipe(), run.results()
+    recipe, rows = run.recipe(), _plain(run.results())
     L, T = metadata.get("original_length") or 0, recipe.target_length
-    scaling = metadata.get("scaling", recipe.rope.type)
-    name = metadata.get("model", {}).get("name", recipe.model)
+    scaling, model = metadata.get("scaling", recipe.rope.type), metadata.get("model", {})
+    base = f"A {model.get('family', 'RoPE')} model"  # the name of a folder is private
+    base = f"`{_plain(recipe.model)}`" if model.get("hub") else base
+    metadata = {**metadata, "model": {**model, "name": base.strip("`")}}
     papers = [_PAPERS["pose"], *([_PAPERS[scaling]] if scaling in _PAPERS else [])]
     license_id = copied.get("license")
-    return f"""# {recipe.run_name}
+    return f"""# {_plain(public_name(run))}
 
-`{name}` with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
+{base} with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
 [PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{scaling}` RoPE
 scaling.
 
@@ -228,12 +264,11 @@ def _full_length_lines(recipe: Any, finish: dict[str, Any]) -> list[str]:
 
 
 def _hub_datasets(metadata: dict[str, Any]) -> list[str]:
-    """Sources that are data sets on the Hub. Local paths stay private."""
-    sources = metadata.get("data", {}).get("sources", [])
-    return [s for s in sources if s.count("/") == 1 and not Path(s).expanduser().exists()]
+    """Sources that were data sets on the Hub when the run began. Local names stay private."""
+    return [str(name) for name in metadata.get("data", {}).get("hub_sources", [])]
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
     """The YAML at the top of a card."""
-    _, head, _ = card.read_text(encoding="utf-8").split("---\n", 2)
+    _, head, _ = re.split(r"^---\n", card.read_text(encoding="utf-8"), maxsplit=2, flags=re.M)
     return yaml.safe_load(head)

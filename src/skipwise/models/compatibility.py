@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.config.run_folder import write_json
+from skipwise.models.hf_config import stays_inside
 from skipwise.pose.rope_config import with_legacy_rope_keys
 
 LENGTH_KEYS = (  # other names of the window: vLLM takes the smallest, SGLang the first of four
@@ -56,5 +57,5 @@ def save_tokenizer(tokenizer: Any, source: str, folder: Path) -> None:
     """Save the tokenizer, and its SentencePiece file if the source has one."""
     tokenizer.save_pretrained(folder)
     file = Path(source).expanduser() / "tokenizer.model"
-    if file.is_file() and not (folder / file.name).exists():
+    if file.is_file() and stays_inside(file) and not (folder / file.name).exists():
         shutil.copyfile(file, folder / file.name)

@@ -26,7 +26,7 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models import convert_families as families
 from skipwise.models.convert_families import Conversion
-from skipwise.models.hf_config import READ_BIN, first_line
+from skipwise.models.hf_config import READ_BIN, first_line, shard_names
 from skipwise.pose.rope import SCALINGS
 
 if TYPE_CHECKING:
@@ -177,8 +177,7 @@ def _weight_files(folder: Path, settings: ModelSettings) -> list[Path]:
     name = "model.safetensors" if settings.use_safetensors else "pytorch_model.bin"
     index = folder / f"{name}.index.json"
     if index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / file for file in sorted(set(listed))]
+        files = [folder / file for file in sorted(shard_names(index))]
     else:
         files = [folder / name]
     missing = [file.name for file in files if not file.is_file()]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from skipwise.models.model_info import (
     ModelInfo,
     check_positions,
     defaults,
+    explains_wrong_types,
     read_model_info,
 )
 
@@ -44,6 +47,20 @@ _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {  # what the values of these k
     ),
 }
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
+_RANGES = {  # keys of a config.json, at any depth; a list holds one value for each layer
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd"), (1, 1 << 20)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), (1, 10_000)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), (1, 1 << 16)),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 2**31 - 1)),
+    "intermediate_size": (0, 1 << 24),
+    "vocab_size": (1, 1 << 26),
+    "num_experts": (0, 1 << 20),
+    "num_local_experts": (0, 1 << 20),
+    "sliding_window": (0, 2**31 - 1),
+    "rope_theta": (1, 1e18),
+    "partial_rotary_factor": (1e-6, 1.0),
+}
+_COPIED = (".jinja", ".txt", ".model")  # files whose text goes into an export
 
 
 def is_local(model: str) -> bool:
@@ -73,6 +90,12 @@ def read_config(model: str, settings: ModelSettings) -> dict[str, Any]:
 def _read_raw_config(model: str, settings: ModelSettings) -> dict[str, Any]:
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if settings.revision is not None:
+            raise SkipwiseError(
+                f"load.revision: {settings.revision} is for a hub name, and {model} is a folder"
+                "\nleave it out"
+            )
+        check_inside(folder)
         return _read_local_config(folder)
     if folder.exists() or model.startswith((".", "/", "~")):
         raise SkipwiseError(f"{model}: no such folder\ngive the folder of a model, or its hub name")
@@ -85,6 +108,7 @@ def _read_raw_config(model: str, settings: ModelSettings) -> dict[str, Any]:
             f"{model} could not be read: it is not a local folder, and the download failed\n"
             f"{first_line(error)}"
         ) from error
+    _check_ranges(config, model)
     return config
 
 
@@ -155,6 +179,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return read
 
 
+@explains_wrong_types
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """A config.json with its class's defaults, and with RoPE spelled as in transformers 5.
 
@@ -202,14 +227,12 @@ def _read_local_config(folder: Path) -> dict[str, Any]:
             f"{folder} is a LoRA adapter, which has no context window of its own\n"
             "merge it into its base model (peft: merge_and_unload), and give the merged model"
         )
-    if not file.exists():
+    if not file.is_file():
         raise SkipwiseError(f"{folder} has no config.json: it is not a model folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SkipwiseError(f"{file} is not JSON: {error}") from error
+    config = read_json(file)
     if not isinstance(config, dict):
         raise SkipwiseError(f"{file} is not a config: it must map keys to values")
+    _check_ranges(config, str(file))
     return config
 
 
@@ -239,6 +262,76 @@ def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> Non
         if not flat:
             how = "takes those from rope_parameters alone\nrename rope_scaling to rope_parameters"
         raise SkipwiseError(f"RoPE settings in {inside} are per layer type, and {family} {how}")
+
+
+def read_json(file: Path) -> Any:
+    """The value in a JSON file of a model folder; SkipwiseError if there is none."""
+    try:
+        if file.stat().st_size > 1 << 28:
+            raise ValueError("it is larger than 256 MiB")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else error
+        raise SkipwiseError(f"{file} is not JSON: {why}\nfix or remove it") from error
+
+
+def stays_inside(file: Path) -> bool:
+    """Whether a file is no link out of its folder, or one of the Hub's cache into its blobs."""
+    folder, target = file.parent.resolve(), file.resolve()
+    cache = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    return target.is_relative_to(folder) or target.is_relative_to(cache / "blobs")
+
+
+def shard_names(index: Path) -> set[str]:
+    """The weight files of an index; SkipwiseError if one is outside of its folder."""
+    found = read_json(index)
+    listed = found.get("weight_map") if isinstance(found, dict) else None
+    names = list(listed.values()) if isinstance(listed, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
+            raise SkipwiseError(
+                f"{index}: weight_map lists {str(name)[:80]!r}, which is no file of that folder\n"
+                "give a model folder with a valid index"
+            )
+    return set(names)
+
+
+def check_inside(folder: Path) -> None:
+    """Refuse a model folder that leads to other files of this machine.
+
+    Weights may be links: only tensors are read from them. Text would end up in the export.
+    """
+    for index in folder.glob("*.index.json"):
+        shard_names(index)
+    for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise SkipwiseError(f"{file} is not a regular file\nremove it from the model folder")
+        if file.suffix in _COPIED and not stays_inside(file):
+            raise SkipwiseError(
+                f"{file} is a link out of its folder, and its text would be exported\n"
+                "copy the file there if it belongs to the model, or remove the link"
+            )
+
+
+def _check_ranges(config: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that no model has, before memory is computed or taken for them."""
+    for key, value in _sizes(config, 0):
+        low, high = _RANGES[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = number and math.isfinite(value) and low <= value <= high
+        if not fits or (isinstance(high, int) and value != int(value)):
+            raise SkipwiseError(
+                f"{where}: {key} is {str(value)[:40]}: a model has {low:,} to {high:,}"
+            )
+
+
+def _sizes(config: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
+    """(key, value) of the numbers with a range, in nested mappings too."""
+    for key, value in config.items():
+        if key in _RANGES and value is not None and not isinstance(value, dict):
+            yield from ((key, item) for item in (value if isinstance(value, list) else [value]))
+        elif isinstance(value, dict) and depth < 5:
+            yield from _sizes(value, depth + 1)
 
 
 def _check_code(raw: dict[str, Any], model: str, settings: ModelSettings) -> None:

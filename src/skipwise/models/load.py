@@ -122,6 +122,28 @@ def check_weights(folder: Path, settings: ModelSettings) -> None:
     raise SkipwiseError(f"{folder} has {other[0]} but no {wanted[2:]} weights\n{fix}")
 
 
+def check_memory(config: Any, length: int, dtype: torch.dtype) -> None:
+    """Refuse a length whose KV cache alone, of one sequence, is larger than this machine's memory.
+
+    Raises:
+        SkipwiseError: how much it takes, and the longest length that fits.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    per_token = 2 * heads * width * dtype.itemsize * types.count("full_attention")
+    per_token = max(per_token, 64)  # the prompt itself, as text and as token ids
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    memory = sum(torch.cuda.get_device_properties(i).total_memory for i in gpus)
+    memory += os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0
+    if length * per_token > memory > 0:
+        raise SkipwiseError(
+            f"{length:,} tokens take {length * per_token / 2**30:,.0f} GiB of KV cache, and this "
+            f"machine has {memory / 2**30:,.0f} GiB\ngive lengths up to {memory // per_token:,}"
+        )
+
+
 def compute_dtype(settings: ModelSettings) -> torch.dtype:
     """The dtype to compute in: the recipe's, else bf16 if the hardware supports it."""
     if settings.dtype != "auto":

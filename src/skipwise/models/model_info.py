@@ -9,16 +9,17 @@ fast.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import SCALINGS, Scaling, Unscaled, keeps_length
 from skipwise.pose.rope_config import counts_from, from_rope_parameters, unread_keys
 
+P, R = ParamSpec("P"), TypeVar("R")
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 PROPORTIONAL = "proportional"  # Gemma 4: a share of the pairs, with the exponents of all
 _RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid", "conv"}
@@ -76,6 +77,26 @@ def defaults() -> dict[str, dict[str, Any]]:
     return _of_transformers()["families"]
 
 
+def explains_wrong_types(read: Callable[P, R]) -> Callable[P, R]:
+    """Turn what a config with values of the wrong type raises into a SkipwiseError.
+
+    A config.json can come from anybody, and has hundreds of keys.
+    """
+
+    @wraps(read)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return read(*args, **kwargs)
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            raise SkipwiseError(
+                f"the config of this model has a value of the wrong kind ({error})\n"
+                "correct its config.json, or give another model"
+            ) from error
+
+    return checked
+
+
+@explains_wrong_types
 def read_model_info(
     config: Mapping[str, Any], original_length: int | None = None, *, ask: bool = True
 ) -> ModelInfo:

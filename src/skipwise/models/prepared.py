@@ -18,7 +18,6 @@ from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import ModelSettings, Recipe
 from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.config.stages import first_stage, full_length_stage
-from skipwise.errors import SkipwiseError
 from skipwise.models.attention.temperature import check_foldable
 from skipwise.models.convert import conversion_for, convert_model, load_sentencepiece
 from skipwise.models.convert_families import Conversion
@@ -78,9 +77,6 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
     if recipe.method != "none":
         make_sampler(recipe, info.original_length)
         attention_for(recipe.load, recipe.positions.key_weights, info.hybrid, config)
-        if recipe.training.num_steps < 1:
-            why = "training.num_steps is 0: type method=none to rescale without training"
-            raise SkipwiseError(why)
     scaled = scaled_config(config, info, scaling, recipe.target_length)
     distillation_weight(recipe, router_loss=bool(getattr(config, "output_router_logits", False)))
     if recipe.attention_temperature not in ("auto", 1.0):

@@ -17,9 +17,8 @@ import torch
 
 from skipwise.config.distillation import in_one_process
 from skipwise.config.machine import is_main_process
-from skipwise.config.parse import dump_recipe
 from skipwise.config.recipe import Recipe
-from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import full_length_stage
 from skipwise.errors import Check, require
 from skipwise.evaluation.run import evaluation_documents
@@ -75,7 +74,7 @@ def check(recipe: Recipe) -> list[Check]:
     prepared = prepare_model(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
-        write_text(run.recipe_file, dump_recipe(recipe))
+        run.write_recipe(recipe)
         prepared = choose_separator(convert_weights(prepared, run.converted), run)
         if recipe.method == "none":
             inputs = None

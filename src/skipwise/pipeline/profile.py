@@ -91,7 +91,7 @@ def _steps(folder: Path) -> None:
     recipe = load_recipe(folder / "recipe.yaml")
     run = RunFolder(folder / "run")
     run.path.mkdir()
-    write_text(run.recipe_file, dump_recipe(recipe))
+    run.write_recipe(recipe)
     prepared = convert_weights(prepare_model(recipe), run.converted)
     if recipe.data.sources:
         data = load_training_data(prepared, run, progress=False)

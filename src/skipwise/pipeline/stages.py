@@ -16,9 +16,10 @@ from skipwise.evaluation.evaluator import Texts, evaluate_model
 from skipwise.evaluation.run import eval_settings, evaluation_documents, make_eval_model
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model, load_for_scoring
-from skipwise.export.model_card import write_card
+from skipwise.export.model_card import public_name, write_card
 from skipwise.export.runtimes import check_export
 from skipwise.models.attention.temperature import fold_temperature
+from skipwise.models.hf_config import is_local
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.pipeline.checks import check_texts, free_memory, record_checks, validate
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
@@ -57,6 +58,8 @@ def prepare_run(
     """
     recipe = prepared.recipe
     model: dict[str, Any] = {"name": Path(recipe.model).name, "family": prepared.info.family}
+    before = run.metadata()  # what is local is decided when the run begins, and kept
+    model["hub"] = before.get("model", {}).get("hub", not is_local(recipe.model))
     if prepared.conversion is not None:
         model["converted"] = f"{prepared.conversion.source} to {prepared.conversion.target}"
     metadata: dict[str, Any] = {
@@ -80,7 +83,9 @@ def prepare_run(
             inputs = RunInputs(data=data, full_length=None)
         else:
             inputs = make_inputs(prepared, data, run, num_processes)
-            metadata["data"] = data_metadata(prepared, data, len(documents))
+            found = data_metadata(prepared, data, len(documents))
+            found["hub_sources"] = before.get("data", {}).get("hub_sources", found["hub_sources"])
+            metadata["data"] = found
             if inputs.full_length is not None:
                 found = full_length_metadata(inputs.full_length)
                 metadata["finish"] = {**run.metadata().get("finish", {}), **found}
@@ -250,7 +255,8 @@ def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | Non
         checks = export_model(prepared, run, checkpoint, temperature)
         record_checks(run, checks)
         require(checks)
-        run.update(exported=True)
+        files = [f.relative_to(run.model).as_posix() for f in run.model.rglob("*") if f.is_file()]
+        run.update(exported=True, files=sorted(files))
     check = check_export(run.model, prepared.scaling, prepared.recipe.target_length)
     record_checks(run, [check])
     if not check.passed:
@@ -291,8 +297,9 @@ def export_again(
             written.append(run.adapter)
     if converter is not None:
         run.gguf.mkdir(exist_ok=True)
-        file = run.gguf / f"{recipe.run_name}-{outtype}.gguf"
-        to_gguf(run.model, file, outtype, converter=converter, name=recipe.run_name)
+        name = public_name(run)
+        file = run.gguf / f"{name}-{outtype}.gguf"
+        to_gguf(run.model, file, outtype, converter=converter, name=name)
         record_checks(run, check_gguf(file, run.model))
         written.append(file)
     return written

@@ -83,8 +83,6 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
     """
     if num_gpus < 1:
         raise SkipwiseError(f"--gpus is {num_gpus}: give 1 or more")
-    if recipe.training.num_steps < 1:
-        raise SkipwiseError("training.num_steps is 0: there is nothing to plan")
     info, architecture = read_model(recipe)
     recipe = resolve_auto(recipe)
     job, last = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=gpu)

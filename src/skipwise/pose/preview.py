@@ -15,18 +15,19 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 def describe_positions(sampler: Sampler, seed: int, num_examples: int = 24) -> dict[str, Any]:
     """Examples and coverage of relative distances, for the report's figure."""
     T = sampler.target_length
+    distances = np.unique(np.linspace(1, T - 1, min(256, T - 1)).round().astype(int))
+    shares = coverage(sampler, distances=distances)  # raises before long examples are drawn
     examples = []
     for k in range(num_examples):
         example = sampler.sample(np.random.default_rng([seed, k]), T)
         shown = _shown(example)
         lengths, starts = example.lengths[shown], example.position_starts[shown]
         examples.append({"lengths": lengths.tolist(), "position_starts": starts.tolist()})
-    distances = np.unique(np.linspace(1, T - 1, min(256, T - 1)).round().astype(int))
     return {
         "sampler": repr(sampler),
         "examples": examples,
         "distances": distances.tolist(),
-        "coverage": coverage(sampler)[distances].round(5).tolist(),
+        "coverage": shares.round(5).tolist(),
     }
 
 

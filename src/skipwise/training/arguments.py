@@ -83,7 +83,7 @@ def training_arguments(
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "save_steps": settings.save_steps,
-        "save_total_limit": max(2, settings.save_total_limit),
+        "save_total_limit": None,  # the Trainer removes by time; see checkpoints.remove_old
         "seed": recipe.seed,
         "bf16": dtype == torch.bfloat16,
         "use_cpu": on_cpu(),

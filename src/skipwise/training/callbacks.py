@@ -29,7 +29,12 @@ from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
 from skipwise.models.compatibility import make_portable
-from skipwise.training.checkpoints import keep_candidate, mark_complete, resume_point
+from skipwise.training.checkpoints import (
+    keep_candidate,
+    mark_complete,
+    remove_old,
+    resume_point,
+)
 from skipwise.training.chunked_loss import Distillation
 
 
@@ -141,6 +146,8 @@ class RunCallback(TrainerCallback):
             torch.distributed.barrier()  # every process has written its files
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not any(folder.glob("*.safetensors")) and self.engine == "one process":
+                raise SkipwiseError(f"{folder} holds no weights: it was removed while it was saved")
             if not (folder / "config.json").exists():  # LoRA: the scaled config of the base
                 self.config.save_pretrained(folder)
             make_portable(folder, self.recipe.target_length)
@@ -149,7 +156,8 @@ class RunCallback(TrainerCallback):
                 keep_candidate(folder, self.run.candidates / f"step-{step}")
             if state.global_step >= args.max_steps:
                 self.write_down()  # a kill after the mark would lose it
-            mark_complete(folder, state.global_step, self.engine)
+            mark_complete(folder, state.global_step, self.engine, self.recipe)
+            remove_old(self.run, self.recipe.training.save_total_limit)
         if world_size() > 1:
             torch.distributed.barrier()  # a process that ends first has the others killed
 

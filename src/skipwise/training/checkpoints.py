@@ -1,49 +1,220 @@
-"""Checkpoints: complete or removed, never partial.
+"""Checkpoints: complete and whole, or not used.
 
 A checkpoint has many files, under some engines written by several processes. The last file,
-`complete`, is written when all others exist. A folder without it was interrupted, and is removed
-before training resumes. Old checkpoints are removed only after a new one is complete.
+`complete`, is written when all others are on the disk. It lists their sizes and digests. A folder
+without it was interrupted, and is removed before training resumes; one that differs from its list
+is damaged, is set aside, and the checkpoint before it is used. Old checkpoints are removed, in the
+order of their steps, only after a new one is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import Recipe
-from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.config.run_folder import RunFolder
+from skipwise.config.trust import is_sealed, seal
 from skipwise.errors import SkipwiseError
 
 _COMPLETE = "complete"
+_TRUST = "SKIPWISE_TRUST_CHECKPOINTS"
+_SAFE_ENGINES = ("one process", "ddp", "fsdp2")  # torch loads their files with weights_only
+_ENGINE_KEYS = ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config")
+_BLOCK, _BLOCKS = 1 << 16, 1024  # larger files than 64 MiB are sampled
+_known: dict[tuple[Any, ...], str] = {}  # damage by folder and the sizes and times of its files
 
 
-def mark_complete(folder: Path, step: int, engine: str) -> None:
-    """Mark that all files of the checkpoint are written, by which engine and processes."""
-    metadata = {"step": step, "engine": engine, "num_processes": world_size()}
-    write_text(folder / _COMPLETE, json.dumps(metadata) + "\n")
+def unpickles(engine: str, recipe: Recipe | None = None) -> bool:
+    """Whether loading a checkpoint can run code: DeepSpeed and FSDP's sharded format unpickle."""
+    changed = recipe is not None and any(key in recipe.trainer for key in _ENGINE_KEYS)
+    return engine not in _SAFE_ENGINES or changed
+
+
+def mark_complete(
+    folder: Path,
+    step: int,
+    engine: str,
+    recipe: Recipe | None = None,
+    num_processes: int | None = None,
+) -> None:
+    """Write the list of the checkpoint's files, after all of them are on the disk."""
+    files = _files(folder)
+    for path in (*files.values(), *(p for p in folder.rglob("*") if p.is_dir())):
+        _sync(path)
+    metadata = {
+        "step": step,
+        "engine": engine,
+        "num_processes": num_processes or world_size(),
+        "full": (full := unpickles(engine, recipe)),  # whether pickles are read completely
+        "files": _digests(files, full),
+    }
+    if full:
+        with suppress(SkipwiseError):  # no place for a key: the user is asked when it is loaded
+            metadata["seal"] = seal(metadata)
+    part = folder / f"{_COMPLETE}.part"
+    part.write_text(json.dumps(metadata) + "\n", encoding="utf-8")
+    _sync(part)
+    os.replace(part, folder / _COMPLETE)
+    _sync(folder)
+
+
+def check_trusted(checkpoint: Path, engine: str, recipe: Recipe | None = None) -> None:
+    """Refuse a checkpoint that this user did not write, if loading it can run code.
+
+    Each of its files must be listed with its full digest, and the list sealed with the user's key.
+    """
+    trusted = os.environ.get(_TRUST) == "1" or not is_main_process()
+    if trusted or not unpickles(engine, recipe):
+        return
+    metadata, files = _read_mark(checkpoint) or {}, _files(checkpoint)
+    listed = metadata.get("files", {})
+    for name in [n for n in files if n not in listed and "_universal" in n.split("/")[0]]:
+        files.pop(name).unlink()  # left by a conversion that was interrupted
+    signature = metadata.pop("seal", None)
+    if not is_sealed(metadata, signature) or listed != _digests(files, full=True):
+        raise SkipwiseError(
+            f"{checkpoint} was not written by you on this machine, and engine {engine} could run "
+            f"code that is hidden in it\nif you trust its source, type {_TRUST}=1 before the "
+            "command; else choose another --out"
+        )
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint that is marked complete; empty if nothing. Told once."""
+    mark, files = folder / _COMPLETE, _files(folder)
+    stats = {name: path.stat() for name, path in {_COMPLETE: mark, **files}.items()}
+    key = (str(folder), *((n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in stats.items()))
+    if key not in _known:
+        _known[key] = _find_damage(_read_mark(folder), files)
+        if _known[key] and is_main_process():
+            print(
+                f"{folder} is damaged: {_known[key]}; it is not used", file=sys.stderr, flush=True
+            )
+    return _known[key]
+
+
+def _find_damage(metadata: dict[str, Any] | None, files: dict[str, Path]) -> str:
+    if metadata is None:
+        return f"{_COMPLETE} cannot be read"
+    listed = metadata.get("files", {})  # an older version wrote none
+    if missing := [name for name in listed if name not in files]:
+        return f"{missing[0]} is missing"
+    full = bool(metadata.get("full"))
+    digests = _digests({name: files[name] for name in listed}, full)
+    changed = [name for name in listed if digests[name] != listed[name]]
+    return f"{changed[0]} has changed" if changed else ""
 
 
 def last_checkpoint(run: RunFolder) -> Path | None:
-    """The newest complete checkpoint."""
-    complete = [folder.parent for folder in run.checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
-    return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+    """The newest checkpoint that is complete and not damaged."""
+    return next(
+        (folder for folder in reversed(complete_checkpoints(run)) if not damage(folder)), None
+    )
 
 
 def remove_incomplete(run: RunFolder) -> None:
-    """Remove interrupted checkpoints. Not safe while another run writes into the folder."""
-    for folder in run.checkpoints.glob("checkpoint-*") if is_main_process() else []:
+    """Remove interrupted checkpoints and set damaged ones aside.
+
+    Not safe while another run writes into the folder.
+    """
+    for folder in sorted(run.checkpoints.glob("checkpoint-*")) if is_main_process() else []:
         if not (folder / _COMPLETE).exists():
             shutil.rmtree(folder, ignore_errors=True)
+        elif damage(folder):
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+
+
+def remove_old(run: RunFolder, num_kept: int) -> None:
+    """Remove all but the newest complete checkpoints, by their steps: clocks can be wrong."""
+    for folder in complete_checkpoints(run)[:-num_kept]:
+        (folder / _COMPLETE).unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def complete_checkpoints(run: RunFolder) -> list[Path]:
+    """The checkpoints that are marked complete, the oldest first; their files are not read."""
+    folders = [mark.parent for mark in run.checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
+    return sorted((f for f in folders if _step(f) is not None), key=lambda f: _step(f) or 0)
+
+
+def _step(folder: Path) -> int | None:
+    step = folder.name.removeprefix("checkpoint-")
+    return int(step) if step.isascii() and step.isdigit() else None
+
+
+def _read_mark(folder: Path) -> dict[str, Any] | None:
+    """The list of a checkpoint; None if it is cut off or of another shape."""
+    try:
+        metadata = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if isinstance(metadata, int):  # written by an older version, with one process
+        return {"engine": "one process", "num_processes": 1}
+    types = {"step": int, "engine": str, "num_processes": int}
+    fits = isinstance(metadata, dict) and isinstance(metadata.get("files", {}), dict)
+    return metadata if fits and all(isinstance(metadata.get(k), types[k]) for k in types) else None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint by their names, without its mark."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in found}
+    return {n: path for n, path in names.items() if n not in (_COMPLETE, f"{_COMPLETE}.part")}
+
+
+def _digests(files: dict[str, Path], full: bool) -> dict[str, list[Any]]:
+    """[size, digest] of each file.
+
+    Args:
+        full: read files completely that can hold a pickle.
+    """
+
+    def describe(path: Path) -> list[Any]:
+        sampled = not full or path.suffix in (".safetensors", ".json")
+        return [path.stat().st_size, _digest(path, sampled)]
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(files, pool.map(describe, files.values()), strict=True))
+
+
+def _digest(path: Path, sampled: bool) -> str:
+    """SHA-256 of a file, or of blocks spread over it if it is sampled and larger than 64 MiB."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    step = size // _BLOCKS if sampled and size > _BLOCK * _BLOCKS else _BLOCK
+    with path.open("rb") as opened:
+        for start in range(0, size, step):
+            opened.seek(start)
+            digest.update(opened.read(_BLOCK))
+        opened.seek(max(0, size - _BLOCK))
+        digest.update(opened.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Write a file or folder to the disk, as far as the system can."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def finished_checkpoint(run: RunFolder, num_steps: int) -> Path | None:
     """The complete checkpoint of the last step; None if training has not reached it."""
     folder = run.checkpoints / f"checkpoint-{num_steps}"
-    return folder if (folder / _COMPLETE).exists() else None
+    return folder if (folder / _COMPLETE).exists() and not damage(folder) else None
 
 
 def trained_checkpoint(run: RunFolder, recipe: Recipe) -> Path | None:
@@ -61,9 +232,7 @@ def num_processes_of(checkpoint: Path, engine: str) -> int:
     Raises:
         SkipwiseError: another engine wrote it, and this one cannot read its optimizer state.
     """
-    metadata = json.loads((checkpoint / _COMPLETE).read_text(encoding="utf-8"))
-    if not isinstance(metadata, dict):  # written by an older version, with one process
-        metadata = {"engine": "one process", "num_processes": 1}
+    metadata = _read_mark(checkpoint) or {"engine": "unknown", "num_processes": 0}
     by = metadata["engine"]
     unsharded = ("one process", "ddp")  # their optimizer files are the same
     if by != engine and not (by in unsharded and engine in unsharded):

@@ -185,8 +185,11 @@ def check_data(
 
 def data_metadata(prepared: PreparedModel, data: TrainingData, num_eval: int) -> dict[str, Any]:
     """The entry of run.json about the data."""
-    sources = prepared.recipe.data.sources
+    settings = prepared.recipe.data
+    sources = settings.sources
+    found = parse_sources((*sources, *settings.eval_sources))
     return {
+        "hub_sources": [source.path for source in found if not source.is_local],
         "sources": [s["path"] if isinstance(s, dict) else str(s) for s in sources],
         "num_documents": data.corpus.num_documents,
         "num_tokens": data.corpus.num_tokens,

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from skipwise.config.batch import is_chunked
 from skipwise.config.distillation import shards
-from skipwise.config.machine import world_size
+from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import Check, RunStopped, SkipwiseError, require
@@ -40,7 +40,13 @@ from skipwise.training.callbacks import (
     stop_on_signals,
     tensorboard_in,
 )
-from skipwise.training.checkpoints import last_checkpoint, num_processes_of, remove_incomplete
+from skipwise.training.checkpoints import (
+    check_trusted,
+    last_checkpoint,
+    mark_complete,
+    num_processes_of,
+    remove_incomplete,
+)
 from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
 from skipwise.training.distributed import engines
@@ -217,9 +223,15 @@ def _start_engine(prepared: PreparedModel, run: RunFolder) -> Engine:
     resume_from, converted = last_checkpoint(run), False
     if resume_from is not None:
         saved_by = num_processes_of(resume_from, name)
+        check_trusted(resume_from, name, recipe)
+        if world_size() > 1 and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # nobody loads before the first process has checked
         converted = saved_by != world_size() and engines.is_kind(name, "deepspeed")
         if converted:
             engines.convert_to_universal_checkpoint(resume_from)
+            if is_main_process():
+                step = int(resume_from.name.rsplit("-", 1)[1])
+                mark_complete(resume_from, step, name, recipe, saved_by)
     load_once = engines.cpu_ram_efficient_loading(name, recipe.lora, prepared.info.tied_embeddings)
     if load_once and has_persistent_buffers(prepared.scaled, prepared.load):
         load_once = False  # accelerate 1.15: AttributeError

@@ -22,7 +22,7 @@ from skipwise.models.attention.masks import (
     with_chunk_weights,
     with_layer_masks,
 )
-from skipwise.training.checkpoints import check_disk_space, checkpoint_bytes, last_checkpoint
+from skipwise.training.checkpoints import check_disk_space, checkpoint_bytes, complete_checkpoints
 
 
 class PoSETrainer(Trainer):
@@ -55,6 +55,6 @@ class PoSETrainer(Trainer):
             raise SkipwiseError(
                 f"{self.run_folder.path} was removed during training: cannot save a checkpoint"
             )
-        last = last_checkpoint(self.run_folder)
+        last = next(reversed(complete_checkpoints(self.run_folder)), None)
         check_disk_space(self.run_folder, checkpoint_bytes(self.model, self.optimizer, last))
         super()._save_checkpoint(model, trial)

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from skipwise.config.parse import parse_yaml
 from skipwise.errors import SkipwiseError
 
 _RUNS_CODE = ("class", "custom_dataset", "trust_remote_code", "unsafe_code", "use_prompt")
@@ -39,7 +38,7 @@ def read_folder(folder: str, built_in: Mapping[str, Any]) -> list[dict[str, Any]
     if not root.is_dir():
         raise SkipwiseError(f"eval.task_folder={folder} is not a folder")
     configs: dict[str, dict[str, Any]] = {}
-    for path in sorted(root.rglob("*.yaml")):
+    for path in sorted(path for path in root.rglob("*.yaml") if path.is_file()):
         config = _read(path, root, built_in, ())
         name = config.get("group") or config.get("task")
         if name is None and "include" not in config:
@@ -59,15 +58,14 @@ def _read(
 ) -> dict[str, Any]:
     """A file with its includes from the folder resolved. A built-in task stays an include."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         if "!function" in str(error):
             raise SkipwiseError(
                 f"{path} has !function, and Python from a task folder is not run; functions of a "
                 "built-in task come with include: NAME"
             ) from error
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise SkipwiseError(f"{path} is not plain YAML: {problem}") from error
+        raise SkipwiseError(f"{path} is not plain YAML: {error}") from error
     if not isinstance(config, dict):
         raise SkipwiseError(f"{path} is not a task: it needs KEY: VALUE lines")
     _check(config, path)

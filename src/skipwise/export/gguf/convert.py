@@ -139,7 +139,11 @@ def _stage(folder: Path, staged: Path, requirements: Requirements) -> None:
 
 def _name(folder: Path) -> str:
     recipe = folder / "skipwise_recipe.yaml"
-    return load_run_recipe(recipe).run_name if recipe.is_file() else folder.resolve().name
+    return (
+        load_run_recipe(recipe, ["load.trust_remote_code=false"]).run_name
+        if recipe.is_file()
+        else folder.resolve().name
+    )
 
 
 def _convert(converter: Path, staged: Path, part: Path, outtype: str, name: str) -> None:

@@ -72,7 +72,7 @@ def read_requirements(folder: Path) -> Requirements:
         )
     recipe = folder / "skipwise_recipe.yaml"
     if recipe.is_file():
-        target = load_run_recipe(recipe).target_length
+        target = load_run_recipe(recipe, ["load.trust_remote_code=false"]).target_length
     else:
         states_L = keeps_length(kind, info.family)
         target = info.scaling.window(stated) if states_L else info.original_length

@@ -5,7 +5,6 @@ A config.json is enough. No weights are opened, and neither torch nor transforme
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.compatibility import LENGTH_KEYS
-from skipwise.models.hf_config import defaults, read_config
+from skipwise.models.hf_config import defaults, read_config, read_json, shard_names
 
 _UNSET = 10**12  # a tokenizer without a length has 1e30
 
@@ -150,10 +149,7 @@ def _json(file: Path) -> dict[str, Any] | None:
     """The object in a file. None if there is no such file."""
     if not file.is_file():
         return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SkipwiseError(f"{file} is not JSON: {error}\nfix or remove it") from error
+    found = read_json(file)
     if not isinstance(found, dict):
         raise SkipwiseError(f"{file} should map keys to values\nfix or remove it")
     return found
@@ -172,5 +168,5 @@ def _missing_weights(path: Path) -> tuple[str, ...]:
     """Shards that an index lists and the folder lacks."""
     names: set[str] = set()
     for index in path.glob("*.index.json"):
-        names |= set(((_json(index) or {}).get("weight_map") or {}).values())
+        names |= shard_names(index)
     return tuple(sorted(name for name in names if not (path / name).is_file()))
