@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.config.recipe import ModelSettings
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, first_line
 from skipwise.models.model_info import ModelInfo, check_positions, defaults, read_model_info
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
@@ -157,10 +157,6 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     if "layer_types" not in read:
         config["layer_types"] = _layer_types(config, known)
     return config
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _read_local_config(folder: Path) -> dict[str, Any]:
