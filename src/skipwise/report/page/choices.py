@@ -12,12 +12,11 @@ from skipwise.report.page.html import Section, note, table
 
 def choices_section(run: dict[str, Any]) -> Section | None:
     """Each choice beside what it was chosen from; None if nothing is recorded."""
-    body = _scaling(run)
-    body += _temperatures(
-        nested(run, "temperature"), "Attention temperature, of the exported model"
-    )
-    body += _temperatures(nested(run, "untrained"), "Attention temperature, without training")
-    body += _separators(nested(run, "separator"))
+    exported, base = nested(run, "temperature"), nested(run, "untrained")
+    small = _temperatures(exported, "Attention temperature, of the exported model")
+    small += _temperatures(base, "Attention temperature, without training")
+    small += _separators(nested(run, "separator"))
+    body = _scaling(run) + (f'<div class="beside">{small}</div>' if small else "")
     return Section("Scaling, temperature and separator", body) if body else None
 
 

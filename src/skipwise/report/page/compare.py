@@ -217,9 +217,10 @@ def _headline(rows: Rows, against: Against | None) -> str:
     text = evaluation_headline({"name": "The comparison"}, rows)
     if against is None:
         return text
-    scope = text.partition(" tokens")[0] + f" tokens of context, at {against.length:,}"
-    found = [f"{name} against {against.first}: {said}" for name, said in against.found.items()]
-    return f"{scope}: {'. '.join(found)}."
+    scope = text.partition(" tokens")[0]
+    other = f"against {against.first} at {against.length:,} tokens"
+    found = [f"{name} {other}: {said}" for name, said in against.found.items()]
+    return f"{scope} tokens: {'. '.join(found)}."
 
 
 def _differences(against: Against | None) -> Section | None:

@@ -69,8 +69,8 @@ def tile_list(tiles: list[tuple[str, str]]) -> str:
     """Tiles, each a value and its label, in rows of which none holds one tile alone."""
     items = "".join(f"<li><b>{prose(a)}</b><span>{escape(b)}</span></li>" for a, b in tiles)
     num = len(tiles)
-    fitting = [n for n in (4, 3, 5) if num % n != 1]  # the fewest empty places
-    columns = num if num < 4 else min(fitting or [2], key=lambda n: -num % n)
+    fitting = [n for n in (4, 3) if num % n != 1] or [5]
+    columns = num if num < 4 else min(fitting, key=lambda n: -num % n)  # fewest empty places
     style = f"grid-template-columns:repeat({columns},1fr)"
     return f'<ul class="tiles" style="{style}">{items}</ul>\n' if tiles else ""
 
