@@ -107,7 +107,7 @@ def test_what_differs_is_named_with_the_difference_and_its_interval(tmp_path):
     page = tmp_path / "all.html"
     compare_runs(folders, page)
     text = page.read_text()
-    assert "<h2>Against one</h2>" in text and "passkey −50 points [−" in text
+    assert "<h2>Differences</h2>" in text and "passkey −50 points [−" in text
     differ = text[text.index("<h2>What differs") :].partition("</section>")[0]
     assert "method" in differ and "<td>pose</td><td>none</td>" in differ
     assert "num_steps" not in differ and "name" not in differ

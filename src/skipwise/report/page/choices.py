@@ -63,7 +63,8 @@ def _temperatures(found: dict[str, Any], title: str) -> str:
     ]
     values = [one["temperature"] for one in searched]
     caption = f"{title}: perplexity on documents that the evaluation does not use"
-    return table(head, lines, caption=caption, chosen=values.index(value))
+    index = values.index(value) if value in values else None
+    return table(head, lines, caption=caption, chosen=index)
 
 
 def _separators(found: dict[str, Any]) -> str:
@@ -71,7 +72,9 @@ def _separators(found: dict[str, Any]) -> str:
     detail, measured = str(found.get("detail") or ""), nested(found, "perplexity")
     if len(measured) < 2:
         return f"<p>Separator: {escape(detail)}.</p>\n" if detail else ""
-    chosen = next((i for i, name in enumerate(measured) if detail.startswith(f"{name} ")), None)
+    chosen = next(
+        (i for i, name in enumerate(measured) if detail.startswith(f"{name} between")), None
+    )
     lines = [[name, number(value)] for name, value in measured.items()]
     caption = "Separator between documents: perplexity of the base on the documents' beginnings"
     return table(["Separator", "Perplexity"], lines, caption=caption, chosen=chosen)

@@ -193,45 +193,27 @@ def _distinct_ends(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in full]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Against:
+def _against(rows: Rows, compared: Sequence[Compared]) -> dict[str, str]:
     """Differences of the other trained models from the first one, on the same trials."""
-
-    first: str
-    length: int  # the longest context length
-    found: dict[str, str]
-
-
-def _against(rows: Rows, compared: Sequence[Compared]) -> Against | None:
-    """None if there are not two trained models that were measured on the same trials."""
     names = [one.label for one in compared if not is_evaluation(one.run)]
     names = [name for name in names if name in models_of(rows)]
     length = max((row["context_length"] for row in by_context(rows)), default=0)
-    listed = {n: ", ".join(map(str, differences(rows, n, names[0], length))) for n in names[1:]}
-    found = {name: text for name, text in listed.items() if text}
-    return Against(first=names[0], length=length, found=found) if found else None
+    found = {n: ", ".join(map(str, differences(rows, n, names[0], length))) for n in names[1:]}
+    at = f"against {names[0]} at {length:,} tokens" if names else ""
+    return {f"{name} {at}": text for name, text in found.items() if text}
 
 
-def _headline(rows: Rows, against: Against | None) -> str:
+def _headline(rows: Rows, against: dict[str, str]) -> str:
     """What was measured; of runs, how they differ."""
     text = evaluation_headline({"name": "The comparison"}, rows)
-    if against is None:
-        return text
-    scope = text.partition(" tokens")[0]
-    other = f"against {against.first} at {against.length:,} tokens"
-    found = [f"{name} {other}: {said}" for name, said in against.found.items()]
-    return f"{scope} tokens: {'. '.join(found)}."
+    found = ". ".join(f"{name}: {said}" for name, said in against.items())
+    return f"{text.partition(' tokens')[0]} tokens: {found}." if found else text
 
 
-def _differences(against: Against | None) -> Section | None:
-    if against is None:
-        return None
-    text = "on the same trials and windows, with 95 % intervals of the difference."
-    return Section(
-        f"Against {against.first}",
-        definitions({name: [said] for name, said in against.found.items()})
-        + note(f"At {against.length:,} tokens of context, {text}"),
-    )
+def _differences(against: dict[str, str]) -> Section | None:
+    text = "On the same trials and windows, with 95 % intervals of the difference."
+    entries = definitions({name: [said] for name, said in against.items()})
+    return Section("Differences", entries + note(text)) if against else None
 
 
 def _settings(compared: Sequence[Compared]) -> Section | None:
@@ -259,21 +241,17 @@ def _costs(compared: Sequence[Compared]) -> Section | None:
     lines = []
     for one in compared:
         taken, stages = all_training(one.run), nested(one.run, "stages").values()
-        seconds, tokens, memory = (
-            taken.get(key) for key in ("seconds", "num_tokens", "peak_memory_gib")
-        )
+        seconds, tokens = taken.get("seconds"), taken.get("num_tokens")
         steps = sum(nested(one.run, part).get("num_steps") or 0 for part in ("training", "finish"))
-        whole = sum(value for value in stages if value)
         cells = [
-            f"{steps:,}" if taken else "",
-            short_count(tokens) if tokens else "",
-            duration(seconds) if seconds else "",
-            f"{tokens / seconds:,.0f}" if tokens and seconds else "",
-            f"{memory:.2f} GiB" if memory else "",
-            duration(whole) if whole else "",
+            f"{steps:,}" if taken else "–",
+            short_count(tokens) if tokens else "–",
+            duration(seconds) if seconds else "–",
+            f"{tokens / seconds:,.0f}" if tokens and seconds else "–",
+            f"{taken['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in taken else "–",
+            duration(sum(filter(None, stages))) if any(stages) else "–",
         ]
-        if not is_evaluation(one.run):
-            lines.append([one.label, *[cell or "–" for cell in cells]])
+        lines += [] if is_evaluation(one.run) else [[one.label, *cells]]
     return Section("What each run cost", table(head, lines)) if lines else None
 
 

@@ -19,7 +19,7 @@ from skipwise.report.format import (
     percent,
     short_value,
 )
-from skipwise.report.page.html import MISSING, Section, code_name, figure, note, prose
+from skipwise.report.page.html import MISSING, Section, code_name, figure, note, prose, table
 from skipwise.report.rows import (
     RULER_AVERAGE,
     Row,
@@ -178,15 +178,8 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> Section | None:
     num = sum(bool(s.averages) for s in summaries)
     if not drawn:
         drawn = _too_many(num) if num > MOST_CURVES else note(f"{ruler.describe_tasks(summaries)}.")
-    lines = "".join(
-        f'<tr><th scope="row">{escape(heading(s.model))}</th>'
-        f'<td class="n">{escape(s.effective)}</td></tr>'
-        for s in summaries
-    )
-    effective = (
-        '<table class="short"><thead><tr><th scope="col">Model</th><th class="n" scope="col">'
-        f"{ruler.EFFECTIVE_LENGTH.capitalize()}</th></tr></thead><tbody>{lines}</tbody></table>"
-    )
+    lines = [[heading(s.model), s.effective] for s in summaries]
+    effective = table(["Model", ruler.EFFECTIVE_LENGTH.capitalize()], lines)
     return Section("RULER tasks", f"{drawn}\n{effective}\n{_ruler_table(rows)}")
 
 
