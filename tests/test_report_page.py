@@ -185,7 +185,7 @@ def test_the_headline_is_followed_by_a_sentence_of_its_own(complete):
     lead, rest = re.search(r"<h1>(.*?)<span>(.*?)</span></h1>", complete).groups()
     assert plain(lead) == "tiny was extended from 4,096 to 32,768 tokens but falls short. "
     assert rest.startswith("Worse beyond error on short contexts: ")
-    for name, kept in (("before", "before: 7."), ("befor", "Before: 7.")):
+    for name, kept in (("before", "before: 7."), ("be", "Before: 7.")):
         text = page(
             title="", eyebrow="", headline="b: before: 7.", tiles="", sections=[], names=[name]
         )
