@@ -158,7 +158,10 @@ def test_runs_with_the_same_untrained_model_share_its_column_and_its_curve(tmp_p
     other = run_of(tmp_path / "d", "d", "", [*changed, ppl("after", 256, 5.0)])
     table = compare_runs([folders[0], other], page)
     assert models(table)[:3] == ["before", "untrained (a)", "untrained (d)"]
-    assert all(f">{name}</th>" in page.read_text() for name in ("Before", "Untrained (a)", "a"))
+    assert all(
+        f'"n" scope="col">{name}</th>' in page.read_text()
+        for name in ("Before", "Untrained (a)", "a")
+    )
 
 
 def test_the_cost_of_each_run_is_shown_beside_the_others(tmp_path):
