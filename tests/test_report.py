@@ -201,7 +201,9 @@ def test_the_headline_names_a_failed_check():
 
 def test_the_headline_claims_nothing_that_was_not_measured():
     assert headline(RUN, []) == "tiny is not measured yet."
-    assert headline(RUN, [ppl("after", 256, 8.0)]).endswith("it was not measured at 1,024.")
+    assert headline(RUN, [ppl("after", 256, 8.0)]).endswith(
+        "the trained model was not measured at 1,024."
+    )
     assert "perplexity not measured at 1,024" in headline(RUN, GOOD[:1])
     said = headline(RUN, GOOD[1:])
     assert "passkey not measured at 1,024" in said and "now reads" not in said

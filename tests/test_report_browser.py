@@ -9,12 +9,13 @@ import subprocess
 import numpy as np
 import pytest
 from test_report_evaluation import DEPTHS, LENGTHS, complete_rows, make_evaluation, make_run
+from test_report_page import CHECKS, CHOICES, untrained
 
 from skipwise.report import compare_runs, write_report
 
 pytestmark = pytest.mark.slow
 LAPTOP, PHONE, HEIGHT = 1100, 390, 2400  # pixels
-NUM_MODELS = {"run": 2, "evaluation": 2, "comparison": 3}
+NUM_MODELS = {"run": 3, "evaluation": 2, "comparison": 4}
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -50,6 +51,11 @@ border:0"></iframe><script>onload = () => {{
     cells: Object.fromEntries(["passkey", "needle"].map((task) =>
       [task, seen(`[id^="${{task}}-"][id*="-cell-"]`).length])),
     figures: seen("figure svg").length,
+    tiles: seen(".tiles li").map((e) => box(e).top),
+    links: seen("nav a").map((e) => page.querySelector(e.getAttribute("href")).firstElementChild)
+      .map((e) => e.textContent),
+    folded: [...page.querySelectorAll(".checks .passed")].filter((e) => e.checkVisibility()).length,
+    shown: seen(".checks .failed, .checks .warn").length,
     headings: seen("h2").map((e) => e.textContent),
     fetched: page.defaultView.performance.getEntriesByType("resource").map((e) => e.name),
   }});
@@ -68,7 +74,10 @@ def pages(tmp_path_factory):
     """The page of a complete run, of an evaluation folder, and of both side by side."""
     find_browser()
     top = tmp_path_factory.mktemp("pages")
-    run = make_run(top / "tiny-pose-32k", "tiny-pose-32k")
+    rows, name = complete_rows("before", "after"), "tiny-pose-32k"
+    (top / name / "model").mkdir(parents=True)
+    given = {"exported": True, "checks": CHECKS, **CHOICES}
+    run = make_run(top / name, name, rows + untrained(rows), **given)
     rows = complete_rows("base", "my-model-32k", window=8192)
     evaluation = make_evaluation(top / "evaluation", rows, baseline="base")
     alone = [row for row in rows if row["model"] == "base"]
@@ -112,6 +121,10 @@ def test_the_page_fits_its_width_and_draws_every_cell(pages, tmp_path, name, wid
     assert {"RULER tasks", "Needle in real text"} <= set(seen["headings"])
     assert seen["clipped"] == [] and seen["overlapping"] == []
     assert seen["fetched"] == []
+    assert seen["links"] == seen["headings"], "the contents lead to every section"
+    if name == "run":
+        assert seen["folded"] == 0 and seen["shown"] == 2
+        assert width == PHONE or min(map(seen["tiles"].count, seen["tiles"])) > 1
 
 
 @pytest.mark.parametrize(("width", "dark"), [(LAPTOP, False), (PHONE, True)])

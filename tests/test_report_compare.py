@@ -1,5 +1,7 @@
 """Several runs and evaluations side by side: whose column is whose, and one page of all."""
 
+import re
+
 import pytest
 from test_report_evaluation import complete_rows, make_evaluation, make_run, ppl, titles
 
@@ -105,7 +107,99 @@ def test_what_differs_is_named_with_the_difference_and_its_interval(tmp_path):
     page = tmp_path / "all.html"
     compare_runs(folders, page)
     text = page.read_text()
-    assert "<h2>Against one</h2>" in text and "passkey −50 points [−" in text
-    differ = text[text.index("What differs") :].partition("</section>")[0]
+    assert "<h2>Differences</h2>" in text and "passkey −50 points [−" in text
+    differ = text[text.index("<h2>What differs") :].partition("</section>")[0]
     assert "method" in differ and "<td>pose</td><td>none</td>" in differ
     assert "num_steps" not in differ and "name" not in differ
+
+
+def run_of(folder, name, recipe, rows, **more):
+    made = make_run(folder, name, rows, positions=None, selection=None, **more)
+    (made / "recipe.yaml").write_text(recipe)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("recipes", "labels"),
+    [
+        (("method: pose", "method: none"), ("r (method=pose)", "r (method=none)")),
+        (
+            ("rope: {type: yarn}\nseed: 1", "rope: {type: llama3}\nseed: 1"),
+            ("r (rope.type=yarn)", "r (rope.type=llama3)"),
+        ),
+        (
+            ("a: 1\nb: 1", "a: 1\nb: 2", "a: 2\nb: 1"),
+            ("r (a=1, b=1)", "r (a=1, b=2)", "r (a=2, b=1)"),
+        ),
+        (("name: x", "name: y"), ("r (0)", "r (1)")),
+    ],
+)
+def test_runs_of_one_name_are_told_apart_by_the_settings_that_differ(tmp_path, recipes, labels):
+    rows = [ppl("before", 256, 9.0), ppl("after", 256, 8.0)]
+    folders = [run_of(tmp_path / str(i), "r", text, rows) for i, text in enumerate(recipes)]
+    assert models(compare_runs(folders, tmp_path / "all.html")) == ["before", *labels]
+
+
+def test_runs_with_the_same_untrained_model_share_its_column_and_its_curve(tmp_path):
+    rows = [ppl("before", n, 5.0 + n / 64) for n in (256, 1024)]
+    rows += [ppl("untrained", n, 5.8) for n in (256, 1024)]
+    folders = [
+        run_of(tmp_path / name, name, "", [*rows, *[ppl("after", n, value) for n in (256, 1024)]])
+        for name, value in (("a", 5.0), ("b", 5.2), ("c", 5.3))
+    ]
+    page = tmp_path / "all.html"
+    table = compare_runs(folders[:2], page)
+    assert models(table) == ["before", "untrained", "a", "b"]
+    assert "Only in the table" not in page.read_text() and "perplexity-wide" in page.read_text()
+    compare_runs(folders, page)
+    assert "Only in the table: untrained." in page.read_text()
+    assert "perplexity-wide" in page.read_text() and "too many" not in page.read_text()
+    changed = [{**row, "value": 6.1} if row["model"] == "untrained" else row for row in rows]
+    other = run_of(tmp_path / "d", "d", "", [*changed, ppl("after", 256, 5.0)])
+    table = compare_runs([folders[0], other], page)
+    assert models(table)[:3] == ["before", "untrained (a)", "untrained (d)"]
+    assert all(
+        f'"n" scope="col">{name}</th>' in page.read_text()
+        for name in ("Before", "Untrained (a)", "a")
+    )
+
+
+def test_the_cost_of_each_run_is_shown_beside_the_others(tmp_path):
+    rows, text = [ppl("after", 256, 8.0)], "seed: 1\n"
+    training = {"num_steps": 10, "num_tokens": 5_120, "seconds": 64.0, "peak_memory_gib": 1.25}
+    finish = {"num_steps": 2, "num_tokens": 1_280, "seconds": 16.0, "peak_memory_gib": 2.5}
+    stages = {"check": 5.0, "train": 80.0, "export": None}
+    one = {"training": training, "finish": finish, "stages": stages}
+    folders = [
+        run_of(tmp_path / "a", "a", text, rows, **one),
+        run_of(tmp_path / "b", "b", text, rows, training=None),
+        make_evaluation(tmp_path / "eval", [ppl("m", 256, 8.0)], "eval"),
+    ]
+    page = tmp_path / "all.html"
+    compare_runs(folders, page)
+    cost = page.read_text().partition("<h2>What each run cost</h2>")[2].partition("</section>")[0]
+    lines = [
+        re.sub("<.*?>", "|", line).strip("|").split("|")
+        for line in re.findall(r'<tr><th scope="row">(.*)</tr>', cost)
+    ]
+    cells = [[cell for cell in line if cell] for line in lines]
+    # 6,400 tokens in 80 s
+    assert cells == [
+        ["a", "12", "6,400", "1 min 20 s", "80", "2.50 GiB", "1 min 25 s"],
+        ["b", "–", "–", "–", "–", "–", "–"],
+    ]
+
+
+def test_the_headline_of_a_comparison_is_the_difference_with_its_interval(tmp_path):
+    folders = []
+    for name, hits in (("one", 45), ("two", 20)):
+        row = {**ppl("after", 1024, hits / 50), "task": "passkey", "metric": "exact_match"}
+        scores = [1] * hits + [0] * (50 - hits)
+        rows = [{**row, "samples": scores, "num_samples": 50}]
+        folders.append(run_of(tmp_path / name, name, "", rows))
+    page = tmp_path / "all.html"
+    compare_runs(folders, page)
+    head = page.read_text().partition("<h1>")[2].partition("</h1>")[0]
+    lead, _, rest = head.partition("<span>")
+    assert lead.strip() == "one and two, measured at 1,024 tokens."
+    assert rest.startswith("two against one at 1,024 tokens: passkey −50 points [−")

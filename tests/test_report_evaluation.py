@@ -309,6 +309,7 @@ def test_the_page_of_a_run_shows_every_kind_of_row(run_page):
         "Needle in real text",
         "RULER tasks",
         "Short-context benchmarks",
+        "Load and serve the model",
         "Choice of the checkpoint",
         "Training loss",
         "Positions seen in training",
@@ -351,7 +352,7 @@ def test_an_evaluation_claims_no_extension_and_shows_no_training(tmp_path):
         "Reproduce",
     ]
     head = re.sub("<.*?>", "", page.split("<h1>")[1].split("</h1>")[0]).replace("&nbsp;", " ")
-    assert head.startswith("base and my-model, measured from 1,024 to 32,768 tokens: base: ")
+    assert head.startswith("base and my-model, measured from 1,024 to 32,768 tokens. base: ")
     assert "my-model: effective length at least 32,768 (RULER, mean of 9 tasks)" in head
     assert "passkey found in 0 % of 110 trials at 32,768" in head
     assert "worse than base beyond error on hellaswag from 76.0 to 73.1 %" in head
@@ -363,7 +364,7 @@ def test_an_evaluation_of_little_says_little(tmp_path):
     folder = make_evaluation(tmp_path, [bench("my-model", "boolq", 0.7)])
     page = write_report(folder).read_text()
     assert titles(page) == ["Short-context benchmarks", "Models and machine", "Reproduce"]
-    assert "my-model, measured on benchmarks of short contexts: " in page
+    assert "my-model, measured on benchmarks of short contexts. " in page
     page = write_report(make_evaluation(tmp_path, [])).read_text()
     assert "eval-demo is not measured yet." in page and "Not measured." in page
 

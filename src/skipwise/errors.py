@@ -29,6 +29,11 @@ class Check:
         return f"{word} {self.name}: {self.detail}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the error's type where it has no text."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def require(checks: list[Check]) -> None:
     """Stop if a check failed.
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from skipwise.config.run_folder import RunFolder
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, first_line
 
 _EXPORTED = re.compile(  # names that `skipwise export` writes
     r"(model|pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -52,7 +52,7 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise SkipwiseError(f"{repo_id!r} is not a valid Hub name: {_first_line(error)}") from error
+        raise SkipwiseError(f"{repo_id!r} is not a valid Hub name: {first_line(error)}") from error
     if repo_id.count("/") != 1:
         raise SkipwiseError(f"{repo_id!r} is not a valid Hub name: use USER/NAME")
     if not run.metadata().get("exported") or not run.model.is_dir():
@@ -126,7 +126,7 @@ def upload_files(upload: Upload) -> str:
         api.whoami()
     except Exception as error:
         raise SkipwiseError(
-            f"not logged in to the Hub ({_first_line(error)})\nrun hf auth login, or set HF_TOKEN"
+            f"not logged in to the Hub ({first_line(error)})\nrun hf auth login, or set HF_TOKEN"
         ) from error
     try:
         card = next((file for file, name in upload.files if name == "README.md"), None)
@@ -139,7 +139,7 @@ def upload_files(upload: Upload) -> str:
             commit_message="Upload by Skipwise",
         )
     except ValueError as error:
-        raise SkipwiseError(f"the Hub rejects the model card: {_first_line(error)}") from error
+        raise SkipwiseError(f"the Hub rejects the model card: {first_line(error)}") from error
     except (HfHubHTTPError, OSError) as error:
         response = getattr(error, "response", None)
         if response is not None and response.status_code in (401, 403):
@@ -148,7 +148,7 @@ def upload_files(upload: Upload) -> str:
                 "create a token with write access: https://huggingface.co/settings/tokens"
             ) from error
         raise SkipwiseError(
-            f"the upload to {upload.repo_id} failed: {_first_line(error)}\n"
+            f"the upload to {upload.repo_id} failed: {first_line(error)}\n"
             "run the command again: uploaded files are not sent again"
         ) from error
     return str(url)
@@ -160,7 +160,3 @@ def _format_size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.2f} GB"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,7 @@ from skipwise.models.hf_config import stays_inside
 from skipwise.report import format_table
 from skipwise.report.format import metric_name, short_value
 from skipwise.report.headline import headline
+from skipwise.report.page.usage import loading_code, serving_commands
 from skipwise.report.rows import find, other_tasks
 
 _COPIED_KEYS = ("license", "license_name", "license_link", "language")
@@ -184,16 +185,11 @@ length. Passkey and needle are exact match over all depths.
 ## How to load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
+{loading_code(place)}
 ```
 
 ```
-vllm serve {place} --max-model-len {T}
-python -m sglang.launch_server --model-path {place} --context-length {T}
-llama-server -m MODEL.gguf -c {T}
+{serving_commands(place, T)}
 ```
 
 Skipwise is not needed to load it: `config.json` holds the scaling, with the keys of transformers 5

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.config.recipe import ModelSettings
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, first_line
 from skipwise.models.model_info import (
     LENGTHS,
     ModelInfo,
@@ -214,10 +214,6 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     if "layer_types" not in read:
         config["layer_types"] = _layer_types(config, known)
     return config
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _read_local_config(folder: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import torch
 
 from skipwise.config.machine import cpu_has_bf16
 from skipwise.config.recipe import ModelSettings
-from skipwise.errors import Check, SkipwiseError
+from skipwise.errors import Check, SkipwiseError, first_line
 from skipwise.models.attention.masks import FLEX
-from skipwise.models.hf_config import READ_BIN, first_line, is_local
+from skipwise.models.hf_config import READ_BIN, is_local
 
 
 def load_tokenizer(model: str, settings: ModelSettings) -> Any:

@@ -59,7 +59,10 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
     shortfalls += [f"the check “{check}” failed" for check in failed]
     tasks = ("passkey", "perplexity", *other_tasks(rows))
     if not any(find(rows, "after", task, T) for task in tasks):
-        out = f"{name} was set up for {T:,} tokens instead of {L:,}; it was not measured at {T:,}"
+        what = "the trained model" if run.get("training") else "it"
+        out = (
+            f"{name} was set up for {T:,} tokens instead of {L:,}; {what} was not measured at {T:,}"
+        )
         return f"{out}, and {'; '.join(shortfalls)}." if shortfalls else f"{out}."
     extended = f"{name} was extended from {L:,} to {T:,} tokens"
     measured, short = "; ".join(results), "; ".join(shortfalls)

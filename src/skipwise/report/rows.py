@@ -79,6 +79,11 @@ def models_of(rows: Rows) -> list[str]:
     return sorted(names, key=lambda name: RUN_MODELS.index(name) if name in RUN_MODELS else 3)
 
 
+def heading(model: str) -> str:
+    """The model's name as a heading: `Before`, `Before (a)`, and other names as they are."""
+    return model[:1].upper() + model[1:] if model.partition(" ")[0] in RUN_MODELS else model
+
+
 def pooled(rows: Rows) -> Rows:
     """One row for each model, task and length; scores at several depths are pooled.
 

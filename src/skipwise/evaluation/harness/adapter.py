@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, first_line
 
 
 def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) -> Any:
@@ -113,10 +113,6 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def script_refusal(metric: str) -> str:

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 import yaml
 
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, first_line
 from skipwise.evaluation.fingerprint import harness_identity
-from skipwise.evaluation.harness.adapter import first_line, guarded, script_refusal, wrap
-from skipwise.evaluation.harness.task_folder import read_folder
+from skipwise.evaluation.harness.adapter import guarded, script_refusal, wrap
+from skipwise.evaluation.harness.task_folder import read_task_folder
 from skipwise.evaluation.tasks.prompts import ChatPrompts
 from skipwise.evaluation.tasks.task import Task, TaskInputs
 from skipwise.report.rows import Rows
@@ -155,7 +155,7 @@ def _load(name: str, task_folder: str | None, refused: list[str]) -> dict[str, A
     with tempfile.TemporaryDirectory() as scratch:
         if task_folder is not None:
             # lm-eval reads the checked copy, which has no Python beside it
-            for i, config in enumerate(read_folder(task_folder, manager.task_index)):
+            for i, config in enumerate(read_task_folder(task_folder, manager.task_index)):
                 Path(scratch, f"{i}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
             local = TaskManager(include_defaults=False, include_path=scratch)
             for known, entry in manager.task_index.items():

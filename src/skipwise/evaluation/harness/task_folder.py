@@ -25,7 +25,7 @@ _RUNS_CODE = ("class", "custom_dataset", "trust_remote_code", "unsafe_code", "us
 _FORMATS = ("json", "csv", "parquet", "text")  # other loaders of datasets unpickle or run scripts
 
 
-def read_folder(folder: str, built_in: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_task_folder(folder: str, built_in: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Checked configs of a folder's tasks and groups, with absolute paths.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +13,22 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from skipwise.report.figures import style
 from skipwise.report.figures.style import AFTER, BEFORE, INK, MOST_CURVES, STYLE, WIDE
-from skipwise.report.format import is_share, metric_label, number, percent
-from skipwise.report.rows import Row, Rows, models_of, task_rows
+from skipwise.report.format import higher_is_better, is_share, metric_label, number, percent
+from skipwise.report.rows import Row, Rows, heading, models_of, task_rows
 from skipwise.report.ruler import EFFECTIVE_THRESHOLD, average_rows, summarise_ruler
 
 _MOST_STEPS = 400  # points of the loss curve
+_EXPLODED = 1.5  # times the model's lowest value at a shorter length
 
 
 @matplotlib.rc_context(STYLE)
 def plot_perplexity(
     rows: Rows, original_length: int | None = None, width: float = WIDE
 ) -> Figure | None:
-    """Perplexity against context length, one curve per model, with 95 % bands; at most 4 models."""
+    """Perplexity against context length, one curve per model, with 95 % bands; at most 4 models.
+
+    Values that explode are written at the top, so that the axis shows the others' differences.
+    """
     rows = [row for row in task_rows(rows, "perplexity") if row["value"] is not None]
     figure, axes = _plot_by_length(rows, "perplexity", width, 3.6)
     if axes is None:
@@ -61,6 +66,7 @@ def _plot_by_length(
     rows: Rows, ylabel: str, width: float, height: float = 3.4
 ) -> tuple[Figure | None, Any]:
     """One curve per model: shares in percent, numbers on a log scale if they differ by much."""
+    rows = drawn_rows(rows)
     if not 1 <= len(models_of(rows)) <= MOST_CURVES:
         return None, None
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -75,7 +81,10 @@ def _plot_by_length(
         axes.set_ylim(-14, 112)  # room for the values
         axes.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     else:
-        _curves(axes, rows, number, width)
+        off = off_scale(rows)
+        inside = [row for row in rows if row not in off]
+        values = [row["value"] for row in inside]
+        _curves(axes, inside, number, width)
         axes.margins(y=0.12)
         if max(values) > 4 * min(values) > 0:
             axes.set_yscale("log")
@@ -85,12 +94,73 @@ def _plot_by_length(
             axes.yaxis.set_minor_locator(NullLocator())
             formatter = FuncFormatter(lambda v, _: f"{v:,g}" if v < 1e6 else f"{v:.0e}")
             axes.yaxis.set_major_formatter(formatter)
+        if min(values) > 0:
+            _fit_axis(axes, inside, rows, off)
     axes.margins(x=0.07)
     style.length_axis(axes, sorted({row["context_length"] for row in rows}))
     axes.set_xlabel("tokens of context")
     axes.set_ylabel(ylabel)
     _legend(figure, axes, width)
     return figure, axes
+
+
+def drawn_rows(rows: Rows) -> Rows:
+    """The rows of at most 4 models if that leaves out only untrained ones, or bases too."""
+    for left_out in ("untrained", "before"):
+        if len(models_of(rows)) > MOST_CURVES:
+            rows = [row for row in rows if row["model"].partition(" ")[0] != left_out]
+    return rows
+
+
+def off_scale(rows: Rows) -> Rows:
+    """The rows that would squeeze the axis: exploded, while another model's are not.
+
+    A value explodes if it is more than 1.5 times the same model's lowest at a shorter length, and
+    above all values that do not explode.
+    """
+    if not rows or is_share(rows[0]) or higher_is_better(rows[0]):
+        return []
+    exploded: Rows = []
+    for model in models_of(rows):
+        lowest = np.inf
+        own = (row for row in rows if row["model"] == model)
+        for row in sorted(own, key=lambda row: row["context_length"]):
+            exploded += [row] if row["value"] > _EXPLODED * lowest else []
+            lowest = min(lowest, row["value"])
+    if len(models_of(exploded)) == len(models_of(rows)):
+        return []  # they are what the figure shows
+    most = max(row["value"] for row in rows if row not in exploded)
+    return [row for row in exploded if row["value"] > most]
+
+
+def _fit_axis(axes: Any, inside: Rows, rows: Rows, off: Rows) -> None:
+    """Limits by the values, with bands as far as they fit; the values off the scale at the top."""
+    values = [row["value"] for row in inside]
+    lowest, highest = min(values), max(values)
+    low = max(min([lowest, *(r["low"] for r in inside if r["low"])]), lowest / 1.5)
+    high = min(max([highest, *(r["high"] for r in inside if r["high"])]), highest * 1.5)
+    is_log = axes.get_yscale() == "log"
+    low, high = np.log([low, high]) if is_log else (low, high)
+    room = max(high - low, 1e-3 * abs(high), 1e-9)
+    stack = max([0, *(sum(r["context_length"] == n["context_length"] for r in off) for n in off)])
+    limits = np.array([low - 0.14 * room, high + (0.14 + 0.25 * stack) * room])
+    axes.set_ylim(np.exp(limits) if is_log else limits)
+    for model, (colour, marker) in style.palette(models_of(rows)).items():
+        own = sorted((r for r in rows if r["model"] == model), key=lambda r: r["context_length"])
+        points = []
+        for row in own:
+            y = row["value"]
+            if row in off:
+                same = [r["model"] for r in off if r["context_length"] == row["context_length"]]
+                place = limits[1] - room * (0.2 + 0.25 * same.index(model))
+                y = np.exp(place) if is_log else place
+                at = (row["context_length"], y)
+                style.label_point(axes, f"↑ {number(row['value'])}", at, 5, "center")
+                axes.plot(*at, marker=marker, color=colour)
+            points.append((row["context_length"], y, row in off))
+        for a, b in itertools.pairwise(points):
+            if a[2] or b[2]:
+                axes.plot((a[0], b[0]), (a[1], b[1]), color=colour, linestyle=":", linewidth=1.5)
 
 
 def plot_selection(selection: dict[str, Any], width: float = WIDE) -> Figure | None:
@@ -220,7 +290,7 @@ def _curves(axes: Any, rows: Rows, write: Any, width: float) -> None:
 
 def _label(model: str) -> str:
     """A legend label: matplotlib leaves out names that start with an underscore."""
-    name = style.shorten(model, 40)
+    name = style.shorten(heading(model), 40)
     return f" {name}" if name.startswith("_") else name
 
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from skipwise.report.figures.style import INK, STYLE, WIDE, share_colours, shorten
 from skipwise.report.format import length_names
-from skipwise.report.rows import Rows, models_of, task_rows
+from skipwise.report.rows import Rows, heading, models_of, task_rows
 
 MOST_PANELS = 12
 
@@ -54,7 +54,7 @@ def plot_grid(rows: Rows, task: str, width: float = WIDE) -> Figure | None:
             axes.set_ylim(len(depths) - 0.5, -0.5)
             axes.set_xticks(range(len(lengths)), length_names(lengths))
             axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
-            title = shorten(model, int(cell * len(lengths) / 6.5))
+            title = shorten(heading(model), int(cell * len(lengths) / 6.5))
             axes.set_title(title, fontsize=11, color=INK)
             axes.spines[:].set_visible(False)
             if i + shape[1] >= len(models):  # the last of its column

@@ -1,14 +1,15 @@
 """Several runs or evaluations side by side on one page, each model under its own label.
 
-The `after` of a run gets the run's name. `before` is one column if all runs started from one base
-model with the same values, else there is a `before (NAME)` for each base.
+The `after` of a run gets the run's name, with what differs where two runs have one name. `before`
+is one column if all runs started from one base model with the same values, else there is a
+`before (NAME)` for each base. So is `untrained`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import yaml
 
 from skipwise.errors import SkipwiseError
 from skipwise.report.differences import differences
+from skipwise.report.figures.style import shorten
 from skipwise.report.format import duration, short_count
 from skipwise.report.headline import evaluation_headline
 from skipwise.report.load import all_training, count, is_evaluation, nested, read_json, read_rows
-from skipwise.report.page.html import definitions, note, page, section, tile_list
+from skipwise.report.page.html import Section, definitions, note, page, table, tile_list
 from skipwise.report.page.results import measured_sections, result_tiles, table_section
 from skipwise.report.rows import Row, Rows, by_context, finite, models_of
 from skipwise.report.tables import format_table
 
+_SHARED = ("before", "untrained")  # models that runs may have in common
 _OWN_KEYS = ("name", "resume_from")  # of a run, and no setting
 
 
@@ -54,16 +57,19 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
     compared = read_compared(folders)
     rows = merge_rows(compared)
     windows = {c.run.get("original_length") for c in compared}
+    against = _against(rows, compared)
     text = page(
         title="Comparison · Skipwise",
         eyebrow=f"Skipwise comparison of {len(compared)} folders",
-        headline=evaluation_headline({"name": "The comparison"}, rows),
+        headline=_headline(rows, against),
+        names=models_of(rows),
         tiles=tile_list(result_tiles(rows)),
         sections=[
             table_section(rows, "Side by side", {}),
-            _differences(rows, compared),
-            *measured_sections(rows, windows.pop() if len(windows) == 1 else None, None),
             _settings(compared),
+            _differences(against),
+            *measured_sections(rows, windows.pop() if len(windows) == 1 else None, None),
+            _costs(compared),
             _folders(compared),
         ],
     )
@@ -91,11 +97,7 @@ def read_compared(folders: Sequence[Path]) -> list[Compared]:
         run = read_json(folder / "run.json")
         found.append((folder, run if isinstance(run, dict) else {}, rows))
     names = [str(run.get("name") or folder.resolve().name) for folder, run, _ in found]
-    ends = _distinct_ends(paths)
-    labels = [
-        name if names.count(name) == 1 else f"{name} ({end})"
-        for name, end in zip(names, ends, strict=True)
-    ]
+    labels = _labels(names, paths)
     return [
         Compared(folder=folder, label=label, run=run, rows=rows)
         for label, (folder, run, rows) in zip(labels, found, strict=True)
@@ -104,16 +106,17 @@ def read_compared(folders: Sequence[Path]) -> list[Compared]:
 
 def merge_rows(compared: Sequence[Compared]) -> Rows:
     """All rows, the base models first, each model under a label of its own."""
-    bases = _bases(compared)
     merged: Rows = []
-    for rows, owners in bases:
-        name = "before" if len(bases) == 1 else f"before ({', '.join(owners)})"
-        merged += [{**row, "model": name} for row in rows]
+    for model in _SHARED:
+        bases = _bases(compared, model)
+        for rows, owners in bases:
+            name = model if len(bases) == 1 else f"{model} ({', '.join(owners)})"
+            merged += [{**row, "model": name} for row in rows]
     named = [
         (one, model, one.label if model == "after" and not is_evaluation(one.run) else model)
         for one in compared
         for model in models_of(one.rows)
-        if model != "before" or is_evaluation(one.run)
+        if model not in _SHARED or is_evaluation(one.run)
     ]
     names = [name for _, _, name in named] + models_of(merged)
     for one, model, name in named:
@@ -122,8 +125,11 @@ def merge_rows(compared: Sequence[Compared]) -> Rows:
     return merged
 
 
-def _bases(compared: Sequence[Compared]) -> list[tuple[Rows, list[str]]]:
+def _bases(compared: Sequence[Compared], model: str) -> list[tuple[Rows, list[str]]]:
     """The rows of each base model, and the labels of the runs that measured them.
+
+    Args:
+        model: `before`, or `untrained` for the bases with the scaling of a run.
 
     The rows of two runs are merged if everything that both measured is the same, and if their base
     models have the same name or they measured the same things.
@@ -133,7 +139,7 @@ def _bases(compared: Sequence[Compared]) -> list[tuple[Rows, list[str]]]:
     for one in compared:
         if is_evaluation(one.run):
             continue
-        cells = {_cell(row): row for row in finite(one.rows) if row["model"] == "before"}
+        cells = {_cell(row): row for row in finite(one.rows) if row["model"] == model}
         if not cells:
             continue
         for known, owners in bases:
@@ -154,6 +160,29 @@ def _cell(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in keys)
 
 
+def _labels(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """The names; those of one name with the settings that tell them apart, or else their paths."""
+    labels, ends = list(names), _distinct_ends(folders)
+    for name in dict.fromkeys(names):
+        same = [i for i in range(len(names)) if names[i] == name]
+        if len(same) == 1:
+            continue
+        settings = [_flat(_recipe(folders[i])) for i in same]
+        keys = _differing(settings)
+        endings = [ends[i] for i in same]
+        for tried in (*((key,) for key in keys), *itertools.combinations(keys[:6], 2)):
+            told = [
+                ", ".join(f"{key}={shorten(str(one.get(key, '–')), 24)}" for key in tried)
+                for one in settings
+            ]
+            if len(set(told)) == len(told):
+                endings = told
+                break
+        for i, ending in zip(same, endings, strict=True):
+            labels[i] = f"{name} ({ending})"
+    return labels
+
+
 def _distinct_ends(paths: Sequence[Path]) -> list[str]:
     """The shortest path endings, in folders, that are all different."""
     full = [path.resolve() for path in paths]
@@ -164,53 +193,70 @@ def _distinct_ends(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in full]
 
 
-def _differences(rows: Rows, compared: Sequence[Compared]) -> str:
-    """Each trained model against the first one, on the same trials at the longest length."""
+def _against(rows: Rows, compared: Sequence[Compared]) -> dict[str, str]:
+    """Differences of the other trained models from the first one, on the same trials."""
     names = [one.label for one in compared if not is_evaluation(one.run)]
     names = [name for name in names if name in models_of(rows)]
     length = max((row["context_length"] for row in by_context(rows)), default=0)
-    if len(names) < 2 or not length:
-        return ""
-    first, *others = names
-    entries = {name: list(map(str, differences(rows, name, first, length))) for name in others}
-    if not any(entries.values()):
-        return ""
-    return section(
-        f"Against {first}",
-        definitions(dict(entries))
-        + note(
-            f"At {length:,} tokens of context, on the same trials and windows, with 95 % intervals "
-            "of the difference."
-        ),
-    )
+    found = {n: ", ".join(map(str, differences(rows, n, names[0], length))) for n in names[1:]}
+    at = f"against {names[0]} at {length:,} tokens" if names else ""
+    return {f"{name} {at}": text for name, text in found.items() if text}
 
 
-def _settings(compared: Sequence[Compared]) -> str:
+def _headline(rows: Rows, against: dict[str, str]) -> str:
+    """What was measured; of runs, how they differ."""
+    text = evaluation_headline({"name": "The comparison"}, rows)
+    found = ". ".join(f"{name}: {said}" for name, said in against.items())
+    return f"{text.partition(' tokens')[0]} tokens: {found}." if found else text
+
+
+def _differences(against: dict[str, str]) -> Section | None:
+    text = "On the same trials and windows, with 95 % intervals of the difference."
+    entries = definitions({name: [said] for name, said in against.items()})
+    return Section("Differences", entries + note(text)) if against else None
+
+
+def _settings(compared: Sequence[Compared]) -> Section | None:
     """The settings that differ between the runs: the recipe's, and what a run chose itself."""
     runs = [one for one in compared if not is_evaluation(one.run)]
     if len(runs) < 2:
-        return ""
-    found = [_flat(_recipe(one)) | _chosen(one.run) for one in runs]
-    keys = [key for key in {key: None for one in found for key in one} if key not in _OWN_KEYS]
-    differ = [key for key in keys if len({str(one.get(key)) for one in found}) > 1]
-    if not differ:
-        return section("What differs", note("The recipes do not differ."))
-    head = "".join(f'<th scope="col">{escape(one.label)}</th>' for one in runs)
-    body = "".join(
-        f'<tr><th scope="row">{escape(key)}</th>'
-        + "".join(f"<td>{escape(str(one.get(key, '–')))}</td>" for one in found)
-        + "</tr>"
-        for key in differ
-    )
-    return section(
-        "What differs",
-        f'<div class="scroll"><table><thead><tr><th scope="col">Setting</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>",
-    )
+        return None
+    found = [_flat(_recipe(one.folder)) | _chosen(one.run) for one in runs]
+    if not (keys := _differing(found)):
+        return Section("What differs", note("The recipes do not differ."))
+    lines = [[key, *[str(one.get(key, "–")) for one in found]] for key in keys]
+    head = ["Setting", *[one.label for one in runs]]
+    return Section("What differs", table(head, lines, numeric=False))
 
 
-def _recipe(one: Compared) -> Any:
-    file = one.folder / "recipe.yaml"
+def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys whose values are not the same everywhere."""
+    keys = dict.fromkeys(key for one in settings for key in one if key not in _OWN_KEYS)
+    return [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
+
+
+def _costs(compared: Sequence[Compared]) -> Section | None:
+    """Training tokens, time, speed and memory of each run, and the time of all its stages."""
+    head = ["Run", "Steps", "Tokens", "Training", "Tokens a second", "Peak memory", "All stages"]
+    lines = []
+    for one in compared:
+        taken, stages = all_training(one.run), nested(one.run, "stages").values()
+        seconds, tokens = taken.get("seconds"), taken.get("num_tokens")
+        steps = sum(nested(one.run, part).get("num_steps") or 0 for part in ("training", "finish"))
+        cells = [
+            f"{steps:,}" if taken else "–",
+            short_count(tokens) if tokens else "–",
+            duration(seconds) if seconds else "–",
+            f"{tokens / seconds:,.0f}" if tokens and seconds else "–",
+            f"{taken['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in taken else "–",
+            duration(sum(filter(None, stages))) if any(stages) else "–",
+        ]
+        lines += [] if is_evaluation(one.run) else [[one.label, *cells]]
+    return Section("What each run cost", table(head, lines)) if lines else None
+
+
+def _recipe(folder: Path) -> Any:
+    file = folder / "recipe.yaml"
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError, yaml.YAMLError):
@@ -233,13 +279,11 @@ def _chosen(run: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _folders(compared: Sequence[Compared]) -> str:
-    """The path, base model, training, text and machine of each folder."""
+def _folders(compared: Sequence[Compared]) -> Section:
+    """The path, base model, method, text and machine of each folder."""
     entries = {}
     for one in compared:
         training, data = nested(one.run, "training"), nested(one.run, "data")
-        taken = all_training(one.run)
-        seconds, tokens = taken.get("seconds"), taken.get("num_tokens")
         sources = ", ".join(map(str, data.get("sources") or []))
         entries[one.label] = [
             str(one.folder),
@@ -247,12 +291,10 @@ def _folders(compared: Sequence[Compared]) -> str:
             f"from {one.base}" if one.base else None,
             count(one.run, "target_length", "tokens of target length"),
             training.get("method"),
-            f"{short_count(tokens)} tokens of training" if tokens else None,
-            f"{duration(seconds)} of training" if seconds else None,
             f"text {sources}" if sources else None,
             nested(one.run, "machine").get("gpu") or nested(one.run, "machine").get("cpu"),
         ]
-    return section(
+    return Section(
         "What is compared",
         definitions(entries)
         + note(

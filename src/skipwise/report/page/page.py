@@ -2,8 +2,8 @@
 
 What run.json does not hold is left out or marked as not recorded; nothing is guessed.
 
-Reading order:  results.py (sections of what was measured)  training.py (sections of how a run was
-                made)  html.py (HTML building blocks)
+Reading order:  results.py (sections of what was measured)  usage.py (how to load the model)
+                choices.py, training.py (how a run was made)  html.py (HTML building blocks)
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from skipwise.report.format import length_names, listed, short_value
 from skipwise.report.headline import evaluation_headline, headline
 from skipwise.report.load import count, is_evaluation, nested, read_json, read_lines, read_rows
 from skipwise.report.page import training
-from skipwise.report.page.html import definitions, note, page, section, tile_list
+from skipwise.report.page.choices import choices_section
+from skipwise.report.page.html import Section, definitions, note, page, tile_list
 from skipwise.report.page.results import measured_sections, result_tiles, table_section
-from skipwise.report.rows import RUN_MODELS, Rows, find, other_tasks
+from skipwise.report.page.usage import usage_section
+from skipwise.report.rows import RUN_MODELS, Rows, find, models_of, other_tasks
 from skipwise.report.ruler import summarise_ruler
 from skipwise.report.tables import format_table
 
@@ -60,19 +62,22 @@ def write_report(run_folder: str | Path) -> Path:
         notice=_notice(run),
         tiles=tile_list(tiles),
         sections=sections,
+        names=[*models_of(rows), *other_tasks(rows)],
     )
     (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
     (out / "index.html").write_text(text, encoding="utf-8")
     return out / "index.html"
 
 
-def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
+def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[Section | None]:
     names = {run.get("target_length"): "target", run.get("original_length"): "original"}
     return [
         table_section(rows, "Before, rescaled and trained", names),
         *measured_sections(rows, run.get("original_length"), out, optional=False),
+        usage_section(folder, run),
+        choices_section(run),
         training.selection_section(run, out),
-        training.loss_section(read_lines(folder / "metrics.jsonl"), out),
+        training.loss_section(run, read_lines(folder / "metrics.jsonl"), out),
         training.positions_section(run, out),
         training.cost_section(run),
         training.checks_section(run),
@@ -81,7 +86,7 @@ def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
     ]
 
 
-def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
+def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[Section | None]:
     models, machine = nested(run, "models"), nested(run, "machine")
     windows = {nested(models, label).get("original_length") for label in models}
     memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None
@@ -97,7 +102,7 @@ def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[str]:
     return [
         table_section(rows, "What was measured", {}),
         *measured_sections(rows, windows.pop() if len(windows) == 1 else None, out),
-        section("Models and machine", definitions(entries)),
+        Section("Models and machine", definitions(entries)),
         _reproduce(run, None),
     ]
 
@@ -137,10 +142,10 @@ def _run_tiles(run: dict[str, Any], rows: Rows) -> list[tuple[str, str]]:
     return tiles + training.training_tiles(run)
 
 
-def _reproduce(run: dict[str, Any], recipe: Path | None) -> str:
+def _reproduce(run: dict[str, Any], recipe: Path | None) -> Section:
     commands = [c for c in run.get("reproduce") or [run.get("command")] if c]
     shown = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
     if recipe and recipe.exists():
         text = escape(recipe.read_text(encoding="utf-8"))
         shown += f"<details><summary>The recipe, recipe.yaml</summary><pre>{text}</pre></details>"
-    return section("Reproduce", shown or note("No command was recorded."))
+    return Section("Reproduce", shown or note("No command was recorded."))

@@ -13,18 +13,20 @@ from skipwise.report.figures.style import MOST_CURVES, share_colours
 from skipwise.report.format import (
     format_value,
     length_names,
+    listed,
     metric_label,
     metric_name,
     percent,
     short_value,
 )
-from skipwise.report.page.html import MISSING, code_name, figure, note, prose, section
+from skipwise.report.page.html import MISSING, Section, code_name, figure, note, prose, table
 from skipwise.report.rows import (
     RULER_AVERAGE,
     Row,
     Rows,
     describe_mixed_texts,
     find,
+    heading,
     is_ruler,
     models_of,
     other_tasks,
@@ -54,7 +56,7 @@ _ABOUT = {
 
 def measured_sections(
     rows: Rows, original_length: int | None, png_folder: Path | None, optional: bool = True
-) -> list[str]:
+) -> list[Section | None]:
     """A section for each kind of task.
 
     Args:
@@ -72,20 +74,20 @@ def measured_sections(
     ]
 
 
-def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
+def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> Section | None:
     """The table of all scores at context lengths; for RULER only the averages.
 
     Args:
         names: labels of context lengths, such as `target`.
     """
     if not rows:
-        return section(title, MISSING)
+        return Section(title, MISSING)
     models, lines, cells = layout(rows)
     ruled = {row["task"] for row in rows if is_ruler(row)}
     lines = [line for line in lines if line[0] not in ruled]
     if not lines:
-        return ""
-    head = "".join(f'<th class="n" scope="col">{escape(m)}</th>' for m in models)
+        return None
+    head = "".join(f'<th class="n" scope="col">{escape(heading(m))}</th>' for m in models)
     body = ""
     for task, metric in dict.fromkeys(line[:2] for line in lines):
         lengths = [line[2] for line in lines if line[:2] == (task, metric)]
@@ -103,12 +105,13 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
                 body += f'<td class="n">{escape(value)}{small}</td>'
             body += "</tr>\n"
         body += "</tbody>"
-    about = [text for task, text in _ABOUT.items() if task_rows(rows, task)]
+    about = ["↑ higher is better, ↓ lower is better."]
+    about += [text for task, text in _ABOUT.items() if task_rows(rows, task)]
     if any(cell["low"] is not None for cell in cells.values()):
         about.append("95 % intervals are in brackets.")
     about += [UNTRAINED.capitalize()] if "untrained" in models else []
     about += [mixed] if (mixed := describe_mixed_texts(rows)) else []
-    return section(
+    return Section(
         title,
         '<div class="scroll"><table><thead><tr><th scope="col">Task</th>'
         f'<th class="n" scope="col">Context</th>{head}</tr></thead>{body}</table></div>\n'
@@ -118,7 +121,7 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> str:
 
 def perplexity_section(
     rows: Rows, original_length: int | None, png_folder: Path | None, optional: bool = False
-) -> str:
+) -> Section | None:
     """The curve, or a note that it was not measured; nothing if it is optional."""
     title = "Perplexity against context length"
     drawn = figure(
@@ -134,11 +137,13 @@ def perplexity_section(
     if not drawn and num > MOST_CURVES:
         drawn = _too_many(num)
     elif not drawn and optional:
-        return ""
-    return section(title, drawn or MISSING)
+        return None
+    return Section(title, drawn or MISSING)
 
 
-def grid_section(rows: Rows, task: str, png_folder: Path | None, optional: bool = True) -> str:
+def grid_section(
+    rows: Rows, task: str, png_folder: Path | None, optional: bool = True
+) -> Section | None:
     """Heat maps of a task by depth and length, one panel per model."""
     title, caption = _GRIDS[task]
     models = heatmaps.grid_models(rows, task)
@@ -152,11 +157,11 @@ def grid_section(rows: Rows, task: str, png_folder: Path | None, optional: bool 
         lambda: alt_text.describe_grid(rows, task),
         caption,
     )
-    return section(title, drawn or MISSING) if drawn or not optional else ""
+    return Section(title, drawn or MISSING) if drawn or not optional else None
 
 
-def ruler_section(rows: Rows, png_folder: Path | None) -> str:
-    """The averages as curves, the effective lengths, and every task by length for each model."""
+def ruler_section(rows: Rows, png_folder: Path | None) -> Section | None:
+    """The averages as curves, the effective lengths, and every task by model and length."""
     summaries = ruler.summarise_ruler(rows)
     drawn = figure(
         png_folder,
@@ -169,23 +174,16 @@ def ruler_section(rows: Rows, png_folder: Path | None) -> str:
         "that, with all shorter ones, reaches this threshold.",
     )
     if not summaries:
-        return ""
+        return None
     num = sum(bool(s.averages) for s in summaries)
     if not drawn:
         drawn = _too_many(num) if num > MOST_CURVES else note(f"{ruler.describe_tasks(summaries)}.")
-    lines = "".join(
-        f'<tr><th scope="row">{escape(s.model)}</th><td class="n">{escape(s.effective)}</td></tr>'
-        for s in summaries
-    )
-    effective = (
-        '<table class="short"><thead><tr><th scope="col">Model</th><th class="n" scope="col">'
-        f"{ruler.EFFECTIVE_LENGTH.capitalize()}</th></tr></thead><tbody>{lines}</tbody></table>"
-    )
-    tables = "".join(_ruler_table(rows, s.model) for s in summaries)
-    return section("RULER tasks", f"{drawn}\n{effective}\n{tables}")
+    lines = [[heading(s.model), s.effective] for s in summaries]
+    effective = table(["Model", ruler.EFFECTIVE_LENGTH.capitalize()], lines)
+    return Section("RULER tasks", f"{drawn}\n{effective}\n{_ruler_table(rows)}")
 
 
-def task_section(rows: Rows, task: str, png_folder: Path | None) -> str:
+def task_section(rows: Rows, task: str, png_folder: Path | None) -> Section:
     """Curves of a task that the report does not know, a figure a metric, as its rows say."""
     points = pooled(task_rows(rows, task))
     title, num = points[0].get("title") or task, len(models_of(points))
@@ -199,16 +197,16 @@ def task_section(rows: Rows, task: str, png_folder: Path | None) -> str:
             functools.partial(alt_text.describe_curves, kept, f"{title}, {metric_name(kept[0])},"),
             points[0].get("about") or "Bands are 95 % intervals.",
         )
-    return section(title, figures or (_too_many(num) if num > MOST_CURVES else MISSING))
+    return Section(title, figures or (_too_many(num) if num > MOST_CURVES else MISSING))
 
 
-def benchmark_section(rows: Rows) -> str:
+def benchmark_section(rows: Rows) -> Section | None:
     """All benchmarks with their standard errors, and what changed beyond them."""
     models, lines, cells = benchmarks.benchmark_layout(rows)
     if not lines:
-        return ""
+        return None
     pair = len(models) == 2
-    heads = [*models, *(["difference"] if pair else [])]
+    heads = [*map(heading, models), *(["Difference"] if pair else [])]
     head = "".join(f'<th class="n" scope="col">{escape(m)}</th>' for m in heads)
     body = ""
     for line in lines:
@@ -222,7 +220,7 @@ def benchmark_section(rows: Rows) -> str:
         body += "".join(f'<td class="n">{value}</td>' for value in shown)
         body += (_difference(benchmarks.line_difference(*found)) if pair else "") + "</tr>\n"
     verdicts = [f"<p>{prose(text)}</p>" for text in benchmarks.describe_benchmarks(rows)]
-    return section(
+    return Section(
         "Short-context benchmarks",
         '<div class="scroll"><table><thead><tr><th scope="col">Benchmark</th>'
         f"{head}</tr></thead><tbody>{body}</tbody></table></div>\n{''.join(verdicts)}"
@@ -250,24 +248,29 @@ def _with_error(text: str) -> str:
     return escape(value) + (f" <small>±&nbsp;{escape(error)}</small>" if error else "")
 
 
-def _ruler_table(rows: Rows, model: str) -> str:
-    """Scores by task and length; cells have the colours of the heat maps."""
-    kept = [r for r in pooled(rows) if is_ruler(r) and r["model"] == model]
-    cells = {(r["task"], r["context_length"]): r["value"] for r in kept}
+def _ruler_table(rows: Rows) -> str:
+    """Scores by task, model and length, the models of a task below each other."""
+    kept = [row for row in pooled(rows) if is_ruler(row)]
+    cells = {(r["task"], r["model"], r["context_length"]): r["value"] for r in kept}
     lengths = sorted({r["context_length"] for r in kept})
     head = "".join(f'<th class="n" scope="col">{n}</th>' for n in length_names(lengths))
-    body = "".join(
-        f'<tr><th scope="row">{code_name(task)}</th>'
-        + "".join(_share_cell(cells.get((task, n))) for n in lengths)
-        + "</tr>\n"
-        for task in ruler.ruler_tasks(kept)
-    )
+    body = ""
+    for task in ruler.ruler_tasks(kept):
+        models = models_of([row for row in kept if row["task"] == task])
+        first = f'<th scope="rowgroup" rowspan="{len(models)}">{code_name(task)}</th>'
+        lines = (
+            f'<th scope="row">{escape(heading(model))}</th>'
+            + "".join(_share_cell(cells.get((task, model, n))) for n in lengths)
+            for model in models
+        )
+        body += f"<tbody><tr>{first}{'</tr><tr>'.join(lines)}</tr></tbody>\n"
     samples = sorted({r["num_samples"] for r in kept})
     num = f"{samples[0]:,}" if len(samples) == 1 else f"{samples[0]:,} to {samples[-1]:,}"
     return (
-        f'<div class="scroll"><table class="shares"><caption>{escape(model)}: percent of the '
-        f"expected answers found, {num} samples a cell</caption><thead><tr>"
-        f'<th scope="col">Task</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        '<div class="scroll"><table class="shares"><caption>Percent of the expected answers '
+        f"found, {num} samples a cell, by tokens of context</caption><thead><tr>"
+        f'<th scope="col">Task</th><th scope="col">Model</th>{head}</tr></thead>{body}</table>'
+        "</div>"
     )
 
 
@@ -282,7 +285,7 @@ def _task(row: Row) -> str:
     """The task and, small below it, its metric and which direction is better."""
     task = row["task"]
     if task == "perplexity":
-        return f"{metric_name(row)}<small>↓ lower is better</small>"
+        return escape(metric_label(row))
     name = "RULER average" if task == RULER_AVERAGE else code_name(task)
     return f"{name}<small>{escape(metric_label(row))}</small>"
 
@@ -294,7 +297,14 @@ def _too_many(num: int) -> str:
 def _beyond(rows: Rows) -> str:
     points = [r for r in task_rows(rows, "perplexity") if r["value"] is None]
     at = ", ".join(f"{r['model']} at {r['context_length']:,}" for r in points)
-    return f" Beyond measure, and not drawn: {at}." if at else ""
+    known = [row for row in task_rows(rows, "perplexity") if row["value"] is not None]
+    drawn = curves.drawn_rows(known)
+    said = (
+        " Values too high for the axis are written at its top." if curves.off_scale(drawn) else ""
+    )
+    missing = [model for model in models_of(known) if model not in models_of(drawn)]
+    said += f" Only in the table: {listed(missing)}." if missing else ""
+    return said + (f" Beyond measure, and not drawn: {at}." if at else "")
 
 
 def result_tiles(rows: Rows) -> list[tuple[str, str]]:

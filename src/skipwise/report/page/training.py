@@ -10,11 +10,11 @@ from skipwise.report.figures import alt_text, curves
 from skipwise.report.figures.positions import plot_positions
 from skipwise.report.format import duration, number, percent, short_count
 from skipwise.report.load import all_training, count, nested
-from skipwise.report.page.html import MISSING, definitions, figure, note, section
+from skipwise.report.page.html import MISSING, Section, definitions, figure, note, table
 
 
-def selection_section(run: dict[str, Any], png_folder: Path) -> str:
-    """How the checkpoint was chosen; nothing if none was."""
+def selection_section(run: dict[str, Any], png_folder: Path) -> Section | None:
+    """How the checkpoint was chosen; None if none was."""
     selection = nested(run, "selection")
     points, chosen = curves.scored_checkpoints(selection), selection.get("chosen")
     share = curves.is_share_of(selection)
@@ -36,11 +36,11 @@ def selection_section(run: dict[str, Any], png_folder: Path) -> str:
         said,
     )
     if not points and chosen is None:
-        return ""
-    return section("Choice of the checkpoint", drawn or note(said))
+        return None
+    return Section("Choice of the checkpoint", drawn or note(said))
 
 
-def loss_section(metrics: list[dict[str, Any]], png_folder: Path) -> str:
+def loss_section(run: dict[str, Any], metrics: list[dict[str, Any]], png_folder: Path) -> Section:
     first = curves.finish_step(metrics)
     finish = "" if first is None else f" From step {first:,} on examples have full length."
     drawn = figure(
@@ -49,12 +49,22 @@ def loss_section(metrics: list[dict[str, Any]], png_folder: Path) -> str:
         lambda width: curves.plot_loss(metrics, width),
         lambda: alt_text.describe_loss(metrics),
         "Pale: every logged step, or the range in bins if there are over 400. Strong: the running "
-        f"mean over a twentieth of the steps.{finish}",
+        f"mean over a twentieth of the steps.{finish}{_not_comparable(run, metrics)}",
     )
-    return section("Training loss", drawn or MISSING)
+    return Section("Training loss", drawn or MISSING)
 
 
-def positions_section(run: dict[str, Any], png_folder: Path) -> str:
+def _not_comparable(run: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """Why the training loss says nothing beside the base's loss or perplexity."""
+    L, T = run.get("train_length"), run.get("target_length")
+    parts = ["is of examples with skipped positions"] if L and T and L < T else []
+    if any("distillation" in line for line in metrics):
+        parts.append("includes the distance to the base's predictions (distillation)")
+    why = f"It {' and '.join(parts)}: do" if parts else "Do"
+    return f" {why} not compare it with the base's loss or with the perplexities above."
+
+
+def positions_section(run: dict[str, Any], png_folder: Path) -> Section:
     """The positions of training examples, and which relative distances they show."""
     title, positions = "Positions seen in training", nested(run, "positions")
     L, T = run.get("train_length"), run.get("target_length")
@@ -63,7 +73,7 @@ def positions_section(run: dict[str, Any], png_folder: Path) -> str:
     coverage = [(d, share) for d, share in pairs if share is not None]
     if not (examples and coverage and L and T):
         (png_folder / "positions.png").unlink(missing_ok=True)
-        return section(title, _untrained(run))
+        return Section(title, _untrained(run))
     drawn = figure(
         png_folder,
         "positions",
@@ -73,12 +83,12 @@ def positions_section(run: dict[str, Any], png_folder: Path) -> str:
         "ahead. Below: how many of the examples show two tokens at each relative distance. "
         + str(positions.get("sampler") or ""),
     )
-    return section(title, drawn)
+    return Section(title, drawn)
 
 
-def cost_section(run: dict[str, Any]) -> str:
+def cost_section(run: dict[str, Any]) -> Section:
     """Tokens and attention pairs of the run, and of full-length training."""
-    return section("Cost compared with full-length training", _cost(run))
+    return Section("Cost compared with full-length training", _cost(run))
 
 
 def _cost(run: dict[str, Any]) -> str:
@@ -96,23 +106,16 @@ def _cost(run: dict[str, Any]) -> str:
         ("Full length, as many examples", (num + long) * T, (num + long) * T * (T + 1) // 2),
         ("Full length, as many tokens", tokens, tokens * (T + 1) // 2),
     )
-    body = "".join(
-        f'<tr><th scope="row">{name}</th>'
-        f'<td class="n">{short_count(tokens) if tokens >= 1e8 else f"{tokens:,}"}</td>'
-        f'<td class="n">{short_count(pairs)}</td>'
-        f'<td class="n">{_ratio(pairs / lines[0][2])}×</td></tr>'
-        for name, tokens, pairs in lines
-    )
+    counts = [(n, short_count(t) if t >= 1e8 else f"{t:,}", pairs) for n, t, pairs in lines]
+    cells = [[n, t, short_count(p), f"{_ratio(p / lines[0][2])}×"] for n, t, p in counts]
     said = [f"{_spent(training, num * L)}."]
     if long:
         share = percent(finish["share"])
         said += [f"Then {share} % of all tokens at full length: {_spent(finish, long * T)}."]
     return (
         "".join(f"<p>{escape(text)}</p>\n" for text in said)
-        + '<div class="scroll"><table><thead><tr><td></td><th class="n" scope="col">Tokens</th>'
-        '<th class="n" scope="col">Attention pairs</th>'
-        f'<th class="n" scope="col">Ratio to this run</th></tr></thead><tbody>{body}</tbody>'
-        f'</table></div>\n<p class="note">{num:,} examples of {L:,} tokens'
+        + table(["", "Tokens", "Attention pairs", "Ratio to this run"], cells)
+        + f'<p class="note">{num:,} examples of {L:,} tokens'
         f"{f' and {long:,} of {T:,}' if long else ''}; full length is {T:,}. "
         "Attention pairs are the query-key pairs of one causal layer and head, n (n + 1) / 2 ≈ "
         f"n² / 2 for an example of n tokens: at equal tokens the ratio is about T / L = {T / L:.3g}"
@@ -133,19 +136,26 @@ def _spent(taken: dict[str, Any], num_tokens: int) -> str:
     return "; ".join(spent)
 
 
-def checks_section(run: dict[str, Any]) -> str:
-    items = ""
+def checks_section(run: dict[str, Any]) -> Section:
+    """The checks that failed or warn; those that passed are folded."""
+    items: dict[str, list[str]] = {"failed": [], "warn": [], "passed": []}
     for check in run.get("checks") or []:
-        word = "warn" if check.get("is_warning") else "ok"
-        kind, word = ("passed", word) if check.get("passed") else ("failed", "failed")
+        kind = "warn" if check.get("is_warning") else "passed"
+        kind = kind if check.get("passed") else "failed"
+        word = "ok" if kind == "passed" else kind
         text = escape(f"{check.get('name', '?')}: {check.get('detail', '')}")
         numbers = check.get("numbers")
         if isinstance(numbers, dict) and numbers:
             named = (f"{key.replace('_', ' ')} {_short_number(n)}" for key, n in numbers.items())
             text += f" <small>({escape(', '.join(named))})</small>"
-        items += f'<li class="{kind}"><b>{word}</b><span>{text}</span></li>'
-    shown = f'<ul class="checks">{items}</ul>' if items else note("No check was run.")
-    return section("Checks", shown)
+        items[kind].append(f'<li class="{kind}"><b>{word}</b><span>{text}</span></li>')
+    shown, passed = "".join(items["failed"] + items["warn"]), items["passed"]
+    body = f'<ul class="checks">{shown}</ul>' if shown else ""
+    if passed:
+        summary = f"{len(passed)} {'check' if len(passed) == 1 else 'checks'} passed"
+        folded = f'<ul class="checks">{"".join(passed)}</ul>'
+        body += f"<details><summary>{summary}</summary>{folded}</details>"
+    return Section("Checks", body or note("No check was run."))
 
 
 def _short_number(value: Any) -> str:
@@ -154,7 +164,7 @@ def _short_number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def details_section(run: dict[str, Any]) -> str:
+def details_section(run: dict[str, Any]) -> Section:
     """Model, lengths, data, machine, times and versions."""
     keys = ("model", "data", "machine", "training")
     model, data, machine, training = (nested(run, key) for key in keys)
@@ -180,16 +190,11 @@ def details_section(run: dict[str, Any]) -> str:
     if machine.get("num_gpus", 1) > 1:
         gpu = f"{machine['num_gpus']} × {gpu}"
     stages = nested(run, "stages").items()
-    found, temperature = nested(run, "temperature"), []  # of the exported weights
-    if found.get("value"):
-        effect, search = f"{found['value']:g} times every attention logit", found.get("detail", "")
-        temperature = [effect, str(search)]
     entries = {
         "Model": [model.get("name"), model.get("family"), parameters],
         "Lengths": lengths,
         "Trained": trained if training else [],
         "RoPE": [f"{k} {v}" for k, v in nested(run, "rope").items()],
-        "Temperature": temperature,
         "Text": data.get("sources") or [],
         "Documents": documents,
         "Evaluation": [count(data, "num_eval_documents", "documents held out")],
@@ -197,7 +202,7 @@ def details_section(run: dict[str, Any]) -> str:
         "Time": [f"{k} {duration(v)}".replace(" ", "\u00a0") for k, v in stages if v is not None],
         "Versions": [f"{k} {v}" for k, v in nested(run, "versions").items()],
     }
-    return section("Data, model and machine", definitions(entries))
+    return Section("Data, model and machine", definitions(entries))
 
 
 def training_tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
