@@ -54,8 +54,11 @@ REFUSED = {  # what is wrong: (config, words of the error)
         "type original_length=8192, or original_length=131072",
     ),
     "share text": (of("stablelm", partial_rotary_factor="0.25"), "partial_rotary_factor in config"),
-    "share 0": (of("stablelm", partial_rotary_factor=0.0), "is 0.0: give a number above 0"),
-    "share 2": (of("stablelm", partial_rotary_factor=2.0), "rotate 32 of a head's 16 dimensions"),
+    "share 0": (
+        of("stablelm", partial_rotary_factor=0.0),
+        "is 0.0: give a number above 0 and",
+    ),
+    "share 2": (of("stablelm", partial_rotary_factor=2.0), "is 2.0: give at most 1, or remove it"),
     "odd head": (llama(head_dim=15), "RoPE would rotate 15 of a head's 15 dimensions"),
     "heads text": (llama(num_attention_heads="4"), 'num_attention_heads in config.json is "4"'),
     "heads 0": (llama(num_attention_heads=0), "num_attention_heads in config.json is 0"),

@@ -208,7 +208,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path, shard):
 )
 def test_a_config_with_a_size_that_no_model_has_is_refused_with_its_key(tmp_path, values):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **values}))
-    with pytest.raises(SkipwiseError, match=r"config.json: [a-z_]+ is .*"):
+    with pytest.raises(SkipwiseError, match=r"[a-z_]+ in [a-z_.]+ is .*: give "):
         read_config(str(tmp_path), ModelSettings())
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +31,28 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 _OBJECTS = ("rope_parameters", "rope_scaling", "text_config", "dual_chunk_attention_config")
 _THETAS = ("rope_theta", "rope_local_base_freq", "rotary_emb_base")
 _BEFORE = "original_max_position_embeddings"
-_HEADS = ("num_key_value_heads", "head_dim", "qk_rope_head_dim")
-_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {  # what the values of these keys must be
-    "a JSON object": (dict, (*_OBJECTS, *_LAYER_TYPES)),
-    "a list": (list, ("layer_types",)),
-    "a number": (int | float, (*LENGTHS, "sliding_window")),
-    "a number above 0": (
-        int | float,
-        (*_THETAS, "factor", "alpha", "partial_rotary_factor", "rotary_pct", _BEFORE),
-    ),
-    "a whole number above 0": (
-        int,
-        (*SHAPE, *_HEADS, "num_hidden_layers", "max_position_embeddings"),
-    ),
-}
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "qk_rope_head_dim")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+_EXPERTS = ("num_experts", "num_local_experts")
+_WHOLE, _NUMBER, _SHARE = "a whole number", "a number", "a number above 0 and at most 1"
+# (what the values of these keys must be, their type, lowest, highest, keys); a list of whole
+# numbers holds one for each layer
+_KINDS: tuple[tuple[str, Any, float, float, tuple[str, ...]], ...] = (
+    ("a JSON object", dict, 0, 0, (*_OBJECTS, *_LAYER_TYPES)),
+    ("a list", list, 0, 0, ("layer_types",)),
+    (_NUMBER, int | float, -1e31, 1e31, LENGTHS),
+    (f"{_NUMBER} above 0", int | float, 1e-30, 1e30, ("factor", "alpha", _BEFORE)),
+    (f"{_NUMBER} above 0", int | float, 1e-30, 1e18, _THETAS),
+    (_SHARE, int | float, 1e-6, 1, ("partial_rotary_factor", "rotary_pct")),
+    (f"{_WHOLE} above 0", int, 1, 1 << 20, ("hidden_size", "d_model", "n_embd")),
+    (f"{_WHOLE} above 0", int, 1, 10_000, _LAYERS),
+    (f"{_WHOLE} above 0", int, 1, 1 << 16, _HEADS),
+    (f"{_WHOLE} above 0", int, 1, 1 << 26, ("vocab_size",)),
+    (f"{_WHOLE} above 0", int, 1, 2**31 - 1, ("max_position_embeddings",)),
+    (_WHOLE, int, 0, 1 << 24, ("intermediate_size", *_EXPERTS)),
+    (_NUMBER, int | float, 0, 2**31 - 1, ("sliding_window",)),
+)
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
-_RANGES = {  # keys of a config.json, at any depth; a list holds one value for each layer
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd"), (1, 1 << 20)),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), (1, 10_000)),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), (1, 1 << 16)),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 2**31 - 1)),
-    "intermediate_size": (0, 1 << 24),
-    "vocab_size": (1, 1 << 26),
-    "num_experts": (0, 1 << 20),
-    "num_local_experts": (0, 1 << 20),
-    "sliding_window": (0, 2**31 - 1),
-    "rope_theta": (1, 1e18),
-    "partial_rotary_factor": (1e-6, 1.0),
-}
 _COPIED = (".jinja", ".txt", ".model")  # files whose text goes into an export
 
 
@@ -108,7 +101,6 @@ def _read_raw_config(model: str, settings: ModelSettings) -> dict[str, Any]:
             f"{model} could not be read: it is not a local folder, and the download failed\n"
             f"{first_line(error)}"
         ) from error
-    _check_ranges(config, model)
     return config
 
 
@@ -228,20 +220,25 @@ def _read_local_config(folder: Path) -> dict[str, Any]:
     config = read_json(file)
     if not isinstance(config, dict):
         raise SkipwiseError(f"{file} is not a config: it must map keys to values")
-    _check_ranges(config, str(file))
     return config
 
 
 def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> None:
     """SkipwiseError for values that transformers passes over, computes from, or fails at."""
-    for what, key in ((what, key) for what, (_, keys) in _KINDS.items() for key in keys):
-        value, kind = config.get(key), _KINDS[what][0]
-        good = isinstance(value, kind) and not isinstance(value, bool)
-        good = good and ("above 0" not in what or 0 < value < 1e30)
-        if not good and value is not None:
-            given = f"{key} in {inside} is {json.dumps(value)}"
-            raise SkipwiseError(f"{given}: give {what}, or remove it")
-        if kind is dict and value:
+    for what, kind, low, high, keys in _KINDS:
+        for key in keys:
+            value = config.get(key)
+            per_layer = isinstance(value, list) and kind is int
+            for one in value if per_layer else [value]:
+                good = isinstance(one, kind) and not isinstance(one, bool)
+                if good and kind not in (dict, list) and not low <= one <= high:
+                    good = False
+                    what = what if not one > high else f"at most {high:,}"
+                if not good and one is not None:
+                    given = f"{key} in {inside} is {json.dumps(one)[:40]}"
+                    raise SkipwiseError(f"{given}: give {what}, or remove it")
+    for key, value in config.items():
+        if isinstance(value, dict) and (key in (*_OBJECTS, *_LAYER_TYPES) or "_config" in key):
             _check_values(value, key)
     if inside not in ("config.json", "text_config"):
         return
@@ -307,27 +304,6 @@ def check_inside(folder: Path) -> None:
                 f"{file} is a link out of its folder, and its text would be exported\n"
                 "copy the file there if it belongs to the model, or remove the link"
             )
-
-
-def _check_ranges(config: Mapping[str, Any], where: str) -> None:
-    """Refuse sizes that no model has, before memory is computed or taken for them."""
-    for key, value in _sizes(config, 0):
-        low, high = _RANGES[key]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number and math.isfinite(value) and low <= value <= high
-        if not fits or (isinstance(high, int) and value != int(value)):
-            raise SkipwiseError(
-                f"{where}: {key} is {str(value)[:40]}: a model has {low:,} to {high:,}"
-            )
-
-
-def _sizes(config: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
-    """(key, value) of the numbers with a range, in nested mappings too."""
-    for key, value in config.items():
-        if key in _RANGES and value is not None and not isinstance(value, dict):
-            yield from ((key, item) for item in (value if isinstance(value, list) else [value]))
-        elif isinstance(value, dict) and depth < 5:
-            yield from _sizes(value, depth + 1)
 
 
 def _check_code(raw: dict[str, Any], model: str, settings: ModelSettings) -> None:
