@@ -520,6 +520,8 @@ MROPE = {"type": "mrope", "mrope_section": [2, 3, 3]}
         {**VISION, "rope_scaling": MROPE, "max_position_embeddings": 32768},
         {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text", **SHAPE}},
         {"model_type": "qwen2_5_omni", "thinker_config": {"text_config": {}}},
+        {"model_type": "qwen2_vl", **SHAPE},
+        {"model_type": "chameleon", **SHAPE},  # one flat config for text and images
     ],
 )
 @pytest.mark.parametrize("text_only", [False, True])

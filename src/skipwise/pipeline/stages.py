@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from skipwise.config.machine import world_size
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import Check, SkipwiseError, require
@@ -19,8 +20,10 @@ from skipwise.export.hf import export_adapter, export_model, load_for_scoring
 from skipwise.export.model_card import write_card
 from skipwise.export.runtimes import check_export
 from skipwise.models.attention.temperature import fold_temperature
-from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
-from skipwise.pipeline.checks import check_texts, free_memory, record_checks, validate
+from skipwise.models.load import free_memory
+from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model, rescale
+from skipwise.models.scaled_config import auto_scalings
+from skipwise.pipeline.checks import check_texts, record_checks, validate
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
 from skipwise.pipeline.choose_separator import with_chosen_separator
@@ -119,6 +122,8 @@ def prepare_training(
     run = open_run(out, recipe, command)
     prepared = with_chosen_separator(convert_weights(prepared, run.converted), run)
     prepared = with_chosen_scaling(prepared, run)
+    if auto_scalings(prepared.recipe, prepared.info)[0]:  # this verb measures nothing
+        prepared = rescale(prepared, prepared.scaling.name)
     inputs = prepare_run(prepared, run)
     assert inputs is not None
     check_texts(prepared, inputs, run)
@@ -247,7 +252,8 @@ def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | Non
     if not (run.metadata().get("exported") and run.model.is_dir()):
         checkpoint = chosen_checkpoint(prepared, run)
         temperature = chosen_temperature(prepared, run, checkpoint, data)
-        checks = export_model(prepared, run, checkpoint, temperature)
+        with Progress("export", None):
+            checks = export_model(prepared, run, checkpoint, temperature)
         record_checks(run, checks)
         require(checks)
         run.update(exported=True)
