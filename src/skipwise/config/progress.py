@@ -73,7 +73,12 @@ class Progress:
             self.bar.update(amount)
             if detail:
                 self.bar.set_postfix_str(detail, refresh=False)
-        elif self.lines and time.monotonic() - self.printed >= SECONDS:
+        else:
+            self.print_if_due(detail)
+
+    def print_if_due(self, detail: str) -> None:
+        """Print the line, unless the last one is less than 30 seconds old."""
+        if self.lines and time.monotonic() - self.printed >= SECONDS:
             self.printed = Progress.last_line = time.monotonic()
             print(self.line(detail), file=sys.stderr, flush=True)
 
@@ -93,7 +98,7 @@ def _print_lines(progress: weakref.ref[Progress], closed: threading.Event) -> No
     """Print a line when it is due, until the work is done."""
     while not closed.wait(SECONDS / 10) and (found := progress()) is not None:
         if time.monotonic() - Progress.last_line >= SECONDS:
-            found.advance(0, found.detail)
+            found.print_if_due(found.detail)
         del found
 
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from skipwise.config.distillation import distillation_weight, in_one_process
+from skipwise.config.distillation import distillation_weight, in_one_process, shards
 from skipwise.config.machine import is_main_process
 from skipwise.config.parse import dump_recipe
 from skipwise.config.recipe import Recipe
@@ -75,7 +75,7 @@ def check(recipe: Recipe) -> list[Check]:
     It runs in this process, whatever engine the recipe names, and without a GPU on a short batch.
     `skipwise train --dry-run` checks under the engine, on a full batch.
     """
-    given = recipe
+    asked = recipe
     recipe = in_one_process(recipe)
     prepared = prepare_model(recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +91,9 @@ def check(recipe: Recipe) -> list[Check]:
             inputs = make_inputs(prepared, data, run)
         checks, _ = _preflight(prepared, inputs, run)
     checks += temperature_check(prepared)
-    if distillation_weight(given)[0] and not distillation_weight(recipe)[0]:
-        detail = f"w = {distillation_weight(given)[0]:g}, checked when {given.engine} starts"
+    router_loss = bool(getattr(prepared.config, "output_router_logits", False))
+    if shards(asked.engine) and distillation_weight(asked, router_loss=router_loss)[0]:
+        detail = f"w = {distillation_weight(asked)[0]:g}, checked when {asked.engine} starts"
         checks.append(Check(name="distillation", passed=True, detail=detail))
     return checks
 

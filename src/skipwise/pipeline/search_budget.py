@@ -23,7 +23,7 @@ from skipwise.planning.job import make_jobs, read_model
 _SHARE = 0.03  # of the training's operations
 _SECONDS = 120.0
 _QUICK_SECONDS = 10.0
-_CORE_FLOPS = 2.5e10  # a second, of one CPU core
+_CORE_FLOPS = 5e10  # a second, of one CPU core
 _MOST_CORES = 16
 _OTHER_TFLOPS = 100.0  # of a GPU that is not in the table
 _LEAST_WINDOWS = 2
