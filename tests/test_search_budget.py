@@ -32,9 +32,9 @@ CONTEXTS = (4096, 8192, 16384, 32768)
 def large(tiny, tmp_path, monkeypatch):
     """A 7 B model from 4k to 32k on an H100: its config, and a tokenizer."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    prepared = prepare_model(parse_recipe({"model": str(tiny), "target_length": 256}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    prepared = prepare_model(parse_recipe({"model": str(tiny), "target_length": 256}))
 
     def make(num_steps):
         tree = {"model": str(tmp_path), "target_length": 32768, "distillation": {"weight": 0}}

@@ -118,7 +118,7 @@ def test_positions_that_do_not_reach_the_layers_are_caught(folders, short, monke
     _, model, batch = parts(folders["llama"], short)
     rotate = model.model.rotary_emb.forward
     plain = torch.arange(batch["input_ids"].shape[1])[None]
-    monkeypatch.setattr(model.model.rotary_emb, "forward", lambda x, _: rotate(x, plain))
+    monkeypatch.setattr(model.model.rotary_emb, "forward", lambda x, **_: rotate(x, plain))
     assert not passed(check_batch(model, batch))["skips take effect"]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from skipwise.config.distillation import distillation_weight, in_one_process, shards
 from skipwise.config.machine import is_main_process
 from skipwise.config.parse import dump_recipe
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.stages import full_length_stage
@@ -125,7 +126,8 @@ def check_texts(prepared: PreparedModel, inputs: RunInputs, run: RunFolder) -> N
 def _text_checks(prepared: PreparedModel, inputs: RunInputs, run: RunFolder) -> list[Check]:
     around, tokenizer = prepared.separator, prepared.tokenizer
     held_out = evaluation_documents(prepared.recipe, tokenizer, run, separator=around)
-    checks = [*check_data(prepared, inputs.data, held_out), *separator_check(run)]
+    with Progress("check the texts", None, shown=is_main_process()):
+        checks = [*check_data(prepared, inputs.data, held_out), *separator_check(run)]
     checks.append(check_planned_export(prepared))
     stage = inputs.full_length
     return checks if stage is None else [*checks, check_long_text(stage)]

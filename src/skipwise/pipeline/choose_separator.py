@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from skipwise.config.machine import is_main_process
+from skipwise.config.progress import Progress
 from skipwise.config.run_folder import RunFolder
 from skipwise.data.chat_records import Conversation
 from skipwise.data.readers import BadRecords
@@ -93,7 +95,8 @@ def _choose(prepared: PreparedModel, run: RunFolder, only_check: bool = False) -
         why = f"not measured: {TOO_MUCH}"
     measured: list[tuple[Separator, float]] = []
     try:
-        measured = [] if why or search is None else _measure(prepared, search.num_windows)
+        with Progress("measure separators", None, shown=is_main_process()):
+            measured = [] if why or search is None else _measure(prepared, search.num_windows)
     except Exception as error:  # no text that can be read, or out of memory
         if not isinstance(error, SkipwiseError) and not is_out_of_memory(error):
             raise

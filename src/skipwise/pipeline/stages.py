@@ -298,8 +298,10 @@ def export_again(
     if converter is not None:
         run.gguf.mkdir(exist_ok=True)
         file = run.gguf / f"{recipe.run_name}-{outtype}.gguf"
-        to_gguf(run.model, file, outtype, converter=converter, name=recipe.run_name)
-        record_checks(run, check_gguf(file, run.model))
+        with Progress(f"export {file.name}", None):
+            to_gguf(run.model, file, outtype, converter=converter, name=recipe.run_name)
+            checks = check_gguf(file, run.model)
+        record_checks(run, checks)
         written.append(file)
     return written
 
