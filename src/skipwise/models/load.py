@@ -57,7 +57,7 @@ def load_model(
     if folder.is_dir():
         check_weights(folder, settings)
     try:
-        with Progress(f"load {folder.name}", None, shown=is_main_process()):
+        with Progress(f"load {folder.resolve().name}", None, shown=is_main_process()):
             result: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder) if folder.is_dir() else model,
                 config=config,

@@ -94,18 +94,11 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
         return {"type": fallback, "detail": detail}
     documents = [np.asarray(read(int(i)), np.int64) for i in chosen]
     contexts = sorted({*(L << i for i in range(int(math.log2(c / L)) + 1)), c})
-    temperatures = len(_TEMPERATURES) if recipe.attention_temperature == "auto" else 1
-    search = fit_search(
-        prepared,
-        contexts,
-        _WINDOWS,
-        num_candidates=len(names),
-        passes=temperatures,
-        trials=_TRIALS / _WINDOWS,
-    )
+    passes = len(_TEMPERATURES) if recipe.attention_temperature == "auto" else 1
+    amounts: Any = {"num_candidates": len(names), "passes": passes, "trials": _TRIALS / _WINDOWS}
+    search = fit_search(prepared, contexts, _WINDOWS, **amounts)
     if search is None:
-        detail = f"{fallback}, not measured: {TOO_MUCH}"
-        return {"type": fallback, "detail": detail}
+        return {"type": fallback, "detail": f"{fallback}, not measured: {TOO_MUCH}"}
     rows, left_out, names = [], {}, names[: search.num_candidates]
     bar = Progress("measure scalings", len(names), unit=" scalings")
     for name in names:

@@ -205,14 +205,8 @@ def _search_of_run(
     try:
         model = load_for_scoring(prepared, checkpoint)
         try:
-            value, tried = search_temperature(
-                model,
-                documents,
-                L,
-                c,
-                windows=search.num_windows,
-                batch_tokens=recipe.eval.batch_tokens,
-            )
+            amounts = {"windows": search.num_windows, "batch_tokens": recipe.eval.batch_tokens}
+            value, tried = search_temperature(model, documents, L, c, **amounts)
         except SkipwiseError as refused:  # auto may fall back to 1
             return {"value": 1.0, "detail": _reason(refused)}
     except Exception as error:
