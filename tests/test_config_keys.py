@@ -180,7 +180,8 @@ def test_dual_chunk_attention_does_not_count_as_trained_length(tmp_path, capsys)
     (tmp_path / "config.json").write_text(json.dumps(QWEN_1M))
     assert main(["check", str(tmp_path), "--to", "2m"]) == 0
     out = capsys.readouterr().out
-    assert "from 262,144 to 2,097,152 tokens, yarn by 8" in out
+    assert "from 262,144 to 2,097,152 tokens, scaled by 8" in out
+    assert "rope.type: auto: extend will measure yarn, llama3, ntk and linear" in out
     assert "serves 1,010,000 tokens in chunks, with weights trained at 262,144" in out
 
 
@@ -194,6 +195,8 @@ MROPE = {"type": "mrope", "mrope_section": [2, 3, 3]}
         {**VISION, "rope_scaling": MROPE, "max_position_embeddings": 32768},
         {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text", **SHAPE}},
         {"model_type": "qwen2_5_omni", "thinker_config": {"text_config": {}}},
+        {"model_type": "qwen2_vl", **SHAPE},
+        {"model_type": "chameleon", **SHAPE},  # one flat config for text and images
     ],
 )
 @pytest.mark.parametrize("text_only", [False, True])

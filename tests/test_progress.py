@@ -1,6 +1,7 @@
 """Progress of long work: bars on a terminal, lines at most 30 seconds apart in a log file."""
 
 import io
+import threading
 
 import pytest
 
@@ -72,3 +73,18 @@ def test_a_part_that_took_less_counts_whole(clock):
     bar.begin("needle", 10)
     bar.tick(50)
     assert bar.done == 30
+
+
+def test_a_call_that_takes_long_does_not_stay_silent(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0.1)
+    with Progress("load", None), Progress("probe a batch", None):
+        threading.Event().wait(0.6)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 6  # of both together
+    assert all(line.endswith(("0 s so far", "1 s so far")) for line in lines)
+    threading.Event().wait(0.3)
+    assert capsys.readouterr().err == ""  # closed
+    forgotten = Progress("forgotten", None)
+    del forgotten
+    threading.Event().wait(0.3)
+    assert capsys.readouterr().err == ""

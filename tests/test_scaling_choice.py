@@ -16,6 +16,7 @@ from skipwise.models import load
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline import choose_scaling as scaling_module
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
+from skipwise.pipeline.search_budget import Search
 from skipwise.pipeline.stages import export_again
 from skipwise.training.checkpoints import mark_complete
 
@@ -39,12 +40,16 @@ def made(tiny, text_folder, tmp_path):
 BAR = Progress("measure scalings", None, shown=False)
 
 
+def search(*contexts):
+    return Search(contexts=contexts, num_windows=8, num_candidates=4)
+
+
 def measured(monkeypatch, losses):
     """What is measured of each scaling is given; the names that were asked for are returned."""
     asked = []
 
-    def of_one(prepared, name, documents, contexts, bar, best_loss):
-        asked.append((name, [len(d) for d in documents], contexts))
+    def of_one(prepared, name, documents, search, bar, best_loss):
+        asked.append((name, [len(d) for d in documents], list(search.contexts)))
         if isinstance(losses[name], Exception):
             raise losses[name]
         row = {"type": name, "temperature": 1.0, "loss": losses[name], "perplexity": []}
@@ -132,7 +137,7 @@ def test_a_model_that_is_spread_is_measured_spread(made, monkeypatch):
     monkeypatch.setattr(load, "load_model", spy)
     prepared, _ = made("load.device_map=auto")
     documents = [np.arange(3, 403) for _ in range(4)]
-    scaling_module._of_one(prepared, "yarn", documents, [64, 128], BAR)
+    scaling_module._of_one(prepared, "yarn", documents, search(64, 128), BAR)
     assert maps == ["auto"]
 
 
@@ -157,7 +162,7 @@ def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(ma
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 900, 600) for _ in range(4)]
     rows = [
-        scaling_module._of_one(prepared, n, documents, [64, 128, 256], BAR)
+        scaling_module._of_one(prepared, n, documents, search(64, 128, 256), BAR)
         for n in ("yarn", "linear")
     ]
     for row in rows:
@@ -168,7 +173,9 @@ def test_each_scaling_is_put_on_the_base_and_measured_at_its_best_temperature(ma
     fixed = dataclasses.replace(
         prepared, recipe=dataclasses.replace(prepared.recipe, attention_temperature=1.0)
     )
-    assert scaling_module._of_one(fixed, "yarn", documents, [64, 128], BAR)["temperature"] == 1.0
+    assert (
+        scaling_module._of_one(fixed, "yarn", documents, search(64, 128), BAR)["temperature"] == 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +196,7 @@ def test_no_more_is_measured_than_decides(made, monkeypatch, losses, best_loss, 
         return [{"value": math.exp(losses[(1.0, 1.2, 1.4).index(seen[-1])])}]
 
     monkeypatch.setattr(scaling_module, "perplexity", perplexity)
-    row = scaling_module._of_one(prepared, "yarn", [], [64], BAR, best_loss)
+    row = scaling_module._of_one(prepared, "yarn", [], search(64), BAR, best_loss)
     assert (row["temperature"], row["loss"]) == (kept, pytest.approx(losses[asked.index(kept)]))
     measured = seen[1:] if len(asked) == 1 else seen[1:-1]  # to try it, and to ask for passkeys
     assert measured == asked and ("passkeys" in row) == (len(asked) > 1)

@@ -220,7 +220,7 @@ def test_the_tokenizers_own_stays_unless_another_is_half_a_percent_better(
     prepared = prepare_model(recipe_of(tiny, texts))
     eos, bos = Separator(name="eos", end=(EOS,)), Separator(name="bos", begin=(BOS,))
     for value, name in ((9.96, "eos"), (9.94, "bos"), (11.0, "eos")):
-        monkeypatch.setattr(choice, "_measure", lambda _, v=value: [(eos, 10.0), (bos, v)])
+        monkeypatch.setattr(choice, "_measure", lambda *_, v=value: [(eos, 10.0), (bos, v)])
         run = run_in(tmp_path / str(value))
         assert choose_separator(prepared, run).separator.name == name
         detail = {

@@ -6,7 +6,7 @@ For every causal language model whose config has rope_parameters: those of the d
 `skipwise.models.model_info` reads, and the rope_types that the class turns down or renames. What a
 class reads under another name, and what it ignores, is found by trying: each key is given to the
 class, and the config that it makes is compared with the default one. `without_rope` names the
-others.
+others, and `multimodal` the models of which transformers has no causal language model class.
 """
 
 import contextlib
@@ -21,7 +21,10 @@ from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from skipwise.models.hf_config import SHAPE
 from skipwise.pose.rope import make_scaling
@@ -221,10 +224,12 @@ def main() -> None:
             families[family] = found
     rest = [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in families]
     without = json.dumps(sorted(family for family in rest if without_rope(family)))
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    multimodal = json.dumps(sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) - causal))
     lines = ",\n".join(f'  "{name}": {json.dumps(line)}' for name, line in families.items())
     FILE.write_text(
         f'{{\n "transformers": "{transformers.__version__}",\n "families": {{\n{lines}\n }},\n'
-        f' "without_rope": {without}\n}}\n',
+        f' "without_rope": {without},\n "multimodal": {multimodal}\n}}\n',
         encoding="utf-8",
     )
     print(f"{len(families)} families in {FILE}")

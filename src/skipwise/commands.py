@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import shlex
 import sys
@@ -321,13 +322,19 @@ def publish_verb(args: argparse.Namespace) -> None:
 
 
 def _silence_libraries() -> None:
-    """Hide the progress bars and FutureWarnings of libraries."""
+    """Hide libraries' progress bars, FutureWarnings and notes on optional kernels."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not num_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns on stdout
     for library in ("transformers", "peft", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-    from transformers.utils import logging
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_note)
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _is_no_kernel_note(record: logging.LogRecord) -> bool:
+    """bitsandbytes asks for an optional kernel whenever it is imported on some CPUs."""
+    return "gemm_4bit_forward" not in record.getMessage()

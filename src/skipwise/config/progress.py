@@ -1,12 +1,15 @@
 """Progress of long work, on stderr: a bar on a terminal, elsewhere a line every 30 seconds.
 
-Every phase of a run uses it, so that a log file or a notebook never stays silent for long.
+Every phase of a run uses it, so that a log file or a notebook never stays silent for long. A thread
+writes the line where a single call, such as a forward pass, takes longer.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+import weakref
 
 from tqdm import tqdm
 
@@ -20,6 +23,8 @@ class Progress:
     part as done.
     """
 
+    last_line = 0.0  # when any of them printed one
+
     def __init__(
         self, label: str, total: int | None, *, unit: str = "", done: int = 0, shown: bool = True
     ) -> None:
@@ -31,6 +36,10 @@ class Progress:
             desc=label, total=total, initial=done, unit=unit, unit_scale=True, disable=off, delay=1
         )
         self.lines = shown and self.bar.disable
+        self._closed = threading.Event()
+        if self.lines:
+            arguments = (weakref.ref(self), self._closed)
+            threading.Thread(target=_print_lines, args=arguments, daemon=True).start()
 
     def __enter__(self) -> Progress:
         return self
@@ -39,6 +48,7 @@ class Progress:
         self.close()
 
     def close(self) -> None:
+        self._closed.set()
         self.bar.close()
 
     def begin(self, detail: str, amount: int) -> None:
@@ -58,12 +68,18 @@ class Progress:
     def advance(self, amount: int, detail: str = "") -> None:
         """Count an amount as done; `detail` is the rest of the line."""
         self.done += amount
+        self.detail = detail or self.detail
         if not self.bar.disable:
             self.bar.update(amount)
             if detail:
                 self.bar.set_postfix_str(detail, refresh=False)
-        elif self.lines and time.monotonic() - self.printed >= SECONDS:
-            self.printed = time.monotonic()
+        else:
+            self.print_if_due(detail)
+
+    def print_if_due(self, detail: str) -> None:
+        """Print the line, unless the last one is less than 30 seconds old."""
+        if self.lines and time.monotonic() - self.printed >= SECONDS:
+            self.printed = Progress.last_line = time.monotonic()
             print(self.line(detail), file=sys.stderr, flush=True)
 
     def line(self, detail: str) -> str:
@@ -74,7 +90,16 @@ class Progress:
             if self.done > self.first:
                 rate = (self.done - self.first) / (time.monotonic() - self.started)
                 parts.append(f"about {_time(max(0, self.total - self.done) / rate)} left")
+        parts = parts or [f"{_time(time.monotonic() - self.started)} so far"]
         return f"{self.label}: {', '.join(parts)}"
+
+
+def _print_lines(progress: weakref.ref[Progress], closed: threading.Event) -> None:
+    """Print a line when it is due, until the work is done."""
+    while not closed.wait(SECONDS / 10) and (found := progress()) is not None:
+        if time.monotonic() - Progress.last_line >= SECONDS:
+            found.print_if_due(found.detail)
+        del found
 
 
 def _time(seconds: float) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import SHAPE, defaults
-from skipwise.models.model_info import OTHER_PARTS, refuse_text_model
+from skipwise.models.model_info import has_other_parts, refuse_text_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,7 +203,7 @@ def llama_tensors(
 
 def text_model(config: dict[str, Any]) -> Conversion:
     wrapper, text = config.get("model_type", "this model"), config.get("text_config") or {}
-    if not text and not any(config.get(part) for part in OTHER_PARTS):
+    if not text and not has_other_parts(config):
         raise SkipwiseError(f"load.text_only: {wrapper} contains no text model\nleave it out")
     refuse_text_model(wrapper, text)
     return Conversion(

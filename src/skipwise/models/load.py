@@ -6,13 +6,15 @@ change its `inv_freq`. The preflight compares the model's frequencies with `pose
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from skipwise.config.machine import cpu_has_bf16
+from skipwise.config.machine import cpu_has_bf16, is_main_process
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import Check, SkipwiseError, first_line
 from skipwise.models.attention.masks import FLEX
@@ -55,18 +57,19 @@ def load_model(
     if folder.is_dir():
         check_weights(folder, settings)
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder) if folder.is_dir() else model,
-            config=config,
-            dtype=dtype,
-            revision=settings.revision,
-            attn_implementation=attn_implementation,
-            device_map=device_map if quantization is None else {"": best_device()},
-            quantization_config=quantization,
-            use_safetensors=settings.use_safetensors,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
+        with Progress(f"load {folder.resolve().name}", None, shown=is_main_process()):
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder) if folder.is_dir() else model,
+                config=config,
+                dtype=dtype,
+                revision=settings.revision,
+                attn_implementation=attn_implementation,
+                device_map=device_map if quantization is None else {"": best_device()},
+                quantization_config=quantization,
+                use_safetensors=settings.use_safetensors,
+                trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
         raise SkipwiseError(
             f"the weights of {model} could not be loaded\n{first_line(error)}"
@@ -153,6 +156,12 @@ def compute_dtype(settings: ModelSettings) -> torch.dtype:
     if torch.backends.mps.is_available():
         return torch.float32
     return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def best_device() -> torch.device:

@@ -29,7 +29,7 @@ _OTHER_POSITIONS = {
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv"), "no attention"),
 }
 _SWITCHES = {"position_embedding_type": "rope", "use_mem_rope": True}  # the value that means RoPE
-OTHER_PARTS = ("vision_config", "audio_config", "thinker_config")
+_OTHER_PARTS = ("vision_config", "audio_config", "thinker_config")
 LENGTHS = ("seq_length", "seq_len", "max_seq_len", "max_seq_length", "max_sequence_length")
 LENGTHS += ("model_max_length", "n_positions", "n_ctx")  # lengths beside max_position_embeddings
 _IGNORES_SHARE = "ignores_partial_rotary_factor"
@@ -181,8 +181,7 @@ def check_extendable(config: Mapping[str, Any]) -> None:
             "choose a decoder with RoPE: Llama, Mistral, Qwen, Gemma, Phi, GPT-NeoX, ..."
         )
     text = config.get("text_config")
-    parts = family not in defaults() and any(config.get(part) for part in OTHER_PARTS)
-    if text is not None or parts:
+    if text is not None or has_other_parts(config):
         refuse_text_model(family, text)
         raise SkipwiseError(
             f"{family} contains a language model and other parts, and only the language model has "
@@ -245,6 +244,16 @@ def check_reach(config: Mapping[str, Any], length: int) -> None:
             f"{family} has {stated:,} learned positions, and cannot be measured at {length:,} "
             f"tokens\ntype --lengths up to {stated}"
         )
+
+
+def has_other_parts(config: Mapping[str, Any]) -> bool:
+    """Whether it is a multimodal model, of which transformers has no causal class."""
+    family = config.get("model_type")
+    if family in defaults():
+        return False
+    own_class = "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    listed = family in _of_transformers()["multimodal"] and not own_class
+    return listed or any(config.get(part) for part in _OTHER_PARTS)
 
 
 def refuse_text_model(family: str, text: Mapping[str, Any] | None) -> None:

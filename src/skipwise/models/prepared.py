@@ -15,6 +15,7 @@ import torch
 
 from skipwise.config.distillation import distillation_weight
 from skipwise.config.parse import parse_recipe
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import ModelSettings, Recipe
 from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.config.stages import first_stage, full_length_stage
@@ -120,7 +121,8 @@ def convert_weights(prepared: PreparedModel, folder: Path) -> PreparedModel:
     if prepared.conversion is None:
         return prepared
     if not folder.is_dir():
-        convert_model(recipe.model, prepared.raw, recipe.load, folder, prepared.tokenizer)
+        with Progress("convert the weights", None):
+            convert_model(recipe.model, prepared.raw, recipe.load, folder, prepared.tokenizer)
     tied = read_config(str(folder), recipe.load)["tie_word_embeddings"]
     for config in (prepared.config, prepared.scaled):
         config.tie_word_embeddings = tied

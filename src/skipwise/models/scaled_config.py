@@ -12,7 +12,7 @@ from typing import Any
 from skipwise.config.recipe import Recipe
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import LENGTHS, PROPORTIONAL, ModelInfo
-from skipwise.pose.rope import Scaling, Unscaled, keeps_length, make_scaling, scalings_for
+from skipwise.pose.rope import SCALINGS, Scaling, Unscaled, keeps_length, make_scaling, scalings_for
 from skipwise.pose.rope_config import CARRIED
 
 
@@ -51,6 +51,19 @@ def scaling_for(recipe: Recipe, info: ModelInfo) -> Scaling:
             "trained with\ntype rope.type=yarn, or method=none to use it untrained"
         )
     return scaling
+
+
+def auto_scalings(recipe: Recipe, info: ModelInfo) -> tuple[list[str], str]:
+    """The scalings that `rope.type: auto` measures, the default first; why it measures none."""
+    if recipe.rope.type != "auto" or not isinstance(info.scaling, Unscaled):
+        return [], "the recipe or the model has its scaling already"
+    names = [n for n in scalings_for(info.refused_types) if SCALINGS[n].auto_candidate]
+    if len(names) < 2:
+        return [], "the only one that the family takes"
+    spare = recipe.attention_temperature == "auto" or bool(recipe.data.eval_sources)
+    if recipe.method == "none" and not spare:  # the evaluation reads all of the text
+        return [], "not measured: no text to spare"
+    return names, ""
 
 
 def config_changes(info: ModelInfo, scaling: Scaling, target_length: int) -> dict[str, Any]:

@@ -6,17 +6,15 @@ The single checks live in `preflight/`; here they are put in order, printed and 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from skipwise.config.distillation import in_one_process
+from skipwise.config.distillation import distillation_weight, in_one_process, shards
 from skipwise.config.machine import is_main_process
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import full_length_stage
@@ -24,10 +22,11 @@ from skipwise.errors import Check, require
 from skipwise.evaluation.run import evaluation_documents
 from skipwise.export.runtimes import check_export
 from skipwise.models.compatibility import make_portable
-from skipwise.models.load import compute_dtype, load_model
+from skipwise.models.load import best_device, compute_dtype, free_memory, load_model
 from skipwise.models.lora import num_parameters
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.pipeline.choose_separator import choose_separator, separator_check
+from skipwise.pipeline.choose_temperature import temperature_check
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
 from skipwise.training.arguments import accumulation
@@ -39,7 +38,13 @@ from skipwise.training.full_length_stage import (
     is_checked,
     make_inputs,
 )
-from skipwise.training.inputs import check_data, dummy_data, find_sources, load_training_data
+from skipwise.training.inputs import (
+    check_data,
+    dummy_data,
+    find_sources,
+    load_training_data,
+    with_short_probe,
+)
 from skipwise.training.setup import set_up
 
 
@@ -67,22 +72,29 @@ def validate(recipe: Recipe, num_processes: int = 1, *, trained: bool = False) -
 def check(recipe: Recipe) -> list[Check]:
     """The preflight alone, on the recipe's text, or on random tokens where it names no text.
 
-    It runs in this process, whatever engine the recipe names. `skipwise train --dry-run` checks
-    under the engine.
+    It runs in this process, whatever engine the recipe names, and without a GPU on a short batch.
+    `skipwise train --dry-run` checks under the engine, on a full batch.
     """
+    asked = recipe
     recipe = in_one_process(recipe)
     prepared = prepare_model(recipe)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         run.write_recipe(recipe)
-        prepared = choose_separator(convert_weights(prepared, run.converted), run)
-        if recipe.method == "none":
-            inputs = None
-        elif recipe.data.sources:
-            inputs = make_inputs(prepared, load_training_data(prepared, run), run)
-        else:
-            inputs = make_inputs(prepared, dummy_data(prepared), run)
+        prepared = convert_weights(prepared, run.converted)
+        prepared = choose_separator(prepared, run, only_check=True)
+        inputs = None
+        if recipe.method != "none":
+            given = bool(recipe.data.sources)
+            data = load_training_data(prepared, run) if given else dummy_data(prepared)
+            data = with_short_probe(data) if best_device().type == "cpu" else data
+            inputs = make_inputs(prepared, data, run)
         checks, _ = _preflight(prepared, inputs, run)
+    checks += temperature_check(prepared)
+    router_loss = bool(getattr(prepared.config, "output_router_logits", False))
+    if shards(asked.engine) and distillation_weight(asked, router_loss=router_loss)[0]:
+        detail = f"w = {distillation_weight(asked)[0]:g}, checked when {asked.engine} starts"
+        checks.append(Check(name="distillation", passed=True, detail=detail))
     return checks
 
 
@@ -113,10 +125,17 @@ def check_texts(prepared: PreparedModel, inputs: RunInputs, run: RunFolder) -> N
 def _text_checks(prepared: PreparedModel, inputs: RunInputs, run: RunFolder) -> list[Check]:
     around, tokenizer = prepared.separator, prepared.tokenizer
     held_out = evaluation_documents(prepared.recipe, tokenizer, run, separator=around)
-    checks = [*check_data(prepared, inputs.data, held_out), *separator_check(run)]
+    with Progress("check the texts", None, shown=is_main_process()):
+        checks = [*check_data(prepared, inputs.data, held_out), *separator_check(run)]
     checks.append(check_planned_export(prepared))
     stage = inputs.full_length
     return checks if stage is None else [*checks, check_long_text(stage)]
+
+
+def _config_checks(prepared: PreparedModel) -> list[Check]:
+    T = prepared.recipe.target_length
+    checks = check_config(prepared.info, prepared.scaling, T, prepared.recipe)
+    return [*checks, check_planned_export(prepared)]
 
 
 def check_planned_export(prepared: PreparedModel) -> Check:
@@ -134,7 +153,7 @@ def _preflight(
     """All checks and the number of parameters. Weights are loaded only if the first checks pass."""
     recipe, T = prepared.recipe, prepared.recipe.target_length
     if inputs is None:
-        checks = [*check_config(prepared.info, prepared.scaling, T), check_planned_export(prepared)]
+        checks = _config_checks(prepared)
         dtype = compute_dtype(recipe.load)
         model: Any = load_model(prepared.source, prepared.scaled, prepared.load, dtype=dtype)
         checks += separator_check(run)
@@ -142,7 +161,7 @@ def _preflight(
     elif recipe.data.sources:
         checks = _text_checks(prepared, inputs, run)
     else:
-        checks = [*check_config(prepared.info, prepared.scaling, T), check_planned_export(prepared)]
+        checks = [*_config_checks(prepared), *separator_check(run)]
     if not all(check.passed for check in checks):
         return checks, None
     if inputs is not None:
@@ -150,8 +169,13 @@ def _preflight(
         checks += training.checks
         count = training.num_parameters
         del training
-        stage = inputs.full_length
-        if stage is not None and all(c.passed for c in checks) and not is_checked(stage, run):
+        stage, short = inputs.full_length, inputs.data.short is not None
+        if short:
+            detail = f"{inputs.data.probe_length} tokens with positions up to {T - 1:,}, because "
+            detail += f"there is no GPU; training probes {inputs.data.sampler.train_length:,} first"
+            detail += f", and a step of {T:,}" if stage is not None else ""
+            checks.append(Check(name="probed", passed=True, detail=detail))
+        elif stage is not None and all(c.passed for c in checks) and not is_checked(stage, run):
             free_memory()
             checks.append(check_step(stage, run))
     else:
@@ -170,9 +194,3 @@ def record_checks(run: RunFolder, checks: list[Check]) -> None:
     for one in new:
         one["numbers"] = {k: v for k, v in one["numbers"].items() if math.isfinite(v)}
     run.update(checks=old + new)
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -22,8 +22,8 @@ from skipwise.evaluation.run import eval_settings, evaluation_documents
 from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
 from skipwise.evaluation.tasks.prompts import haystack_words
 from skipwise.export.hf import load_for_scoring
+from skipwise.models.load import free_memory
 from skipwise.models.prepared import PreparedModel
-from skipwise.pipeline.checks import free_memory
 from skipwise.training.checkpoints import trained_checkpoint
 
 _TRIALS = 20  # at each length
@@ -129,7 +129,7 @@ def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
     around, tokenizer = prepared.separator, prepared.prompt_tokenizer
     documents = evaluation_documents(recipe, tokenizer, run, None, around)
     eval_model = EvalModel(label=folder.name, load=load, tokenizer=tokenizer)
-    rows = evaluate_model(eval_model, Texts(documents=documents), lengths, settings, progress=False)
+    rows = evaluate_model(eval_model, Texts(documents=documents), lengths, settings)
     free_memory()
     if recipe.export.checkpoint == "perplexity":
         rows = [r for r in rows if r["metric"] == "perplexity"][-1:]

@@ -27,11 +27,12 @@ from skipwise.evaluation.scoring import exact_match
 from skipwise.evaluation.tasks.passkey import passkey_trials
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.models.attention.temperature import QueryWeights
-from skipwise.models.load import compute_dtype, load_for_evaluation
+from skipwise.models.load import compute_dtype, free_memory, load_for_evaluation
 from skipwise.models.prepared import PreparedModel, rescale
-from skipwise.pipeline.checks import free_memory
+from skipwise.models.scaled_config import auto_scalings
+from skipwise.pipeline.search_budget import TOO_MUCH, Search, fit_search
 from skipwise.pipeline.search_text import longer_length, search_text
-from skipwise.pose.rope import SCALINGS, Unscaled, scalings_for
+from skipwise.pose.rope import Unscaled
 from skipwise.training.checkpoints import last_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import TrainingData
@@ -83,13 +84,10 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
     """The entry of run.json: the chosen type, the measurements of each, and one line of text."""
     L, T = prepared.info.original_length, prepared.recipe.target_length
     fallback = prepared.scaling.name
-    names = [n for n in scalings_for(prepared.info.refused_types) if SCALINGS[n].auto_candidate]
-    if len(names) < 2:
-        return {"type": fallback, "detail": f"{fallback}, the only one that the family takes"}
     recipe = prepared.recipe
-    spare = recipe.attention_temperature == "auto" or bool(recipe.data.eval_sources)
-    if recipe.method == "none" and not spare:  # the evaluation reads all of the text
-        return {"type": fallback, "detail": f"{fallback}, not measured: no text to spare"}
+    names, why = auto_scalings(recipe, prepared.info)
+    if not names:
+        return {"type": fallback, "detail": f"{fallback}, {why}"}
     lengths, read, _ = search_text(prepared, data)
     c, chosen = longer_length(lengths, L, T)
     if not c:
@@ -98,12 +96,17 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
         return {"type": fallback, "detail": detail}
     documents = [np.asarray(read(int(i)), np.int64) for i in chosen]
     contexts = sorted({*(L << i for i in range(int(math.log2(c / L)) + 1)), c})
-    rows, left_out = [], {}
+    passes = len(_TEMPERATURES) if recipe.attention_temperature == "auto" else 1
+    amounts: Any = {"num_candidates": len(names), "passes": passes, "trials": _TRIALS / _WINDOWS}
+    search = fit_search(prepared, contexts, _WINDOWS, **amounts)
+    if search is None:
+        return {"type": fallback, "detail": f"{fallback}, not measured: {TOO_MUCH}"}
+    rows, left_out, names = [], {}, names[: search.num_candidates]
     bar = Progress("measure scalings", len(names), unit=" scalings")
     for name in names:
         try:
             best = min((row["loss"] for row in rows), default=math.inf)
-            rows.append(_of_one(prepared, name, documents, contexts, bar, best))
+            rows.append(_of_one(prepared, name, documents, search, bar, best))
         except Exception as error:  # the model does not take it, or out of memory
             if not isinstance(error, SkipwiseError) and not is_out_of_memory(error):
                 raise
@@ -119,17 +122,18 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
     others = [f"{row['type']} {_perplexity(row)}" for row in rows if row["type"] != best["type"]]
     others += [f"{name} left out ({why})" for name, why in left_out.items()]
     detail = f"{best['type']}, perplexity {_perplexity(best)} untrained over {L:,} to "
-    detail += f"{contexts[-1]:,} tokens, {best['passkeys']} of {best['num_passkeys']} passkeys; "
-    detail += f"{', '.join(others)} ({len(documents)} documents)"
-    found = {"type": best["type"], "detail": detail, "measured": rows}
-    return {**found, "left_out": left_out, "context_lengths": contexts}
+    detail += f"{search.contexts[-1]:,} tokens, {best['passkeys']} of {best['num_passkeys']} "
+    detail += f"passkeys; {', '.join(others)} ({len(documents)} documents)"
+    detail += f"; {search.note}" if search.note else ""
+    found = {"type": best["type"], "detail": detail, "measured": rows, "left_out": left_out}
+    return {**found, "context_lengths": search.contexts, "num_windows": search.num_windows}
 
 
 def _of_one(
     prepared: PreparedModel,
     name: str,
     documents: Sequence[np.ndarray],
-    contexts: list[int],
+    search: Search,
     bar: Progress,
     best_loss: float = math.inf,
 ) -> dict[str, Any]:
@@ -151,8 +155,8 @@ def _of_one(
             found = perplexity(
                 model,
                 documents,
-                contexts,
-                num_windows=_WINDOWS,
+                search.contexts,
+                num_windows=search.num_windows,
                 batch_tokens=batch_tokens,
                 tick=lambda _: bar.advance(0, name),
             )
@@ -165,8 +169,9 @@ def _of_one(
                 return best
         if weights is not None:
             weights.set(best["temperature"])
-        counts = {"num_trials": _TRIALS, "num_depths": _TRIALS}
-        trials = passkey_trials(prepared.prompt_tokenizer, contexts[-1], **counts, seed=1)
+        count = max(1, _TRIALS * search.num_windows // _WINDOWS)
+        counts = {"num_trials": count, "num_depths": count}
+        trials = passkey_trials(prepared.prompt_tokenizer, search.contexts[-1], **counts, seed=1)
         right = exact_match(model, trials, batch_tokens)
         return {**best, "passkeys": sum(right), "num_passkeys": len(right)}
     finally:

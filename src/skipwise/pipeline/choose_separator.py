@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import itertools
 import math
 from typing import Any
 
 import torch
 
+from skipwise.config.machine import is_main_process
+from skipwise.config.progress import Progress
 from skipwise.config.run_folder import RunFolder
 from skipwise.data.chat_records import Conversation
 from skipwise.data.readers import BadRecords
@@ -26,9 +27,10 @@ from skipwise.data.shards import read_documents
 from skipwise.data.tokenize import encode
 from skipwise.errors import Check, SkipwiseError
 from skipwise.evaluation.prefill import logits_in_slices
-from skipwise.models.load import compute_dtype, load_for_evaluation
+from skipwise.models.load import compute_dtype, free_memory, load_for_evaluation
 from skipwise.models.prepared import PreparedModel
 from skipwise.models.separator import Separator, candidates, describe, separator_of
+from skipwise.pipeline.search_budget import TOO_MUCH, fit_search
 from skipwise.training.checkpoints import last_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import find_sources
@@ -49,14 +51,19 @@ def with_chosen_separator(prepared: PreparedModel, run: RunFolder) -> PreparedMo
     return dataclasses.replace(prepared, separator=separator_of(entry)) if entry else prepared
 
 
-def choose_separator(prepared: PreparedModel, run: RunFolder) -> PreparedModel:
+def choose_separator(
+    prepared: PreparedModel, run: RunFolder, only_check: bool = False
+) -> PreparedModel:
     """The model with a measured separator where `data.separator` is auto. Measured once in a run.
 
     A run that `skipwise train` has trained keeps the separator it was trained with: the tokenizer's
     own. That one is also the choice where there is nothing to measure on.
+
+    Args:
+        only_check: say what will be measured, unless it takes a few seconds only.
     """
     if "separator" not in run.metadata():
-        run.update(separator=_choose(prepared, run))
+        run.update(separator=_choose(prepared, run, only_check))
     return with_chosen_separator(prepared, run)
 
 
@@ -69,25 +76,33 @@ def separator_check(run: RunFolder) -> list[Check]:
     return [Check(name="separator", passed=True, detail=detail, numbers=numbers)]
 
 
-def _choose(prepared: PreparedModel, run: RunFolder) -> dict[str, Any]:
+def _choose(prepared: PreparedModel, run: RunFolder, only_check: bool = False) -> dict[str, Any]:
     """The entry of run.json: the tokens, the perplexity of each separator, one line of text."""
     why = ""
+    found = candidates(prepared.tokenizer, prepared.config)
+    width = min(prepared.info.original_length, _LONGEST)
+    search = fit_search(prepared, [width], _WINDOWS, passes=len(found), quick=only_check)
     if prepared.recipe.data.separator != "auto":
         why = "as data.separator says"
     elif last_checkpoint(run) is not None:
         why = "not measured: training had started with it"
+    elif only_check and len(found) > 1 and (search is None or not prepared.recipe.data.sources):
+        names = ", ".join(_words(prepared, separator) for separator in found)
+        why = f"auto: extend will measure {names} on its text"
     elif not prepared.recipe.data.sources:
         why = "not measured: there is no text"
+    elif search is None:
+        why = f"not measured: {TOO_MUCH}"
     measured: list[tuple[Separator, float]] = []
     try:
-        measured = [] if why else _measure(prepared)
+        with Progress("measure separators", None, shown=is_main_process()):
+            measured = [] if why or search is None else _measure(prepared, search.num_windows)
     except Exception as error:  # no text that can be read, or out of memory
         if not isinstance(error, SkipwiseError) and not is_out_of_memory(error):
             raise
         why = "not measured: " + str(error).partition("\n")[0]
     finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
     chosen = prepared.separator
     if measured:
         own, lowest = measured[0], min(measured, key=lambda pair: pair[1])
@@ -105,9 +120,9 @@ def _words(prepared: PreparedModel, separator: Separator) -> str:
     return describe(separator, prepared.tokenizer)
 
 
-def _measure(prepared: PreparedModel) -> list[tuple[Separator, float]]:
+def _measure(prepared: PreparedModel, num_windows: int) -> list[tuple[Separator, float]]:
     """The perplexity of the same texts with each separator, the tokenizer's own first."""
-    windows = _windows(prepared)
+    windows = _windows(prepared, num_windows)
     dtype = compute_dtype(prepared.recipe.load)
     config = copy.deepcopy(prepared.config)  # loading changes it
     model = load_for_evaluation(prepared.source, config, prepared.load, dtype=dtype)
@@ -117,7 +132,7 @@ def _measure(prepared: PreparedModel) -> list[tuple[Separator, float]]:
     return [(separator, _perplexity(model, windows, separator)) for separator in found]
 
 
-def _windows(prepared: PreparedModel) -> list[list[list[int]]]:
+def _windows(prepared: PreparedModel, num_windows: int) -> list[list[list[int]]]:
     """The beginnings of texts, as token ids, for each window.
 
     Raises:
@@ -143,7 +158,7 @@ def _windows(prepared: PreparedModel) -> list[list[list[int]]]:
         if not head:
             continue
         if room < len(head) + _AROUND:
-            if len(windows) == _WINDOWS:
+            if len(windows) == num_windows:
                 break
             windows.append([])
             room = width

@@ -23,13 +23,14 @@ import numpy as np
 from skipwise.config.machine import is_main_process
 from skipwise.config.progress import Progress
 from skipwise.config.run_folder import RunFolder
-from skipwise.errors import SkipwiseError
+from skipwise.errors import Check, SkipwiseError
 from skipwise.evaluation.tasks.perplexity import perplexity
 from skipwise.export.hf import load_for_scoring, require_trained
-from skipwise.models.attention.temperature import QueryWeights
+from skipwise.models.attention.temperature import QueryWeights, check_foldable
+from skipwise.models.load import free_memory
 from skipwise.models.prepared import PreparedModel
-from skipwise.pipeline.checks import free_memory
 from skipwise.pipeline.choose_separator import with_chosen_separator
+from skipwise.pipeline.search_budget import TOO_MUCH, fit_search
 from skipwise.pipeline.search_text import longer_length, num_windows, search_text
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import TrainingData, text_changed
@@ -86,6 +87,23 @@ def chosen_temperature(
     return found["value"]
 
 
+def temperature_check(prepared: PreparedModel) -> list[Check]:
+    """What a search will do, in one line; nothing where the recipe has a number."""
+    if prepared.recipe.attention_temperature != "auto":
+        return []
+    detail = f"auto: extend will search {GRID[0]:g} to {GRID[-1]:g} in steps of "
+    detail += f"{GRID[1] - GRID[0]:.2f} before it exports, and keep 1 where that gains little"
+    try:
+        check_foldable(prepared.scaled)
+    except SkipwiseError as refused:
+        detail = f"auto: 1, because {_reason(refused)}"
+    return [Check(name="attention_temperature", passed=True, detail=detail)]
+
+
+def _reason(refused: SkipwiseError) -> str:
+    return str(refused).partition("\n")[0].removeprefix("attention_temperature: ")
+
+
 def untrained_temperature(
     prepared: PreparedModel, run: RunFolder, data: TrainingData | None
 ) -> float:
@@ -111,6 +129,7 @@ def search_temperature(
     original_length: int,
     longer_length: int,
     *,
+    windows: int | None = None,
     batch_tokens: int = 16384,
 ) -> tuple[float, list[Candidate]]:
     """The temperature with the lowest perplexity at the longer length, and all candidates.
@@ -119,13 +138,14 @@ def search_temperature(
 
     Args:
         documents: token ids, each of at least the longer length.
+        windows: of each perplexity. Defaults to 2,048 target tokens.
 
     Raises:
         SkipwiseError: a temperature cannot be folded into the model's weights.
     """
     weights = QueryWeights(model)
     weights.check(GRID[-1])
-    contexts, count = (original_length, longer_length), num_windows(original_length)
+    contexts, count = (original_length, longer_length), windows or num_windows(original_length)
 
     label = "search the attention temperature"
     bar = Progress(label, None, unit=" temperatures")
@@ -194,17 +214,19 @@ def _search_of_run(
         longest = max(lengths, default=0)
         detail = f"too little text to search on, the longest document has {longest:,} tokens"
         return {"value": 1.0, "detail": detail}
+    search = fit_search(prepared, (L, c), num_windows(L), passes=len(GRID))
+    if search is None:
+        return {"value": 1.0, "detail": f"not searched, because {TOO_MUCH}"}
+    c = search.contexts[-1]
     documents = [np.asarray(read(int(i)), np.int64) for i in chosen]
     model = None
     try:
         model = load_for_scoring(prepared, checkpoint)
         try:
-            value, tried = search_temperature(
-                model, documents, L, c, batch_tokens=recipe.eval.batch_tokens
-            )
+            amounts = {"windows": search.num_windows, "batch_tokens": recipe.eval.batch_tokens}
+            value, tried = search_temperature(model, documents, L, c, **amounts)
         except SkipwiseError as refused:  # auto may fall back to 1
-            detail = str(refused).partition("\n")[0].removeprefix("attention_temperature: ")
-            return {"value": 1.0, "detail": detail}
+            return {"value": 1.0, "detail": _reason(refused)}
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -212,12 +234,13 @@ def _search_of_run(
     finally:
         del model
         free_memory()
+    detail = _describe(value, tried, L, c, len(documents))
     return {
         "value": value,
-        "detail": _describe(value, tried, L, c, len(documents)),
+        "detail": "; ".join(filter(None, (detail, search.note))),
         "context_lengths": [L, c],
         "num_documents": len(documents),
-        "num_windows": num_windows(L),
+        "num_windows": search.num_windows,
         "searched": [
             {
                 "temperature": one.temperature,

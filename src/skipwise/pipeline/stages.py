@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from skipwise.config.machine import world_size
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import Check, SkipwiseError, require
@@ -20,8 +21,10 @@ from skipwise.export.model_card import public_name, write_card
 from skipwise.export.runtimes import check_export
 from skipwise.models.attention.temperature import fold_temperature
 from skipwise.models.hf_config import is_local
-from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
-from skipwise.pipeline.checks import check_texts, free_memory, record_checks, validate
+from skipwise.models.load import free_memory
+from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model, rescale
+from skipwise.models.scaled_config import auto_scalings
+from skipwise.pipeline.checks import check_texts, record_checks, validate
 from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoint
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
 from skipwise.pipeline.choose_separator import with_chosen_separator
@@ -124,6 +127,8 @@ def prepare_training(
     run = open_run(out, recipe, command)
     prepared = with_chosen_separator(convert_weights(prepared, run.converted), run)
     prepared = with_chosen_scaling(prepared, run)
+    if auto_scalings(prepared.recipe, prepared.info)[0]:  # this verb measures nothing
+        prepared = rescale(prepared, prepared.scaling.name)
     inputs = prepare_run(prepared, run)
     assert inputs is not None
     check_texts(prepared, inputs, run)
@@ -252,7 +257,8 @@ def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | Non
     if not (run.metadata().get("exported") and run.model.is_dir()):
         checkpoint = chosen_checkpoint(prepared, run)
         temperature = chosen_temperature(prepared, run, checkpoint, data)
-        checks = export_model(prepared, run, checkpoint, temperature)
+        with Progress("export", None):
+            checks = export_model(prepared, run, checkpoint, temperature)
         record_checks(run, checks)
         require(checks)
         files = [f.relative_to(run.model).as_posix() for f in run.model.rglob("*") if f.is_file()]
@@ -299,8 +305,10 @@ def export_again(
         run.gguf.mkdir(exist_ok=True)
         name = public_name(run)
         file = run.gguf / f"{name}-{outtype}.gguf"
-        to_gguf(run.model, file, outtype, converter=converter, name=name)
-        record_checks(run, check_gguf(file, run.model))
+        with Progress(f"export {file.name}", None):
+            to_gguf(run.model, file, outtype, converter=converter, name=name)
+            checks = check_gguf(file, run.model)
+        record_checks(run, checks)
         written.append(file)
     return written
 

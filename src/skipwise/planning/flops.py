@@ -37,11 +37,21 @@ def step_flops(job: Job) -> float:
     return job.tokens_per_step * (weights + attention)
 
 
+def forward_flops(architecture: Architecture, tokens: int) -> float:
+    """Operations of a forward pass over a context, with logits of its last tokens only."""
+    n, head = architecture.active_parameters, architecture.vocab_size * architecture.hidden_size
+    return tokens * (2.0 * (n - head) + _pairs(architecture, tokens / 2))
+
+
 def _keys(job: Job) -> float:
     """Forward operations of attention for one token, in all layers."""
-    a = job.architecture
+    masked = job.importance or job.attention == "eager"
+    return _pairs(job.architecture, job.length if masked else job.length / 2)
+
+
+def _pairs(a: Architecture, full: float) -> float:
+    """As `_keys`, for the number of keys in a layer that sees all of them."""
     pair = 2.0 * a.num_heads * (a.head_dim + a.value_dim)
-    full = job.length if job.importance or job.attention == "eager" else job.length / 2
     near = min(full, a.sliding_window or full)
     return pair * ((a.num_layers - a.sliding_layers) * full + a.sliding_layers * near)
 

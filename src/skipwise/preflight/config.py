@@ -10,20 +10,22 @@ from skipwise.errors import Check
 from skipwise.models.convert import conversion_for
 from skipwise.models.hf_config import complete, read_config
 from skipwise.models.model_info import ModelInfo, read_model_info
-from skipwise.models.scaled_config import config_changes, scaling_for
+from skipwise.models.scaled_config import auto_scalings, config_changes, scaling_for
 from skipwise.pose.rope import Scaling, Unscaled, YaRN
 
 
-def check_config(info: ModelInfo, scaling: Scaling, target_length: int) -> list[Check]:
-    """The lengths, and layers that skips cannot train."""
+def check_config(
+    info: ModelInfo, scaling: Scaling, target_length: int, recipe: Recipe | None = None
+) -> list[Check]:
+    """The lengths, what `rope.type: auto` will do, and layers that skips cannot train."""
+    measured = auto_scalings(recipe, info)[0] if recipe is not None else []
     L, factor = info.original_length, scaling.factor
     reach = L * factor / info.scaling.factor
     if isinstance(scaling, YaRN):  # L may differ from what the present scaling reaches
         reach = scaling.window(target_length)
     fits = target_length > L and abs(reach - target_length) < 1
-    detail = (
-        f"the window grows from {L:,} to {target_length:,} tokens, {scaling.name} by {factor:g}"
-    )
+    name = "scaled" if measured else scaling.name
+    detail = f"the window grows from {L:,} to {target_length:,} tokens, {name} by {factor:g}"
     if not isinstance(info.scaling, Unscaled):
         detail += f" of which the model already has {info.scaling.factor:g}"
     if not fits:
@@ -33,6 +35,12 @@ def check_config(info: ModelInfo, scaling: Scaling, target_length: int) -> list[
         )
     numbers = {"original_length": L, "target_length": target_length, "factor": factor}
     checks = [Check(name="lengths", passed=fits, detail=detail, numbers=numbers)]
+    if measured:
+        names = f"{', '.join(measured[:-1])} and {measured[-1]}"
+        detail = (
+            f"auto: extend will measure {names}, and take the best; checked with {scaling.name}"
+        )
+        checks.append(Check(name="rope.type", passed=True, detail=detail))
     if info.notes:
         checks.append(Check(name="config keys", passed=True, detail=info.notes))
     if info.recurrent:
@@ -83,7 +91,7 @@ def check_config_alone(recipe: Recipe) -> list[Check]:
         Check(name=name, passed=True, detail=detail, numbers=numbers if name == "rope" else {})
         for name, detail in found.items()
     ]
-    return [checks[0], *check_config(info, scaling, recipe.target_length), *checks[1:]]
+    return [checks[0], *check_config(info, scaling, recipe.target_length, recipe), *checks[1:]]
 
 
 def _window(info: ModelInfo) -> str:

@@ -19,12 +19,20 @@ from skipwise.pose.rope import Dynamic, Scaling
 def check_model(
     model: Any, config: Any, info: ModelInfo, scaling: Scaling, target_length: int
 ) -> list[Check]:
-    """What the loaded model computes: frequencies, attention window, accurate positions."""
+    """What the loaded model computes: frequencies, attention window, accurate positions.
+
+    Weights that are not finite are found here, because no probe reaches every expert and token.
+    """
     checks = [check_rope(model, info, scaling), _check_window(config, info, target_length)]
     pairs = [getattr(module, f"{prefix}inv_freq") for module, prefix in rotary_modules(model)]
     widths = {int(inv_freq.count_nonzero()) for inv_freq in pairs}
     if widths <= {(info.rotary_dim + 1) // 2}:  # else there is nothing to compare with
         checks.append(_check_exact(model, info, scaling, target_length))
+    for name, parameter in model.named_parameters():
+        own = type(parameter.data) is torch.Tensor and not parameter.is_meta  # no engine's shard
+        if own and parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            detail = f"{name} holds numbers that are not finite: the checkpoint is broken"
+            return [*checks, Check(name="weights", passed=False, detail=detail)]
     return checks
 
 

@@ -109,7 +109,7 @@ def make_full_length_stage(
     seed = recipe.seed + _SEED
     dataset = PoSEDataset(corpus, sampler, seed=seed, num_examples=num_examples)
     num_tokens = first.num_steps * first.global_batch_size * data.sampler.train_length
-    parts = {"corpus": corpus, "sampler": sampler, "dataset": dataset}
+    parts: Any = {"corpus": corpus, "sampler": sampler, "dataset": dataset, "short": None}
     return FullLengthStage(
         prepared=dataclasses.replace(prepared, recipe=recipe),
         data=dataclasses.replace(data, **parts, collator=ExampleCollator()),

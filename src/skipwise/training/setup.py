@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from skipwise.config.batch import is_chunked
 from skipwise.config.distillation import shards
 from skipwise.config.machine import is_main_process, world_size
+from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import Check, RunStopped, SkipwiseError, require
@@ -101,10 +102,12 @@ class Preflight:
         autocast = nullcontext if self.engine.deepspeed else self.trainer.accelerator.autocast
         inputs = self.trainer._prepare_inputs(self.batch)
         first_lengths = inputs.pop("first_lengths", None)  # chunk 2 learns by its own loss
-        checks = check_batch(wrapped, inputs, autocast, self.trainer.model)
-        if self.distillation is not None:
-            taught = self.distillation, self.prepared, inputs["input_ids"], first_lengths
-            checks.append(check_distillation(*taught, self.engine.name, autocast))
+        label = f"probe a batch of {inputs['input_ids'].shape[1]:,} tokens"
+        with Progress(label, None, shown=is_main_process()):
+            checks = check_batch(wrapped, inputs, autocast, self.trainer.model)
+            if self.distillation is not None:
+                taught = self.distillation, self.prepared, inputs["input_ids"], first_lengths
+                checks.append(check_distillation(*taught, self.engine.name, autocast))
         return checks
 
     def check_before_training(self, largest_in_text: Callable[[], int]) -> None:
