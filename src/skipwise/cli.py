@@ -143,7 +143,7 @@ def _add_preview_verbs(verbs: Any) -> None:
     _add_recipe_options(sub)
     sub.add_argument("--engine", metavar="E", help="ddp, fsdp2, zero3 or zero3-offload (ddp)")
     sub.add_argument("--gpus", type=int, metavar="N", help="number of GPUs of the machine (1)")
-    sub.add_argument("--gpu", metavar="NAME", help="one GPU model, e.g. A100-80GB (all)")
+    sub.add_argument("--gpu", metavar="NAME", help="a GPU, e.g. RTX4090, 24GB or cpu (common ones)")
     sub.add_argument("--measure", action="store_true", help="run three steps and compare")
     sub.add_argument("--json", action="store_true", help="print the plan as JSON")
 

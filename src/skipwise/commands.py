@@ -133,10 +133,12 @@ def check_verb(args: argparse.Namespace) -> int:
 
 def plan_verb(args: argparse.Namespace) -> None:
     from skipwise.planning import find_gpu, format_measured, format_plan, make_plan, plan_to_dict
+    from skipwise.planning.micro_batch import with_micro_batch
 
     recipe = _load_recipe(args)
     gpu = find_gpu(args.gpu) if args.gpu else None
-    plan = make_plan(recipe, num_gpus=1 if args.gpus is None else args.gpus, gpu=gpu)
+    cpu = find_gpu("cpu") if gpu is None and not args.gpus and not num_gpus() else None
+    plan = make_plan(recipe, num_gpus=1 if args.gpus is None else args.gpus, gpu=gpu, cpu=cpu)
     measured = None
     if not args.json:
         print(format_plan(plan), flush=True)
@@ -144,7 +146,7 @@ def plan_verb(args: argparse.Namespace) -> None:
         from skipwise.pipeline.profile import measure
 
         print("measuring three steps ...", file=sys.stderr, flush=True)
-        measured = measure(recipe)
+        measured = measure(with_micro_batch(recipe, plan.job.batch_size))
     if args.json:
         measurement = {"measured": dataclasses.asdict(measured)} if measured else {}
         print(json.dumps({**plan_to_dict(plan), **measurement}, indent=1))

@@ -150,7 +150,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
                 return value
             raise SkipwiseError(f"{where} is {value!r}: give auto, true or false")
         if typing.get_origin(args[0]) is Literal:
-            return _word_or_number(args[0], value, where)
+            return _word_or_number(args[0], args[1], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
@@ -180,13 +180,13 @@ def registered(where: str) -> tuple[str, ...]:
     return (*SAMPLERS, "none") if where == "method" else ()
 
 
-def _word_or_number(words: Any, value: Any, where: str) -> Any:
+def _word_or_number(words: Any, kind: type, value: Any, where: str) -> Any:
     """One of the words, or a number above 0 (for the distillation weight also 0)."""
     choices = typing.get_args(words)
     if value in choices:
         return value
     try:
-        number = _scalar(float, value, where)
+        number = _scalar(kind, value, where)
     except SkipwiseError:
         number = math.nan
     off = number == 0 and where == "distillation.weight"

@@ -140,8 +140,9 @@ class TrainingSettings:
     """Optimizer steps. PoSE, section 4.1."""
     global_batch_size: int = 64
     """Examples per step, over all devices and accumulation steps. PoSE, section 4.1."""
-    micro_batch_size: int = 1
-    """Examples per device and forward pass; the rest of the batch is accumulated."""
+    micro_batch_size: Literal["auto"] | int = "auto"
+    """Examples per device and forward pass; the rest of the batch is accumulated. `auto` is the
+    largest that fits the GPU, or the fastest on a CPU: tried before training, and kept."""
     learning_rate: float = 2e-5
     """Peak learning rate. PoSE, section 4.1."""
     warmup_steps: int = 10
