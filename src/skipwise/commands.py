@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 def _load_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe of a .yaml file or a run folder, or the default recipe of a model."""
+    from skipwise.config.bundled import find_recipe
     from skipwise.config.parse import load_recipe, load_run_recipe, parse_recipe
     from skipwise.config.run_folder import RunFolder
 
@@ -35,8 +36,8 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     options += [f"data.sources={json.dumps(data)}"] if data else []
     options += ["lora={}"] if args.lora else []
     options += [f"engine={args.engine}"] if getattr(args, "engine", None) else []
-    if path.suffix in (".yaml", ".yml"):
-        return load_recipe(path, options + overrides)
+    if (file := find_recipe(args.thing)) is not None:
+        return load_recipe(file, options + overrides)
     run = RunFolder(path)
     if run.recipe_file.exists():
         return load_run_recipe(run.recipe_file, options + overrides)
@@ -129,6 +130,15 @@ def check_verb(args: argparse.Namespace) -> int:
             data = " ".join(args.data or ["FOLDER"])
             print(f"\nnext: skipwise extend {args.thing} --to {args.to or 'T'} --data {data}")
     return 0 if all(c.passed for c in checks) else 2
+
+
+def recipes_verb(args: argparse.Namespace) -> None:
+    from skipwise.config.bundled import bundled, describe_bundled
+
+    files = {**bundled("recipes"), **bundled("examples")}
+    if args.name and args.name not in files:
+        raise SkipwiseError(f"{args.name} is unknown: choose from {', '.join(files)}")
+    print(files[args.name].read_text(encoding="utf-8") if args.name else describe_bundled())
 
 
 def plan_verb(args: argparse.Namespace) -> None:

@@ -10,6 +10,11 @@ SMALL_LOGITS = 64 << 20  # bytes of float32 logits below which slices save too l
 EVALUATION_LOGITS = 1 << 26  # most logits that an evaluation holds at once
 
 
+def micro_batch(settings: TrainingSettings) -> int:
+    """Examples per device and pass; 1 as long as they are `auto`."""
+    return 1 if settings.micro_batch_size == "auto" else settings.micro_batch_size
+
+
 def micro_batches(settings: TrainingSettings, num_devices: int) -> list[int]:
     """The sizes that `training.micro_batch_size: auto` may take, each at least twice the last."""
     if settings.micro_batch_size != "auto":
@@ -24,13 +29,11 @@ def micro_batches(settings: TrainingSettings, num_devices: int) -> list[int]:
 def accumulation(settings: TrainingSettings, num_devices: int) -> int:
     """Gradient accumulation steps that make up the global batch on this many devices.
 
-    As long as the micro batch is `auto`, it counts as 1.
-
     Raises:
         SkipwiseError: the global batch does not divide evenly among the devices.
     """
     size, batch = settings.micro_batch_size, settings.global_batch_size
-    each = num_devices * (1 if size == "auto" else size)
+    each = num_devices * micro_batch(settings)
     if not each or not batch or batch % each:
         by = "" if size == "auto" else f"training.micro_batch_size {size} x "
         raise SkipwiseError(

@@ -83,7 +83,9 @@ def _memory(plan: Plan) -> str:
         "logits and loss": "in slices" if job.chunked else "of all tokens",
         "mask": "of importance weights" if job.importance else "",
         "bf16 copies": "of weights, made by autocast",
-        "runtime": "Python and libraries" if job.on_cpu else "CUDA, libraries, 3 % lost to rounding",
+        "runtime": "Python and libraries"
+        if job.on_cpu
+        else "CUDA, libraries, 3 % lost to rounding",
     }
     rows = [
         (f"  {kind}", f"{memory.parts[kind] / GIB:,.2f}", notes.get(kind, ""))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from skipwise.config.batch import SLICE, accumulation, is_chunked
+from skipwise.config.batch import SLICE, accumulation, is_chunked, micro_batch
 from skipwise.config.distillation import distillation_weight
 from skipwise.config.recipe import LoRASettings, Recipe
 from skipwise.config.samplers import make_sampler, resolve_auto
@@ -165,13 +165,13 @@ def make_job(
     length = sampler.train_length
     asked = recipe.load.attn_implementation
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
-    micro_batch = 1 if settings.micro_batch_size == "auto" else settings.micro_batch_size
+    batch_size = micro_batch(settings)
     distilled = 0.0
     if distillation_weight(recipe)[0]:
-        distilled = _first_chunk_fraction(sampler, micro_batch, info.original_length)
+        distilled = _first_chunk_fraction(sampler, batch_size, info.original_length)
     return Job(
         architecture=architecture,
-        batch_size=micro_batch,
+        batch_size=batch_size,
         length=length,
         accumulation=accumulation(settings, num_gpus),
         num_steps=settings.num_steps,
@@ -179,7 +179,7 @@ def make_job(
         bf16=_uses_bf16(recipe, gpu),
         lora=recipe.lora,
         checkpointing=settings.gradient_checkpointing,
-        chunked=is_chunked(settings.loss, micro_batch, length, info.vocab_size)
+        chunked=is_chunked(settings.loss, batch_size, length, info.vocab_size)
         or (settings.loss == "auto" and distilled > 0),
         attention="flash" if asked.startswith("flash") else "eager" if asked == "eager" else "sdpa",
         importance=recipe.positions.key_weights != "none" and asked != "flex_attention",

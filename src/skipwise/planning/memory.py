@@ -71,6 +71,12 @@ def predict_memory(job: Job, *, runtime: float | None = None) -> Memory:
     return Memory(phase=phase, parts=parts, total=total, phases=phases, host=host_bytes(job))
 
 
+def update_bytes(job: Job) -> float:
+    """What the first update adds to the memory of a pass: optimizer states, DDP's buckets."""
+    found = [*allocations.optimizer_states(job), *_engine_buffers(job)]
+    return sum(item.total for item in _sharded(job, found))
+
+
 def fits(memory: Memory, gpu: Gpu) -> bool:
     return memory.gib <= gpu.memory_gib
 
@@ -105,7 +111,13 @@ def _phases(job: Job) -> dict[str, list[Allocation]]:
     if job.on_cpu:
         temporary += allocations.lora_temporaries(job, layer, tokens)
     saved = _saved_activations(job)
-    always = [*weights, *teacher, *states, *allocations.batch(job, job.on_cpu), *_engine_buffers(job)]
+    always = [
+        *weights,
+        *teacher,
+        *states,
+        *allocations.batch(job, job.on_cpu),
+        *_engine_buffers(job),
+    ]
     before = gradients if job.accumulation > 1 else []
     head = [*allocations.head_activations(job, tokens), *allocations.head_copy(job)]
     loss, back = allocations.logits(job, backward=False), allocations.logits(job, backward=True)

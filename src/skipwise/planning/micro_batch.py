@@ -1,6 +1,6 @@
 """`training.micro_batch_size: auto`: the largest micro batch whose predicted memory fits.
 
-Training tries it with a real pass and takes less where that fails (training/setup.py).
+Training tries real passes of the sizes up to it and takes the fastest (training/setup.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from skipwise.planning.gpus import Gpu
 from skipwise.planning.job import make_job
 from skipwise.planning.memory import GIB, predict_memory
 
+_ENOUGH = 32_768  # tokens in a pass that keep any device busy
 _MARGIN = 0.90  # fraction of the memory to fill: docs/scaling.md has the plan's accuracy
 
 
@@ -41,7 +42,8 @@ def largest_micro_batch(
     for size in more:
         sized = with_micro_batch(recipe, size)
         job = make_job(sized, info, architecture, num_gpus=num_gpus, gpu=gpu)
-        if predict_memory(job, runtime=runtime).total > _MARGIN * gpu.memory_gib * GIB:
+        needed = predict_memory(job, runtime=runtime).total
+        if needed > _MARGIN * gpu.memory_gib * GIB or job.tokens > _ENOUGH:
             break
         best = size
     return best

@@ -21,9 +21,10 @@ from skipwise.errors import SkipwiseError
 _COMPLETE = "complete"
 
 
-def mark_complete(folder: Path, step: int, engine: str) -> None:
+def mark_complete(folder: Path, step: int, engine: str, micro_batch_size: int = 1) -> None:
     """Mark that all files of the checkpoint are written, by which engine and processes."""
     metadata = {"step": step, "engine": engine, "num_processes": world_size()}
+    metadata["micro_batch_size"] = micro_batch_size
     write_text(folder / _COMPLETE, json.dumps(metadata) + "\n")
 
 
@@ -31,6 +32,13 @@ def last_checkpoint(run: RunFolder) -> Path | None:
     """The newest complete checkpoint."""
     complete = [folder.parent for folder in run.checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
     return max(complete, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
+def trained_micro_batch(run: RunFolder) -> int | None:
+    """The micro batch of the last checkpoint; None without one."""
+    last = last_checkpoint(run)
+    found = json.loads((last / _COMPLETE).read_text(encoding="utf-8")) if last else None
+    return found.get("micro_batch_size") if isinstance(found, dict) else None
 
 
 def remove_incomplete(run: RunFolder) -> None:

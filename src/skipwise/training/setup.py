@@ -7,9 +7,12 @@ recipe's engine. A killed run resumes at its last complete checkpoint and ends w
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from accelerate.utils import AutocastKwargs
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from skipwise.config.batch import is_chunked
+from skipwise.config.batch import is_chunked, micro_batch
 from skipwise.config.distillation import shards
 from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe
@@ -27,9 +30,12 @@ from skipwise.errors import Check, RunStopped, SkipwiseError, require
 from skipwise.models.load import attention_for, check_kernel, has_persistent_buffers, load_model
 from skipwise.models.lora import add_lora, load_adapter, num_parameters, quantization_for
 from skipwise.models.prepared import PreparedModel
+from skipwise.planning.job import make_job, read_model
+from skipwise.planning.memory import update_bytes
 from skipwise.preflight.batch import check_batch, check_tokenizer
 from skipwise.preflight.model import check_model
-from skipwise.training.arguments import training_arguments, training_dtype
+from skipwise.preflight.step import time_pass
+from skipwise.training.arguments import resolve_micro_batch, training_arguments, training_dtype
 from skipwise.training.callbacks import (
     RunCallback,
     StageOffset,
@@ -44,10 +50,12 @@ from skipwise.training.checkpoints import last_checkpoint, num_processes_of, rem
 from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
 from skipwise.training.distributed import engines
-from skipwise.training.error_hints import explain_error
+from skipwise.training.error_hints import explain_error, is_out_of_memory, out_of_memory
 from skipwise.training.inputs import TrainingData
 from skipwise.training.teacher import move_teacher
 from skipwise.training.trainer import PoSETrainer
+
+_FASTER = 1.0  # a larger micro batch must not take longer an example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +109,54 @@ class Preflight:
             checks.append(check_distillation(*taught, self.engine.name, autocast))
         return checks
 
-    def check_before_training(self, largest_in_text: Callable[[], int]) -> None:
+    def try_batch(self, data: TrainingData, run: RunFolder, sizes: list[int]) -> None:
+        """Time a pass of each size until one is not faster, and write the fastest to run.json.
+
+        Raises:
+            _OtherSize: the fastest is not the one that the Trainer was made for.
+            SkipwiseError: not even one example fits.
+        """
+        recipe, where = self.prepared.recipe, engines.place(self.prepared.recipe)
+        known = engines.of_main_process(run.metadata().get("batch", {}))
+        same = known.get("place") == where and known.get("tried")
+        if not same or known["micro_batch_size"] != recipe.training.micro_batch_size:
+            times: dict[int, float] = {}  # seconds an example
+            for size in sizes:
+                seconds = self._time_pass(data, size)
+                if math.isinf(seconds) and times:
+                    break
+                if math.isfinite(seconds):
+                    times[size] = seconds / size
+                    if sizes[0] > 1 or times[size] > _FASTER * min(times.values()):
+                        break
+            if not times:
+                raise out_of_memory(recipe)
+            best = min(times, key=lambda size: times[size])
+            known = {"micro_batch_size": best, "tried": times, "place": where}
+            run.update(batch=known)
+        if known["micro_batch_size"] != recipe.training.micro_batch_size:
+            raise _OtherSize
+        self.checks.append(_describe_trial(known))
+
+    def _time_pass(self, data: TrainingData, size: int) -> float:
+        """Seconds of the slowest process for a pass of this many examples; inf: out of memory."""
+        job = make_job(self.prepared.recipe, *read_model(self.prepared.recipe))
+        items = [data.dataset[k % len(data.dataset)] for k in range(size)]
+        try:
+            inputs = self.trainer._prepare_inputs(data.collator(items))
+            autocast = self.trainer.accelerator.autocast
+            seconds = time_pass(self.trainer.model, inputs, autocast, int(update_bytes(job)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            seconds = math.inf
+        if self.distillation is not None:
+            self.distillation.take_divergence()
+        return engines.longest(seconds, self.trainer.args.device)
+
+    def check_before_training(
+        self, largest_in_text: Callable[[], int], batch_trial: Callable[[], None] | None = None
+    ) -> None:
         """What can be checked on a model that no engine has wrapped."""
         tokenizer, vocab_size = self.prepared.tokenizer, self.prepared.info.vocab_size
         fits = check_tokenizer(tokenizer, vocab_size, self.batch, largest_in_text)
@@ -109,6 +164,8 @@ class Preflight:
         if not fits.passed:  # the model has no embedding for the batch
             return
         if self.one_process or self.engine.name == "ddp":
+            if batch_trial is not None:
+                batch_trial()
             self.checks.extend(self.check_batch(self.trainer.model))
 
     def check_wrapped(self) -> None:
@@ -141,23 +198,37 @@ class Training:
         return self.preflight.checks
 
 
+class _OtherSize(Exception):
+    """Another micro batch than the Trainer's was chosen."""
+
+
 class _Checked(Exception):
     """The preflight is done, and nothing more was asked for."""
 
 
 def set_up(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, offset: StageOffset | None = None
+    prepared: PreparedModel,
+    data: TrainingData,
+    run: RunFolder,
+    offset: StageOffset | None = None,
+    *,
+    trial: bool = False,
 ) -> Training:
     """Load the model into a Trainer and run the preflight on it.
 
     Args:
         offset: what earlier stages have trained. Defaults to nothing.
+        trial: time a pass of the real size, if that was not done on a machine like this one. Where
+            the micro batch is `auto`, the fastest is taken and written to run.json.
 
     Raises:
         SkipwiseError: settings that contradict each other, weights that cannot be loaded.
     """
     try:
-        return _set_up(prepared, data, run, offset or StageOffset())
+        return _set_up(prepared, data, run, offset or StageOffset(), trial)
+    except _OtherSize:
+        gc.collect()  # frees the model, which the exception held
+        return set_up(prepared, data, run, offset, trial=trial)
     except Exception as error:
         known = explain_error(error, prepared.recipe, run)
         if known is None:
@@ -166,11 +237,12 @@ def set_up(
 
 
 def _set_up(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, offset: StageOffset
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, offset: StageOffset, trial: bool
 ) -> Training:
-    recipe = prepared.recipe
-    set_seed(recipe.seed)
+    set_seed(prepared.recipe.seed)
     engine = _start_engine(prepared, run)
+    prepared, sizes = resolve_micro_batch(prepared, run, engine.name, engine.dtype)
+    recipe = prepared.recipe
     options = {"respread": engine.converted, "load_once": engine.load_once}
     arguments = training_arguments(recipe, run, engine.dtype, engine.name, options)
     model = _load_base(prepared, engine, offset)
@@ -197,7 +269,8 @@ def _set_up(
         restore_rope=engines.keep_rope_in_float32(model),
         checks=[*scaled, *kernel, *taught],
     )
-    preflight.check_before_training(data.corpus.largest_token)
+    batch_trial = partial(preflight.try_batch, data, run, sizes) if trial else None
+    preflight.check_before_training(data.corpus.largest_token, batch_trial)
     return Training(
         trainer=trainer,
         callback=callback,
@@ -355,6 +428,19 @@ def train(
         raise RunStopped(f"stopped after the last step, saved in {run.checkpoints}")
 
 
+def _describe_trial(known: dict[str, Any]) -> Check:
+    """`micro batch 16: 0.046 s an example, 2.6 times as fast as 1`."""
+    size, times = known["micro_batch_size"], {int(k): v for k, v in known["tried"].items()}
+    detail = f"{size} examples a pass: {times[size]:.3g} s an example"
+    others = {n: t / times[size] for n, t in times.items() if n != size}
+    if 1 in others:
+        detail += f", {others[1]:.1f} times as fast as one by one"
+    if max(others, default=0) > size:
+        detail += f"; {max(others)} at once is no faster"
+    numbers = {"micro_batch_size": size, "seconds_per_example": times[size]}
+    return Check(name="micro batch", passed=True, detail=detail, numbers=numbers)
+
+
 def training_metadata(training: Training, run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     """What run.json says about training that has reached its last step."""
     trainer, lora = training.trainer, recipe.lora
@@ -366,6 +452,7 @@ def training_metadata(training: Training, run: RunFolder, recipe: Recipe) -> dic
         "num_processes": world_size(),
         "num_steps": trainer.args.max_steps,
         "batch_size": examples_per_step(trainer.args),
+        "micro_batch_size": trainer.args.per_device_train_batch_size,
         "tokens_per_step": tokens_per_step,
         "num_tokens": tokens_per_step * trainer.args.max_steps,
         "seconds": read_metrics(run)[-1]["seconds"],
@@ -384,7 +471,7 @@ def cuts_loss(recipe: Recipe, train_length: int, vocab_size: int) -> bool:
                 "leave one of them out"
             )
         return False
-    return is_chunked(settings.loss, settings.micro_batch_size, train_length, vocab_size)
+    return is_chunked(settings.loss, micro_batch(settings), train_length, vocab_size)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -1,0 +1,45 @@
+"""Passes of the real size before training: do they fit in memory, and how long do they take?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_SHORT = 5.0  # seconds; a longer pass on a CPU is not repeated
+
+
+def time_pass(
+    model: Any, inputs: dict[str, Any], autocast: Callable[..., Any], reserve: int = 0
+) -> float:
+    """Seconds of a forward and a backward pass, without what only the first pass does.
+
+    Gradients are kept from the first pass to the second, as in gradient accumulation, and dropped
+    afterwards. The random state is restored.
+
+    Args:
+        reserve: bytes on the GPU that a training step also needs: the optimizer's.
+    """
+    device, training = inputs["input_ids"].device, model.training
+    cuda = device.type == "cuda"
+    held = torch.empty(reserve if cuda else 0, dtype=torch.uint8, device=device)
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if cuda else []):
+            for _ in range(2):
+                start = time.perf_counter()
+                with autocast():
+                    loss = model(**inputs, use_cache=False).loss
+                loss.backward()
+                if cuda:
+                    torch.cuda.synchronize(device)
+                seconds = time.perf_counter() - start
+                if not cuda and seconds > _SHORT:
+                    break
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+        del held
+    return seconds
