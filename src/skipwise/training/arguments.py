@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from skipwise.config.batch import accumulation, micro_batches
 from skipwise.config.machine import available_memory, world_size
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe
-from skipwise.config.run_folder import RunFolder
+from skipwise.config.run_folder import RunFolder, write_json
 from skipwise.errors import SkipwiseError
 from skipwise.models.load import best_device, compute_dtype
 from skipwise.models.prepared import PreparedModel
@@ -138,6 +138,16 @@ def resolve_micro_batch(
         size = 1
     sizes = [one for one in sizes if one <= size]
     return replace(prepared, recipe=with_micro_batch(recipe, size)), sizes
+
+
+def take_less(run: RunFolder, size: int) -> SkipwiseError:
+    """Make the run take half the micro batch next time; any rank may write it. Says so."""
+    batch = {"micro_batch_size": size // 2}
+    write_json(run.path / "run.json", {**run.metadata(), "batch": batch})
+    return SkipwiseError(
+        f"out of memory with training.micro_batch_size {size}, which auto had chosen\n"
+        f"type the same command again: it takes {size // 2}"
+    )
 
 
 def device_memory() -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,12 @@ from skipwise.planning.memory import update_bytes
 from skipwise.preflight.batch import check_batch, check_tokenizer
 from skipwise.preflight.model import check_model
 from skipwise.preflight.step import time_pass
-from skipwise.training.arguments import resolve_micro_batch, training_arguments, training_dtype
+from skipwise.training.arguments import (
+    resolve_micro_batch,
+    take_less,
+    training_arguments,
+    training_dtype,
+)
 from skipwise.training.callbacks import (
     RunCallback,
     StageOffset,
@@ -55,7 +60,8 @@ from skipwise.training.inputs import TrainingData
 from skipwise.training.teacher import move_teacher
 from skipwise.training.trainer import PoSETrainer
 
-_FASTER = 1.0  # a larger micro batch must not take longer an example
+_SLOWER = 1.1  # times as long an example as the best size: larger ones are not tried
+_LONG = 20.0  # seconds of a pass: larger ones are not tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +133,8 @@ class Preflight:
                     break
                 if math.isfinite(seconds):
                     times[size] = seconds / size
-                    if sizes[0] > 1 or times[size] > _FASTER * min(times.values()):
+                    slow = times[size] > _SLOWER * min(times.values()) or seconds > _LONG
+                    if sizes[0] > 1 or slow:
                         break
             if not times:
                 raise out_of_memory(recipe)
@@ -140,12 +147,16 @@ class Preflight:
 
     def _time_pass(self, data: TrainingData, size: int) -> float:
         """Seconds of the slowest process for a pass of this many examples; inf: out of memory."""
-        job = make_job(self.prepared.recipe, *read_model(self.prepared.recipe))
+        reserve = 0.0
+        with suppress(SkipwiseError):  # a config from which the plan cannot count
+            reserve = update_bytes(
+                make_job(self.prepared.recipe, *read_model(self.prepared.recipe))
+            )
         items = [data.dataset[k % len(data.dataset)] for k in range(size)]
         try:
             inputs = self.trainer._prepare_inputs(data.collator(items))
             autocast = self.trainer.accelerator.autocast
-            seconds = time_pass(self.trainer.model, inputs, autocast, int(update_bytes(job)))
+            seconds = time_pass(self.trainer.model, inputs, autocast, int(reserve))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -415,6 +426,9 @@ def train(
             return
         except Exception as error:
             known = explain_error(error, recipe, run)
+            size = trainer.args.per_device_train_batch_size
+            if is_out_of_memory(error) and recipe.training.micro_batch_size == "auto" and size > 1:
+                known = take_less(run, size)
             if known is None:
                 raise
             raise known from error
