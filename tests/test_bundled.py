@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from test_plan import MISTRAL
 
 from skipwise.cli import main
 from skipwise.config import bundled as bundled_module
@@ -19,12 +18,23 @@ ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").iterdir() if path.is_file())
 
+SHAPE = {
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.json").write_text(json.dumps(MISTRAL))
+    (tmp_path / "base/config.json").write_text(json.dumps(SHAPE))
     return tmp_path
 
 
@@ -41,9 +51,8 @@ def test_the_beginning_of_a_name_means_the_recipe_for_one_gpu(here, capsys):
     said = capsys.readouterr().err
     assert "mistral-7b-32k-8xa6000" in said and "taken: mistral-7b-32k-lora-24gb" in said
     assert find_recipe("tinyllama-1.1b") is not None and not capsys.readouterr().err
-    with pytest.raises(SkipwiseError, match="beginning of several recipes.*-128k-.*-32k-"):
+    with pytest.raises(SkipwiseError, match=r"beginning of several recipes.*-128k-.*-32k-"):
         find_recipe("llama-2-7b")
-    assert find_recipe("mistral") is None or find_recipe("mistral").stem.startswith("mistral")
     assert find_recipe("mistr") is None  # not to the end of a word: a model of that name
 
 
@@ -55,7 +64,7 @@ def test_an_own_file_or_folder_of_the_name_wins(here):
     own.unlink()
     (here / name).mkdir()  # a model, or a run
     assert find_recipe(name) is None
-    with pytest.raises(SkipwiseError, match="No such file.*\n.*skipwise recipes"):
+    with pytest.raises(SkipwiseError, match=r"No such file.*\n.*skipwise recipes"):
         find_recipe("mine.yaml")
     with pytest.raises(SkipwiseError, match="No such file"):
         find_recipe(f"elsewhere/{name}.yaml")

@@ -84,7 +84,7 @@ def test_out_of_memory_goes_down_and_says_what_helps_at_one(
     run = run_training(make_recipe(tiny, text_folder, *AUTO), tmp_path / "run")
     assert size_of(run) == 2 and tried == [1, 2, 4]
     timed(monkeypatch, dict.fromkeys((1, 2, 4, 8)))
-    with pytest.raises(SkipwiseError, match="out of memory at 8 x|out of memory at 1 x"):
+    with pytest.raises(SkipwiseError, match="out of memory at 8 x"):
         run_training(make_recipe(tiny, text_folder, *AUTO), tmp_path / "none")
 
 
@@ -125,7 +125,7 @@ def test_out_of_memory_in_training_takes_half_the_next_time(
 
     with monkeypatch.context() as patch:
         patch.setattr(PoSETrainer, "training_step", full)
-        with pytest.raises(SkipwiseError, match="size 8, which auto.*\n.*again: it takes 4"):
+        with pytest.raises(SkipwiseError, match=r"size 8, which auto.*\n.*again: it takes 4"):
             run_training(recipe, tmp_path / "run")
     run = run_training(recipe, tmp_path / "run")
     assert size_of(run) == run.metadata()["training"]["micro_batch_size"] == 4
