@@ -42,4 +42,6 @@ def time_pass(
         model.train(training)
         model.zero_grad(set_to_none=True)
         del held
+        if cuda:
+            torch.cuda.empty_cache()
     return seconds

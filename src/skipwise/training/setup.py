@@ -147,11 +147,9 @@ class Preflight:
 
     def _time_pass(self, data: TrainingData, size: int) -> float:
         """Seconds of the slowest process for a pass of this many examples; inf: out of memory."""
-        reserve = 0.0
+        recipe, reserve = self.prepared.recipe, 0.0
         with suppress(SkipwiseError):  # a config from which the plan cannot count
-            reserve = update_bytes(
-                make_job(self.prepared.recipe, *read_model(self.prepared.recipe))
-            )
+            reserve = update_bytes(make_job(recipe, *read_model(recipe)))
         items = [data.dataset[k % len(data.dataset)] for k in range(size)]
         try:
             inputs = self.trainer._prepare_inputs(data.collator(items))
@@ -235,16 +233,17 @@ def set_up(
     Raises:
         SkipwiseError: settings that contradict each other, weights that cannot be loaded.
     """
-    try:
-        return _set_up(prepared, data, run, offset or StageOffset(), trial)
-    except _OtherSize:
-        gc.collect()  # frees the model, which the exception held
-        return set_up(prepared, data, run, offset, trial=trial)
-    except Exception as error:
-        known = explain_error(error, prepared.recipe, run)
-        if known is None:
-            raise
-        raise known from error
+    while True:
+        try:
+            return _set_up(prepared, data, run, offset or StageOffset(), trial)
+        except _OtherSize:
+            pass  # the exception holds the model until here
+        except Exception as error:
+            known = explain_error(error, prepared.recipe, run)
+            if known is None:
+                raise
+            raise known from error
+        gc.collect()
 
 
 def _set_up(
