@@ -13,12 +13,11 @@ from skipwise.errors import SkipwiseError
 def bundled(folder: str) -> dict[str, Path]:
     """The files of `recipes` or `examples`, by their names without suffix."""
     clone = Path(__file__).resolve().parents[3]
-    files = sorted((clone / folder).iterdir()) if (clone / "pyproject.toml").exists() else []
-    if not files:
-        installed = metadata.files("skipwise") or []
-        wanted = [f for f in installed if f.parent.as_posix().endswith(f"share/skipwise/{folder}")]
-        files = sorted(Path(str(file.locate())).resolve() for file in wanted)
-    return {file.stem: file for file in files if file.suffix in (".py", ".yaml")}
+    files = list((clone / folder).iterdir()) if (clone / "pyproject.toml").exists() else []
+    for file in [] if files else metadata.files("skipwise") or []:
+        if file.parent.as_posix().endswith(f"share/skipwise/{folder}"):
+            files.append(Path(str(file.locate())).resolve())
+    return {file.stem: file for file in sorted(files) if file.suffix in (".py", ".yaml")}
 
 
 def find_recipe(name: str) -> Path | None:
@@ -32,25 +31,25 @@ def find_recipe(name: str) -> Path | None:
     Raises:
         SkipwiseError: no such file, or the beginning of several names for one GPU, or for more.
     """
-    path, known = Path(name).expanduser(), bundled("recipes")
+    path = Path(name).expanduser()
     is_file = path.suffix in (".yaml", ".yml")
     own = path if is_file else path.with_name(f"{path.name}.yaml")
-    if path.exists() or own.exists():
-        return own if own.exists() and not path.is_dir() else None
-    stem = own.stem if str(path.parent) in (".", "recipes") else ""
-    found = [key for key in known if key == stem] or [k for k in known if k.startswith(f"{stem}-")]
-    if len(found) > 1 and stem:
+    if path.is_dir() or own.exists():
+        return None if path.is_dir() else own
+    known = bundled("recipes") if str(path.parent) in (".", "recipes") else {}
+    found = [k for k in known if k == own.stem] or [
+        k for k in known if k.startswith(f"{own.stem}-")
+    ]
+    if len(found) > 1:
         several = f"{name} is the beginning of several recipes: {', '.join(found)}"
         found = [key for key in found if not re.search(r"-\d+x", key)]  # for one GPU
         if len(found) != 1:
             raise SkipwiseError(several)
         print(f"{several}\ntaken: {found[0]}", file=sys.stderr)
-    if found and stem:
-        return known[found[0]]
-    if is_file:
+    if is_file and not found:
         fix = "skipwise recipes lists those that come with it"
         raise SkipwiseError(f"{name}: No such file or directory\n{fix}")
-    return None
+    return known[found[0]] if found else None
 
 
 def describe_bundled() -> str:

@@ -27,7 +27,6 @@ class Gpu:
     name: str
     memory_gib: float
     tflops: float | None  # dense matrix products a second, in the dtype that training computes in
-    bandwidth: float | None = None  # GB/s
     bf16: bool = True
     common: bool = False  # in the table of a plan for no GPU in particular
     is_cpu: bool = False
@@ -36,7 +35,7 @@ class Gpu:
 def _read_gpus() -> tuple[Gpu, ...]:
     file = Path(__file__).with_name("gpus.json")
     rows = json.loads(file.read_text(encoding="utf-8"))["gpus"]
-    keys = ("name", "memory_gib", "tflops", "bandwidth", "common")
+    keys = ("name", "memory_gib", "tflops", "common")
     return tuple(Gpu(**{k: row[k] for k in keys}, bf16=row["dtype"] == "bf16") for row in rows)
 
 
