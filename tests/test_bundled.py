@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import zipfile
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -120,5 +119,4 @@ def test_the_wheel_holds_them_and_the_installed_package_finds_them(tmp_path, mon
 
 def test_a_package_without_the_files_lists_none(tmp_path, monkeypatch):
     monkeypatch.setattr(bundled_module, "__file__", str(tmp_path / "a/b/c/bundled.py"))
-    monkeypatch.setattr(metadata, "files", lambda name: None)
     assert bundled("recipes") == {} and find_recipe("mistral-7b-32k") is None

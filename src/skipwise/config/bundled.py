@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from skipwise.errors import SkipwiseError
@@ -12,12 +11,12 @@ from skipwise.errors import SkipwiseError
 
 def bundled(folder: str) -> dict[str, Path]:
     """The files of `recipes` or `examples`, by their names without suffix."""
-    clone = Path(__file__).resolve().parents[3]
-    files = list((clone / folder).iterdir()) if (clone / "pyproject.toml").exists() else []
-    for file in [] if files else metadata.files("skipwise") or []:
-        if file.parent.as_posix().endswith(f"share/skipwise/{folder}"):
-            files.append(Path(str(file.locate())).resolve())
-    return {file.stem: file for file in sorted(files) if file.suffix in (".py", ".yaml")}
+    roots = Path(__file__).resolve().parents
+    places = [
+        place for root in roots for place in (root / "share/skipwise" / folder, root / folder)
+    ]
+    files = next((sorted(place.iterdir()) for place in places if place.is_dir()), [])
+    return {file.stem: file for file in files if file.suffix in (".py", ".yaml")}
 
 
 def find_recipe(name: str) -> Path | None:
