@@ -122,8 +122,8 @@ def test_what_training_took_is_written_down_before_its_last_checkpoint_counts(
     # A run that is killed after the mark is done, and is not trained again.
     plain = callbacks_module.mark_complete
 
-    def killed(folder, step, engine):
-        plain(folder, step, engine)
+    def killed(folder, step, *rest):
+        plain(folder, step, *rest)
         if step == STEPS:
             raise KeyboardInterrupt
 
