@@ -27,12 +27,13 @@ def test_the_estimate_of_training_is_within_a_factor_of_two(
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=time.process_time))
     tree = {
         "model": str(MODEL),
-        "target_length": 1024,
+        "target_length": 512,
+        "train_length": 64,
         "rope": {"type": "yarn"},
         "attention_temperature": 1.0,
         "data": {"sources": [str(text_folder)]},
         "training": {"num_steps": 6, "global_batch_size": 8},
-        "eval": {"tasks": ["passkey"], "passkey_samples": 4, "num_depths": 2},
+        "eval": {"tasks": ["passkey"], "passkey_samples": 2, "untrained": False},
         "trainer": {"report_to": "none"},
     }
     run = extend(parse_recipe(tree), tmp_path / "run")
