@@ -22,7 +22,7 @@ def time_pass(
     Args:
         reserve: bytes on the GPU that a training step also needs: the optimizer's.
     """
-    device, training = inputs["input_ids"].device, model.training
+    device, training, seconds = inputs["input_ids"].device, model.training, 0.0
     cuda = device.type == "cuda"
     held = torch.empty(reserve if cuda else 0, dtype=torch.uint8, device=device)
     model.train()
