@@ -142,7 +142,7 @@ class TrainingSettings:
     """Examples per step, over all devices and accumulation steps. PoSE, section 4.1."""
     micro_batch_size: Literal["auto"] | int = "auto"
     """Examples per device and forward pass; the rest of the batch is accumulated. `auto` is the
-    largest that fits the GPU, or the fastest on a CPU: tried before training, and kept."""
+    fastest up to the largest that fits: timed before training, and kept by the run."""
     learning_rate: float = 2e-5
     """Peak learning rate. PoSE, section 4.1."""
     warmup_steps: int = 10
