@@ -23,6 +23,7 @@ from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.pipeline.profile import measure
 from skipwise.pipeline.quickstart import MODEL, make_recipe
+from skipwise.planning.gpus import find_gpu
 from skipwise.planning.job import make_job, read_model
 from skipwise.planning.memory import GIB, LATE_IMPORTS, predict_memory
 
@@ -94,9 +95,9 @@ def save_llama(folder: Path) -> None:
 def compare(name: str, recipe: Recipe, settings: str, held: bool) -> dict:
     """One case: measured and predicted bytes."""
     facts, architecture = read_model(recipe)
-    job = make_job(recipe, facts, architecture, on_cpu=True)
+    job = make_job(recipe, facts, architecture, gpu=find_gpu("cpu"))
     taken = measure(recipe)
-    predicted = predict_memory(job, on_cpu=True, runtime=taken.runtime_bytes + LATE_IMPORTS)
+    predicted = predict_memory(job, runtime=taken.runtime_bytes + LATE_IMPORTS)
     row = {
         "model": name,
         "settings": settings,

@@ -432,8 +432,8 @@ def test_the_predicted_peak_is_within_15_percent_of_three_real_steps(settings):
     }
     recipe = parse_recipe(tree, settings)
     taken = measure(recipe)
-    job = make_job(recipe, *read_model(recipe), on_cpu=True)
-    memory = predict_memory(job, on_cpu=True, runtime=taken.runtime_bytes + LATE_IMPORTS)
+    job = make_job(recipe, *read_model(recipe), gpu=find_gpu("cpu"))
+    memory = predict_memory(job, runtime=taken.runtime_bytes + LATE_IMPORTS)
     assert 0.85 < memory.total / taken.peak_bytes < 1.15
     assert taken.peak_bytes > taken.runtime_bytes + 0.05 * GIB
 

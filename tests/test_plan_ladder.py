@@ -6,7 +6,7 @@ import pytest
 from test_plan import MISTRAL, recipe_of
 
 from skipwise.planning import first_change, next_change, predict_memory
-from skipwise.planning.gpus import GPUS
+from skipwise.planning.gpus import common_gpus
 from skipwise.planning.job import make_job, read_model
 from skipwise.planning.memory import fits
 
@@ -58,7 +58,7 @@ def test_the_next_change_is_the_next_rung_of_the_ladder(folder, settings, proces
         [],
     ],
 )
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", common_gpus(), ids=lambda gpu: gpu.name)
 def test_the_first_change_makes_the_run_fit_and_nothing_less_does(folder, settings, gpu):
     recipe = recipe_of(folder, *settings, "original_length=8k")
     facts, architecture = read_model(recipe)

@@ -34,7 +34,8 @@ examples:
   skipwise export runs/my-model-32k --to hf,gguf       files for transformers, vLLM, llama.cpp
   skipwise export --verify ./any-model                 show what each runtime would load
 
-MODEL is a local folder or a name on the Hugging Face Hub, RECIPE a .yaml file, RUN a run folder.
+MODEL is a local folder or a name on the Hugging Face Hub, RECIPE a .yaml file or a name of
+`skipwise recipes`, RUN a run folder.
 Recipe keys can be set on the command line: training.num_steps=200 rope.type=linear
 In the help of a verb, defaults are in parentheses.
 """
@@ -143,9 +144,14 @@ def _add_preview_verbs(verbs: Any) -> None:
     _add_recipe_options(sub)
     sub.add_argument("--engine", metavar="E", help="ddp, fsdp2, zero3 or zero3-offload (ddp)")
     sub.add_argument("--gpus", type=int, metavar="N", help="number of GPUs of the machine (1)")
-    sub.add_argument("--gpu", metavar="NAME", help="one GPU model, e.g. A100-80GB (all)")
+    sub.add_argument("--gpu", metavar="NAME", help="a GPU, e.g. RTX4090, 24GB or cpu (common ones)")
     sub.add_argument("--measure", action="store_true", help="run three steps and compare")
     sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    example = "skipwise recipes mistral-7b-32k-lora-24gb > my-recipe.yaml"
+    text = "list the recipes and examples that come with Skipwise, or print one"
+    sub = _add_verb(verbs, "recipes", commands.recipes_verb, text, example)
+    sub.add_argument("name", nargs="?", metavar="NAME", help="print this one (list all)")
 
     example = "skipwise positions --length 8k --to 32k num_chunks=3 skips=sorted"
     text = "print and plot the position ids of training examples and their coverage"
@@ -215,7 +221,7 @@ def _add_output_verbs(verbs: Any) -> None:
 
 
 def _add_recipe_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("thing", metavar="MODEL|RECIPE|RUN", help="folder, hub name or recipe (.yaml)")
+    sub.add_argument("thing", metavar="MODEL|RECIPE|RUN", help="folder, hub name or recipe")
     sub.add_argument("--to", metavar="T", help="target length, e.g. 32k")
     sub.add_argument("--data", nargs="+", metavar="PATH", help="text: files, folders or hub names")
     sub.add_argument("--lora", action="store_true", help="train LoRA, norms and embeddings only")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 def _load_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe of a .yaml file or a run folder, or the default recipe of a model."""
+    from skipwise.config.bundled import find_recipe
     from skipwise.config.parse import load_recipe, load_run_recipe, parse_recipe
     from skipwise.config.run_folder import RunFolder
 
@@ -36,8 +37,8 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     options += [f"data.sources={json.dumps(data)}"] if data else []
     options += ["lora={}"] if args.lora else []
     options += [f"engine={args.engine}"] if getattr(args, "engine", None) else []
-    if path.suffix in (".yaml", ".yml"):
-        return load_recipe(path, options + overrides)
+    if (file := find_recipe(args.thing)) is not None:
+        return load_recipe(file, options + overrides)
     run = RunFolder(path)
     if run.recipe_file.exists():
         return load_run_recipe(run.recipe_file, options + overrides, run.metadata().get("consent"))
@@ -136,12 +137,23 @@ def check_verb(args: argparse.Namespace) -> int:
     return 0 if all(c.passed for c in checks) else 2
 
 
+def recipes_verb(args: argparse.Namespace) -> None:
+    from skipwise.config.bundled import bundled, describe_bundled
+
+    files = {**bundled("recipes"), **bundled("examples")}
+    if args.name and args.name not in files:
+        raise SkipwiseError(f"{args.name} is unknown: choose from {', '.join(files)}")
+    print(files[args.name].read_text(encoding="utf-8") if args.name else describe_bundled())
+
+
 def plan_verb(args: argparse.Namespace) -> None:
     from skipwise.planning import find_gpu, format_measured, format_plan, make_plan, plan_to_dict
+    from skipwise.planning.micro_batch import with_micro_batch
 
     recipe = _load_recipe(args)
     gpu = find_gpu(args.gpu) if args.gpu else None
-    plan = make_plan(recipe, num_gpus=1 if args.gpus is None else args.gpus, gpu=gpu)
+    cpu = find_gpu("cpu") if gpu is None and not args.gpus and not num_gpus() else None
+    plan = make_plan(recipe, num_gpus=1 if args.gpus is None else args.gpus, gpu=gpu, cpu=cpu)
     measured = None
     if not args.json:
         print(format_plan(plan), flush=True)
@@ -149,7 +161,7 @@ def plan_verb(args: argparse.Namespace) -> None:
         from skipwise.pipeline.profile import measure
 
         print("measuring three steps ...", file=sys.stderr, flush=True)
-        measured = measure(recipe)
+        measured = measure(with_micro_batch(recipe, plan.job.batch_size))
     if args.json:
         measurement = {"measured": dataclasses.asdict(measured)} if measured else {}
         print(json.dumps({**plan_to_dict(plan), **measurement}, indent=1))

@@ -48,6 +48,23 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def available_memory() -> int:
+    """Bytes of memory that new work can take: what is free, within the limit of a container."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable"))
+        found = int(line.split()[1]) * 1024
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        if limit != "max":
+            stat = (group / "memory.stat").read_text(encoding="utf-8")
+            found = min(found, max(0, int(limit) - int(stat.split("anon ", 1)[1].split()[0])))
+    except (OSError, StopIteration, ValueError, IndexError):
+        pass  # not Linux, or no container
+    return found
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU computes in bf16: `load.dtype: auto` trains and plans in it then."""
     try:

@@ -301,7 +301,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
                 return value
             raise SkipwiseError(f"{where} is {_shown(value)}: give auto, true or false")
         if typing.get_origin(args[0]) is Literal:
-            return _word_or_number(args[0], value, where)
+            return _word_or_number(args[0], args[1], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
@@ -394,16 +394,17 @@ def registered(where: str) -> tuple[str, ...]:
     return (*SAMPLERS, "none") if where == "method" else ()
 
 
-def _word_or_number(words: Any, value: Any, where: str) -> Any:
+def _word_or_number(words: Any, kind: type, value: Any, where: str) -> Any:
     """One of the words, or a number."""
     choices = typing.get_args(words)
     if value in choices:
         return value
     try:
-        return _scalar(float, value, where)
+        return _scalar(kind, value, where)
     except SkipwiseError as error:
+        number = "a whole number" if kind is int else "a number"
         raise SkipwiseError(
-            f"{where} is {_shown(value)}: give {', '.join(choices)} or a number"
+            f"{where} is {_shown(value)}: give {', '.join(choices)} or {number}"
         ) from error
 
 

@@ -89,8 +89,8 @@ class Progress:
             parts.insert(0, f"{self.done / self.total:.0%}")
             if self.done > self.first:
                 rate = (self.done - self.first) / (time.monotonic() - self.started)
-                parts.append(f"about {_time(max(0, self.total - self.done) / rate)} left")
-        parts = parts or [f"{_time(time.monotonic() - self.started)} so far"]
+                parts.append(f"about {format_time(max(0, self.total - self.done) / rate)} left")
+        parts = parts or [f"{format_time(time.monotonic() - self.started)} so far"]
         return f"{self.label}: {', '.join(parts)}"
 
 
@@ -102,7 +102,8 @@ def _print_lines(progress: weakref.ref[Progress], closed: threading.Event) -> No
         del found
 
 
-def _time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
+    """`45 s`, `12 min`, `2.2 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

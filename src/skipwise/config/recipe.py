@@ -187,8 +187,9 @@ class TrainingSettings:
     """Optimizer steps. PoSE, section 4.1."""
     global_batch_size: Annotated[int, Range(1, 1_000_000)] = 64
     """Examples per step, over all devices and accumulation steps. PoSE, section 4.1."""
-    micro_batch_size: Annotated[int, Range(1, 1_000_000)] = 1
-    """Examples per device and forward pass; the rest of the batch is accumulated."""
+    micro_batch_size: Annotated[Literal["auto"] | int, Range(1, 1_000_000)] = "auto"
+    """Examples per device and forward pass; the rest of the batch is accumulated. `auto` is the
+    fastest up to the largest that fits: timed before training, and kept by the run."""
     learning_rate: Annotated[float, RATE] = 2e-5
     """Peak learning rate. PoSE, section 4.1."""
     warmup_steps: Annotated[int, Range(0, 100_000_000)] = 10

@@ -148,11 +148,11 @@ def check_memory(config: Any, length: int, dtype: torch.dtype) -> None:
 
 
 def compute_dtype(settings: ModelSettings) -> torch.dtype:
-    """The dtype to compute in: the recipe's, else bf16 if the hardware supports it."""
+    """The dtype to compute in: the recipe's, else bf16 if the hardware has it (not emulated)."""
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float32
     if torch.backends.mps.is_available():
         return torch.float32
     return torch.bfloat16 if cpu_has_bf16() else torch.float32

@@ -104,7 +104,7 @@ def check_run(prepared: PreparedModel, inputs: RunInputs | None, run: RunFolder)
     Raises:
         SkipwiseError: a check failed.
     """
-    checks, num_parameters = _preflight(prepared, inputs, run)
+    checks, num_parameters = _preflight(prepared, inputs, run, trial=True)
     record_checks(run, checks)
     if num_parameters:
         run.update(model={**run.metadata().get("model", {}), "num_parameters": num_parameters})
@@ -148,7 +148,7 @@ def check_planned_export(prepared: PreparedModel) -> Check:
 
 
 def _preflight(
-    prepared: PreparedModel, inputs: RunInputs | None, run: RunFolder
+    prepared: PreparedModel, inputs: RunInputs | None, run: RunFolder, trial: bool = False
 ) -> tuple[list[Check], int | None]:
     """All checks and the number of parameters. Weights are loaded only if the first checks pass."""
     recipe, T = prepared.recipe, prepared.recipe.target_length
@@ -165,7 +165,7 @@ def _preflight(
     if not all(check.passed for check in checks):
         return checks, None
     if inputs is not None:
-        training = set_up(first_stage_model(prepared), inputs.data, run)
+        training = set_up(first_stage_model(prepared), inputs.data, run, trial=trial)
         checks += training.checks
         count = training.num_parameters
         del training

@@ -18,6 +18,7 @@ from skipwise.models.prepared import convert_weights
 from skipwise.pipeline.checks import check_run, check_texts, validate
 from skipwise.pipeline.choose_scaling import choose_scaling
 from skipwise.pipeline.choose_separator import choose_separator
+from skipwise.pipeline.estimate import compare_estimate, estimate_run
 from skipwise.pipeline.stages import (
     evaluate_run,
     evaluate_untrained,
@@ -65,6 +66,8 @@ def extend(
             launch_training(run, num_processes, only_check=True)
         else:
             check_run(prepared, inputs, run)
+        if not trained and inputs is not None:
+            estimate_run(recipe, run, num_processes)
     with _stage(run, "evaluate before"):
         evaluate_run(prepared, run, "before")
         evaluate_untrained(prepared, run, data)
@@ -77,6 +80,7 @@ def extend(
         export_run(prepared, run, data)
     with _stage(run, "evaluate after"):
         evaluate_run(prepared, run, "after")
+    compare_estimate(run)
     with _stage(run, "report"):
         run.update(status="finished")
         report_run(run)

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from skipwise.config.batch import micro_batch
 from skipwise.config.distillation import in_one_process
 from skipwise.config.machine import process_memory
 from skipwise.config.parse import dump_recipe, load_recipe
@@ -52,10 +53,11 @@ def _shortened(recipe: Recipe) -> Recipe:
     """The same step in one process, with at most two micro-batches: more need no more memory."""
     recipe = in_one_process(recipe)
     training = recipe.training
-    passes = min(2, max(1, training.global_batch_size // max(1, training.micro_batch_size)))
+    size = micro_batch(training)
+    passes = min(2, max(1, training.global_batch_size // max(1, size)))
     steps = {"num_steps": _STEPS, "save_steps": _STEPS}
-    batch = passes * training.micro_batch_size
-    training = dataclasses.replace(training, **steps, global_batch_size=batch)
+    batch = {"global_batch_size": passes * size, "micro_batch_size": size}
+    training = dataclasses.replace(training, **steps, **batch)
     return dataclasses.replace(recipe, full_length=FullLengthSettings(), training=training)
 
 

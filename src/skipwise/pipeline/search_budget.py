@@ -90,7 +90,7 @@ def flops_per_second() -> float:
     if not torch.cuda.is_available():
         return min(os.cpu_count() or 1, _MOST_CORES) * _CORE_FLOPS
     name = torch.cuda.get_device_name().lower().replace(" ", "")
-    known = [gpu.tflops for gpu in GPUS if gpu.name.lower().split("-")[0] in name]
+    known = [gpu.tflops or 0 for gpu in GPUS if gpu.name.lower().split("-")[0] in name]
     return max(known, default=_OTHER_TFLOPS) * 1e12 * UTILISATION
 
 

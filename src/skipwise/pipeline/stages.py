@@ -226,7 +226,7 @@ def _train_stages(
     first = first_stage_model(prepared)
     begun = full_length is not None and full_length.begun
     if not begun and not finished_checkpoint(run, first.recipe.training.num_steps):
-        training = set_up(first, inputs.data, run)
+        training = set_up(first, inputs.data, run, trial=True)
         count = training.num_parameters
 
         def write_down(checks: list[Check]) -> None:

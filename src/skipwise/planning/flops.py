@@ -56,13 +56,16 @@ def _pairs(a: Architecture, full: float) -> float:
     return pair * ((a.num_layers - a.sliding_layers) * full + a.sliding_layers * near)
 
 
-def seconds_per_step(job: Job, gpu: Gpu) -> float:
-    """Assumes gpus.UTILISATION of the GPU's peak rate."""
+def seconds_per_step(job: Job, gpu: Gpu) -> float | None:
+    """Assumes gpus.UTILISATION of the GPU's peak rate. None where that is not known."""
+    if gpu.tflops is None:
+        return None
     return step_flops(job) / (job.num_gpus * gpu.tflops * 1e12 * UTILISATION)
 
 
-def hours(job: Job, gpu: Gpu) -> float:
-    return job.num_steps * seconds_per_step(job, gpu) / 3600
+def hours(job: Job, gpu: Gpu) -> float | None:
+    seconds = seconds_per_step(job, gpu)
+    return None if seconds is None else job.num_steps * seconds / 3600
 
 
 def cache_bytes(architecture: Architecture, tokens: int, width: int = 2) -> int:

@@ -37,8 +37,13 @@ def _headline(plan: Plan) -> str:
         mode = "LoRA" if job.lora.quantization == "none" else "QLoRA"
     return (
         f"{plan.info.family}: {plan.info.original_length:,} to {recipe.target_length:,} tokens, "
-        f"{recipe.method}, {mode}, {job.engine} on {job.num_gpus} GPU{'s' * (job.num_gpus != 1)}"
+        f"{recipe.method}, {mode}, "
+        + ("on this CPU" if job.on_cpu else f"{job.engine} on {_devices(job)}")
     )
+
+
+def _devices(job: Job) -> str:
+    return f"{job.num_gpus} GPU{'s' * (job.num_gpus != 1)}"
 
 
 def _parameters(a: Architecture, job: Job) -> str:
@@ -78,7 +83,9 @@ def _memory(plan: Plan) -> str:
         "logits and loss": "in slices" if job.chunked else "of all tokens",
         "mask": "of importance weights" if job.importance else "",
         "bf16 copies": "of weights, made by autocast",
-        "runtime": "CUDA, libraries, 3 % lost to rounding",
+        "runtime": "Python and libraries"
+        if job.on_cpu
+        else "CUDA, libraries, 3 % lost to rounding",
     }
     rows = [
         (f"  {kind}", f"{memory.parts[kind] / GIB:,.2f}", notes.get(kind, ""))
@@ -92,7 +99,7 @@ def _memory(plan: Plan) -> str:
         rows.append(("  full-length peak", f"{last.total / GIB:,.2f}", note))
     if memory.host:
         rows.append(("CPU memory of a node", f"{memory.host / GIB:,.2f}", "weights and optimizer"))
-    return _table([("memory of a GPU", "GiB", ""), *rows])
+    return _table([(f"memory of a {'process' if job.on_cpu else 'GPU'}", "GiB", ""), *rows])
 
 
 def _phase(memory: Memory) -> str:
@@ -149,28 +156,28 @@ def _training(plan: Plan) -> str:
     ]
     common = next((fit for fit in plan.gpus if fit.gpu.name == "A100-80GB"), None)
     shown = plan.gpus[0] if len(plan.gpus) == 1 else common
-    if shown is not None:
+    if shown is not None and shown.gpu.tflops is not None:
+        rate = job.num_gpus * shown.gpu.tflops * 1e12 * UTILISATION
 
         def time(cost: TrainingCost) -> str:
-            seconds = cost.flops_per_step / (job.num_gpus * shown.gpu.tflops * 1e12 * UTILISATION)
-            return _hours(cost.job.num_steps * seconds / 3600)
+            return _hours(cost.job.num_steps * cost.flops_per_step / rate / 3600)
 
         lines.append(each(f"  hours, {shown.gpu.name}", time))
     return "\n".join(lines)
 
 
 def _gpus(plan: Plan) -> str:
-    lines = [f"{'GPU':<12}{'GiB':>7}{'needs':>9}{'hours':>10}   fits"]
+    lines = [f"{'GPU':<15}{'GiB':>7}{'micro batch':>13}{'needs':>9}{'hours':>10}   fits"]
     for row in plan.gpus:
         verdict = "no, with no known change" if row.change is None else f"no: {row.change}"
         verdict = "yes" if row.fits else verdict
         lines.append(
-            f"{row.gpu.name:<12}{row.gpu.memory_gib:>7.1f}{row.memory.total / GIB:>9.1f}"
-            f"{_hours(row.hours):>10}   {verdict}"
+            f"{row.gpu.name:<15}{row.gpu.memory_gib:>7.1f}{row.micro_batch_size:>13}"
+            f"{row.memory.total / GIB:>9.1f}{_hours(row.hours):>10}   {verdict}"
         )
-    gpus = f"{plan.job.num_gpus} GPUs" if plan.job.num_gpus > 1 else "a GPU"
+    peak = "matrix products that were timed" if plan.job.on_cpu else f"peak of {_devices(plan.job)}"
     lines.append(
-        f"hours are an estimate, at {UTILISATION:.0%} of the peak of {gpus}; "
+        f"hours are an estimate, at {UTILISATION:.0%} of the {peak}; "
         "after no comes the first change that makes it fit"
     )
     return "\n".join(lines)
@@ -183,13 +190,15 @@ def format_measured(plan: Plan, measured: Measured) -> str:
     if measured.on_cpu:
         runtime = measured.runtime_bytes + LATE_IMPORTS
         bf16 = cpu_has_bf16() if plan.recipe.load.dtype == "auto" else job.bf16
-        job = dataclasses.replace(job, bf16=bf16, accumulation=min(2, job.accumulation))
-        memory = predict_memory(job, on_cpu=True, runtime=runtime)
+        passes = min(2, job.accumulation)
+        job = dataclasses.replace(job, bf16=bf16, on_cpu=True, accumulation=passes)
+        memory = predict_memory(job, runtime=runtime)
         predicted = memory.total
     else:
         memory = predict_memory(job)
         predicted = memory.total - memory.parts["runtime"]  # the allocator does not count it
-    seconds = "" if gpu is None or measured.on_cpu else f"{flops.seconds_per_step(job, gpu):,.2f}"
+    expected = gpu and gpu.is_cpu == measured.on_cpu and flops.seconds_per_step(job, gpu)
+    seconds = f"{expected:,.2f}" if expected else ""
     rate = f"{flops.step_flops(job) / measured.seconds_per_step / 1e12:,.3g} TFLOP/s"
     peak = f"{predicted / GIB:,.2f}   {memory.phase}"
     run = "  hours, first stage" if plan.full_length else "  hours in total"
@@ -211,5 +220,7 @@ def _round(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _hours(value: float) -> str:
+def _hours(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 0.1 else "< 0.1"

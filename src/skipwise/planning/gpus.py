@@ -1,62 +1,96 @@
-"""Memory and speed of common GPUs.
-
-Sources: NVIDIA's datasheets and architecture whitepapers, named at each GPU. Rates are for dense
-matrices, without sparsity. Memory is the total that the driver reports, a bit below the nominal.
-"""
+"""Memory and speed of common GPUs, from gpus.json, and of this machine's CPU."""
 
 from __future__ import annotations
 
+import difflib
+import json
+import math
+import re
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+
+from skipwise.config.machine import available_memory, cpu_has_bf16
 from skipwise.errors import SkipwiseError
 
 UTILISATION = 0.40  # assumed fraction of the peak: usual for dense decoders of 1 B and more
+_MATMUL = 1024  # rows and columns of the matrices that time a CPU
+_MAKERS = re.compile(r"nvidia|geforce|tesla|amd|instinct|apple|rtx")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
+    """A device to train on: a GPU, or with `is_cpu` the CPU of this machine."""
+
     name: str
     memory_gib: float
-    tflops: float  # dense matrix products a second in bf16, float32 accumulation; V100: float32
-    bandwidth: float  # GB/s
+    tflops: float | None  # dense matrix products a second, in the dtype that training computes in
     bf16: bool = True
+    common: bool = False  # in the table of a plan for no GPU in particular
+    is_cpu: bool = False
 
 
-GPUS = (
-    # GeForce RTX 3090: Ampere GA102 whitepaper, appendix A (71 TFLOP/s with float32 accumulation)
-    Gpu(name="RTX3090", memory_gib=23.7, tflops=71, bandwidth=936),
-    # GeForce RTX 4090: Ada whitepaper v2.1, appendix A (165.2 TFLOP/s with float32 accumulation)
-    Gpu(name="RTX4090", memory_gib=23.6, tflops=165.2, bandwidth=1008),
-    # V100-SXM2 32 GB: datasheet; its tensor cores support only float16, so 15.7 TFLOP/s in float32
-    Gpu(name="V100-32GB", memory_gib=31.7, tflops=15.7, bandwidth=900, bf16=False),
-    # A100-SXM4: datasheet, 312 TFLOP/s bf16; 1,555 GB/s with 40 GB, 2,039 GB/s with 80 GB
-    Gpu(name="A100-40GB", memory_gib=39.4, tflops=312, bandwidth=1555),
-    # RTX A6000: Ampere GA102 whitepaper, 154.8 TFLOP/s bf16
-    Gpu(name="A6000", memory_gib=47.5, tflops=154.8, bandwidth=768),
-    # L40S: datasheet, 362 TFLOP/s bf16 (733 with sparsity)
-    Gpu(name="L40S", memory_gib=44.5, tflops=362, bandwidth=864),
-    Gpu(name="A100-80GB", memory_gib=79.2, tflops=312, bandwidth=2039),
-    # H100 SXM5: datasheet, 989 TFLOP/s bf16 (1,979 with sparsity)
-    Gpu(name="H100", memory_gib=79.1, tflops=989, bandwidth=3350),
-    # H200 SXM: datasheet, the same tensor cores, 141 GB
-    Gpu(name="H200", memory_gib=139.8, tflops=989, bandwidth=4800),
-)
+def _read_gpus() -> tuple[Gpu, ...]:
+    file = Path(__file__).with_name("gpus.json")
+    rows = json.loads(file.read_text(encoding="utf-8"))["gpus"]
+    keys = ("name", "memory_gib", "tflops", "common")
+    return tuple(Gpu(**{k: row[k] for k in keys}, bf16=row["dtype"] == "bf16") for row in rows)
+
+
+GPUS = _read_gpus()
+
+
+def common_gpus() -> list[Gpu]:
+    return sorted((gpu for gpu in GPUS if gpu.common), key=lambda gpu: gpu.memory_gib)
 
 
 def find_gpu(name: str) -> Gpu:
-    """Find a GPU by name, ignoring case, spaces and dashes.
+    """Find a GPU by name, ignoring case, spaces, dashes and the maker; or `24GB`, or `cpu`.
+
+    A GPU of which only the memory is known has no rate, so no hours are planned for it.
 
     Raises:
-        SkipwiseError: not in the table; lists those that are.
+        SkipwiseError: not in the table; names some that are like it.
     """
 
     def normalized(text: str) -> str:
-        return "".join(c for c in text.lower() if c.isalnum())
+        return _MAKERS.sub("", "".join(c for c in text.lower() if c.isalnum()))
 
-    aliases = {"a100": "A100-80GB", "v100": "V100-32GB", "3090": "RTX3090", "4090": "RTX4090"}
-    wanted = normalized(aliases.get(normalized(name), name))
-    for gpu in GPUS:
-        if wanted in (normalized(gpu.name), normalized(gpu.name).removesuffix("gb")):
-            return gpu
-    names = ", ".join(gpu.name for gpu in GPUS)
-    raise SkipwiseError(f"--gpu {name} is unknown: choose one of {names}")
+    wanted = normalized(name)
+    if wanted == "cpu":
+        return this_cpu()
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|gb|g)", name.strip().lower())
+    if size and float(size[1]):
+        gib = float(size[1]) if size[2] == "gib" else float(size[1]) * 1e9 / 2**30
+        return Gpu(name=name.strip(), memory_gib=gib, tflops=None)
+    known: dict[str, Gpu] = {}
+    for gpu in GPUS:  # with its memory, or without
+        known.setdefault(normalized(re.sub(r"-\d+GB$", "", gpu.name)), gpu)
+        known[normalized(gpu.name)] = known[normalized(gpu.name.removesuffix("GB"))] = gpu
+    if wanted in known:
+        return known[wanted]
+    near = [known[key].name for key in difflib.get_close_matches(wanted, known, 4, 0.5)]
+    near = list(dict.fromkeys(near or (gpu.name for gpu in common_gpus())))
+    raise SkipwiseError(
+        f"--gpu {name} is unknown: did you mean {', '.join(near)}?\n"
+        "a size such as --gpu 24GB, and --gpu cpu, work too"
+    )
+
+
+def this_cpu() -> Gpu:
+    """The CPU of this machine: free memory, and the rate of float32 matrix products, timed."""
+    a = np.random.default_rng(0).random((_MATMUL, _MATMUL), np.float32)
+    seconds = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        _ = a @ a
+        seconds = min(seconds, time.perf_counter() - start)
+    return Gpu(
+        name="this CPU",
+        memory_gib=available_memory() / 2**30,
+        tflops=2 * _MATMUL**3 / seconds / 1e12,
+        bf16=cpu_has_bf16(),
+        is_cpu=True,
+    )

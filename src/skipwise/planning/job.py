@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from skipwise.config.batch import SLICE, accumulation, is_chunked
+from skipwise.config.batch import SLICE, accumulation, is_chunked, micro_batch
 from skipwise.config.distillation import distillation_weight
-from skipwise.config.machine import cpu_has_bf16
 from skipwise.config.recipe import LoRASettings, Recipe
 from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.config.stages import first_stage, full_length_stage
@@ -58,6 +57,7 @@ class Job:
     optimizer: str
     engine: Literal["ddp", "fsdp2", "zero3", "zero3-offload"]
     num_gpus: int
+    on_cpu: bool = False
     distilled_fraction: float = 0.0  # fraction of the tokens that the teacher reads in distillation
 
     @property
@@ -150,12 +150,11 @@ def make_job(
     *,
     num_gpus: int = 1,
     gpu: Gpu | None = None,
-    on_cpu: bool = False,
 ) -> Job:
-    """The job of one training stage.
+    """The job of one training stage; a micro batch that is `auto` counts as 1.
 
     Args:
-        gpu: the GPU to run on. Defaults to any GPU with bf16.
+        gpu: the GPU, or the CPU, to run on. Defaults to any GPU with bf16.
 
     Raises:
         SkipwiseError: `method: none`, which trains nothing; a batch that does not divide evenly.
@@ -166,26 +165,28 @@ def make_job(
     length = sampler.train_length
     asked = recipe.load.attn_implementation
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
+    batch_size = micro_batch(settings)
     distilled = 0.0
     if distillation_weight(recipe)[0]:
-        distilled = _first_chunk_fraction(sampler, settings.micro_batch_size, info.original_length)
+        distilled = _first_chunk_fraction(sampler, batch_size, info.original_length)
     return Job(
         architecture=architecture,
-        batch_size=settings.micro_batch_size,
+        batch_size=batch_size,
         length=length,
         accumulation=accumulation(settings, num_gpus),
         num_steps=settings.num_steps,
         global_batch_size=settings.global_batch_size,
-        bf16=_uses_bf16(recipe, gpu, on_cpu),
+        bf16=_uses_bf16(recipe, gpu),
         lora=recipe.lora,
         checkpointing=settings.gradient_checkpointing,
-        chunked=is_chunked(settings.loss, settings.micro_batch_size, length, info.vocab_size)
+        chunked=is_chunked(settings.loss, batch_size, length, info.vocab_size)
         or (settings.loss == "auto" and distilled > 0),
         attention="flash" if asked.startswith("flash") else "eager" if asked == "eager" else "sdpa",
         importance=recipe.positions.key_weights != "none" and asked != "flex_attention",
         optimizer=str(recipe.trainer.get("optim", "adamw_torch_fused")),
         engine=engine,
         num_gpus=num_gpus,
+        on_cpu=gpu is not None and gpu.is_cpu,
         distilled_fraction=distilled,
     )
 
@@ -200,11 +201,9 @@ def _first_chunk_fraction(sampler: Sampler, batch_size: int, base_length: int) -
     return float(longest.mean()) / sampler.train_length
 
 
-def _uses_bf16(recipe: Recipe, gpu: Gpu | None, on_cpu: bool) -> bool:
+def _uses_bf16(recipe: Recipe, gpu: Gpu | None) -> bool:
     if recipe.load.dtype != "auto":
         return recipe.load.dtype == "bfloat16"
-    if on_cpu:
-        return cpu_has_bf16()
     return gpu is None or gpu.bf16
 
 

@@ -53,15 +53,14 @@ class Memory:
         return self.total / GIB
 
 
-def predict_memory(job: Job, *, on_cpu: bool = False, runtime: float | None = None) -> Memory:
-    """The peak memory of one device.
+def predict_memory(job: Job, *, runtime: float | None = None) -> Memory:
+    """The peak memory of one device: GPU memory, or the resident memory of a CPU process.
 
     Args:
-        on_cpu: predict the resident memory of a CPU process, not GPU memory.
-        runtime: bytes before the model is loaded. Defaults to CPU_RUNTIME.
+        runtime: bytes of a CPU process before the model is loaded. Defaults to CPU_RUNTIME.
     """
-    found = {name: _sharded(job, items) for name, items in _phases(job, on_cpu).items()}
-    if on_cpu:
+    found = {name: _sharded(job, items) for name, items in _phases(job).items()}
+    if job.on_cpu:
         return _on_cpu(job, found, CPU_RUNTIME if runtime is None else runtime)
     phases = {}
     for name, items in found.items():
@@ -70,6 +69,12 @@ def predict_memory(job: Job, *, on_cpu: bool = False, runtime: float | None = No
     parts = _by_kind(found[phase])
     parts["runtime"] = total - sum(parts.values())
     return Memory(phase=phase, parts=parts, total=total, phases=phases, host=host_bytes(job))
+
+
+def update_bytes(job: Job) -> float:
+    """What the first update adds to the memory of a pass: optimizer states, DDP's buckets."""
+    found = [*allocations.optimizer_states(job), *_engine_buffers(job)]
+    return sum(item.total for item in _sharded(job, found))
 
 
 def fits(memory: Memory, gpu: Gpu) -> bool:
@@ -92,7 +97,7 @@ def host_bytes(job: Job) -> float:
     return numbers * width + job.trainable_parameters * (4.0 + 4.0 + 8.0)
 
 
-def _phases(job: Job, on_cpu: bool) -> dict[str, list[Allocation]]:
+def _phases(job: Job) -> dict[str, list[Allocation]]:
     """The allocations of each phase on one device, before sharding."""
     a = job.architecture
     tokens, rows = job.tokens, job.batch_size
@@ -103,10 +108,16 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Allocation]]:
     one = allocations.layer_activations(job, layer, tokens, rows)
     copies = allocations.layer_copies(job, layer)
     temporary = allocations.layer_gradients(job, layer, tokens)
-    if on_cpu:
+    if job.on_cpu:
         temporary += allocations.lora_temporaries(job, layer, tokens)
     saved = _saved_activations(job)
-    always = [*weights, *teacher, *states, *allocations.batch(job, on_cpu), *_engine_buffers(job)]
+    always = [
+        *weights,
+        *teacher,
+        *states,
+        *allocations.batch(job, job.on_cpu),
+        *_engine_buffers(job),
+    ]
     before = gradients if job.accumulation > 1 else []
     head = [*allocations.head_activations(job, tokens), *allocations.head_copy(job)]
     loss, back = allocations.logits(job, backward=False), allocations.logits(job, backward=True)
@@ -115,7 +126,7 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Allocation]]:
     temporaries = allocations.optimizer_temporaries(job)
     inner = [*one, *copies] if job.checkpointing else []
     return {
-        "load": [*_load(job, weights, on_cpu), *teacher],
+        "load": [*_load(job, weights), *teacher],
         "preflight": [*_preflight(job, weights), *teacher],
         "forward": [*always, *before, *saved, *head, *loss],
         "loss": [*always, *before, *saved, *head, *back],
@@ -125,13 +136,13 @@ def _phases(job: Job, on_cpu: bool) -> dict[str, list[Allocation]]:
     }
 
 
-def _load(job: Job, weights: list[Allocation], on_cpu: bool) -> list[Allocation]:
+def _load(job: Job, weights: list[Allocation]) -> list[Allocation]:
     """The weights, and on a CPU the memory-mapped file that they are cast from.
 
     Weights that need no cast stay in the mapped file, so there is only one copy.
     """
     a = job.architecture
-    if not on_cpu or allocations.base_bytes(job) == a.stored_bytes:
+    if not job.on_cpu or allocations.base_bytes(job) == a.stored_bytes:
         return weights
     size = float(a.num_parameters * a.stored_bytes)
     return [*weights, Allocation("weights file", size, size)]

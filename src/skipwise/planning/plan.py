@@ -13,9 +13,10 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
 from skipwise.planning import flops
 from skipwise.planning.architecture import Architecture
-from skipwise.planning.gpus import GPUS, UTILISATION, Gpu
+from skipwise.planning.gpus import UTILISATION, Gpu, common_gpus
 from skipwise.planning.job import KNOWN_OPTIMIZERS, Job, make_job, make_jobs, read_model
 from skipwise.planning.memory import GIB, Memory, fits, predict_memory
+from skipwise.planning.micro_batch import largest_micro_batch, with_micro_batch
 from skipwise.planning.remedies import first_change
 
 
@@ -24,9 +25,10 @@ class GpuFit:
     """The run on one model of GPU."""
 
     gpu: Gpu
+    micro_batch_size: int
     memory: Memory
     fits: bool
-    hours: float
+    hours: float | None  # None if the GPU's rate is not known
     change: str | None  # what to type to make it fit: empty if it fits, None if nothing helps
 
 
@@ -71,11 +73,15 @@ class Measured:
     tokens_per_second: float
 
 
-def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None, cpu: Gpu | None = None
+) -> Plan:
     """Make the plan of a recipe.
 
     Args:
-        gpu: the GPU to plan for. Defaults to all GPUs of the table.
+        gpu: the GPU to plan for. Defaults to the common ones, with a micro batch of 1 for `auto` in
+            the figures that are of no GPU in particular.
+        cpu: the CPU of this machine, if it is to be in the table too.
 
     Raises:
         SkipwiseError: the recipe cannot extend the model, or does not train, or its batch does not
@@ -85,16 +91,23 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
         raise SkipwiseError(f"--gpus is {num_gpus}: give 1 or more")
     info, architecture = read_model(recipe)
     recipe = resolve_auto(recipe)
-    job, last = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=gpu)
+    shape = recipe, info, architecture
+    job, last = _sized_jobs(*shape, num_gpus, gpu)
     memory = predict_memory(job)
     rows = []
-    for one in (gpu,) if gpu else GPUS:
-        jobs = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=one)
-        stages = [stage for stage in jobs if stage]
+    for one in (gpu,) if gpu else (*common_gpus(), *([cpu] if cpu else [])):
+        first, long = _sized_jobs(*shape, num_gpus, one)
+        stages = [stage for stage in (first, long) if stage]
         most = max((predict_memory(stage) for stage in stages), key=lambda m: m.total)
-        hours = sum(flops.hours(stage, one) for stage in stages)
-        change = first_change(recipe, info, architecture, one, num_gpus)
-        row = GpuFit(gpu=one, memory=most, fits=fits(most, one), hours=hours, change=change)
+        hours = [flops.hours(stage, one) for stage in stages]
+        row = GpuFit(
+            gpu=one,
+            micro_batch_size=first.batch_size,
+            memory=most,
+            fits=fits(most, one),
+            hours=None if None in hours else sum(h for h in hours if h),
+            change=first_change(*shape, one, num_gpus),
+        )
         rows.append(row)
     return Plan(
         recipe=recipe,
@@ -108,6 +121,16 @@ def make_plan(recipe: Recipe, *, num_gpus: int = 1, gpu: Gpu | None = None) -> P
         lengths=recipes.context_lengths(recipe, info.original_length),
         notes=_notes(recipe, architecture, job),
     )
+
+
+def _sized_jobs(
+    recipe: Recipe, info: ModelInfo, architecture: Architecture, num_gpus: int, gpu: Gpu | None
+) -> tuple[Job, Job | None]:
+    """The jobs of the stages, with the micro batch that `auto` becomes on this GPU."""
+    if gpu is not None:
+        size = largest_micro_batch(recipe, info, architecture, gpu, num_gpus)
+        recipe = with_micro_batch(recipe, size)
+    return make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=gpu)
 
 
 def _costs(
@@ -158,7 +181,8 @@ def _notes(recipe: Recipe, architecture: Architecture, job: Job) -> tuple[str, .
     if job.optimizer not in KNOWN_OPTIMIZERS:
         found.append(f"trainer.optim={job.optimizer} is unknown and counted like AdamW")
     if recipe.load.dtype == "auto" and not job.bf16:
-        found.append("this GPU has no bf16, so training computes in float32")
+        where = "CPU" if job.on_cpu else "GPU"
+        found.append(f"this {where} has no bf16, so training computes in float32")
     return tuple(found)
 
 
@@ -210,6 +234,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             {
                 "name": row.gpu.name,
                 "memory_gib": row.gpu.memory_gib,
+                "micro_batch_size": row.micro_batch_size,
                 "needs_gib": row.memory.total / GIB,
                 "fits": row.fits,
                 "hours": row.hours,

@@ -52,9 +52,11 @@ def first_change(
         already; None if all remedies together are not enough.
     """
 
-    def size(recipe: Recipe, num_gpus: int) -> float:
+    def size(recipe: Recipe, devices: int) -> float:
+        if gpu.is_cpu and devices > num_gpus:  # this machine has one
+            return math.inf
         try:
-            jobs = make_jobs(recipe, info, architecture, num_gpus=num_gpus, gpu=gpu)
+            jobs = make_jobs(recipe, info, architecture, num_gpus=devices, gpu=gpu)
         except SkipwiseError:  # the batch does not divide evenly among the GPUs
             return math.inf
         return max(predict_memory(job).gib for job in jobs if job)
@@ -200,7 +202,7 @@ def _shorter_examples(original_length: int | None) -> _Remedy:
 
 
 _REMEDIES: tuple[_Remedy, ...] = (
-    _set("training.micro_batch_size", 1, lambda r: r.training.micro_batch_size > 1),
+    _set("training.micro_batch_size", 1, lambda r: r.training.micro_batch_size not in (1, "auto")),
     _set("training.gradient_checkpointing", True, lambda r: not r.training.gradient_checkpointing),
     _set("training.loss", "chunked", lambda r: r.training.loss == "full"),
     _set("distillation.weight", 0, _copies_base),

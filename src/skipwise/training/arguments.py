@@ -1,21 +1,28 @@
-"""A recipe to transformers' TrainingArguments, and the dtype to train in."""
+"""A recipe to transformers' TrainingArguments, with the micro batch and the dtype to train in."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import fields
+import os
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from skipwise.config.batch import accumulation
-from skipwise.config.machine import world_size
+from skipwise.config.batch import accumulation, micro_batches
+from skipwise.config.machine import available_memory, world_size
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe
-from skipwise.config.run_folder import RunFolder
+from skipwise.config.run_folder import RunFolder, write_json
 from skipwise.errors import SkipwiseError
-from skipwise.models.load import compute_dtype
-from skipwise.training.distributed.engines import engine_arguments, on_cpu
+from skipwise.models.load import best_device, compute_dtype
+from skipwise.models.prepared import PreparedModel
+from skipwise.planning.gpus import Gpu
+from skipwise.planning.job import read_model
+from skipwise.planning.memory import GIB
+from skipwise.planning.micro_batch import largest_micro_batch, with_micro_batch
+from skipwise.training.checkpoints import trained_micro_batch
+from skipwise.training.distributed.engines import engine_arguments, of_main_process, on_cpu
 
 _OWNED = {
     "output_dir": "--out",
@@ -100,6 +107,58 @@ def training_arguments(
         return TrainingArguments(**{**values, **recipe.trainer})
     except (ValueError, ImportError, TypeError) as error:
         raise SkipwiseError(f"transformers refuses the training settings: {error}") from error
+
+
+def resolve_micro_batch(
+    prepared: PreparedModel, run: RunFolder, engine: str, dtype: torch.dtype
+) -> tuple[PreparedModel, list[int]]:
+    """The model with a number for `training.micro_batch_size: auto`.
+
+    Returns:
+        the model; the sizes to try before training. Those of a run that has tried, or trained, are
+        its own and the smaller ones, the largest first.
+    """
+    settings, recipe = prepared.recipe.training, prepared.recipe
+    if settings.micro_batch_size != "auto":
+        return prepared, [settings.micro_batch_size]
+    own = run.metadata().get("batch", {}).get("micro_batch_size") or trained_micro_batch(run)
+    own, room = of_main_process((own, device_memory()))
+    device = Gpu(
+        name="", memory_gib=room, tflops=None, bf16=dtype == torch.bfloat16, is_cpu=on_cpu()
+    )
+    sizes = micro_batches(settings, world_size())
+    if own is not None:
+        sizes = [size for size in reversed(sizes) if size <= own] or [1]
+        return replace(prepared, recipe=with_micro_batch(recipe, sizes[0])), sizes
+    planned = recipe if engine in SHARDED_ENGINES else replace(recipe, engine="ddp")
+    try:
+        shape = read_model(recipe)
+        size = largest_micro_batch(planned, *shape, device, world_size(), runtime=0)
+    except SkipwiseError:  # a config from which the plan cannot count
+        size = 1
+    sizes = [one for one in sizes if one <= size]
+    return replace(prepared, recipe=with_micro_batch(recipe, size)), sizes
+
+
+def take_less(run: RunFolder, size: int) -> SkipwiseError:
+    """Make the run take half the micro batch next time; any rank may write it. Says so."""
+    batch = {"micro_batch_size": size // 2}
+    write_json(run.path / "run.json", {**run.metadata(), "batch": batch})
+    return SkipwiseError(
+        f"out of memory with training.micro_batch_size {size}, which auto had chosen\n"
+        f"type the same command again: it takes {size // 2}"
+    )
+
+
+def device_memory() -> float:
+    """GiB that training can take on the device of this process."""
+    if torch.cuda.is_available():
+        device = best_device()
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return (free - torch.cuda.memory_allocated(device)) / GIB
+    if torch.backends.mps.is_available():
+        return torch.mps.recommended_max_memory() / GIB
+    return available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / GIB
 
 
 def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:

@@ -156,7 +156,10 @@ class RunCallback(TrainerCallback):
                 keep_candidate(folder, self.run.candidates / f"step-{step}")
             if state.global_step >= args.max_steps:
                 self.write_down()  # a kill after the mark would lose it
-            mark_complete(folder, state.global_step, self.engine, self.recipe)
+            size = args.per_device_train_batch_size
+            mark_complete(
+                folder, state.global_step, self.engine, self.recipe, micro_batch_size=size
+            )
             remove_old(self.run, self.recipe.training.save_total_limit)
         if world_size() > 1:
             torch.distributed.barrier()  # a process that ends first has the others killed

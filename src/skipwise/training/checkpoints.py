@@ -45,6 +45,7 @@ def mark_complete(
     engine: str,
     recipe: Recipe | None = None,
     num_processes: int | None = None,
+    micro_batch_size: int = 1,
 ) -> None:
     """Write the list of the checkpoint's files, after all of them are on the disk."""
     files = _files(folder)
@@ -54,6 +55,7 @@ def mark_complete(
         "step": step,
         "engine": engine,
         "num_processes": num_processes or world_size(),
+        "micro_batch_size": micro_batch_size,
         "full": (full := unpickles(engine, recipe)),  # whether pickles are read completely
         "files": _digests(files, full),
     }
@@ -65,6 +67,13 @@ def mark_complete(
     _sync(part)
     os.replace(part, folder / _COMPLETE)
     _sync(folder)
+
+
+def mark_again(folder: Path, engine: str, recipe: Recipe) -> None:
+    """Mark a checkpoint whose files were converted, with what its mark said before."""
+    known = _read_mark(folder) or {}
+    kept = {k: known[k] for k in ("num_processes", "micro_batch_size") if k in known}
+    mark_complete(folder, _step(folder) or 0, engine, recipe, **kept)
 
 
 def check_trusted(checkpoint: Path, engine: str, recipe: Recipe | None = None) -> None:
@@ -119,6 +128,12 @@ def last_checkpoint(run: RunFolder) -> Path | None:
     return next(
         (folder for folder in reversed(complete_checkpoints(run)) if not damage(folder)), None
     )
+
+
+def trained_micro_batch(run: RunFolder) -> int | None:
+    """The micro batch of the last checkpoint; None without one."""
+    last = last_checkpoint(run)
+    return (_read_mark(last) or {}).get("micro_batch_size") if last else None
 
 
 def remove_incomplete(run: RunFolder) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from skipwise.config.batch import micro_batch
 from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
@@ -111,7 +112,7 @@ def out_of_memory(recipe: Recipe) -> SkipwiseError:
     fix = f"try {change}" if change else "use a GPU with more memory, or more GPUs"
     return SkipwiseError(
         f"{'the GPU' if torch.cuda.is_available() else 'this machine'} is out of memory at "
-        f"{recipe.training.micro_batch_size} x {recipe.train_length or 'L'} tokens per process"
+        f"{micro_batch(recipe.training)} x {recipe.train_length or 'L'} tokens per process"
         f"{', in the full-length stage' if is_full_length_stage(recipe) else ''}\n{fix}; "
         "skipwise plan RECIPE shows what fits"
     )

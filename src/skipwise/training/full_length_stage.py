@@ -34,7 +34,7 @@ from skipwise.models.prepared import PreparedModel
 from skipwise.pose.samplers import FullLength
 from skipwise.training.callbacks import StageOffset, peak_memory_gib
 from skipwise.training.checkpoints import finished_checkpoint, last_checkpoint
-from skipwise.training.distributed.engines import engine_of
+from skipwise.training.distributed.engines import place
 from skipwise.training.inputs import TrainingData
 from skipwise.training.setup import Training, set_up, train
 
@@ -206,12 +206,6 @@ def full_length_metadata(stage: FullLengthStage) -> dict[str, Any]:
         "num_tokens": examples * T,
         "num_documents": stage.data.corpus.num_documents,
     }
-
-
-def place(recipe: Recipe) -> str:
-    """The kind of machine that trains, as far as memory is concerned."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return f"{world_size()} x {device}, {engine_of(recipe)}"
 
 
 def release(training: Training) -> None:

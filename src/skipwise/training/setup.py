@@ -7,9 +7,12 @@ recipe's engine. A killed run resumes at its last complete checkpoint and ends w
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from accelerate.utils import AutocastKwargs
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from skipwise.config.batch import is_chunked
+from skipwise.config.batch import is_chunked, micro_batch
 from skipwise.config.distillation import shards
 from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.progress import Progress
@@ -28,9 +31,17 @@ from skipwise.errors import Check, RunStopped, SkipwiseError, require
 from skipwise.models.load import attention_for, check_kernel, has_persistent_buffers, load_model
 from skipwise.models.lora import add_lora, load_adapter, num_parameters, quantization_for
 from skipwise.models.prepared import PreparedModel
+from skipwise.planning.job import make_job, read_model
+from skipwise.planning.memory import update_bytes
 from skipwise.preflight.batch import check_batch, check_tokenizer
 from skipwise.preflight.model import check_model
-from skipwise.training.arguments import training_arguments, training_dtype
+from skipwise.preflight.step import describe_trial, time_pass
+from skipwise.training.arguments import (
+    resolve_micro_batch,
+    take_less,
+    training_arguments,
+    training_dtype,
+)
 from skipwise.training.callbacks import (
     RunCallback,
     StageOffset,
@@ -44,17 +55,20 @@ from skipwise.training.callbacks import (
 from skipwise.training.checkpoints import (
     check_trusted,
     last_checkpoint,
-    mark_complete,
+    mark_again,
     num_processes_of,
     remove_incomplete,
 )
 from skipwise.training.chunked_loss import Distillation, chunk_loss
 from skipwise.training.distillation import check_distillation, make_distillation
 from skipwise.training.distributed import engines
-from skipwise.training.error_hints import explain_error
+from skipwise.training.error_hints import explain_error, is_out_of_memory, out_of_memory
 from skipwise.training.inputs import TrainingData
 from skipwise.training.teacher import move_teacher
 from skipwise.training.trainer import PoSETrainer
+
+_SLOWER = 1.1  # times as long an example as the best size: larger ones are not tried
+_LONG = 20.0  # seconds of a pass: larger ones are not tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +124,57 @@ class Preflight:
                 checks.append(check_distillation(*taught, self.engine.name, autocast))
         return checks
 
-    def check_before_training(self, largest_in_text: Callable[[], int]) -> None:
+    def try_batch(self, data: TrainingData, run: RunFolder, sizes: list[int]) -> None:
+        """Time a pass of each size until one is not faster, and write the fastest to run.json.
+
+        Raises:
+            _OtherSize: the fastest is not the one that the Trainer was made for.
+            SkipwiseError: not even one example fits.
+        """
+        recipe, where = self.prepared.recipe, engines.place(self.prepared.recipe)
+        known = engines.of_main_process(run.metadata().get("batch", {}))
+        same = known.get("place") == where and known.get("tried")
+        if not same or known["micro_batch_size"] != recipe.training.micro_batch_size:
+            times: dict[int, float] = {}  # seconds an example
+            for size in sizes:
+                seconds = self._time_pass(data, size)
+                if math.isinf(seconds) and times:
+                    break
+                if math.isfinite(seconds):
+                    times[size] = seconds / size
+                    slow = times[size] > _SLOWER * min(times.values()) or seconds > _LONG
+                    if sizes[0] > 1 or slow:
+                        break
+            if not times:
+                raise out_of_memory(recipe)
+            best = min(times, key=lambda size: times[size])
+            known = {"micro_batch_size": best, "tried": times, "place": where}
+            run.update(batch=known)
+        if known["micro_batch_size"] != recipe.training.micro_batch_size:
+            raise _OtherSize
+        self.checks.append(describe_trial(known))
+
+    def _time_pass(self, data: TrainingData, size: int) -> float:
+        """Seconds of the slowest process for a pass of this many examples; inf: out of memory."""
+        recipe, reserve = self.prepared.recipe, 0.0
+        with suppress(SkipwiseError):  # a config from which the plan cannot count
+            reserve = update_bytes(make_job(recipe, *read_model(recipe)))
+        items = [data.dataset[k % len(data.dataset)] for k in range(size)]
+        try:
+            inputs = self.trainer._prepare_inputs(data.collator(items))
+            autocast = self.trainer.accelerator.autocast
+            seconds = time_pass(self.trainer.model, inputs, autocast, int(reserve))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            seconds = math.inf
+        if self.distillation is not None:
+            self.distillation.take_divergence()
+        return engines.longest(seconds, self.trainer.args.device)
+
+    def check_before_training(
+        self, largest_in_text: Callable[[], int], batch_trial: Callable[[], None] | None = None
+    ) -> None:
         """What can be checked on a model that no engine has wrapped."""
         tokenizer, vocab_size = self.prepared.tokenizer, self.prepared.info.vocab_size
         fits = check_tokenizer(tokenizer, vocab_size, self.batch, largest_in_text)
@@ -118,6 +182,8 @@ class Preflight:
         if not fits.passed:  # the model has no embedding for the batch
             return
         if self.one_process or self.engine.name == "ddp":
+            if batch_trial is not None:
+                batch_trial()
             self.checks.extend(self.check_batch(self.trainer.model))
 
     def check_wrapped(self) -> None:
@@ -150,36 +216,52 @@ class Training:
         return self.preflight.checks
 
 
+class _OtherSize(Exception):
+    """Another micro batch than the Trainer's was chosen."""
+
+
 class _Checked(Exception):
     """The preflight is done, and nothing more was asked for."""
 
 
 def set_up(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, offset: StageOffset | None = None
+    prepared: PreparedModel,
+    data: TrainingData,
+    run: RunFolder,
+    offset: StageOffset | None = None,
+    *,
+    trial: bool = False,
 ) -> Training:
     """Load the model into a Trainer and run the preflight on it.
 
     Args:
         offset: what earlier stages have trained. Defaults to nothing.
+        trial: time a pass of the real size, if that was not done on a machine like this one. Where
+            the micro batch is `auto`, the fastest is taken and written to run.json.
 
     Raises:
         SkipwiseError: settings that contradict each other, weights that cannot be loaded.
     """
-    try:
-        return _set_up(prepared, data, run, offset or StageOffset())
-    except Exception as error:
-        known = explain_error(error, prepared.recipe, run)
-        if known is None:
-            raise
-        raise known from error
+    while True:
+        try:
+            return _set_up(prepared, data, run, offset or StageOffset(), trial)
+        except _OtherSize:
+            pass  # the exception holds the model until here
+        except Exception as error:
+            known = explain_error(error, prepared.recipe, run)
+            if known is None:
+                raise
+            raise known from error
+        gc.collect()
 
 
 def _set_up(
-    prepared: PreparedModel, data: TrainingData, run: RunFolder, offset: StageOffset
+    prepared: PreparedModel, data: TrainingData, run: RunFolder, offset: StageOffset, trial: bool
 ) -> Training:
-    recipe = prepared.recipe
-    set_seed(recipe.seed)
+    set_seed(prepared.recipe.seed)
     engine = _start_engine(prepared, run)
+    prepared, sizes = resolve_micro_batch(prepared, run, engine.name, engine.dtype)
+    recipe = prepared.recipe
     options = {"respread": engine.converted, "load_once": engine.load_once}
     arguments = training_arguments(recipe, run, engine.dtype, engine.name, options)
     model = _load_base(prepared, engine, offset)
@@ -206,7 +288,8 @@ def _set_up(
         restore_rope=engines.keep_rope_in_float32(model),
         checks=[*scaled, *kernel, *taught],
     )
-    preflight.check_before_training(data.corpus.largest_token)
+    batch_trial = partial(preflight.try_batch, data, run, sizes) if trial else None
+    preflight.check_before_training(data.corpus.largest_token, batch_trial)
     return Training(
         trainer=trainer,
         callback=callback,
@@ -233,8 +316,7 @@ def _start_engine(prepared: PreparedModel, run: RunFolder) -> Engine:
         if converted:
             engines.convert_to_universal_checkpoint(resume_from)
             if is_main_process():
-                step = int(resume_from.name.rsplit("-", 1)[1])
-                mark_complete(resume_from, step, name, recipe, saved_by)
+                mark_again(resume_from, name, recipe)
     load_once = engines.cpu_ram_efficient_loading(name, recipe.lora, prepared.info.tied_embeddings)
     if load_once and has_persistent_buffers(prepared.scaled, prepared.load):
         load_once = False  # accelerate 1.15: AttributeError
@@ -357,6 +439,9 @@ def train(
             return
         except Exception as error:
             known = explain_error(error, recipe, run)
+            size = trainer.args.per_device_train_batch_size
+            if is_out_of_memory(error) and recipe.training.micro_batch_size == "auto" and size > 1:
+                known = take_less(run, size)
             if known is None:
                 raise
             raise known from error
@@ -381,6 +466,7 @@ def training_metadata(training: Training, run: RunFolder, recipe: Recipe) -> dic
         "num_processes": world_size(),
         "num_steps": trainer.args.max_steps,
         "batch_size": examples_per_step(trainer.args),
+        "micro_batch_size": trainer.args.per_device_train_batch_size,
         "tokens_per_step": tokens_per_step,
         "num_tokens": tokens_per_step * trainer.args.max_steps,
         "seconds": read_metrics(run)[-1]["seconds"],
@@ -399,7 +485,7 @@ def cuts_loss(recipe: Recipe, train_length: int, vocab_size: int) -> bool:
                 "leave one of them out"
             )
         return False
-    return is_chunked(settings.loss, settings.micro_batch_size, train_length, vocab_size)
+    return is_chunked(settings.loss, micro_batch(settings), train_length, vocab_size)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -279,6 +279,28 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
+def place(recipe: Recipe) -> str:
+    """The kind of machine that trains, as far as memory is concerned."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{world_size()} x {device}, {engine_of(recipe)}"
+
+
+def of_main_process(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    values = [value]
+    if world_size() > 1 and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def longest(seconds: float, device: torch.device) -> float:
+    """The largest value of all ranks."""
+    found = torch.tensor(seconds, device=device)
+    if world_size() > 1:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return float(found)
+
+
 def _unsharded() -> str:
     return "ddp" if world_size() > 1 else "one process"
 
