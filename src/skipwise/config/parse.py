@@ -45,7 +45,19 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type.
     """
-    return parse_recipe(_read_yaml(path), overrides)
+    recipe = parse_recipe(_read_yaml(path), overrides)
+    require_typed_kernel(recipe, overrides)
+    return recipe
+
+
+def require_typed_kernel(recipe: Recipe, overrides: list[str] | None) -> None:
+    """Raise SkipwiseError if a file names a kernel of the Hub: code that nobody asked for."""
+    typed = f"load.attn_implementation={recipe.load.attn_implementation}"
+    if recipe.load.is_hub_kernel and typed not in (overrides or []):
+        raise SkipwiseError(
+            f"the recipe names the kernel {recipe.load.attn_implementation}, which is code from "
+            f"the Hub, and a file cannot agree to run it\ntype {typed} if you trust it"
+        )
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -149,6 +161,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             if isinstance(value, bool) or value in typing.get_args(args[0]):
                 return value
             raise SkipwiseError(f"{where} is {value!r}: give auto, true or false")
+        if typing.get_origin(args[0]) is Literal and str in args:  # a kernel of the Hub
+            return value if "/" in str(value) else _value(args[0], value, where)
         if typing.get_origin(args[0]) is Literal:
             return _word_or_number(args[0], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)

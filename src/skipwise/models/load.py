@@ -54,6 +54,8 @@ def load_model(
     folder = Path(model).expanduser()
     if folder.is_dir():
         check_weights(folder, settings)
+    kernel = settings.is_hub_kernel and attn_implementation == settings.attn_implementation
+    trusted = {"allow_all_kernels": True} if kernel and settings.trust_remote_code else {}
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else model,
@@ -66,10 +68,12 @@ def load_model(
             use_safetensors=settings.use_safetensors,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            **trusted,
         )
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
+        attention = f" with the attention of {attn_implementation}" if kernel else ""
         raise SkipwiseError(
-            f"the weights of {model} could not be loaded\n{first_line(error)}"
+            f"the weights of {model} could not be loaded{attention}\n{first_line(error)}"
         ) from error
     loaded, info = result
     missing = sorted(info["missing_keys"])
@@ -97,6 +101,7 @@ def load_for_evaluation(
     model: str, config: Any, settings: ModelSettings, *, dtype: torch.dtype
 ) -> Any:
     """Load on the best device, or spread by `load.device_map`; raises as `load_model`."""
+    check_hub_kernel(settings)
     asked, device_map = settings.attn_implementation, settings.device_map
     # flex_attention is for training; sdpa handles cached keys and short queries
     attention = None if asked in ("auto", "flex_attention") else asked
@@ -105,6 +110,29 @@ def load_for_evaluation(
     if device_map is None:
         loaded.to(best_device())
     return loaded.eval()
+
+
+def check_hub_kernel(settings: ModelSettings) -> None:
+    """Refuse a kernel of the Hub that cannot be loaded, or whose owner nobody has trusted."""
+    from transformers.utils import import_utils
+
+    named = f"load.attn_implementation: {settings.attn_implementation}"
+    if not settings.is_hub_kernel:
+        return
+    owner = settings.attn_implementation.partition("/")[0]
+    if owner != "kernels-community" and not settings.trust_remote_code:
+        raise SkipwiseError(
+            f"{named} is code that {owner} published, not kernels-community\n"
+            "read it, and type load.trust_remote_code=true if you trust it"
+        )
+    if not import_utils.is_kernels_available():
+        least = import_utils.KERNELS_MIN_VERSION
+        most = getattr(import_utils, "KERNELS_MAX_VERSION", None)
+        wanted = f"kernels>={least}" + (f",<{most}" if most else "")
+        raise SkipwiseError(
+            f"{named} is a kernel of the Hub, which needs the kernels package\n"
+            f"pip install '{wanted}'"
+        )
 
 
 def check_weights(folder: Path, settings: ModelSettings) -> None:
@@ -153,10 +181,11 @@ def attention_for(
     Raises:
         SkipwiseError: the recipe's implementation cannot do this.
     """
+    check_hub_kernel(settings)
     asked = settings.attn_implementation
     needs = "positions.key_weights: importance" if weights != "none" else ""
     needs = needs or ("a model with sliding and full layers" if hybrid else "")
-    if needs and asked.startswith("flash"):
+    if needs and not settings.takes_mask:
         raise SkipwiseError(
             f"load.attn_implementation: {asked} takes no (L, L) mask, which {needs} needs\n"
             "type load.attn_implementation=sdpa"
