@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 
 def _load_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe of a .yaml file or a run folder, or the default recipe of a model."""
-    from skipwise.config.parse import (
-        load_recipe,
-        load_run_recipe,
-        parse_recipe,
-        require_typed_kernel,
-    )
+    from skipwise.config.parse import load_recipe, load_run_recipe, parse_recipe
     from skipwise.config.run_folder import RunFolder
 
     data, overrides = args.data, args.overrides
@@ -44,9 +39,7 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
         return load_recipe(path, options + overrides)
     run = RunFolder(path)
     if run.recipe_file.exists():
-        recipe = load_run_recipe(run.recipe_file, options + overrides)
-        require_typed_kernel(recipe, overrides)
-        return recipe
+        return load_run_recipe(run.recipe_file, options + overrides)
     if not args.to and not any(o.startswith("target_length=") for o in overrides):
         raise SkipwiseError("missing target length: pass --to 32k")
     return parse_recipe({"model": args.thing}, options + overrides)

@@ -45,19 +45,18 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type.
     """
-    recipe = parse_recipe(_read_yaml(path), overrides)
-    require_typed_kernel(recipe, overrides)
-    return recipe
+    return with_typed_kernel(parse_recipe(_read_yaml(path), overrides), overrides)
 
 
-def require_typed_kernel(recipe: Recipe, overrides: list[str] | None) -> None:
-    """Raise SkipwiseError if a file names a kernel of the Hub: code that nobody asked for."""
+def with_typed_kernel(recipe: Recipe, overrides: list[str] | None) -> Recipe:
+    """The recipe; SkipwiseError if it names a kernel of the Hub, and the overrides do not."""
     typed = f"load.attn_implementation={recipe.load.attn_implementation}"
     if recipe.load.is_hub_kernel and typed not in (overrides or []):
         raise SkipwiseError(
             f"the recipe names the kernel {recipe.load.attn_implementation}, which is code from "
             f"the Hub, and a file cannot agree to run it\ntype {typed} if you trust it"
         )
+    return recipe
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -73,8 +72,13 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load_run_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a run folder's recipe, in which an older version may have used the old names."""
-    return parse_recipe(_renamed(_read_yaml(path)), overrides)
+    """Read a run folder's recipe, in which an older version may have used the old names.
+
+    Args:
+        overrides: a list, even if empty, where a command runs the recipe.
+    """
+    recipe = parse_recipe(_renamed(_read_yaml(path)), overrides)
+    return recipe if overrides is None else with_typed_kernel(recipe, overrides)
 
 
 def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Recipe:

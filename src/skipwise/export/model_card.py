@@ -15,10 +15,21 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.report import format_table
+from skipwise.report.figures.alt_text import describe_grid
+from skipwise.report.figures.heatmaps import plot_grid
+from skipwise.report.figures.style import to_png
 from skipwise.report.format import metric_name, short_value
 from skipwise.report.headline import headline
-from skipwise.report.rows import find, other_tasks
+from skipwise.report.rows import Rows, find, is_benchmark, is_ruler, other_tasks
 
+# lm-eval's task: data set, task and questions of the Hub's benchmark, and the metric to report.
+# Source: huggingface.co/docs/hub/eval-results, which takes results of such data sets alone.
+_HUB_BENCHMARKS = {
+    "gsm8k": ("openai/gsm8k", "gsm8k", 1319, "exact_match,strict-match"),
+    "mmlu_pro": ("TIGER-Lab/MMLU-Pro", "mmlu_pro", 12032, "exact_match,custom-extract"),
+    "gpqa_diamond_zeroshot": ("Idavidrein/gpqa", "gpqa_diamond", 198, "acc_norm"),
+}
+_PICTURE = "passkey.png"
 _COPIED_KEYS = ("license", "license_name", "license_link", "language")
 _PAPERS = {  # BibTeX of the methods
     "pose": """@inproceedings{zhu2024pose,
@@ -44,7 +55,9 @@ Wei, Furu and Li, Sujian},
 
 
 def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
-    """Write README.md into the run's model folder and copy the base model's license files there.
+    """Write README.md, its picture and `.eval_results` into the run's model folder.
+
+    The base model's license files are copied there.
 
     Args:
         place: folder or Hub name of the model, for the loading commands in the card.
@@ -56,10 +69,23 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
         for file in sorted(base.iterdir()):
             if file.is_file() and file.name.lower().startswith(("license", "licence", "notice")):
                 shutil.copyfile(file, run.model / file.name)
+    rows = run.results()
+    (run.model / _PICTURE).unlink(missing_ok=True)
+    if (figure := plot_grid(rows, "passkey")) is not None:
+        (run.model / _PICTURE).write_bytes(to_png(figure))
+    for name, text in hub_results(rows).items():
+        (run.model / ".eval_results").mkdir(exist_ok=True)
+        write_text(run.model / ".eval_results" / name, text)
     path = run.model / "README.md"
     text = f"---\n{card_metadata(run, copied)}\n---\n\n{_body(run, metadata, copied, place)}"
     write_text(path, text)
     return path
+
+
+def relation(base: str, kind: str) -> dict[str, str]:
+    """Base model and what this is to it, `finetune` or `adapter`; nothing for a local folder."""
+    is_folder = Path(base).expanduser().exists()
+    return {} if is_folder else {"base_model": base, "base_model_relation": kind}
 
 
 def base_metadata(model: str) -> dict[str, Any]:
@@ -76,10 +102,26 @@ def base_metadata(model: str) -> dict[str, Any]:
     return {key: found[key] for key in _COPIED_KEYS if found.get(key)}
 
 
+def hub_results(rows: Rows) -> dict[str, str]:
+    """File names and YAML of `.eval_results`: the Hub's benchmarks, measured on all questions."""
+    files = {}
+    for row in rows:
+        dataset, task, size, metric = _HUB_BENCHMARKS.get(row["task"], ("", "", 0, ""))
+        measured = row["model"] == "after" and is_benchmark(row) and row["num_samples"] == size
+        if measured and row["metric"] == metric and row.get("value") is not None:
+            shots = f"{row['num_fewshot']}-shot, " if row.get("num_fewshot") is not None else ""
+            entry = {
+                "dataset": {"id": dataset, "task_id": task},
+                "value": round(100 * row["value"], 2),  # percent, as on the leaderboards
+                "notes": f"{shots}{metric} of lm-evaluation-harness's {row['task']}, by Skipwise",
+            }
+            files[f"{task}.yaml"] = yaml.safe_dump([entry], sort_keys=False)
+    return files
+
+
 def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     """The YAML at the top of the card."""
     recipe, metadata, rows = run.recipe(), run.metadata(), run.results()
-    is_folder = Path(recipe.model).expanduser().exists()
     T = recipe.target_length
     results = []
     for task in ("passkey", "needle", "perplexity", *other_tasks(rows)):
@@ -91,20 +133,21 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
                 task_type="text-generation",
                 task_name="Text Generation",
                 dataset_type=f"skipwise-{task}",
-                dataset_name=f"{task} at {T:,} tokens",
+                dataset_name=f"{task} at {T:,} tokens"
+                + (f", {_evaluation_text(run)}" if task == "perplexity" else ""),
                 metric_type=row["metric"],
                 metric_name=metric_name(row),
                 metric_value=round(float(row["value"]), 4),
             )
         )
     data = ModelCardData(
-        base_model=None if is_folder else recipe.model,
         datasets=_hub_datasets(metadata) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "pose", "skipwise", recipe.method],
         model_name=recipe.run_name if results else None,
         eval_results=results or None,
+        **relation(recipe.model, "finetune"),
         **copied,
     )
     return data.to_yaml(line_break="\n").strip()
@@ -127,11 +170,12 @@ scaling.
 
 ## Measured before and after training
 
-{format_table(rows)}
+{format_table(rows, brief=True)}
 
 95 % intervals are in brackets. Perplexity is measured on the same target tokens at every context
-length. Passkey and needle are exact match over all depths.
+length, of {_evaluation_text(run)}. Passkey and needle are exact match over all depths.
 
+{_figure_and_ruler(run, rows)}
 {_short_context_results(rows, L)}
 
 ## How it was made
@@ -152,6 +196,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 ```
@@ -173,6 +219,27 @@ and of transformers 4. The recipe is in `skipwise_recipe.yaml`.
 {chr(10).join(papers)}
 ```
 """
+
+
+def _figure_and_ruler(run: RunFolder, rows: Rows) -> str:
+    """The passkeys by depth, and the RULER tasks, folded: many lines."""
+    parts = []
+    if (run.model / _PICTURE).exists():
+        parts.append(f"![{describe_grid(rows, 'passkey')}]({_PICTURE})\n")
+    if tasks := [row for row in rows if is_ruler(row)]:
+        summary = "<summary>RULER task by task</summary>"
+        parts.append(f"<details>\n{summary}\n\n{format_table(tasks)}\n\n</details>\n")
+    return "\n".join(parts)
+
+
+def _evaluation_text(run: RunFolder) -> str:
+    """Which text is measured on, without the folders of this machine: `8 documents of books`."""
+    data, count = run.recipe().data, run.metadata().get("data", {}).get("num_eval_documents")
+    paths = [s["path"] if isinstance(s, dict) else s for s in data.eval_sources or data.sources]
+    names = [Path(p).name if Path(p).expanduser().exists() else str(p) for p in map(str, paths)]
+    held_out = not data.eval_sources and run.recipe().method != "none"
+    number = "documents" if count is None else f"{count:,} documents"
+    return f"{number} {'held out of' if held_out else 'of'} {', '.join(names) or 'its text'}"
 
 
 def _short_context_results(rows: list[dict[str, Any]], L: int) -> str:
@@ -231,9 +298,3 @@ def _hub_datasets(metadata: dict[str, Any]) -> list[str]:
     """Sources that are data sets on the Hub. Local paths stay private."""
     sources = metadata.get("data", {}).get("sources", [])
     return [s for s in sources if s.count("/") == 1 and not Path(s).expanduser().exists()]
-
-
-def read_metadata(card: Path) -> dict[str, Any]:
-    """The YAML at the top of a card."""
-    _, head, _ = card.read_text(encoding="utf-8").split("---\n", 2)
-    return yaml.safe_load(head)

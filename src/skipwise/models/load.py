@@ -54,8 +54,7 @@ def load_model(
     folder = Path(model).expanduser()
     if folder.is_dir():
         check_weights(folder, settings)
-    kernel = settings.is_hub_kernel and attn_implementation == settings.attn_implementation
-    trusted = {"allow_all_kernels": True} if kernel and settings.trust_remote_code else {}
+    others = settings.is_hub_kernel and settings.trust_remote_code  # not of kernels-community alone
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if folder.is_dir() else model,
@@ -68,12 +67,11 @@ def load_model(
             use_safetensors=settings.use_safetensors,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
-            **trusted,
+            **({"allow_all_kernels": True} if others else {}),
         )
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
-        attention = f" with the attention of {attn_implementation}" if kernel else ""
         raise SkipwiseError(
-            f"the weights of {model} could not be loaded{attention}\n{first_line(error)}"
+            f"the weights of {model} could not be loaded\n{first_line(error)}"
         ) from error
     loaded, info = result
     missing = sorted(info["missing_keys"])
@@ -116,22 +114,16 @@ def check_hub_kernel(settings: ModelSettings) -> None:
     """Refuse a kernel of the Hub that cannot be loaded, or whose owner nobody has trusted."""
     from transformers.utils import import_utils
 
-    named = f"load.attn_implementation: {settings.attn_implementation}"
-    if not settings.is_hub_kernel:
-        return
-    owner = settings.attn_implementation.partition("/")[0]
-    if owner != "kernels-community" and not settings.trust_remote_code:
+    name, trusted = settings.attn_implementation, settings.trust_remote_code
+    if settings.is_hub_kernel and not (trusted or name.startswith("kernels-community/")):
         raise SkipwiseError(
-            f"{named} is code that {owner} published, not kernels-community\n"
+            f"load.attn_implementation: {name} is code that kernels-community did not publish\n"
             "read it, and type load.trust_remote_code=true if you trust it"
         )
-    if not import_utils.is_kernels_available():
-        least = import_utils.KERNELS_MIN_VERSION
-        most = getattr(import_utils, "KERNELS_MAX_VERSION", None)
-        wanted = f"kernels>={least}" + (f",<{most}" if most else "")
+    if settings.is_hub_kernel and not import_utils.is_kernels_available():
         raise SkipwiseError(
-            f"{named} is a kernel of the Hub, which needs the kernels package\n"
-            f"pip install '{wanted}'"
+            f"load.attn_implementation: {name} is a kernel of the Hub, which needs a package\n"
+            f"pip install 'kernels~={import_utils.KERNELS_MIN_VERSION}'"
         )
 
 
