@@ -80,6 +80,7 @@ def test_the_trainer_example_checks_trains_and_saves_a_portable_model(tiny, text
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("lora", [[], ["--lora"]])
 def test_the_trl_example_checks_trains_and_saves_a_portable_model(tiny, chats, tmp_path, lora):
     pytest.importorskip("trl")

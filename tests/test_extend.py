@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ def test_the_run_folder_holds_everything(finished):
     assert "64 to 256 tokens" in card and "perplexity" in card
     recipe = (finished.model / "skipwise_recipe.yaml").read_text()
     assert "model: tiny-llama\n" in recipe and "/" not in recipe  # no path of this machine
-    assert list((finished.path / "tensorboard").glob("events*"))  # on where it is installed
+    logged = list((finished.path / "tensorboard").glob("events*"))
+    assert bool(logged) == (find_spec("tensorboard") is not None)  # on where it is installed
 
 
 def test_after_is_what_the_exported_folder_gives(finished, capsys):

@@ -1,4 +1,4 @@
-"""Attention kernels of the Hub: passed to transformers, and only when the command line names one."""
+"""Attention kernels of the Hub: passed to transformers, if the command line names one."""
 
 import dataclasses
 import json
