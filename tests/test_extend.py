@@ -124,7 +124,7 @@ def test_the_code_of_the_card_generates(finished, capsys):
     card = write_card(finished, str(finished.model)).read_text()
     code = card.split("```python\n", 1)[1].split("```", 1)[0]
     exec(code, {})
-    assert capsys.readouterr().out.startswith("<s>")
+    assert capsys.readouterr().out.startswith("Once upon a time")
 
 
 def test_paths_leave_every_config_and_text_stays(portable_folder):
