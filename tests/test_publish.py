@@ -140,10 +140,12 @@ def test_the_card_says_on_which_text_perplexity_is(run):
     (result,) = [r for r in results_of(card) if r.dataset_type == "skipwise-perplexity"]
     assert result.dataset_name == f"perplexity at 256 tokens, {text}"
     assert f"of {text}. Passkey" in " ".join(card.read_text().split())
-    given = {"sources": ["me/books"], "eval_sources": ["you/novels"]}
+    given = {"sources": ["me/books"], "eval_sources": ["you/novels", "/gone/texts/my.txt"]}
     tree = {"model": "me/base", "target_length": 256, "data": given}
     write_text(run.recipe_file, dump_recipe(parse_recipe(tree)))
-    assert "of 7 documents of you/novels. Passkey" in " ".join(write_card(run).read_text().split())
+    assert "of 7 documents of you/novels, my.txt. Passkey" in " ".join(
+        write_card(run).read_text().split()
+    )
 
 
 def test_a_base_of_the_hub_is_named_with_its_relation(run):

@@ -73,6 +73,7 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     (run.model / _PICTURE).unlink(missing_ok=True)
     if (figure := plot_grid(rows, "passkey")) is not None:
         (run.model / _PICTURE).write_bytes(to_png(figure))
+    shutil.rmtree(run.model / ".eval_results", ignore_errors=True)
     for name, text in hub_results(rows).items():
         (run.model / ".eval_results").mkdir(exist_ok=True)
         write_text(run.model / ".eval_results" / name, text)
@@ -235,8 +236,9 @@ def _figure_and_ruler(run: RunFolder, rows: Rows) -> str:
 def _evaluation_text(run: RunFolder) -> str:
     """Which text is measured on, without the folders of this machine: `8 documents of books`."""
     data, count = run.recipe().data, run.metadata().get("data", {}).get("num_eval_documents")
-    paths = [s["path"] if isinstance(s, dict) else s for s in data.eval_sources or data.sources]
-    names = [Path(p).name if Path(p).expanduser().exists() else str(p) for p in map(str, paths)]
+    sources = data.eval_sources or data.sources
+    paths = [str(s["path"] if isinstance(s, dict) else s) for s in sources]
+    names = [p if p in _on_hub(paths) else Path(p).name for p in paths]
     held_out = not data.eval_sources and run.recipe().method != "none"
     number = "documents" if count is None else f"{count:,} documents"
     return f"{number} {'held out of' if held_out else 'of'} {', '.join(names) or 'its text'}"
@@ -296,5 +298,9 @@ def _full_length_lines(recipe: Any, finish: dict[str, Any]) -> list[str]:
 
 def _hub_datasets(metadata: dict[str, Any]) -> list[str]:
     """Sources that are data sets on the Hub. Local paths stay private."""
-    sources = metadata.get("data", {}).get("sources", [])
-    return [s for s in sources if s.count("/") == 1 and not Path(s).expanduser().exists()]
+    return _on_hub(metadata.get("data", {}).get("sources", []))
+
+
+def _on_hub(sources: list[str]) -> list[str]:
+    named = [s for s in sources if s.count("/") == 1 and s[0] not in "./~"]
+    return [s for s in named if not Path(s).exists()]
