@@ -108,7 +108,7 @@ def hub_results(rows: Rows) -> dict[str, str]:
     files = {}
     for row in rows:
         dataset, task, size, metric = _HUB_BENCHMARKS.get(row["task"], ("", "", 0, ""))
-        measured = row["model"] == "after" and is_benchmark(row) and row["num_samples"] == size
+        measured = row["model"] == "after" and is_benchmark(row) and row.get("num_samples") == size
         if measured and row["metric"] == metric and row.get("value") is not None:
             shots = f"{row['num_fewshot']}-shot, " if row.get("num_fewshot") is not None else ""
             entry = {
