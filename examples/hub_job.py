@@ -20,6 +20,7 @@ A job's disk is gone when it ends, so name --push there. Nothing is pushed witho
 """
 
 import argparse
+import re
 import shlex
 import sys
 
@@ -35,20 +36,21 @@ from skipwise.report import format_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    about = f"{__doc__.splitlines()[0]} Append recipe keys: training.num_steps=500"
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("model", help="folder or hub name")
     parser.add_argument("--to", required=True, help="target length in tokens, such as 32k")
     parser.add_argument("--data", nargs="+", required=True, help="files, folders or hub data sets")
     parser.add_argument("--push", metavar="USER/NAME", help="push the model there when it is done")
     parser.add_argument("--public", action="store_true", help="push to a public repository")
     parser.add_argument("--out", default="run", help="folder of the run (default: run)")
-    parser.add_argument("settings", nargs="*", help="recipe keys, such as training.num_steps=500")
-    args = parser.parse_intermixed_args()
+    settings = [word for word in sys.argv[1:] if re.match(r"[a-z_.]+=", word)]  # recipe keys
+    args = parser.parse_args([word for word in sys.argv[1:] if word not in settings])
     if args.push:  # hours later would be too late
         validate_repo_id(args.push)
         HfApi().whoami()
     tree = {"model": args.model, "target_length": args.to, "data": {"sources": args.data}}
-    recipe = parse_recipe(tree, args.settings)
+    recipe = parse_recipe(tree, settings)
     run = extend(recipe, args.out, command=shlex.join(sys.argv))
     print(format_table(run.results(), brief=True))
     print(f"\nmodel   {run.model}\nreport  {run.report / 'index.html'}")
