@@ -83,7 +83,7 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     return path
 
 
-def relation(base: str, kind: str) -> dict[str, str]:
+def relation(base: str, kind: str) -> dict[str, Any]:
     """Base model and what this is to it, `finetune` or `adapter`; nothing for a local folder."""
     is_folder = Path(base).expanduser().exists()
     return {} if is_folder else {"base_model": base, "base_model_relation": kind}
