@@ -1,26 +1,36 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 STAMP := $(VENV)/.installed
+EXTRAS := $(VENV)/.extras
 
-.PHONY: install quickstart test test-gguf study study-smoke families reference docs check clean
+.PHONY: install quickstart test test-all test-gguf study study-smoke families reference docs check clean
 
-install: $(STAMP)
+install: $(STAMP) # what `make quickstart` and `make test` need
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,hub,bench,deepspeed,qlora]"
+	$(PIP) torch
+	$(PIP) -e ".[test]"
+	touch $@
+
+$(EXTRAS): $(STAMP) # engines, QLoRA, lm-eval, TRL, GGUF, and the tools of `make check`
+	$(PIP) -e ".[dev,hub,bench,deepspeed,qlora,trl,gguf,tensorboard]"
 	touch $@
 
 quickstart: $(STAMP)
 	$(BIN)/skipwise quickstart
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+test: $(STAMP) # what convinces, without any extra
+	$(PYTEST) -m "not extended"
+
+test-all: $(EXTRAS) # everything that `make test` leaves out
+	$(PYTEST) -m extended
 
 test-gguf: $(STAMP) # builds llama.cpp once, about ten minutes on two cores
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf,llama-cpp]"
+	$(PIP) -e ".[gguf,llama-cpp]"
 	$(BIN)/python tools/fetch_converter.py
 	LLAMA_CPP_TESTS=1 $(BIN)/python -m pytest tests/test_gguf.py tests/test_gguf_llama_cpp.py
 
@@ -37,15 +47,15 @@ families: $(STAMP)
 	$(BIN)/python tools/make_config_defaults.py
 	WRITE_FAMILIES=1 $(BIN)/python -m pytest tests/test_families.py
 
-reference: $(STAMP) # docs/recipe.md, docs/cli.md, docs/combinations.md
+reference: $(EXTRAS) # docs/recipe.md, docs/cli.md, docs/combinations.md
 	$(BIN)/python tools/make_reference.py
 	$(BIN)/python tools/make_combinations.py
 
 docs: $(STAMP) # the documentation site, into site/
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(PIP) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-check: $(STAMP)
+check: $(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell

@@ -125,6 +125,7 @@ def test_a_rope_type_that_runtimes_do_not_know_is_said_so(tiny, tmp_path):
     assert "drops stepped for llama without a warning" in dropped.what
 
 
+@pytest.mark.extended
 def test_a_gguf_file_has_it_as_a_table_of_frequencies(tiny, tmp_path):
     gguf = pytest.importorskip("gguf")
     from test_gguf import fake

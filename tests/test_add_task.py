@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.cli import main
@@ -15,7 +16,7 @@ from skipwise.config.run_folder import RunFolder
 from skipwise.evaluation.evaluator import EvalModel, Texts, _units, evaluate_model, find_tasks
 from skipwise.evaluation.fingerprint import harness_identity
 from skipwise.evaluation.tasks import TASKS, Task, mean_row
-from skipwise.export.model_card import read_metadata, write_card
+from skipwise.export.model_card import write_card
 from skipwise.report import compare_runs, format_table, write_report
 from skipwise.report.headline import headline
 
@@ -115,7 +116,7 @@ def test_the_model_card_and_the_headline_of_a_run_show_it(tiny, tmp_path):
     card = write_card(run)
     assert format_table(rows) in card.read_text()
     assert "colours 66.7 % before, 66.7 % after" in card.read_text()
-    (model,) = read_metadata(card)["model-index"]
+    (model,) = metadata_load(card)["model-index"]
     (result,) = model["results"]
     assert result["dataset"]["name"] == "colours at 128 tokens"
     assert result["metrics"][0]["name"] == "accuracy"

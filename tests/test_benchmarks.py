@@ -31,6 +31,7 @@ from skipwise.evaluation.tasks.prompts import ChatPrompts
 from skipwise.evaluation.tasks.task import TaskInputs
 
 pytest.importorskip("lm_eval", reason="pip install 'skipwise[bench]'")
+pytestmark = pytest.mark.extended
 
 NUM_QUESTIONS = 6
 

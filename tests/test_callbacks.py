@@ -278,6 +278,7 @@ def test_lora_passes(tiny, tmp_path):
     assert all(check.passed for check in callback.checks)
 
 
+@pytest.mark.extended
 def test_qlora_passes(tiny, tmp_path):
     pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training

@@ -237,6 +237,7 @@ def test_a_lesson_that_fails_leaves_model_and_teacher_as_they_were():
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
 
 
+@pytest.mark.extended
 def test_under_nf4_the_teacher_is_the_base_in_nf4(tiny):
     pytest.importorskip("bitsandbytes")
     settings = LoRASettings(rank=4, quantization="nf4")

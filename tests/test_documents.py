@@ -69,6 +69,7 @@ def test_another_text_field_is_read_from_lines_and_columns(tmp_path):
     assert all("only content: type data.text_field=content" in line for line in bad.first)
 
 
+@pytest.mark.extended
 def test_a_hub_data_set_is_streamed_by_name(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = {}

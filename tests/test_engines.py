@@ -30,7 +30,10 @@ from skipwise.training.distributed.engines import engine_of, keep_rope_in_float3
 
 STEPS = 20
 ENGINES = ["ddp", "fsdp2", "zero3"]
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
+needs_deepspeed = [
+    pytest.mark.extended,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed"),
+]
 EACH = [pytest.param(e, marks=needs_deepspeed if e == "zero3" else ()) for e in ENGINES]
 
 
@@ -367,6 +370,7 @@ def test_more_gpus_than_there_are_is_an_error(recipe_file, monkeypatch, capsys):
     assert "extend starts its own processes" in capsys.readouterr().err
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 def test_qlora_trains_packed_weights_and_exports_whole_ones(recipe_file, tmp_path):
     out = tmp_path / "run"
@@ -380,7 +384,8 @@ def test_qlora_trains_packed_weights_and_exports_whole_ones(recipe_file, tmp_pat
     assert sum(t.numel() for t in whole.values()) == facts["model"]["num_parameters"]
 
 
-@needs_deepspeed
+@needs_deepspeed[0]
+@needs_deepspeed[1]
 def test_quantised_weights_under_deepspeed_are_refused(recipe_file, tmp_path):
     arguments = ("--gpus", 2, "--engine", "zero3", "--lora", "lora.quantization=nf4")
     process = start("train", recipe_file, "--out", tmp_path / "run", *arguments)

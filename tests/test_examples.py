@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from hub_stand_in import TOKEN, Hub
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 T = 256
@@ -80,6 +82,7 @@ def test_the_trainer_example_checks_trains_and_saves_a_portable_model(tiny, text
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("lora", [[], ["--lora"]])
 def test_the_trl_example_checks_trains_and_saves_a_portable_model(tiny, chats, tmp_path, lora):
     pytest.importorskip("trl")
@@ -87,6 +90,48 @@ def test_the_trl_example_checks_trains_and_saves_a_portable_model(tiny, chats, t
     said = run("trl_sft.py", tiny, chats, "--to", T, "--steps", 4, "--out", out, *lora)
     assert "ok   chunks see each other" in said and "FAIL" not in said
     assert_trained(out, tiny)
+
+
+@pytest.mark.slow
+def test_the_job_extends_and_pushes_when_asked(tiny, text_folder, tmp_path):
+    small = ["training.num_steps=2", "training.global_batch_size=2", "rope.type=yarn"]
+    small += ["eval.tasks=[passkey]", "eval.passkey_samples=2", "attention_temperature=1.0"]
+    command = [EXAMPLES / "hub_job.py", tiny, "--to", T, "--data", text_folder, *small]
+    hub = Hub()
+    home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+
+    def job(*more, token=TOKEN):
+        done = subprocess.run(
+            [sys.executable, *map(str, (*command, *more))],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **home, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"},
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    code, _, err = job("--push", "me/long", token="hf_" + "y" * 34)
+    assert code != 0 and "Invalid" in err and not (tmp_path / "run").exists()
+    code, out, err = job()
+    assert code == 0, err[-2000:]
+    assert "| passkey " in out and hub.repositories == {}
+    assert_trained(tmp_path / "run/model", tiny)
+    code, out, err = job("--push", "me/long")  # the run is there: only the upload is left
+    assert code == 0, err[-2000:]
+    assert hub.private["me/long"] and f"{hub.url}/me/long" in out
+    assert {"config.json", "model.safetensors", "README.md"} <= set(hub.repositories["me/long"])
+
+
+def test_the_header_of_the_job_names_this_package_and_its_python():
+    tomllib = pytest.importorskip("tomllib")
+    text = (EXAMPLES / "hub_job.py").read_text()
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    header = tomllib.loads(re.sub("(?m)^# ?", "", block["content"]))  # as PEP 723 reads it
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    assert header["requires-python"] == project["requires-python"]
+    assert header["dependencies"] == [f"{project['name']}[hub]"]
+    path = header["tool"]["uv"]["sources"][project["name"]]["path"]
+    assert (EXAMPLES / path / "pyproject.toml").exists()
 
 
 def axolotl_config(tiny, text_folder, out):

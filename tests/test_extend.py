@@ -3,10 +3,14 @@
 import argparse
 import inspect
 import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipwise.cli import main
@@ -15,6 +19,7 @@ from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.export.hf import export_model
 from skipwise.export.hub import plan_upload
+from skipwise.export.model_card import write_card
 from skipwise.models.compatibility import make_portable
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline.extend import extend
@@ -53,7 +58,8 @@ def test_the_run_folder_holds_everything(finished):
     assert "64 to 256 tokens" in card and "perplexity" in card
     recipe = (finished.model / "skipwise_recipe.yaml").read_text()
     assert "model: local\n" in recipe and "/" not in recipe  # no name of this machine
-    assert list((finished.path / "tensorboard").glob("events*"))  # on where it is installed
+    logged = list((finished.path / "tensorboard").glob("events*"))
+    assert bool(logged) == (find_spec("tensorboard") is not None)  # on where it is installed
 
 
 def test_after_is_what_the_exported_folder_gives(finished, capsys):
@@ -105,6 +111,55 @@ def test_the_exported_model_loads_in_plain_transformers_with_its_tokenizer(finis
     assert AutoTokenizer.from_pretrained(finished.model).model_max_length == 256
     changed = model.model.layers[0].mlp.up_proj.weight - base.model.layers[0].mlp.up_proj.weight
     assert changed.abs().max() > 0
+
+
+def test_no_file_of_the_export_names_this_machine_or_how_it_was_loaded(finished, tiny):
+    for file in finished.model.glob("*.json"):
+        text = file.read_text()
+        assert str(tiny.parent) not in text and str(finished.path) not in text, file.name
+    settings = json.loads((finished.model / "tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only", "name_or_path"} & set(settings)
+
+
+def test_the_code_of_the_card_generates(finished, capsys):
+    card = write_card(finished, str(finished.model)).read_text()
+    code = card.split("```python\n", 1)[1].split("```", 1)[0]
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_paths_leave_every_config_and_text_stays(portable_folder):
+    files = {
+        "config.json": {"_name_or_path": "/home/me/model", "text_config": {"f": "/home/me/x"}},
+        "tokenizer_config.json": {
+            "tokenizer_file": "/home/me/tokenizer.json",
+            "is_local": True,
+            "local_files_only": True,
+            "sep_token": "/",
+            "chat_template": "/{{ messages }}",
+            "added_tokens_decoder": {"3": {"content": "/end", "special": True}},
+        },
+        "preprocessor_config.json": {"files": [{"at": "/tmp/a", "size": 3}], "url": "a/b"},
+        "adapter_config.json": {"base_model_name_or_path": "/home/me/base"},
+    }
+    for name, more in files.items():
+        file = portable_folder / name
+        old = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**old, **more}))
+    make_portable(portable_folder)
+    read = {name: json.loads((portable_folder / name).read_text()) for name in files}
+    assert "_name_or_path" not in read["config.json"]
+    assert read["config.json"]["text_config"] == {}
+    kept = {key: read["tokenizer_config.json"].get(key) for key in files["tokenizer_config.json"]}
+    gone = dict.fromkeys(("tokenizer_file", "is_local", "local_files_only"))
+    assert kept == files["tokenizer_config.json"] | gone
+    assert read["preprocessor_config.json"] == {"files": [{"size": 3}], "url": "a/b"}
+    assert read["adapter_config.json"] == files["adapter_config.json"]  # peft loads it from there
+
+
+@pytest.fixture
+def portable_folder(tiny, tmp_path):
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
 def test_the_config_says_the_same_in_both_spellings(finished):
@@ -205,6 +260,8 @@ def test_an_adapter_alone_comes_with_the_config_it_needs(with_lora, capsys):
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), with_lora.adapter)
     assert not torch.allclose(far_logits(plain), far_logits(merged), atol=1e-4)
     assert "config=config" in (with_lora.adapter / "README.md").read_text()
+    card = metadata_load(with_lora.adapter / "README.md")
+    assert card["library_name"] == "peft" and "base_model" not in card  # a local folder
     config = json.loads((with_lora.adapter / "config.json").read_text())
     assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 4
 

@@ -225,6 +225,7 @@ def test_parquet_is_read_whatever_its_suffix_says(tmp_path):
     assert "not a parquet file" in bad[1]
 
 
+@pytest.mark.extended
 def test_a_folder_of_save_to_disk_is_read_in_the_order_of_its_shards(tmp_path):
     datasets = pytest.importorskip("datasets")
     texts = [f"text {i}" for i in range(25)]
@@ -246,6 +247,7 @@ def test_a_folder_of_save_to_disk_is_read_in_the_order_of_its_shards(tmp_path):
     assert read(tmp_path / "three") == (texts[3:9], [])
 
 
+@pytest.mark.extended
 def test_loaders_of_datasets_and_their_nested_fields_are_read(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     records = [{"meta": {"text": text}} for text in TEXTS]

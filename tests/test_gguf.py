@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.extended
 
 from skipwise.errors import SkipwiseError  # noqa: E402
 from skipwise.export.gguf import check_gguf, find_converter, to_gguf  # noqa: E402

@@ -253,6 +253,7 @@ def test_a_key_of_gguf_has_the_models_own_architecture(family, prefix, tmp_path)
     assert f"GGUF needs {prefix}.rope.scaling.attn_factor = 1.241779" in issue.fix
 
 
+@pytest.mark.extended
 def test_every_architecture_that_is_named_is_one_of_llama_cpp():
     constants = pytest.importorskip("gguf").constants
     known = set(constants.MODEL_ARCH_NAMES.values())

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
+import yaml
 from hub_stand_in import TOKEN, Hub
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.numpy import save_file
 
@@ -15,7 +17,7 @@ from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import SkipwiseError
 from skipwise.export.hub import confirm, describe_upload, plan_upload
-from skipwise.export.model_card import base_metadata, read_metadata, write_card
+from skipwise.export.model_card import base_metadata, hub_results, relation, write_card
 
 
 def row(model, task, metric, length, value, **more):
@@ -96,6 +98,14 @@ def publish(run, hub, *arguments, token=TOKEN, typed=None):
     return done.returncode, done.stdout, done.stderr
 
 
+def results_of(card):
+    """The results that the Hub reads from a card, or from the card of a folder."""
+    file = card / "README.md" if card.is_dir() else card
+    name, results = model_index_to_eval_results(metadata_load(file)["model-index"])
+    assert name
+    return results
+
+
 def test_the_card_says_what_was_measured_and_carries_the_licence_over(run):
     card = write_card(run, "me/long").read_text()
     assert "A llama model with its context window extended from 64 to 256 tokens" in card
@@ -108,15 +118,92 @@ def test_the_card_says_what_was_measured_and_carries_the_licence_over(run):
 
 
 def test_the_cards_metadata_is_what_the_hub_reads(run):
-    data = read_metadata(write_card(run))
+    data = metadata_load(write_card(run))
     assert data["license"] == "apache-2.0" and data["language"] == ["en"]
     assert data["library_name"] == "transformers" and data["datasets"] == ["me/books"]
-    assert "base_model" not in data  # a folder of this machine is none
+    assert not {"base_model", "base_model_relation"} & set(data)  # a folder of this machine
     parsed = ModelCardData(**{**data, "model_name": None})
     assert parsed.pipeline_tag == "text-generation"
-    name, results = model_index_to_eval_results(data["model-index"])
-    values = {result.dataset_type: result.metric_value for result in results}
-    assert values == {"skipwise-passkey": 0.9, "skipwise-perplexity": 4.5} and name
+    values = {result.dataset_type: result.metric_value for result in results_of(run.model)}
+    assert values == {"skipwise-passkey": 0.9, "skipwise-perplexity": 4.5}
+
+
+def test_the_card_shows_the_passkeys_in_a_picture_beside_it(run):
+    card = write_card(run).read_text()
+    assert (run.model / "passkey.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert "![Passkey retrieval over all depths. before at 64: 100 %" in card
+    assert "](passkey.png)" in card
+    write_json(run.path / "results.json", ROWS[:3])
+    assert "passkey.png" not in write_card(run).read_text()
+    assert not (run.model / "passkey.png").exists()  # of an earlier measurement
+
+
+def test_the_card_says_on_which_text_perplexity_is(run):
+    run.update(data={**run.metadata()["data"], "num_eval_documents": 7})
+    text = "7 documents held out of me/books, local text"
+    card = write_card(run)
+    (result,) = [r for r in results_of(card) if r.dataset_type == "skipwise-perplexity"]
+    assert result.dataset_name == f"perplexity at 256 tokens, {text}"
+    assert f"of {text}. Passkey" in " ".join(card.read_text().split())
+    given = {"sources": ["me/books"], "eval_sources": ["me/books", "/gone/texts/my.txt"]}
+    tree = {"model": "me/base", "target_length": 256, "data": given}
+    write_text(run.recipe_file, dump_recipe(parse_recipe(tree)))
+    assert "of 7 documents of me/books, given text. Passkey" in " ".join(
+        write_card(run).read_text().split()
+    )
+
+
+def test_a_base_of_the_hub_is_named_with_its_relation(run):
+    tree = {"model": "me/base", "target_length": 256, "data": {"sources": ["me/books"]}}
+    write_text(run.recipe_file, dump_recipe(parse_recipe(tree)))
+    assert "base_model" not in metadata_load(write_card(run))  # a folder when the run began
+    run.update(model={**run.metadata()["model"], "hub": True})
+    data = metadata_load(write_card(run))
+    assert (data["base_model"], data["base_model_relation"]) == ("me/base", "finetune")
+    found = relation("me/base", "adapter", run.metadata())
+    assert found["base_model_relation"] == "adapter"
+
+
+def test_ruler_task_by_task_is_folded(run):
+    ruler = [
+        row(model, task, "recall", length, 0.0)
+        for model in ("before", "after")
+        for task in ("niah_multikey", "vt", "cwe")
+        for length in (64, 256)
+    ]
+    write_json(run.path / "results.json", ROWS + ruler)
+    shown, _, folded = write_card(run).read_text().partition("<details>")
+    folded, _, rest = folded.partition("</details>")
+    assert "niah_multikey" not in shown + rest and folded.count("| niah_multikey ") == 2
+    assert shown.count("| ruler average ") == 2 and "| passkey " in shown
+    assert "| passkey " not in folded and "<summary>" in folded
+
+
+def benchmark(task, metric, value, num, model="after"):
+    keys = {"model": model, "task": task, "metric": metric, "context_length": None}
+    return {**keys, "kind": "benchmark", "value": value, "num_samples": num, "num_fewshot": 5}
+
+
+def test_results_of_the_hubs_benchmarks_are_in_its_own_format(run):
+    rows = [
+        benchmark("gsm8k", "exact_match,strict-match", 0.1234567, 1319),
+        benchmark("gsm8k", "exact_match,flexible-extract", 0.2, 1319),
+        benchmark("gsm8k", "exact_match,strict-match", 0.9, 1319, model="before"),
+        benchmark("gpqa_diamond_zeroshot", "acc_norm", 0.3, 50),  # a part of the questions
+        benchmark("boolq", "acc", 0.8, 3270),  # the Hub has no benchmark of it
+    ]
+    write_json(run.path / "results.json", ROWS + rows)
+    write_card(run)
+    assert [f.name for f in (run.model / ".eval_results").iterdir()] == ["gsm8k.yaml"]
+    entries = yaml.safe_load((run.model / ".eval_results" / "gsm8k.yaml").read_text())
+    assert entries[0]["dataset"] == {"id": "openai/gsm8k", "task_id": "gsm8k"}
+    assert entries[0]["value"] == 12.35 and "5-shot" in entries[0]["notes"] and len(entries) == 1
+    names = [name for _, name in plan_upload(run, "me/long").files]
+    assert ".eval_results/gsm8k.yaml" in names and "passkey.png" in names
+    if hasattr(huggingface_hub, "parse_eval_result_entries"):  # not in its oldest versions
+        (parsed,) = huggingface_hub.parse_eval_result_entries(entries)
+        assert (parsed.dataset_id, parsed.task_id, parsed.value) == ("openai/gsm8k", "gsm8k", 12.35)
+    assert hub_results(ROWS) == {}
 
 
 def test_a_base_without_a_card_gives_no_licence(tmp_path):

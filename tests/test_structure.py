@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "skipwise"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "skipwise"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted({path.parent for path in MODULES})
 
@@ -43,3 +44,37 @@ def test_every_module_says_what_it_does():
 
 def test_the_package_has_at_most_24000_lines():
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES) <= 24_000
+
+
+def test_a_test_that_needs_an_extra_runs_in_test_all_alone():
+    extras = {"bitsandbytes", "datasets", "deepspeed", "gguf", "lm_eval", "trl"}
+    for path in sorted(ROOT.glob("tests/test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        marked = any(
+            isinstance(node, ast.Assign)
+            and node.targets[0].id == "pytestmark"
+            and "extended" in ast.unparse(node)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        )
+        for node in tree.body:
+            names = {
+                call.args[0].value
+                for call in ast.walk(node)
+                if isinstance(call, ast.Call)
+                and ast.unparse(call.func) == "pytest.importorskip"
+                and isinstance(call.args[0], ast.Constant)
+            }
+            if names & extras:
+                decorators = getattr(node, "decorator_list", [])
+                own = any("extended" in ast.unparse(one) for one in decorators)
+                assert marked or own, f"{path.name}, line {node.lineno}: @pytest.mark.extended"
+
+
+def test_the_gate_runs_every_test_in_two_parts():
+    makefile = (ROOT / "Makefile").read_text()
+    assert '$(PYTEST) -m "not extended"' in makefile and "$(PYTEST) -m extended" in makefile
+    gate = (ROOT / ".ci/run").read_text().splitlines()
+    assert gate[-2:] == ["make test", "make test-all"]
+    minimal = makefile.partition("$(STAMP): ")[2].partition("\n\n")[0]
+    assert '-e ".[test]"' in minimal and makefile.count("test-all: $(EXTRAS)") == 1

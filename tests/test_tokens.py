@@ -387,6 +387,7 @@ def test_max_tokens_takes_whole_documents_until_they_hold_so_many(
     assert tokenize_source(more, tokenizer, cache=cache).offsets[-1] == whole.offsets[-1]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 def test_a_stream_of_the_hub_goes_on_after_an_interruption_and_reads_no_record_twice(
     tmp_path, small_chunks, tokenizer, monkeypatch, kind
@@ -420,6 +421,7 @@ def test_a_stream_of_the_hub_goes_on_after_an_interruption_and_reads_no_record_t
         assert files_of(cache) == files_of(tmp_path / "whole")
 
 
+@pytest.mark.extended
 def test_a_stream_without_a_state_goes_on_by_the_number_of_the_record(
     tmp_path, small_chunks, tokenizer, monkeypatch
 ):

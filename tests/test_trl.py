@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 from skipwise import PoSECollator
 from skipwise.integrations.preflight_callback import PreflightCallback
 
+pytestmark = pytest.mark.extended
+
 
 def make_sft(model, tokenizer, records, folder, collator=None, callback=None, **settings):
     trl = pytest.importorskip("trl")

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+from huggingface_hub import metadata_load
 from test_publish import publish, row, run  # noqa: F401  (run is a fixture)
 
 from skipwise.cli import main
@@ -14,7 +15,7 @@ from skipwise.config.run_folder import RunFolder, open_run, write_json
 from skipwise.config.trust import secret_in, without_secrets
 from skipwise.errors import SkipwiseError
 from skipwise.export.hub import describe_upload, plan_upload
-from skipwise.export.model_card import public_name, read_metadata, write_card
+from skipwise.export.model_card import public_name, write_card
 from skipwise.models.compatibility import save_tokenizer
 from skipwise.models.hf_config import read_config, stays_inside
 
@@ -280,7 +281,7 @@ def test_names_of_the_hub_are_in_the_card_and_the_recipe(run):  # noqa: F811
     text = run.recipe_file.read_text().splitlines(keepends=True)
     run.recipe_file.write_text("model: org/base-7b\n" + "".join(text[1:]))
     run.update(model={"name": "base-7b", "family": "llama", "hub": True})
-    data = read_metadata(write_card(run))
+    data = metadata_load(write_card(run))
     assert data["base_model"] == "org/base-7b" and data["datasets"] == ["me/books"]
     published = without_local_names(run.recipe(), run.metadata())
     assert published.model == "org/base-7b" and published.data.sources == ("me/books", "local")
@@ -324,4 +325,4 @@ def test_a_card_shows_no_html_of_others(run, tmp_path):  # noqa: F811
     head, body = card.read_text().split("\n---\n", 1)
     assert "<img" not in body and "<script" not in body and "](javascript" not in body
     assert "license_link: x" in head and "<script" not in head and "license:" not in head
-    assert read_metadata(card)["library_name"] == "transformers"
+    assert metadata_load(card)["library_name"] == "transformers"

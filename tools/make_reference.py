@@ -140,7 +140,8 @@ def _key_table(
 def key_choices(key: str, hint: Any) -> tuple[str, ...]:
     """The words that a key takes: a Literal's, or the names of the classes that it chooses from."""
     registered = getattr(parse, "registered", lambda key: ())
-    return registered(key) or (typing.get_args(hint) if typing.get_origin(hint) is Literal else ())
+    words = [h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is Literal]
+    return registered(key) or (typing.get_args(words[0]) if words else ())
 
 
 def _type_in_words(hint: Any, key: str) -> str:

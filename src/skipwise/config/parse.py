@@ -128,7 +128,18 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         SkipwiseError: unreadable YAML, an unknown key, a value of the wrong type or out of its
             range, `trust_remote_code` in the file.
     """
-    return _parse_file(_read_yaml(path), overrides, path, consent=None)
+    return _parse_file(_read_yaml(path), overrides or [], path, consent=None)
+
+
+def with_typed_kernel(recipe: Recipe, overrides: list[str] | None) -> Recipe:
+    """The recipe; SkipwiseError if it names a kernel of the Hub, and the overrides do not."""
+    typed = f"load.attn_implementation={recipe.load.attn_implementation}"
+    if recipe.load.is_hub_kernel and typed not in (overrides or []):
+        raise SkipwiseError(
+            f"the recipe names the kernel {recipe.load.attn_implementation}, which is code from "
+            f"the Hub, and a file cannot agree to run it\ntype {typed} if you trust it"
+        )
+    return recipe
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -160,6 +171,7 @@ def load_run_recipe(
     """Read a run folder's recipe, in which an older version may have used the old names.
 
     Args:
+        overrides: a list, even if empty, where a command runs the recipe.
         consent: the run's record that its user typed load.trust_remote_code=true.
     """
     return _parse_file(_renamed(_read_yaml(path)), overrides, path, consent)
@@ -170,6 +182,8 @@ def _parse_file(
 ) -> Recipe:
     """`parse_recipe`, but a file cannot consent to run a model's code: only the user can."""
     recipe = parse_recipe(tree, overrides)
+    if overrides is not None:
+        recipe = with_typed_kernel(recipe, overrides)
     keys = [override.partition("=")[0] for override in overrides or []]
     if not recipe.load.trust_remote_code or "load" in keys or "load.trust_remote_code" in keys:
         return recipe
@@ -300,6 +314,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             if isinstance(value, bool) or value in typing.get_args(args[0]):
                 return value
             raise SkipwiseError(f"{where} is {_shown(value)}: give auto, true or false")
+        if typing.get_origin(args[0]) is Literal and str in args:  # a kernel of the Hub
+            return value if "/" in str(value) else _value(args[0], value, where)
         if typing.get_origin(args[0]) is Literal:
             return _word_or_number(args[0], args[1], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)

@@ -61,11 +61,14 @@ class ModelSettings:
     """Branch, tag or commit on the Hugging Face Hub. The default is its main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the arithmetic. `auto` is bfloat16 where the hardware has it, else float32."""
-    attn_implementation: Literal[
-        "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
-    ] = "auto"
+    attn_implementation: (
+        Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
+        | str
+    ) = "auto"
     """Attention kernel. `auto` trains importance weights with flex_attention on an NVIDIA GPU, and
-    everything else with transformers' default, usually sdpa. Measured: docs/method.md."""
+    everything else with transformers' default, usually sdpa. A name with a slash is a kernel of the
+    Hub, such as kernels-community/flash-attn2: code that runs only if the command line names it.
+    Measured: docs/method.md."""
     use_safetensors: bool = True
     """`false` reads `.bin` weights instead of safetensors, with torch's `weights_only`."""
     text_only: bool = False
@@ -74,6 +77,16 @@ class ModelSettings:
     """Run Python code that the model brings with it. Read that code first."""
     device_map: str | None = None
     """Passed to transformers in an evaluation; `auto` spreads the layers over all GPUs."""
+
+    @property
+    def is_hub_kernel(self) -> bool:
+        """Whether the attention is a kernel of the Hub: code that is downloaded and run."""
+        return "/" in self.attn_implementation
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the attention takes an additive mask; transformers gives kernels none."""
+        return not (self.is_hub_kernel or self.attn_implementation.startswith("flash"))
 
     def of_own_folder(self) -> ModelSettings:
         """The same for a folder that Skipwise wrote: safetensors, no revision, one model."""

@@ -24,9 +24,8 @@ def resolve_auto(recipe: Recipe) -> Recipe:
         content = "aligned" if ours else getattr(sampler, "content", "uniform")
         positions = dataclasses.replace(positions, content=content)
     if positions.key_weights == "auto":
-        masked = recipe.load.attn_implementation not in ("flash_attention_2", "flash_attention_3")
         chunks = getattr(sampler, "has_chunks", False) and positions.num_chunks > 1
-        weights = "importance" if ours and chunks and masked else "none"
+        weights = "importance" if ours and chunks and recipe.load.takes_mask else "none"
         positions = dataclasses.replace(positions, key_weights=weights)
     return dataclasses.replace(recipe, positions=positions)
 

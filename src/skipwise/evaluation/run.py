@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from skipwise.config.machine import machine, versions
-from skipwise.config.parse import parse_recipe
+from skipwise.config.parse import parse_recipe, with_typed_kernel
 from skipwise.config.recipe import EvalSettings, ModelSettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
 from skipwise.data.chat import ChatSpans
@@ -140,7 +140,7 @@ def _recipe_and_folder(
         run = RunFolder(out or Path("runs") / f"eval-{_name(model_or_run).replace('/', '-')}")
     if tasks:
         tree["eval"] = {**tree.get("eval", {}), "tasks": tasks}
-    return parse_recipe(tree, overrides), run, is_run
+    return with_typed_kernel(parse_recipe(tree, overrides), overrides), run, is_run
 
 
 def make_eval_model(

@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCardData
 
 from skipwise.config.parse import dump_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import Check, SkipwiseError
+from skipwise.export.model_card import base_metadata, relation
 from skipwise.models.attention.temperature import fold_temperature
 from skipwise.models.compatibility import make_portable, save_tokenizer
 from skipwise.models.load import best_device, compute_dtype, load_model
@@ -135,7 +137,10 @@ def export_adapter(prepared: PreparedModel, run: RunFolder, checkpoint: Path | N
         prepared.scaled.save_pretrained(part)
         save_tokenizer(prepared.tokenizer, prepared.source, part)
         make_portable(part, prepared.recipe.target_length)
-        write_text(part / "README.md", _ADAPTER.format(base=base) + _temperature_note(run))
+        card = {**relation(base, "adapter", run.metadata()), **base_metadata(prepared.recipe.model)}
+        head = ModelCardData(library_name="peft", tags=["long-context", "skipwise"], **card)
+        text = f"---\n{head.to_yaml()}\n---\n\n{_ADAPTER.format(base=base)}"
+        write_text(part / "README.md", text + _temperature_note(run))
     probe = _probe(prepared.info.vocab_size, prepared.recipe.target_length)
     want = _logits(trained_model(prepared, checkpoint), probe)
     return [_check_reload(run.adapter, probe, want, "reload of the adapter", _RELOAD_ADAPTER)]

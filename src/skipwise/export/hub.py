@@ -24,7 +24,7 @@ _EXPORTED = re.compile(  # names that `skipwise export` writes
     r"|(config|generation_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
     r"|(pre)?(tokenizer|processor)(_config)?\.(json|model)|spiece\.model|vocab\.txt|merges\.txt"
     r"|(chat_template|additional_chat_templates/[\w.-]+)\.jinja|skipwise_recipe\.yaml"
-    r"|README\.md|(licen[cs]e|notice)[\w.-]*",
+    r"|README\.md|passkey\.png|\.eval_results/\w+\.yaml|(licen[cs]e|notice)[\w.-]*",
     re.IGNORECASE,
 )
 
@@ -64,7 +64,7 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
             f"see {run.report / 'index.html'}"
         )
     metadata, files, left_out = run.metadata(), [], []
-    exported = {"README.md", *metadata.get("files", []), *metadata.get("licenses", [])}
+    exported = {*metadata.get("files", []), *metadata.get("card_files", ["README.md"])}
     for file in sorted(run.model.rglob("*")):
         name = file.relative_to(run.model).as_posix()
         written = name in exported or "files" not in metadata  # exported by an older version

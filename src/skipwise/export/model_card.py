@@ -18,11 +18,22 @@ from skipwise.config.lengths import format_length
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.models.hf_config import stays_inside
 from skipwise.report import format_table
+from skipwise.report.figures.alt_text import describe_grid
+from skipwise.report.figures.heatmaps import plot_grid
+from skipwise.report.figures.style import to_png
 from skipwise.report.format import metric_name, short_value
 from skipwise.report.headline import headline
 from skipwise.report.page.usage import loading_code, serving_commands
-from skipwise.report.rows import find, other_tasks
+from skipwise.report.rows import Rows, find, is_benchmark, is_ruler, other_tasks
 
+# lm-eval's task: data set, task and questions of the Hub's benchmark, and the metric to report.
+# Source: huggingface.co/docs/hub/eval-results, which takes results of such data sets alone.
+_HUB_BENCHMARKS = {
+    "gsm8k": ("openai/gsm8k", "gsm8k", 1319, "exact_match,strict-match"),
+    "mmlu_pro": ("TIGER-Lab/MMLU-Pro", "mmlu_pro", 12032, "exact_match,custom-extract"),
+    "gpqa_diamond_zeroshot": ("Idavidrein/gpqa", "gpqa_diamond", 198, "acc_norm"),
+}
+_PICTURE = "passkey.png"
 _COPIED_KEYS = ("license", "license_name", "license_link", "language")
 _PAPERS = {  # BibTeX of the methods
     "pose": """@inproceedings{zhu2024pose,
@@ -48,27 +59,48 @@ Wei, Furu and Li, Sujian},
 
 
 def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
-    """Write README.md into the run's model folder and copy the base model's license files there.
+    """Write README.md, its picture and `.eval_results` into the run's model folder.
+
+    The base model's license files are copied there.
 
     Args:
         place: folder or Hub name of the model, for the loading commands in the card.
     """
     recipe, metadata = run.recipe(), _plain(run.metadata())
     base = Path(recipe.model).expanduser()
-    copied = base_metadata(recipe.model)
+    copied, written = base_metadata(recipe.model), ["README.md"]
     if base.is_dir():
-        licenses = []
         for file in sorted(base.iterdir()):
             is_text = file.name.lower().startswith(("license", "licence", "notice"))
             if is_text and file.is_file() and stays_inside(file):
                 (run.model / file.name).unlink(missing_ok=True)  # a link would be followed
                 shutil.copyfile(file, run.model / file.name)
-                licenses.append(file.name)
-        run.update(licenses=licenses)  # publish uploads these and no others
+                written.append(file.name)
+    rows = run.results()
+    (run.model / _PICTURE).unlink(missing_ok=True)
+    if (figure := plot_grid(rows, "passkey")) is not None:
+        (run.model / _PICTURE).write_bytes(to_png(figure))
+        written.append(_PICTURE)
+    shutil.rmtree(run.model / ".eval_results", ignore_errors=True)
+    for name, text in hub_results(rows).items():
+        (run.model / ".eval_results").mkdir(exist_ok=True)
+        write_text(run.model / ".eval_results" / name, text)
+        written.append(f".eval_results/{name}")
+    run.update(card_files=written)  # publish uploads these, and what export wrote
     path = run.model / "README.md"
     text = f"---\n{card_metadata(run, copied)}\n---\n\n{_body(run, metadata, copied, place)}"
     write_text(path, text)
     return path
+
+
+def relation(base: str, kind: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Base model and what this is to it, `finetune` or `adapter`; nothing for a local folder.
+
+    Args:
+        metadata: of the run, which knows whether the base was on the Hub when it began.
+    """
+    on_hub = metadata.get("model", {}).get("hub", False)
+    return {"base_model": base, "base_model_relation": kind} if on_hub else {}
 
 
 def base_metadata(model: str) -> dict[str, Any]:
@@ -111,10 +143,26 @@ def _plain(value: Any) -> Any:
     return re.sub(r"[^\w .,:;/+()=±%-]", "", value)[:200] if isinstance(value, str) else value
 
 
+def hub_results(rows: Rows) -> dict[str, str]:
+    """File names and YAML of `.eval_results`: the Hub's benchmarks, measured on all questions."""
+    files = {}
+    for row in rows:
+        dataset, task, size, metric = _HUB_BENCHMARKS.get(row["task"], ("", "", 0, ""))
+        measured = row["model"] == "after" and is_benchmark(row) and row.get("num_samples") == size
+        if measured and row["metric"] == metric and row.get("value") is not None:
+            shots = f"{row['num_fewshot']}-shot, " if row.get("num_fewshot") is not None else ""
+            entry = {
+                "dataset": {"id": dataset, "task_id": task},
+                "value": round(100 * row["value"], 2),  # percent, as on the leaderboards
+                "notes": f"{shots}{metric} of lm-evaluation-harness's {row['task']}, by Skipwise",
+            }
+            files[f"{task}.yaml"] = yaml.safe_dump([entry], sort_keys=False)
+    return files
+
+
 def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
     """The YAML at the top of the card."""
     recipe, metadata, rows = run.recipe(), run.metadata(), _plain(run.results())
-    on_hub = metadata.get("model", {}).get("hub", False)
     T = recipe.target_length
     results = []
     for task in ("passkey", "needle", "perplexity", *other_tasks(rows)):
@@ -126,20 +174,21 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
                 task_type="text-generation",
                 task_name="Text Generation",
                 dataset_type=f"skipwise-{task}",
-                dataset_name=f"{task} at {T:,} tokens",
+                dataset_name=f"{task} at {T:,} tokens"
+                + (f", {_evaluation_text(run)}" if task == "perplexity" else ""),
                 metric_type=row["metric"],
                 metric_name=metric_name(row),
                 metric_value=round(float(row["value"]), 4),
             )
         )
     data = ModelCardData(
-        base_model=recipe.model if on_hub else None,
         datasets=_hub_datasets(metadata) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["long-context", "pose", "skipwise", recipe.method],
         model_name=public_name(run) if results else None,
         eval_results=results or None,
+        **relation(recipe.model, "finetune", metadata),
         **copied,
     )
     return data.to_yaml(line_break="\n").strip()
@@ -164,11 +213,12 @@ scaling.
 
 ## Measured before and after training
 
-{format_table(rows)}
+{format_table(rows, brief=True)}
 
 95 % intervals are in brackets. Perplexity is measured on the same target tokens at every context
-length. Passkey and needle are exact match over all depths.
+length, of {_evaluation_text(run)}. Passkey and needle are exact match over all depths.
 
+{_figure_and_ruler(run, rows)}
 {_short_context_results(rows, L)}
 
 ## How it was made
@@ -205,6 +255,30 @@ and of transformers 4. The recipe is in `skipwise_recipe.yaml`.
 {chr(10).join(papers)}
 ```
 """
+
+
+def _figure_and_ruler(run: RunFolder, rows: Rows) -> str:
+    """The passkeys by depth, and the RULER tasks, folded: many lines."""
+    parts = []
+    if (run.model / _PICTURE).exists():
+        parts.append(f"![{describe_grid(rows, 'passkey')}]({_PICTURE})\n")
+    if tasks := [row for row in rows if is_ruler(row)]:
+        summary = "<summary>RULER task by task</summary>"
+        parts.append(f"<details>\n{summary}\n\n{format_table(tasks)}\n\n</details>\n")
+    return "\n".join(parts)
+
+
+def _evaluation_text(run: RunFolder) -> str:
+    """Which text is measured on, without the folders of this machine: `8 documents of books`."""
+    data, count = run.recipe().data, run.metadata().get("data", {}).get("num_eval_documents")
+    sources = data.eval_sources or data.sources
+    paths = [str(s["path"] if isinstance(s, dict) else s) for s in sources]
+    on_hub = _hub_datasets(run.metadata())
+    other = "given text" if data.eval_sources else "local text"  # its name stays private
+    names = dict.fromkeys(path if path in on_hub else other for path in paths)
+    held_out = not data.eval_sources and run.recipe().method != "none"
+    number = "documents" if count is None else f"{count:,} documents"
+    return f"{number} {'held out of' if held_out else 'of'} {', '.join(names) or 'its text'}"
 
 
 def _short_context_results(rows: list[dict[str, Any]], L: int) -> str:
@@ -262,9 +336,3 @@ def _full_length_lines(recipe: Any, finish: dict[str, Any]) -> list[str]:
 def _hub_datasets(metadata: dict[str, Any]) -> list[str]:
     """Sources that were data sets on the Hub when the run began. Local names stay private."""
     return [str(name) for name in metadata.get("data", {}).get("hub_sources", [])]
-
-
-def read_metadata(card: Path) -> dict[str, Any]:
-    """The YAML at the top of a card."""
-    _, head, _ = re.split(r"^---\n", card.read_text(encoding="utf-8"), maxsplit=2, flags=re.M)
-    return yaml.safe_load(head)

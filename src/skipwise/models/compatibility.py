@@ -19,6 +19,7 @@ LENGTH_KEYS = (  # other names of the window: vLLM takes the smallest, SGLang th
     *("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "n_positions"),
     *("max_target_positions", "max_seq_length", "seq_len"),
 )
+_LOADING = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
 
 
 def make_portable(folder: Path, target_length: int | None = None) -> None:
@@ -26,7 +27,8 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
 
     config.json gets both RoPE spellings and the cache, which training turned off. It loses keys
     that transformers ignores and a server prefers to the scaling or the length. The tokenizer and
-    generation configs get the new length, and a tokenizer class that transformers 4 knows.
+    generation configs get the new length, and a tokenizer class that transformers 4 knows. No
+    config keeps how it was loaded, or a path of this machine.
 
     Args:
         target_length: T. By default the lengths do not change.
@@ -51,6 +53,23 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
         if target_length is not None:
             settings["model_max_length"] = target_length
         write_json(file, settings)
+    for file in folder.glob("*config.json"):
+        write_json(file, _without_paths(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def _without_paths(value: Any) -> Any:
+    """The JSON without keys that say how it was loaded, or whose value is an absolute path."""
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    own = ("_token", "template", "content", "base_model_name_or_path")  # peft loads an adapter's
+    return {
+        key: _without_paths(item)
+        for key, item in value.items()
+        if key not in _LOADING
+        and (key.endswith(own) or not (isinstance(item, str) and Path(item).is_absolute()))
+    }
 
 
 def save_tokenizer(tokenizer: Any, source: str, folder: Path) -> None:

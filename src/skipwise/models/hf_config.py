@@ -126,14 +126,22 @@ def config_of(
 
     try:
         if converted is not None:
-            return AutoConfig.for_model(**converted)
-        return AutoConfig.from_pretrained(
-            str(Path(model).expanduser()) if is_local(model) else model,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )
+            config = AutoConfig.for_model(**converted)
+        else:
+            config = AutoConfig.from_pretrained(
+                str(Path(model).expanduser()) if is_local(model) else model,
+                revision=settings.revision,
+                trust_remote_code=settings.trust_remote_code,
+            )
     except Exception as error:  # transformers raises many types
         raise SkipwiseError(f"{model} could not be read\n{first_line(error)}") from error
+    return without_kernels(config)
+
+
+def without_kernels(config: Any) -> Any:
+    """The config without the kernels that config.json names: `load.` decides, and they are code."""
+    config._attn_implementation = config._experts_implementation = None  # of sub-configs as well
+    return config
 
 
 def model_info_of(

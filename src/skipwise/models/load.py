@@ -52,10 +52,13 @@ def load_model(
         SkipwiseError: no safetensors, weights that do not fit the config, out of memory.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import hub_kernels
 
     folder = Path(model).expanduser()
     if folder.is_dir():
         check_weights(folder, settings)
+    others = settings.is_hub_kernel and settings.trust_remote_code  # not of kernels-community alone
+    others = others and hasattr(hub_kernels, "allow_all_hub_kernels")  # an older one asks nobody
     try:
         with Progress(f"load {folder.resolve().name}", None, shown=is_main_process()):
             result: Any = AutoModelForCausalLM.from_pretrained(
@@ -69,6 +72,7 @@ def load_model(
                 use_safetensors=settings.use_safetensors,
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
+                **({"allow_all_kernels": True} if others else {}),
             )
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
         raise SkipwiseError(
@@ -100,6 +104,7 @@ def load_for_evaluation(
     model: str, config: Any, settings: ModelSettings, *, dtype: torch.dtype
 ) -> Any:
     """Load on the best device, or spread by `load.device_map`; raises as `load_model`."""
+    check_hub_kernel(settings)
     asked, device_map = settings.attn_implementation, settings.device_map
     # flex_attention is for training; sdpa handles cached keys and short queries
     attention = None if asked in ("auto", "flex_attention") else asked
@@ -108,6 +113,23 @@ def load_for_evaluation(
     if device_map is None:
         loaded.to(best_device())
     return loaded.eval()
+
+
+def check_hub_kernel(settings: ModelSettings) -> None:
+    """Refuse a kernel of the Hub that cannot be loaded, or whose owner nobody has trusted."""
+    from transformers.utils import import_utils
+
+    name, trusted = settings.attn_implementation, settings.trust_remote_code
+    if settings.is_hub_kernel and not (trusted or name.startswith("kernels-community/")):
+        raise SkipwiseError(
+            f"load.attn_implementation: {name} is code that kernels-community did not publish\n"
+            "read it, and type load.trust_remote_code=true if you trust it"
+        )
+    if settings.is_hub_kernel and not import_utils.is_kernels_available():
+        raise SkipwiseError(
+            f"load.attn_implementation: {name} is a kernel of the Hub, which needs a package\n"
+            f"pip install 'kernels~={import_utils.KERNELS_MIN_VERSION}'"
+        )
 
 
 def check_weights(folder: Path, settings: ModelSettings) -> None:
@@ -184,10 +206,11 @@ def attention_for(
     Raises:
         SkipwiseError: the recipe's implementation cannot do this.
     """
+    check_hub_kernel(settings)
     asked = settings.attn_implementation
     needs = "positions.key_weights: importance" if weights != "none" else ""
     needs = needs or ("a model with sliding and full layers" if hybrid else "")
-    if needs and asked.startswith("flash"):
+    if needs and not settings.takes_mask:
         raise SkipwiseError(
             f"load.attn_implementation: {asked} takes no (L, L) mask, which {needs} needs\n"
             "type load.attn_implementation=sdpa"

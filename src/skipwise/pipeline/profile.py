@@ -20,11 +20,11 @@ from typing import Any
 from skipwise.config.batch import micro_batch
 from skipwise.config.distillation import in_one_process
 from skipwise.config.machine import process_memory
-from skipwise.config.parse import dump_recipe, load_recipe
+from skipwise.config.parse import dump_recipe, load_run_recipe
 from skipwise.config.recipe import FullLengthSettings, Recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import SkipwiseError
-from skipwise.models.hf_config import is_config_alone
+from skipwise.models.hf_config import is_config_alone, without_kernels
 from skipwise.planning.plan import Measured
 
 _STEPS = 3  # the first one is the slowest: it creates the optimizer states
@@ -90,7 +90,7 @@ def _steps(folder: Path) -> None:
 
     assert skipwise.pipeline.extend  # a run loads these modules as well
     runtime = process_memory("VmRSS")
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_run_recipe(folder / "recipe.yaml")
     run = RunFolder(folder / "run")
     run.path.mkdir()
     run.write_recipe(recipe)
@@ -128,7 +128,7 @@ def _make(source: Path, folder: Path) -> None:
 
     torch.manual_seed(0)
     shutil.copytree(source, folder)
-    config: Any = AutoConfig.from_pretrained(folder)
+    config: Any = without_kernels(AutoConfig.from_pretrained(folder))
     made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.save_pretrained(folder)
     shutil.copyfile(source / "config.json", folder / "config.json")

@@ -112,9 +112,13 @@ def launch_training(run: RunFolder, num_processes: int, only_check: bool = False
         SkipwiseError: a process failed. RunStopped: stopped and saved.
     """
     free_memory()
-    if trained_checkpoint(run, run.recipe()):
+    recipe = run.recipe()
+    if trained_checkpoint(run, recipe):
         return
-    launch(["train", str(run.path), *(["--dry-run"] if only_check else [])], num_processes)
+    options = ["--dry-run"] if only_check else []
+    if recipe.load.is_hub_kernel:  # named by the user, or this run would not be here
+        options += [f"load.attn_implementation={recipe.load.attn_implementation}"]
+    launch(["train", str(run.path), *options], num_processes)
 
 
 def prepare_training(

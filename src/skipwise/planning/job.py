@@ -181,7 +181,7 @@ def make_job(
         checkpointing=settings.gradient_checkpointing,
         chunked=is_chunked(settings.loss, batch_size, length, info.vocab_size)
         or (settings.loss == "auto" and distilled > 0),
-        attention="flash" if asked.startswith("flash") else "eager" if asked == "eager" else "sdpa",
+        attention="eager" if asked == "eager" else "sdpa" if recipe.load.takes_mask else "flash",
         importance=recipe.positions.key_weights != "none" and asked != "flex_attention",
         optimizer=str(recipe.trainer.get("optim", "adamw_torch_fused")),
         engine=engine,

@@ -195,7 +195,8 @@ def _check_skips(
     float32 if the weights and the attention implementation allow it, because rounding is smallest
     there.
     """
-    mixed = (inner.config._attn_implementation or "").startswith(("flash", FLEX))
+    attention = inner.config._attn_implementation or ""
+    mixed = attention.startswith(("flash", FLEX)) or "/" in attention  # a kernel of the Hub
     mixed = mixed or any(p.dtype != torch.float32 for p in inner.parameters())
     if not mixed:  # the mask was made for bf16
         inputs = {**inputs, "attention_mask": _in_float32(inputs.get("attention_mask"))}

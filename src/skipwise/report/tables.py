@@ -33,18 +33,24 @@ def layout(rows: Rows) -> tuple[list[str], list[tuple[str, str, int]], dict[tupl
     return models_of(by_context(rows)), lines, cells
 
 
-def format_table(rows: Rows) -> str:
+def format_table(rows: Rows, brief: bool = False) -> str:
     """Markdown: a line a task and context length, a column a model; then the benchmarks.
 
     Intervals are in brackets, standard errors follow ±. The averages over the RULER tasks and the
     effective length come last; below the benchmarks is a sentence on what changed beyond error.
+
+    Args:
+        brief: leave out single RULER tasks where there is an average over them.
     """
-    parts = [_contexts(rows), describe_mixed_texts(rows), _benchmarks(rows)]
+    parts = [_contexts(rows, brief), describe_mixed_texts(rows), _benchmarks(rows)]
     return "\n\n".join(part for part in parts if part) or "nothing was measured"
 
 
-def _contexts(rows: Rows) -> str:
+def _contexts(rows: Rows, brief: bool) -> str:
     models, lines, cells = layout(rows)
+    summaries = ruler.summarise_ruler(rows)
+    if brief and any(summary.averages for summary in summaries):
+        lines = [line for line in lines if line[0] not in ruler.ruler_tasks(rows)]
     if not lines:
         return ""
     table = [["Task", "Metric", "Context", *models]]
@@ -54,7 +60,6 @@ def _contexts(rows: Rows) -> str:
         values = [format_value(cell) if cell else missing for cell in found]
         label = metric_label(next(cell for cell in found if cell))
         table.append([task, label, f"{length:,}", *values])
-    summaries = ruler.summarise_ruler(rows)
     if summaries:
         effective = {s.model: s.effective for s in summaries}
         threshold = f"average ≥ {100 * ruler.EFFECTIVE_THRESHOLD:.1f} %"
