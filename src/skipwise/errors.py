@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,12 @@ class Check:
     def __str__(self) -> str:
         word = "FAIL" if not self.passed else "warn" if self.is_warning else "ok  "
         return f"{word} {self.name}: {self.detail}"
+
+
+def did_you_mean(given: object, choices: Iterable[str]) -> str:
+    """The last line of an error: the names that are spelled nearly so. Empty if there are none."""
+    near = difflib.get_close_matches(str(given), list(choices), 2)
+    return f"\ndid you mean {' or '.join(near)}?" if near else ""
 
 
 def require(checks: list[Check]) -> None:

@@ -7,8 +7,6 @@ from skipwise.errors import SkipwiseError
 
 def parse_length(value: str | int) -> int:
     """Tokens from `32768`, `32_768`, `32k` or `1m`; k = 1,024, m = 1,024 x 1,024."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     text = str(value).strip().lower().replace(",", "").replace("_", "")
     scale = {"k": 1024, "m": 1024 * 1024}.get(text[-1:], 1)
     try:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import os
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from skipwise.config.lengths import parse_length
+from skipwise.config.lengths import parse_length, parse_lengths
 from skipwise.config.recipe import Recipe
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, did_you_mean
 from skipwise.pose.rope import SCALINGS
 from skipwise.pose.samplers import SAMPLERS
 
@@ -134,7 +137,7 @@ def _build(cls: type, tree: Any, where: str) -> Any:
         if new:
             pairs = ", ".join(f"{a} is now {b}" for a, b in new.items())
             raise SkipwiseError(f"{old} was renamed: {pairs}")
-        inner = _paths_of(Recipe, unknown[0])
+        inner = keys_like(str(unknown[0]), where)
         meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
         raise SkipwiseError(f"{old} is not a recipe key: choose from {', '.join(hints)}{meant}")
     return cls(**{key: _value(hints[key], value, _join(where, key)) for key, value in tree.items()})
@@ -161,16 +164,31 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value not in choices:
             if (new := RENAMED_VALUES.get(where, {}).get(value)) is not None:
                 raise SkipwiseError(f"{where}: {value} was renamed: type {where}={new}")
-            raise SkipwiseError(f"{where} is {value!r}: choose one of {', '.join(choices)}")
+            known = ", ".join(choices)
+            meant = did_you_mean(value, choices)
+            raise SkipwiseError(f"{where} is {value!r}: choose one of {known}{meant}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
+        items = _items(value, args[0])
         return tuple(_value(args[0], item, where.removesuffix("s")) for item in items)
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise SkipwiseError(f"{where} is {value!r}: it must map keys to values")
         return value
-    return _scalar(hint, value, where)
+    return scalar(hint, value, where)
+
+
+def _items(value: Any, hint: Any) -> list[Any]:
+    """The items of a list, which may also be written `a,b`, or `4k..32k` for lengths.
+
+    Text that is the path of an existing file is one item, even with a comma in it.
+    """
+    if not isinstance(value, str):
+        return list(value) if isinstance(value, list | tuple) else [value]
+    if hint is int:
+        return list(parse_lengths(value))
+    whole = os.path.exists(os.path.expanduser(value))
+    return [value] if whole else [item.strip() for item in value.split(",")]
 
 
 def registered(where: str) -> tuple[str, ...]:
@@ -186,7 +204,7 @@ def _word_or_number(words: Any, value: Any, where: str) -> Any:
     if value in choices:
         return value
     try:
-        number = _scalar(float, value, where)
+        number = scalar(float, value, where)
     except SkipwiseError:
         number = math.nan
     off = number == 0 and where == "distillation.weight"
@@ -195,7 +213,12 @@ def _word_or_number(words: Any, value: Any, where: str) -> Any:
     return number
 
 
-def _scalar(hint: type, value: Any, where: str) -> Any:
+def scalar(hint: type, value: Any, where: str) -> Any:
+    """A value as `hint`: int, float, bool or str.
+
+    Raises:
+        SkipwiseError: another type, or a number below 0.
+    """
     if hint is int and where.endswith("_length"):
         return parse_length(value)
     if hint is float and isinstance(value, str):  # YAML reads 2e-5 as a string
@@ -215,16 +238,59 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     return value
 
 
-def _paths_of(cls: Any, key: str, where: str = "") -> list[str]:
-    """Every dotted path in the recipe that ends with this key."""
+def keys_like(key: str, section: str = "") -> list[str]:
+    """The recipe keys that end with this name, or with one that is spelled nearly so.
+
+    Args:
+        section: its keys come first among those that are spelled nearly so.
+    """
+    paths: dict[str, list[str]] = {}
+    for path in _paths_of(Recipe):
+        paths.setdefault(path.rpartition(".")[2], []).append(path)
+    if key in paths:
+        return paths[key]
+    near = difflib.get_close_matches(key, paths, 2)
+    found = [path for name in near for path in paths[name]]
+    return [p for p in found if section and p.startswith(f"{section}.")] or found
+
+
+def _paths_of(cls: Any, where: str = "") -> list[str]:
+    """Every dotted path in the recipe."""
     found = []
     for name, hint in typing.get_type_hints(cls).items():
+        found.append(_join(where, name))
         for inner in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(inner):
-                found += _paths_of(inner, key, _join(where, name))
-        if name == key:
-            found.append(_join(where, name))
+                found += _paths_of(inner, _join(where, name))
     return found
+
+
+def describe_changes(old: Recipe, new: Recipe) -> str:
+    """What differs between two recipes: `training.num_steps: 1000 -> 20; data.sources: a -> b`."""
+    pair = (_tuples_to_lists(dataclasses.asdict(recipe)) for recipe in (old, new))
+    found = list(_differences(*pair, ""))
+    more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+    return "; ".join([*found[:5], *more])
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), _join(where, key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 1:
+        for i, items in enumerate(zip(old, new, strict=True)):
+            yield from _differences(*items, f"{where}[{i}]")
+    elif old != new:
+        yield f"{where}: {_one_line(old)} -> {_one_line(new)}"
+
+
+def _one_line(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, list):
+        return ", ".join(map(_one_line, value)) or "none"
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _join(where: str, key: str) -> str:

@@ -32,6 +32,7 @@ from skipwise.data.files import (
 )
 from skipwise.data.records import read_structured, text_in
 from skipwise.errors import SkipwiseError
+from skipwise.models.hf_config import unreachable_hub
 
 _READING = 3  # raise it when a file gives other documents than before: caches are then made again
 
@@ -247,6 +248,7 @@ def open_hub(source: Source) -> Any:
     except ImportError as error:
         fix = "to read hub datasets: pip install 'skipwise[hub]'"
         raise SkipwiseError(f"{source.path} is not a local file or folder\n{fix}") from error
+    unreachable_hub()
     with hub_errors(source):
         return datasets.load_dataset(
             source.path, source.config, split=source.split, revision=source.revision, streaming=True

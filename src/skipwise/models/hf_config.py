@@ -8,7 +8,11 @@ written by tools/make_config_defaults.py).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from skipwise.models.model_info import ModelInfo, check_positions, defaults, rea
 
 SHAPE = ("hidden_size", "num_attention_heads", "vocab_size")  # every complete config.json has these
 READ_BIN = "type load.use_safetensors=false to read it (weights_only: it cannot run code)"
+_CONNECT_SECONDS = 4.0
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
@@ -46,14 +51,52 @@ def read_config(model: str, settings: ModelSettings) -> dict[str, Any]:
         raise SkipwiseError(f"{model}: no such folder\ngive the folder of a model, or its hub name")
     from transformers import PreTrainedConfig
 
+    address = unreachable_hub()
     try:
         config, _ = PreTrainedConfig.get_config_dict(model, revision=settings.revision)
     except Exception as error:  # the hub raises many types
+        why = f"no connection to {address}" if address else first_line(error)
         raise SkipwiseError(
-            f"{model} could not be read: it is not a local folder, and the download failed\n"
-            f"{first_line(error)}"
+            f"{model} could not be read: it is not a local folder, and the download failed\n{why}"
         ) from error
     return config
+
+
+@functools.cache
+def unreachable_hub() -> str:
+    """The Hub's address if no connection opens within 4 seconds; otherwise empty.
+
+    Without a connection, the libraries then read only what was downloaded before, at once and
+    without trying again. An answer may take longer than 4 seconds.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return ""
+    connected, ended = threading.Event(), threading.Event()
+
+    def trace(event: str, _: Any) -> None:
+        if event.endswith("connect_tcp.complete"):
+            connected.set()
+            ended.set()
+
+    def connect() -> None:
+        with contextlib.suppress(Exception):
+            timeout = (_CONNECT_SECONDS, 60, 60, 60)  # connect, read, write, pool
+            get_session().head(constants.ENDPOINT, timeout=timeout, extensions={"trace": trace})
+            connected.set()
+        ended.set()
+
+    threading.Thread(target=connect, daemon=True).start()
+    ended.wait(_CONNECT_SECONDS)
+    if connected.is_set():
+        return ""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries and processes that start later
+    constants.HF_HUB_OFFLINE = True
+    if (datasets := sys.modules.get("datasets")) is not None:
+        datasets.config.HF_HUB_OFFLINE = True
+    return constants.ENDPOINT
 
 
 def load_config(model: str, settings: ModelSettings) -> Any:

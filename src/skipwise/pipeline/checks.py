@@ -18,20 +18,23 @@ import torch
 from skipwise.config.distillation import in_one_process
 from skipwise.config.machine import is_main_process
 from skipwise.config.parse import dump_recipe
-from skipwise.config.recipe import Recipe
+from skipwise.config.recipe import LoRASettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.stages import full_length_stage
+from skipwise.data.chat import check_template
 from skipwise.errors import Check, require
+from skipwise.evaluation import evaluator
 from skipwise.evaluation.run import evaluation_documents
 from skipwise.export.runtimes import check_export
 from skipwise.models.compatibility import make_portable
-from skipwise.models.load import compute_dtype, load_model
-from skipwise.models.lora import num_parameters
+from skipwise.models.load import build_without_weights, compute_dtype, load_model
+from skipwise.models.lora import add_lora, num_parameters
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
+from skipwise.pipeline.choose_checkpoint import check_selection
 from skipwise.pipeline.choose_separator import choose_separator, separator_check
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
-from skipwise.training.arguments import accumulation
+from skipwise.training.arguments import accumulation, check_trainer
 from skipwise.training.full_length_stage import (
     RunInputs,
     check_long_text,
@@ -41,15 +44,42 @@ from skipwise.training.full_length_stage import (
     make_inputs,
 )
 from skipwise.training.inputs import check_data, dummy_data, find_sources, load_training_data
-from skipwise.training.setup import set_up
+from skipwise.training.setup import cuts_loss, enable_checkpointing, set_up
 
 
-def validate(recipe: Recipe, num_processes: int = 1, *, trained: bool = False) -> PreparedModel:
+def check_settings(recipe: Recipe, *, trained: bool = False, load: bool = False) -> None:
+    """Find mistakes in `eval:`, `trainer:` and `training:` that show without model and text.
+
+    Args:
+        trained: whether training is done, so that it needs no packages.
+        load: load the data sets of benchmarks. Without them only the names are checked.
+
+    Raises:
+        SkipwiseError: what is wrong, and what to type.
+    """
+    evaluator.check_settings(recipe.eval)
+    context_lengths(recipe, recipe.target_length)
+    if not trained and recipe.method != "none":
+        check_trainer(recipe)
+    if is_main_process():
+        evaluator.check_tasks(evaluator.find_tasks(recipe.eval.tasks), recipe.eval, load=load)
+
+
+def validate(
+    recipe: Recipe,
+    num_processes: int = 1,
+    *,
+    trained: bool = False,
+    load: bool = False,
+    needs_text: bool = True,
+) -> PreparedModel:
     """Find every mistake that shows without weights and text, before anything is written.
 
     Args:
         num_processes: number of training processes.
         trained: whether training is done, so that its batch is fixed.
+        load: as in `check_settings`.
+        needs_text: whether the recipe must name text.
 
     Returns:
         the model, prepared once for the whole run.
@@ -57,12 +87,32 @@ def validate(recipe: Recipe, num_processes: int = 1, *, trained: bool = False) -
     Raises:
         SkipwiseError: what is wrong, and what to type.
     """
+    check_settings(recipe, trained=trained, load=load)
     prepared = prepare_model(recipe)
+    L = prepared.info.original_length
     accumulation(recipe.training, num_processes)
     if not trained:
-        full_length_stage(prepared.recipe, prepared.info.original_length, num_processes)
-    find_sources(recipe)
+        full_length_stage(prepared.recipe, L, num_processes)
+        if recipe.method != "none":
+            _check_class(prepared)
+            cuts_loss(recipe, recipe.train_length or L, prepared.info.vocab_size)
+    if needs_text or recipe.data.sources:
+        find_sources(recipe)
+    if recipe.eval.chat_template is True:
+        check_template(prepared.tokenizer, "eval.chat_template")
+    if recipe.export.checkpoint == "passkey":
+        check_selection(recipe, [], prepared.prompt_tokenizer, L)
     return prepared
+
+
+def _check_class(prepared: PreparedModel) -> None:
+    """Build the model without weights, with attention, LoRA and checkpointing as asked."""
+    recipe = prepared.recipe
+    model = build_without_weights(prepared.scaled, recipe.load)
+    if recipe.lora not in (None, LoRASettings()):  # the defaults fit every model
+        model = add_lora(model, recipe.lora, cast=False)
+    if recipe.training.gradient_checkpointing:
+        enable_checkpointing(model)
 
 
 def check(recipe: Recipe) -> list[Check]:
@@ -72,7 +122,7 @@ def check(recipe: Recipe) -> list[Check]:
     under the engine.
     """
     recipe = in_one_process(recipe)
-    prepared = prepare_model(recipe)
+    prepared = validate(recipe, load=True, needs_text=False)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         write_text(run.recipe_file, dump_recipe(recipe))

@@ -51,7 +51,8 @@ def extend(
     """
     trained = trained_checkpoint(RunFolder(out), recipe) is not None
     num_processes = 0 if trained else num_processes  # the rest is work for one process
-    prepared = validate(recipe, num_processes or 1, trained=trained)
+    unmeasured = not RunFolder(out).results()
+    prepared = validate(recipe, num_processes or 1, trained=trained, load=unmeasured)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
         prepared = choose_separator(convert_weights(prepared, run.converted), run)

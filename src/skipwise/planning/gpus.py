@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, did_you_mean
 
 UTILISATION = 0.40  # assumed fraction of the peak: usual for dense decoders of 1 B and more
 
@@ -59,4 +59,5 @@ def find_gpu(name: str) -> Gpu:
         if wanted in (normalized(gpu.name), normalized(gpu.name).removesuffix("gb")):
             return gpu
     names = ", ".join(gpu.name for gpu in GPUS)
-    raise SkipwiseError(f"--gpu {name} is unknown: choose one of {names}")
+    meant = did_you_mean(name, [gpu.name for gpu in GPUS])
+    raise SkipwiseError(f"--gpu {name} is unknown: choose one of {names}{meant}")

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import typing
 from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import integration_utils
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 
 from skipwise.config.batch import accumulation
 from skipwise.config.machine import world_size
+from skipwise.config.parse import scalar
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe
 from skipwise.config.run_folder import RunFolder
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, did_you_mean
 from skipwise.models.load import compute_dtype
-from skipwise.training.distributed.engines import engine_arguments, on_cpu
+from skipwise.models.lora import quantization_for
+from skipwise.training.distributed.engines import check_package, engine_arguments, on_cpu
 
 _OWNED = {
     "output_dir": "--out",
@@ -38,7 +45,73 @@ _OWNED = {
     "fp16": "load.dtype",
     "remove_unused_columns": "nothing: the data set has no columns to remove",
     "label_smoothing_factor": "nothing: the loss is the model's own",
+    "logging_strategy": "nothing: every step is logged",
+    "save_strategy": "training.save_steps",
+    "eval_strategy": "nothing: eval.tasks are measured before and after training",
+    "load_best_model_at_end": "export.checkpoint",
+    "resume_from_checkpoint": "nothing: the same command resumes a run",
 }
+_TRACKERS = {  # pip packages that are not called as the tracker is
+    "tensorboard": "'skipwise[tensorboard]'",
+    "dagshub": "dagshub mlflow",
+    "azure_ml": "azureml-sdk",
+}
+
+
+class _Unstarted(TrainingArguments):
+    """TrainingArguments that are checked without a device, launcher or process group."""
+
+    _setup_devices = torch.device("cpu")
+
+
+def check_trainer(recipe: Recipe) -> None:
+    """Find what would stop the Trainer, before a model is loaded.
+
+    Raises:
+        SkipwiseError: names the key, and the package to install where one is missing.
+    """
+    check_package(recipe.engine)
+    dtype = training_dtype(recipe, recipe.engine)
+    quantization_for(recipe.lora, dtype, recipe.engine)
+    values = {**_values(recipe, dtype), **_trainer_values(recipe, recipe.engine)}
+    config = values.pop("deepspeed", None)  # it would start DeepSpeed
+    if config is not None and importlib.util.find_spec("deepspeed") is None:
+        raise SkipwiseError("trainer.deepspeed needs DeepSpeed: pip install 'skipwise[deepspeed]'")
+    if isinstance(config, str) and not config.startswith("{") and not os.path.isfile(config):
+        raise SkipwiseError(f"trainer.deepspeed: {config}: no such file")
+    arguments = _make(_Unstarted, values)
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise SkipwiseError("trainer.use_liger_kernel needs Liger: pip install liger-kernel")
+    known = {*integration_utils.INTEGRATION_TO_CALLBACK}
+    missing = known.difference(integration_utils.get_available_reporting_integrations())
+    if importlib.util.find_spec("flytekit") is not None:  # which transformers does not list
+        missing -= {"flyte"}
+    for name in arguments.report_to:
+        if name not in known:
+            names, meant = ", ".join(sorted(known)), did_you_mean(name, known)
+            raise SkipwiseError(f"trainer.report_to is {name!r}: choose from {names}{meant}")
+        if name in missing:
+            package = _TRACKERS.get(name, name)
+            raise SkipwiseError(
+                f"trainer.report_to: {name} is not installed: pip install {package}"
+            )
+    _check_optimizer(arguments)
+
+
+def _check_optimizer(arguments: TrainingArguments) -> None:
+    """Make optimizer and schedule of a single weight, as the Trainer does for the model's."""
+    kwargs = arguments.lr_scheduler_kwargs
+    try:
+        weights = [torch.nn.Parameter(torch.zeros(1))]
+        optimizer = torch.optim.SGD(weights)
+        num_steps, num_warmup = arguments.max_steps, int(arguments.warmup_steps)
+        get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup, num_steps, kwargs)
+        make, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        if make.__module__.startswith("torch.optim"):
+            make(weights, **options)
+    except (ValueError, ImportError, TypeError) as error:
+        if "pass a" not in str(error):  # galore, apollo and lomo need the model itself
+            raise SkipwiseError(f"transformers refuses the training settings: {error}") from error
 
 
 def training_arguments(
@@ -57,23 +130,60 @@ def training_arguments(
         SkipwiseError: a key that Skipwise sets itself or that TrainingArguments does not have, or
             a global batch that the devices cannot share.
     """
-    known = {f.name for f in fields(TrainingArguments)}
-    for key in recipe.trainer:
+    values = {
+        **_values(recipe, dtype),
+        "output_dir": str(run.checkpoints),
+        **engine_arguments(engine, on_cpu(), **(engine_options or {})),
+    }
+    return _make(TrainingArguments, {**values, **_trainer_values(recipe, engine)})
+
+
+def _make(kind: type[TrainingArguments], values: dict[str, Any]) -> TrainingArguments:
+    try:
+        return kind(**values)
+    except (ValueError, ImportError, TypeError) as error:
+        raise SkipwiseError(f"transformers refuses the training settings: {error}") from error
+
+
+def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:
+    """The recipe's `trainer:` section, with names and types checked."""
+    hints = typing.get_type_hints(TrainingArguments)
+    known = [f.name for f in fields(TrainingArguments) if f.init]
+    values = dict(recipe.trainer)
+    for key, value in values.items():
         if key in _OWNED:
             raise SkipwiseError(f"trainer.{key} is set by {_OWNED[key]}")
         if key not in known:
-            raise SkipwiseError(
-                f"trainer.{key} is not an argument of transformers' TrainingArguments"
-            )
-    if engine == "zero3-offload" and "optim" in recipe.trainer:
+            what = "is not an argument of transformers' TrainingArguments"
+            raise SkipwiseError(f"trainer.{key} {what}{did_you_mean(key, known)}")
+        kinds = {*(typing.get_args(hints[key]) or [hints[key]])} - {type(None)}
+        if value is not None and len(kinds) == 1 and kinds <= {int, float, bool, str}:
+            values[key] = scalar(*kinds, value, f"trainer.{key}")
+    names = values.get("report_to")
+    if isinstance(names, str) and "," in names:
+        values["report_to"] = [name.strip() for name in names.split(",")]
+    if engine == "zero3-offload" and "optim" in values:
         raise SkipwiseError(
             "trainer.optim: engine zero3-offload has its own optimizer, on the CPU\n"
             "leave it out, or type --engine zero3"
         )
+    schedule, optimizer = recipe.training.lr_scheduler, values.get("optim")
+    for key, value, kind in (
+        ("training.lr_scheduler", schedule, SchedulerType),
+        ("trainer.optim", optimizer, OptimizerNames),
+    ):
+        choices = [one.value for one in kind]
+        if value is not None and value not in choices:
+            meant = did_you_mean(value, choices) or f"\nchoose one of {', '.join(choices)}"
+            raise SkipwiseError(f"{key} is {value!r}, which transformers does not have{meant}")
+    return values
+
+
+def _values(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    """What the recipe says outside of `trainer:`, for every engine."""
     settings = recipe.training
     tensorboard = importlib.util.find_spec("tensorboard") is not None
-    values: dict[str, Any] = {
-        "output_dir": str(run.checkpoints),
+    return {
         "max_steps": settings.num_steps,
         "per_device_train_batch_size": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation(settings, world_size()),
@@ -94,12 +204,7 @@ def training_arguments(
         "log_level_replica": "error",
         "dataloader_pin_memory": not on_cpu(),
         "report_to": ["tensorboard"] if tensorboard else [],
-        **engine_arguments(engine, on_cpu(), **(engine_options or {})),
     }
-    try:
-        return TrainingArguments(**{**values, **recipe.trainer})
-    except (ValueError, ImportError, TypeError) as error:
-        raise SkipwiseError(f"transformers refuses the training settings: {error}") from error
 
 
 def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:
