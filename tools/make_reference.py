@@ -58,6 +58,10 @@ Any key can also be set on the command line as `key=value`, with or without a re
 `32768` or `32k`, where k = 1,024. `recipe.yaml` in a run folder lists all keys with the values of
 that run. An unknown key is an error, and so is a value of the wrong type.
 
+A list is written `[a, b]` or `a,b`, and lengths also `4k..32k`: `eval.tasks=passkey,ruler`. Text
+that is the path of an existing file or folder is one item, even with commas in it. For any other
+path with a comma, write a list with quotes: `"data.sources=['a,b.txt']"`.
+
 Letters: L = `original_length`, T = `target_length`.
 """
 _CLI = """\

@@ -11,8 +11,11 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import sys
 import threading
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -66,36 +69,30 @@ def read_config(model: str, settings: ModelSettings) -> dict[str, Any]:
 def unreachable_hub() -> str:
     """The Hub's address if no connection opens within 4 seconds; otherwise empty.
 
-    Without a connection, the libraries then read only what was downloaded before, at once and
-    without trying again. An answer may take longer than 4 seconds.
+    Without a connection the libraries then read only what was downloaded before, and do not try
+    again and again. Behind a proxy they find out themselves.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return ""
-    connected, ended = threading.Event(), threading.Event()
-
-    def trace(event: str, _: Any) -> None:
-        if event.endswith("connect_tcp.complete"):
-            connected.set()
-            ended.set()
+    url, opened = urllib.parse.urlsplit(constants.ENDPOINT), []
 
     def connect() -> None:
-        with contextlib.suppress(Exception):
-            timeout = (_CONNECT_SECONDS, 60, 60, 60)  # connect, read, write, pool
-            get_session().head(constants.ENDPOINT, timeout=timeout, extensions={"trace": trace})
-            connected.set()
-        ended.set()
+        port = url.port or (80 if url.scheme == "http" else 443)
+        with contextlib.suppress(OSError):
+            opened.append(socket.create_connection((url.hostname, port), _CONNECT_SECONDS))
 
-    threading.Thread(target=connect, daemon=True).start()
-    ended.wait(_CONNECT_SECONDS)
-    if connected.is_set():
+    thread = threading.Thread(target=connect, daemon=True)  # the name server may hang
+    thread.start()
+    thread.join(_CONNECT_SECONDS)
+    if opened:
+        opened[0].close()
         return ""
     os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries and processes that start later
     constants.HF_HUB_OFFLINE = True
-    if (datasets := sys.modules.get("datasets")) is not None:
-        datasets.config.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
     return constants.ENDPOINT
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import typing
 from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
-from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from skipwise.config.batch import accumulation
@@ -22,7 +22,7 @@ from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError, did_you_mean
 from skipwise.models.load import compute_dtype
 from skipwise.models.lora import quantization_for
-from skipwise.training.distributed.engines import check_package, engine_arguments, on_cpu
+from skipwise.training.distributed.engines import check_deepspeed, engine_arguments, on_cpu
 
 _OWNED = {
     "output_dir": "--out",
@@ -51,11 +51,7 @@ _OWNED = {
     "load_best_model_at_end": "export.checkpoint",
     "resume_from_checkpoint": "nothing: the same command resumes a run",
 }
-_TRACKERS = {  # pip packages that are not called as the tracker is
-    "tensorboard": "'skipwise[tensorboard]'",
-    "dagshub": "dagshub mlflow",
-    "azure_ml": "azureml-sdk",
-}
+_REFUSALS = (ValueError, ImportError, TypeError)
 
 
 class _Unstarted(TrainingArguments):
@@ -70,48 +66,53 @@ def check_trainer(recipe: Recipe) -> None:
     Raises:
         SkipwiseError: names the key, and the package to install where one is missing.
     """
-    check_package(recipe.engine)
     dtype = training_dtype(recipe, recipe.engine)
     quantization_for(recipe.lora, dtype, recipe.engine)
     values = {**_values(recipe, dtype), **_trainer_values(recipe, recipe.engine)}
     config = values.pop("deepspeed", None)  # it would start DeepSpeed
-    if config is not None and importlib.util.find_spec("deepspeed") is None:
-        raise SkipwiseError("trainer.deepspeed needs DeepSpeed: pip install 'skipwise[deepspeed]'")
+    if recipe.engine.startswith("zero3") or config is not None:
+        check_deepspeed("trainer.deepspeed" if config else f"engine: {recipe.engine}")
     if isinstance(config, str) and not config.startswith("{") and not os.path.isfile(config):
         raise SkipwiseError(f"trainer.deepspeed: {config}: no such file")
-    arguments = _make(_Unstarted, values)
+    try:
+        arguments = _Unstarted(**values)
+    except _REFUSALS as error:
+        raise _refused(error) from error
+    _check_trackers(arguments.report_to)
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise SkipwiseError("trainer.use_liger_kernel needs Liger: pip install liger-kernel")
-    known = {*integration_utils.INTEGRATION_TO_CALLBACK}
-    missing = known.difference(integration_utils.get_available_reporting_integrations())
-    if importlib.util.find_spec("flytekit") is not None:  # which transformers does not list
-        missing -= {"flyte"}
-    for name in arguments.report_to:
-        if name not in known:
-            names, meant = ", ".join(sorted(known)), did_you_mean(name, known)
-            raise SkipwiseError(f"trainer.report_to is {name!r}: choose from {names}{meant}")
-        if name in missing:
-            package = _TRACKERS.get(name, name)
-            raise SkipwiseError(
-                f"trainer.report_to: {name} is not installed: pip install {package}"
-            )
-    _check_optimizer(arguments)
-
-
-def _check_optimizer(arguments: TrainingArguments) -> None:
-    """Make optimizer and schedule of a single weight, as the Trainer does for the model's."""
-    kwargs = arguments.lr_scheduler_kwargs
+    weights = [torch.nn.Parameter(torch.zeros(1))]  # as for those of the model
+    schedule = arguments.lr_scheduler_type, torch.optim.SGD(weights), int(arguments.warmup_steps)
     try:
-        weights = [torch.nn.Parameter(torch.zeros(1))]
-        optimizer = torch.optim.SGD(weights)
-        num_steps, num_warmup = arguments.max_steps, int(arguments.warmup_steps)
-        get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup, num_steps, kwargs)
-        make, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        if make.__module__.startswith("torch.optim"):
-            make(weights, **options)
-    except (ValueError, ImportError, TypeError) as error:
-        if "pass a" not in str(error):  # galore, apollo and lomo need the model itself
-            raise SkipwiseError(f"transformers refuses the training settings: {error}") from error
+        get_scheduler(*schedule, arguments.max_steps, arguments.lr_scheduler_kwargs)
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        if optimizer.__module__.startswith("torch.optim"):
+            optimizer(weights, **options)
+    except _REFUSALS as error:
+        if "need to pass a" not in str(error):  # galore, apollo and lomo work on the model itself
+            raise _refused(error) from error
+
+
+def _check_trackers(names: list[str]) -> None:
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    installed = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise SkipwiseError(
+                f"trainer.report_to is {name!r}: choose from {', '.join(known)}"
+                + did_you_mean(name, known)
+            )
+        if name not in installed and name != "flyte":  # which transformers does not look for
+            package = {"tensorboard": "'skipwise[tensorboard]'", "azure_ml": "azureml-sdk"}
+            what = f"trainer.report_to: {name} is not installed"
+            raise SkipwiseError(f"{what}: pip install {package.get(name, name)}")
+
+
+def _refused(error: Exception) -> SkipwiseError:
+    """What transformers or torch says of a setting."""
+    given, *choices = re.findall(r"'([^']+)'", str(error)) or [""]
+    what = f"transformers refuses the training settings: {error}"
+    return SkipwiseError(f"{what}{did_you_mean(given, choices)}")
 
 
 def training_arguments(
@@ -135,14 +136,10 @@ def training_arguments(
         "output_dir": str(run.checkpoints),
         **engine_arguments(engine, on_cpu(), **(engine_options or {})),
     }
-    return _make(TrainingArguments, {**values, **_trainer_values(recipe, engine)})
-
-
-def _make(kind: type[TrainingArguments], values: dict[str, Any]) -> TrainingArguments:
     try:
-        return kind(**values)
-    except (ValueError, ImportError, TypeError) as error:
-        raise SkipwiseError(f"transformers refuses the training settings: {error}") from error
+        return TrainingArguments(**{**values, **_trainer_values(recipe, engine)})
+    except _REFUSALS as error:
+        raise _refused(error) from error
 
 
 def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:
@@ -167,15 +164,6 @@ def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:
             "trainer.optim: engine zero3-offload has its own optimizer, on the CPU\n"
             "leave it out, or type --engine zero3"
         )
-    schedule, optimizer = recipe.training.lr_scheduler, values.get("optim")
-    for key, value, kind in (
-        ("training.lr_scheduler", schedule, SchedulerType),
-        ("trainer.optim", optimizer, OptimizerNames),
-    ):
-        choices = [one.value for one in kind]
-        if value is not None and value not in choices:
-            meant = did_you_mean(value, choices) or f"\nchoose one of {', '.join(choices)}"
-            raise SkipwiseError(f"{key} is {value!r}, which transformers does not have{meant}")
     return values
 
 
