@@ -170,7 +170,7 @@ def test_the_quickstart_answers_before_it_writes_its_text(capsys, monkeypatch, t
         ("extend ./m --to 32k --gpus two", "invalid int value: 'two'"),
         ("extend ./m --to", "expected one argument"),
         ("check", "are required: MODEL|RECIPE|RUN"),
-        ("check ./m 32k", "32k: check does not expect another argument"),
+        ("check ./m 32k", "unrecognized arguments: 32k"),
         ("positions num_chunk=3", "did you mean positions.num_chunks?"),
         ("plan ./m --to 32k --gpu RTX309", "did you mean RTX3090"),
         ("export runs/x --to ggf", "did you mean gguf?"),

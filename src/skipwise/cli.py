@@ -83,11 +83,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments, with `key=value` settings in `overrides` and the whole line in `argv`.
-
-    Raises:
-        SkipwiseError: what is not understood, and what was probably meant.
-    """
+    """The arguments, with `key=value` settings in `overrides` and the whole line in `argv`."""
     overrides = [a for a in argv if _is_override(a)]
     typed = [a for a in argv if a not in overrides]
     parser = build_parser()
@@ -99,9 +95,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if verb.startswith("-"):
         return parser.parse_args(typed)
     if verb not in verbs:
-        known = ", ".join(verbs)
-        meant = did_you_mean(verb, verbs)
-        raise SkipwiseError(f"{verb} is not a verb: choose from {known}{meant}")
+        names = ", ".join(verbs) + did_you_mean(verb, verbs)
+        raise SkipwiseError(f"{verb} is not a verb: choose from {names}")
     options = verbs[verb]._option_string_actions
     takes_settings = verbs[verb].get_default("takes_settings")
     for i, argument in enumerate(given):
@@ -109,10 +104,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         if argument.startswith("-") and argument.strip("-") and name not in options:
             value = value or next((a for a in given[i + 1 :] if not a.startswith("-")), "...")
             raise SkipwiseError(_unknown_option(verb, name, value, options, takes_settings))
-    args, left_over = parser.parse_known_args(typed)
-    if left_over:
-        setting = "\nsettings are typed as key=value" if takes_settings else ""
-        raise SkipwiseError(f"{left_over[0]}: {verb} does not expect another argument{setting}")
+    args = parser.parse_args(typed)
     if overrides and not takes_settings:
         raise SkipwiseError(f"{overrides[0]}: {verb} accepts no key=value settings")
     args.overrides, args.argv = overrides, argv

@@ -69,7 +69,7 @@ def print_summary(run: RunFolder) -> None:
 
     print(format_table(run.results()))
     print(f"\nmodel   {run.model}\nreport  {run.report / 'index.html'}")
-    gguf = shlex.join(["skipwise", "export", str(run.path), "--to", "gguf"])
+    gguf = f"skipwise export {shlex.quote(str(run.path))} --to gguf"
     print(f"next: load the model with transformers, or {gguf}\n\n{verdict(run.path)}")
 
 
@@ -211,8 +211,8 @@ def train_verb(args: argparse.Namespace) -> None:
             print(f"next: {_next_command(args, 'train', without='--dry-run')}")
         else:
             last = run.finish if recipe.full_length.fraction else run
-            export = shlex.join(["skipwise", "export", str(run.path)])
-            print(f"trained: {last.checkpoints}\nnext: {export}")
+            folder = shlex.quote(str(run.path))
+            print(f"trained: {last.checkpoints}\nnext: skipwise export {folder}")
 
 
 def eval_verb(args: argparse.Namespace) -> None:
@@ -269,8 +269,8 @@ def export_verb(args: argparse.Namespace) -> int:
     kinds = [kind.strip() for kind in args.to.split(",")]
     unknown = [kind for kind in kinds if kind not in ("hf", "gguf", "adapter")]
     if unknown:
-        meant = did_you_mean(unknown[0], ("gguf", "adapter"))
-        raise SkipwiseError(f"--to {unknown[0]}: choose from hf, gguf, adapter{meant}")
+        names = "hf, gguf, adapter" + did_you_mean(unknown[0], ("gguf", "adapter"))
+        raise SkipwiseError(f"--to {unknown[0]}: choose from {names}")
     _silence_libraries()
     from skipwise.config.run_folder import RunFolder
     from skipwise.pipeline.stages import export_again

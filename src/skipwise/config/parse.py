@@ -164,9 +164,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value not in choices:
             if (new := RENAMED_VALUES.get(where, {}).get(value)) is not None:
                 raise SkipwiseError(f"{where}: {value} was renamed: type {where}={new}")
-            known = ", ".join(choices)
-            meant = did_you_mean(value, choices)
-            raise SkipwiseError(f"{where} is {value!r}: choose one of {known}{meant}")
+            names = ", ".join(choices) + did_you_mean(value, choices)
+            raise SkipwiseError(f"{where} is {value!r}: choose one of {names}")
         return value
     if origin is tuple:
         items = _items(value, args[0])
@@ -214,11 +213,7 @@ def _word_or_number(words: Any, value: Any, where: str) -> Any:
 
 
 def scalar(hint: type, value: Any, where: str) -> Any:
-    """A value as `hint`: int, float, bool or str.
-
-    Raises:
-        SkipwiseError: another type, or a number below 0.
-    """
+    """A value as int, float, bool or str; SkipwiseError for another type or a number below 0."""
     if hint is int and where.endswith("_length"):
         return parse_length(value)
     if hint is float and isinstance(value, str):  # YAML reads 2e-5 as a string
@@ -239,11 +234,7 @@ def scalar(hint: type, value: Any, where: str) -> Any:
 
 
 def keys_like(key: str, section: str = "") -> list[str]:
-    """The recipe keys that end with this name, or with one that is spelled nearly so.
-
-    Args:
-        section: its keys come first among those that are spelled nearly so.
-    """
+    """The recipe keys of this name, or those spelled nearly so, of one section if it has any."""
     paths: dict[str, list[str]] = {}
     for path in _paths_of(Recipe):
         paths.setdefault(path.rpartition(".")[2], []).append(path)

@@ -271,11 +271,7 @@ class Recipe:
 
 
 def context_lengths(recipe: Recipe, original_length: int) -> tuple[int, ...]:
-    """Where the evaluation looks: the original length and its doublings, up to the target.
-
-    Raises:
-        SkipwiseError: `eval.context_lengths` is beyond the target.
-    """
+    """Where the evaluation looks: the original length and its doublings, up to the target."""
     if recipe.eval.context_lengths:
         if (longest := max(recipe.eval.context_lengths)) > recipe.target_length:
             raise SkipwiseError(

@@ -67,10 +67,9 @@ def read_config(model: str, settings: ModelSettings) -> dict[str, Any]:
 
 @functools.cache
 def unreachable_hub() -> str:
-    """The Hub's address if no connection opens within 4 seconds; otherwise empty.
+    """The Hub's address if no connection opens in time; otherwise empty, as behind a proxy.
 
-    Without a connection the libraries then read only what was downloaded before, and do not try
-    again and again. Behind a proxy they find out themselves.
+    The libraries then read only what was downloaded before, and do not try again and again.
     """
     from huggingface_hub import constants
 

@@ -80,11 +80,7 @@ def load_model(
 
 
 def build_without_weights(config: Any, settings: ModelSettings) -> Any:
-    """The model on the meta device; loads nothing.
-
-    Raises:
-        SkipwiseError: its class cannot run with `load.attn_implementation` on this machine.
-    """
+    """The model on the meta device; SkipwiseError if `load.attn_implementation` cannot run here."""
     from transformers import AutoModelForCausalLM
 
     asked = settings.attn_implementation

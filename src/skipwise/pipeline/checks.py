@@ -30,7 +30,6 @@ from skipwise.models.compatibility import make_portable
 from skipwise.models.load import build_without_weights, compute_dtype, load_model
 from skipwise.models.lora import add_lora, num_parameters
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
-from skipwise.pipeline.choose_checkpoint import check_selection
 from skipwise.pipeline.choose_separator import choose_separator, separator_check
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
@@ -48,15 +47,7 @@ from skipwise.training.setup import cuts_loss, enable_checkpointing, set_up
 
 
 def check_settings(recipe: Recipe, *, trained: bool = False, load: bool = False) -> None:
-    """Find mistakes in `eval:`, `trainer:` and `training:` that show without model and text.
-
-    Args:
-        trained: whether training is done, so that it needs no packages.
-        load: load the data sets of benchmarks. Without them only the names are checked.
-
-    Raises:
-        SkipwiseError: what is wrong, and what to type.
-    """
+    """Find mistakes in `eval:`, `trainer:` and `training:` without the model. Arguments as below."""
     evaluator.check_settings(recipe.eval)
     context_lengths(recipe, recipe.target_length)
     if not trained and recipe.method != "none":
@@ -78,7 +69,7 @@ def validate(
     Args:
         num_processes: number of training processes.
         trained: whether training is done, so that its batch is fixed.
-        load: as in `check_settings`.
+        load: load the data sets of benchmarks. Without them only the names are checked.
         needs_text: whether the recipe must name text.
 
     Returns:
@@ -94,14 +85,13 @@ def validate(
     if not trained:
         full_length_stage(prepared.recipe, L, num_processes)
         if recipe.method != "none":
-            _check_class(prepared)
+            if not recipe.load.trust_remote_code:  # its code may need real weights
+                _check_class(prepared)
             cuts_loss(recipe, recipe.train_length or L, prepared.info.vocab_size)
     if needs_text or recipe.data.sources:
         find_sources(recipe)
     if recipe.eval.chat_template is True:
         check_template(prepared.tokenizer, "eval.chat_template")
-    if recipe.export.checkpoint == "passkey":
-        check_selection(recipe, [], prepared.prompt_tokenizer, L)
     return prepared
 
 

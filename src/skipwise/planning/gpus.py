@@ -59,5 +59,5 @@ def find_gpu(name: str) -> Gpu:
         if wanted in (normalized(gpu.name), normalized(gpu.name).removesuffix("gb")):
             return gpu
     names = ", ".join(gpu.name for gpu in GPUS)
-    meant = did_you_mean(name, [gpu.name for gpu in GPUS])
-    raise SkipwiseError(f"--gpu {name} is unknown: choose one of {names}{meant}")
+    names += did_you_mean(name, [gpu.name for gpu in GPUS])
+    raise SkipwiseError(f"--gpu {name} is unknown: choose one of {names}")
