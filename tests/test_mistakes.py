@@ -18,12 +18,14 @@ def nothing_is_touched(monkeypatch, tmp_path):
     from transformers import PreTrainedModel
 
     from skipwise.evaluation import run
+    from skipwise.pipeline import choose_separator
     from skipwise.training import inputs
 
     def touched(*arguments, **options):
         raise AssertionError("a model was loaded or a text was read")
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", touched)
+    monkeypatch.setattr(choose_separator, "read_documents", touched)
     monkeypatch.setattr(inputs, "tokenize_source", touched)
     monkeypatch.setattr(run, "tokenize_source", touched)
     monkeypatch.chdir(tmp_path)
@@ -82,9 +84,18 @@ SETTINGS = [
     ("lora.quantization=nf4", "pip install 'skipwise[qlora]'"),
     ("engine=zero3", "pip install 'skipwise[deepspeed]'"),
     ("data.eval_sources=./nowhere.txt", "no such file or folder"),
+    ("data.sources=me/books", "pip install 'skipwise[hub]'"),
     ("data.sources=./nowhere.txt,./books", "./nowhere.txt: no such file or folder"),
 ]
-_PACKAGES = ("bitsandbytes", "deepspeed", "tensorboard", "tensorboardX", "wandb", "trackio")
+_PACKAGES = (
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "tensorboard",
+    "tensorboardX",
+    "wandb",
+    "trackio",
+)
 
 
 @pytest.fixture
@@ -165,7 +176,7 @@ def test_the_quickstart_answers_before_it_writes_its_text(capsys, monkeypatch, t
         ("extend ./m --to 32k num_steps=20", "did you mean training.num_steps?"),
         ("extend ./m --to 32k trainig.num_steps=20", "did you mean training or trainer?"),
         ("extend ./m --to 32k rope.type=yarm", "did you mean yarn?"),
-        ("extend ./m --to 32k method=pos", "did you mean pose?"),
+        ("extend ./m --to 32k method=pos", "did you mean pose or randpos?"),
         ("extend ./m --to 32k --engine fsdp", "did you mean fsdp2?"),
         ("extend ./m --to 32k --gpus two", "invalid int value: 'two'"),
         ("extend ./m --to", "expected one argument"),

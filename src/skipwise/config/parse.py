@@ -152,7 +152,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             if isinstance(value, bool) or value in typing.get_args(args[0]):
                 return value
             raise SkipwiseError(f"{where} is {value!r}: give auto, true or false")
-        if typing.get_origin(args[0]) is Literal:
+        if typing.get_origin(args[0]) is Literal and float in args:
             return _word_or_number(args[0], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):

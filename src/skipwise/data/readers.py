@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -125,6 +126,9 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
                 f"{source.path}: no such file or folder\n"
                 "give a file or folder of text (docs/data.md), or the name of a hub dataset"
             )
+        if not source.is_local and importlib.util.find_spec("datasets") is None:
+            fix = "to read hub datasets: pip install 'skipwise[hub]'"
+            raise SkipwiseError(f"{source.path} is not a local file or folder\n{fix}")
         sources.append(source)
     return sources
 
@@ -241,13 +245,10 @@ def open_hub(source: Source) -> Any:
     """Stream a hub dataset: an iterable of records.
 
     Raises:
-        SkipwiseError: `datasets` is not installed, or does not find the dataset.
+        SkipwiseError: `datasets` does not find the dataset.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        fix = "to read hub datasets: pip install 'skipwise[hub]'"
-        raise SkipwiseError(f"{source.path} is not a local file or folder\n{fix}") from error
+    import datasets
+
     unreachable_hub()
     with hub_errors(source):
         return datasets.load_dataset(

@@ -47,7 +47,7 @@ from skipwise.training.setup import cuts_loss, enable_checkpointing, set_up
 
 
 def check_settings(recipe: Recipe, *, trained: bool = False, load: bool = False) -> None:
-    """Find mistakes in `eval:`, `trainer:` and `training:` without the model. Arguments as below."""
+    """Find mistakes in `eval:`, `trainer:` and `training:`. Arguments: see `validate`."""
     evaluator.check_settings(recipe.eval)
     context_lengths(recipe, recipe.target_length)
     if not trained and recipe.method != "none":
