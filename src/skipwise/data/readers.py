@@ -96,7 +96,7 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
 
     Raises:
         SkipwiseError: a local path that does not exist, an unknown key, a weight below 0,
-            max_tokens below 1.
+            max_tokens below 1, a hub dataset while `datasets` is not installed.
     """
     keys = [f.name for f in dataclasses.fields(Source)]
     sources = []

@@ -50,9 +50,9 @@ def check_settings(recipe: Recipe, *, trained: bool = False, load: bool = False)
     """Find mistakes in `eval:`, `trainer:` and `training:`. Arguments: see `validate`."""
     evaluator.check_settings(recipe.eval)
     context_lengths(recipe, recipe.target_length)
-    if not trained and recipe.method != "none":
-        check_trainer(recipe)
-    if is_main_process():
+    if is_main_process():  # the others see it end
+        if not trained and recipe.method != "none":
+            check_trainer(recipe)
         evaluator.check_tasks(evaluator.find_tasks(recipe.eval.tasks), recipe.eval, load=load)
 
 
@@ -84,10 +84,10 @@ def validate(
     accumulation(recipe.training, num_processes)
     if not trained:
         full_length_stage(prepared.recipe, L, num_processes)
-        if recipe.method != "none":
-            if not recipe.load.trust_remote_code:  # its code may need real weights
-                _check_class(prepared)
-            cuts_loss(recipe, recipe.train_length or L, prepared.info.vocab_size)
+        if recipe.method != "none" and not recipe.load.trust_remote_code:  # may need weights
+            _check_class(prepared)
+        if recipe.trainer.get("use_liger_kernel"):
+            cuts_loss(recipe, L, prepared.info.vocab_size)
     if needs_text or recipe.data.sources:
         find_sources(recipe)
     if recipe.eval.chat_template is True:
@@ -99,7 +99,7 @@ def _check_class(prepared: PreparedModel) -> None:
     """Build the model without weights, with attention, LoRA and checkpointing as asked."""
     recipe = prepared.recipe
     model = build_without_weights(prepared.scaled, recipe.load)
-    if recipe.lora not in (None, LoRASettings()):  # the defaults fit every model
+    if recipe.lora is not None and recipe.lora != LoRASettings():  # the defaults always fit
         model = add_lora(model, recipe.lora, cast=False)
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(model)
