@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,9 @@ def check_settings(settings: EvalSettings) -> None:
     for key in ("num_depths", "needles_per_haystack", "batch_tokens", "perplexity_stride", "limit"):
         if getattr(settings, key) == 0:
             raise SkipwiseError(f"eval.{key} is 0: give 1 or more")
+    folder = settings.task_folder
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise SkipwiseError(f"eval.task_folder={folder} is not a folder")
     if not settings.tasks or not all(settings.tasks):
         raise SkipwiseError(f"eval.tasks is empty: choose from {', '.join(_known_names())}")
 

@@ -110,7 +110,7 @@ def _check_trackers(names: list[str]) -> None:
 
 def _refused(error: Exception) -> SkipwiseError:
     """What transformers or torch says of a setting."""
-    given, *choices = re.findall(r"'([^']+)'", str(error)) or [""]
+    given, choices = str(error).partition(" ")[0], re.findall(r"'([^']+)'", str(error))
     what = f"transformers refuses the training settings: {error}"
     return SkipwiseError(f"{what}{did_you_mean(given, choices)}")
 
