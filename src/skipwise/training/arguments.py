@@ -154,7 +154,7 @@ def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:
             what = "is not an argument of transformers' TrainingArguments"
             raise SkipwiseError(f"trainer.{key} {what}{did_you_mean(key, known)}")
         kinds = {*(typing.get_args(hints[key]) or [hints[key]])} - {type(None)}
-        if value is not None and len(kinds) == 1 and kinds <= {int, float, bool, str}:
+        if value is not None and len(kinds) == 1 and kinds <= {int, float, bool}:
             values[key] = scalar(*kinds, value, f"trainer.{key}")
     names = values.get("report_to")
     if isinstance(names, str) and "," in names:
