@@ -58,7 +58,6 @@ KNOWN = [
     ("CUDA_HOME does not exist, unable to compile CUDA op(s)", "--engine fsdp2"),
     ("Error building extension 'cpu_adam'", "CUDA toolkit"),
     ("Using `bitsandbytes` 4-bit quantization requires bitsandbytes", "skipwise[qlora]"),
-    ("You have set `use_liger_kernel` to `True` but liger-kernel is missing", "liger-kernel"),
     ("FlashAttention2 has been toggled on, but flash_attn is not installed", "=sdpa"),
     ("CUDA error: no kernel image is available for execution on the device", "pytorch.org"),
     ("LoweringException: RuntimeError: Failed to find C compiler", "load.attn_implementation"),

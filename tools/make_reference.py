@@ -60,6 +60,10 @@ Any key can also be set on the command line as `key=value`, with or without a re
 that run. An unknown key is an error, and so is a value of the wrong type or out of its range, a key
 given twice, and anything that looks like a token or password. A length is 1 to 2,147,483,647.
 
+A list is written `[a, b]` or `a,b`, and lengths also `4k..32k`: `eval.tasks=passkey,ruler`. Text
+that is the path of an existing file or folder is one item, even with commas in it. For any other
+path with a comma, write a list with quotes: `"data.sources=['a,b.txt']"`.
+
 Letters: L = `original_length`, T = `target_length`.
 """
 _CLI = """\

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from skipwise import __version__, commands
 from skipwise.config.machine import is_main_process
-from skipwise.errors import RunStopped, SkipwiseError
+from skipwise.errors import RunStopped, SkipwiseError, did_you_mean
 from skipwise.pose.samplers import SAMPLERS
 from skipwise.training.distributed.launcher import FAILED, STOPPED
 
@@ -48,21 +49,16 @@ class _Parser(argparse.ArgumentParser):
         parser.description, parser.epilog = f"{self.description}\n\n{self.epilog}", None
         return argparse.ArgumentParser.format_help(parser)
 
+    def error(self, message: str) -> Any:
+        raise SkipwiseError(f"{message}\ntype {self.prog} --help")
+
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    overrides = [a for a in argv if _is_override(a)]
-    parser = build_parser()
-    args = parser.parse_args([a for a in argv if a not in overrides])
-    if args.verb is None:
-        parser.print_help()
-        return 0
-    args.overrides = overrides
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
     try:
-        if overrides and not args.takes_settings:
-            raise SkipwiseError(f"{overrides[0]}: {args.verb} accepts no key=value settings")
+        args = _parse(argv)
         return args.run(args) or 0
     except RunStopped as stopped:
         if is_main_process():
@@ -87,12 +83,60 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, with `key=value` settings in `overrides` and the whole line in `argv`."""
+    overrides = [a for a in argv if _is_override(a)]
+    typed = [a for a in argv if a not in overrides]
+    parser = build_parser()
+    if not typed:
+        parser.set_defaults(run=lambda _: parser.print_help())
+        return parser.parse_args([])
+    (verbs,) = (a.choices for a in parser._actions if a.dest == "verb")
+    verb, given = typed[0], typed[1:]
+    if verb.startswith("-"):
+        return parser.parse_args(typed)
+    if verb not in verbs:
+        names = ", ".join(verbs) + did_you_mean(verb, verbs)
+        raise SkipwiseError(f"{verb} is not a verb: choose from {names}")
+    options = verbs[verb]._option_string_actions
+    takes_settings = verbs[verb].get_default("takes_settings")
+    for i, argument in enumerate(given):
+        name, _, value = argument.partition("=")
+        if argument.startswith("-") and argument.strip("-") and name not in options:
+            value = value or next((a for a in given[i + 1 :] if not a.startswith("-")), "...")
+            raise SkipwiseError(_unknown_option(verb, name, value, options, takes_settings))
+    args = parser.parse_args(typed)
+    if overrides and not takes_settings:
+        raise SkipwiseError(f"{overrides[0]}: {verb} accepts no key=value settings")
+    args.overrides, args.argv = overrides, argv
+    return args
+
+
+def _unknown_option(verb: str, name: str, value: str, options: Any, takes_settings: bool) -> str:
+    """The error for an option that the verb does not have, which may be the key of a setting."""
+    from skipwise.config.parse import keys_like
+
+    word = name.lstrip("-").replace("-", "_")
+    keys = keys_like(word.rpartition(".")[2]) if takes_settings else []
+    if verb in ("eval", "positions"):
+        sections = ("eval.", "load.") if verb == "eval" else ("positions.",)
+        keys = [key for key in keys if key.startswith(sections)]
+    exact = [key for key in keys if f".{key}".endswith(f".{word}")]
+    meant = did_you_mean(name, options)
+    if exact or (not meant and keys):
+        typed = " or ".join(shlex.quote(f"{key}={value}") for key in exact or keys)
+        meant = f"\nsettings are typed as key=value: {typed}"
+    known = ", ".join(o for o in options if o.startswith("--"))
+    return f"{name} is not an option of {verb}: choose from {known}{meant}"
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="skipwise",
         description="Extend the context window of a RoPE language model, and measure the result.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"skipwise {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
@@ -113,6 +157,7 @@ def _add_verb(
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example:\n  {example}" + (f"\n\nkey=value: {settings}" if settings else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     sub.set_defaults(run=run, takes_settings=bool(settings))
     return sub

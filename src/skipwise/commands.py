@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipwise.config.machine import is_main_process, world_size
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, did_you_mean
 from skipwise.training.distributed.launcher import FAILED, launched, num_gpus
 
 if TYPE_CHECKING:
@@ -47,10 +47,17 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     return parse_recipe({"model": args.thing}, options + overrides)
 
 
-def _command_line() -> str:
+def _command_line(args: argparse.Namespace) -> str:
     from skipwise.config.trust import without_secrets
 
-    return without_secrets(shlex.join(["skipwise", *sys.argv[1:]]))
+    return without_secrets(shlex.join(["skipwise", *args.argv]))
+
+
+def _next_command(args: argparse.Namespace, verb: str, *, without: str = "") -> str:
+    """The command line as typed, with another verb."""
+    words = [word for word in args.argv if word != without]
+    words[words.index(args.verb)] = verb
+    return shlex.join(["skipwise", *words])
 
 
 def _out_folder(recipe: Recipe, args: argparse.Namespace) -> Path:
@@ -64,11 +71,12 @@ def _out_folder(recipe: Recipe, args: argparse.Namespace) -> Path:
 
 
 def print_summary(run: RunFolder) -> None:
-    from skipwise.report import format_table
+    from skipwise.report import format_table, verdict
 
     print(format_table(run.results()))
     print(f"\nmodel   {run.model}\nreport  {run.report / 'index.html'}")
-    print(f"\nnext: skipwise eval {run.path} --lengths ..., or load {run.model} with transformers")
+    gguf = f"skipwise export {shlex.quote(str(run.path))} --to gguf"
+    print(f"next: load the model with transformers, or {gguf}\n\n{verdict(run.path)}")
 
 
 def quickstart_verb(args: argparse.Namespace) -> None:
@@ -77,7 +85,7 @@ def quickstart_verb(args: argparse.Namespace) -> None:
     from skipwise.pipeline.quickstart import make_recipe
 
     out = Path(args.out or "runs/quickstart")
-    print_summary(extend(make_recipe(args.overrides), out, command=_command_line()))
+    print_summary(extend(make_recipe(args.overrides), out, command=_command_line(args)))
 
 
 def extend_verb(args: argparse.Namespace) -> None:
@@ -91,7 +99,7 @@ def extend_verb(args: argparse.Namespace) -> None:
     from skipwise.pipeline.extend import extend
 
     out, num_processes = _out_folder(recipe, args), _num_processes(args, recipe)
-    print_summary(extend(recipe, out, command=_command_line(), num_processes=num_processes))
+    print_summary(extend(recipe, out, command=_command_line(args), num_processes=num_processes))
 
 
 def _num_processes(args: argparse.Namespace, recipe: Recipe) -> int:
@@ -132,8 +140,8 @@ def check_verb(args: argparse.Namespace) -> int:
         if config_alone:
             print("\nthere are no weights, so neither the loaded model nor the text was checked")
         elif all(c.passed for c in checks):
-            data = " ".join(args.data or ["FOLDER"])
-            print(f"\nnext: skipwise extend {args.thing} --to {args.to or 'T'} --data {data}")
+            data = "" if recipe.data.sources or recipe.method == "none" else " --data FOLDER"
+            print(f"\nnext: {_next_command(args, 'extend')}{data}")
     return 0 if all(c.passed for c in checks) else 2
 
 
@@ -147,10 +155,12 @@ def recipes_verb(args: argparse.Namespace) -> None:
 
 
 def plan_verb(args: argparse.Namespace) -> None:
+    from skipwise.config.recipe import context_lengths
     from skipwise.planning import find_gpu, format_measured, format_plan, make_plan, plan_to_dict
     from skipwise.planning.micro_batch import with_micro_batch
 
     recipe = _load_recipe(args)
+    context_lengths(recipe, recipe.target_length)
     gpu = find_gpu(args.gpu) if args.gpu else None
     cpu = find_gpu("cpu") if gpu is None and not args.gpus and not num_gpus() else None
     plan = make_plan(recipe, num_gpus=1 if args.gpus is None else args.gpus, gpu=gpu, cpu=cpu)
@@ -181,7 +191,8 @@ def positions_verb(args: argparse.Namespace) -> None:
         raise SkipwiseError(f"--seed {args.seed}: give {SEED}")
     if args.draw and Path(args.draw).suffix not in (".png", ".svg", ".pdf"):
         raise SkipwiseError(f"--draw {args.draw}: give the name of a .png or .svg file")
-    overrides = [o if o.startswith("method=") else f"positions.{o}" for o in args.overrides]
+    names = [o.removeprefix("positions.") for o in args.overrides]
+    overrides = [o if o.startswith("method=") else f"positions.{o}" for o in names]
     recipe = parse_recipe({"model": "-", "target_length": T}, overrides)
     sampler = make_sampler(recipe, L)
     metadata = describe_positions(sampler, args.seed)
@@ -210,18 +221,20 @@ def train_verb(args: argparse.Namespace) -> None:
 
     num_processes = _num_processes(args, recipe)
     if num_processes:
-        run = open_training(recipe, out, _command_line(), num_processes)
+        run = open_training(recipe, out, _command_line(args), num_processes)
         launch_training(run, num_processes, only_check=args.dry_run)
     else:
         with main_process_first(recipe):
-            plan, data, run = prepare_training(recipe, out, _command_line())
+            plan, data, run = prepare_training(recipe, out, _command_line(args))
         train_run(plan, data, run, record=True, only_check=args.dry_run)
     if is_main_process():
         if args.dry_run:
             print("checks passed, nothing trained")
+            print(f"next: {_next_command(args, 'train', without='--dry-run')}")
         else:
             last = run.finish if recipe.full_length.fraction else run
-            print(f"trained: {last.checkpoints}\nnext: skipwise export {run.path}")
+            folder = shlex.quote(str(run.path))
+            print(f"trained: {last.checkpoints}\nnext: skipwise export {folder}")
 
 
 def eval_verb(args: argparse.Namespace) -> None:
@@ -234,7 +247,7 @@ def eval_verb(args: argparse.Namespace) -> None:
         raise SkipwiseError("--limit must be 1 or more; the default is all documents")
     _silence_libraries()
     from skipwise.evaluation.run import evaluate
-    from skipwise.report import format_table, write_report
+    from skipwise.report import format_table, verdict, write_report
 
     rows, run = evaluate(
         args.thing,
@@ -244,17 +257,18 @@ def eval_verb(args: argparse.Namespace) -> None:
         baseline=args.baseline,
         overrides=limit + args.overrides,
         out=args.out,
-        command=_command_line(),
+        command=_command_line(args),
     )
     page = write_report(run.path)
     print(json.dumps(rows, indent=1) if args.json else format_table(rows))
     where = sys.stderr if args.json else sys.stdout
-    print(f"\nresults {run.path / 'results.json'}\nreport  {page}", file=where)
+    results = run.path / "results.json"
+    print(f"\nresults {results}\nreport  {page}\n\n{verdict(run.path)}", file=where)
 
 
 def report_verb(args: argparse.Namespace) -> None:
     from skipwise.config.run_folder import RunFolder
-    from skipwise.report import compare_runs, format_table, write_report
+    from skipwise.report import compare_runs, format_table, verdict, write_report
 
     if len(args.things) > 1:
         page = Path(args.out or "comparison.html")
@@ -268,7 +282,7 @@ def report_verb(args: argparse.Namespace) -> None:
         run.recipe()
     page = write_report(run.path)
     print(format_table(run.results()))
-    print(f"\nreport  {page}")
+    print(f"\nreport  {page}\n\n{verdict(run.path)}")
 
 
 def export_verb(args: argparse.Namespace) -> int:
@@ -277,7 +291,8 @@ def export_verb(args: argparse.Namespace) -> int:
     kinds = [kind.strip() for kind in args.to.split(",")]
     unknown = [kind for kind in kinds if kind not in ("hf", "gguf", "adapter")]
     if unknown:
-        raise SkipwiseError(f"--to {unknown[0]}: choose from hf, gguf, adapter")
+        names = "hf, gguf, adapter" + did_you_mean(unknown[0], ("gguf", "adapter"))
+        raise SkipwiseError(f"--to {unknown[0]}: choose from {names}")
     _silence_libraries()
     from skipwise.config.run_folder import RunFolder
     from skipwise.pipeline.stages import export_again
@@ -285,7 +300,8 @@ def export_verb(args: argparse.Namespace) -> int:
     run = RunFolder(args.thing)
     for path in export_again(run, kinds, args.outtype, args.llama_cpp):
         print(path)
-    print(f"next: skipwise eval {run.path}, or skipwise publish {run.path} USER/NAME")
+    folder = shlex.quote(str(run.path))
+    print(f"next: skipwise eval {folder}, or skipwise publish {folder} USER/NAME")
     return 0
 
 
@@ -320,13 +336,14 @@ def publish_verb(args: argparse.Namespace) -> None:
     from skipwise.config.run_folder import RunFolder
     from skipwise.export.hub import confirm, describe_upload, plan_upload, upload_files
     from skipwise.export.model_card import write_card
+    from skipwise.report import verdict
 
     run = RunFolder(args.thing)
     run.recipe()
     plan_upload(run, args.name, args.private)  # raises before anything is written
     write_card(run, args.name)
     upload = plan_upload(run, args.name, args.private)
-    print(describe_upload(upload), file=sys.stderr, flush=True)
+    print(f"{verdict(run.path)}\n{describe_upload(upload)}", file=sys.stderr, flush=True)
     if not args.dry_run and (args.yes or confirm(upload)):
         print(upload_files(upload))
     else:

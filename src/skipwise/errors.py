@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +34,12 @@ class Check:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the error's type where it has no text."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def did_you_mean(given: object, choices: Iterable[str]) -> str:
+    """The last line of an error: the names that are spelled nearly so. Empty if there are none."""
+    near = difflib.get_close_matches(str(given), list(choices), 2)
+    return f"\ndid you mean {' or '.join(near)}?" if near else ""
 
 
 def require(checks: list[Check]) -> None:

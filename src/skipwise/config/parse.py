@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import os
 import re
 import types
 import typing
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 
-from skipwise.config.lengths import parse_length
+from skipwise.config.lengths import parse_length, parse_lengths
 from skipwise.config.recipe import (
     FILE_NAME,
     NOT_EMPTY,
@@ -22,8 +25,8 @@ from skipwise.config.recipe import (
     SourceSettings,
     TrainingSettings,
 )
-from skipwise.config.trust import has_consent, secret_in
-from skipwise.errors import SkipwiseError
+from skipwise.config.trust import checked, has_consent, shown
+from skipwise.errors import SkipwiseError, did_you_mean
 from skipwise.pose.rope import SCALINGS
 from skipwise.pose.samplers import SAMPLERS
 
@@ -57,8 +60,6 @@ RENAMED_VALUES = {
 }
 _MAX_BYTES, _MAX_DEPTH, _MAX_NODES = 1 << 20, 20, 10_000  # of a recipe
 _DEEP = re.compile(rf"[\[{{]{{{_MAX_DEPTH + 1}}}")
-_MAX_TEXT = 4096  # characters of a value
-_NO_TEXT = re.compile("[\\0\ud800-\udfff]")
 _NO_FILE_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029]|^\s|\s$")
 
 
@@ -81,7 +82,7 @@ class _Loader(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"the key {_shown(key.value)} is given twice (line {line})")
+                raise yaml.YAMLError(f"the key {shown(key.value)} is given twice (line {line})")
             seen.add(key.value)
         return node
 
@@ -255,7 +256,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SkipwiseError(
-            f"{_shown(override)} is not an override: type key=value, for example "
+            f"{shown(override)} is not an override: type key=value, for example "
             "training.num_steps=200"
         )
     *parents, last = key.split(".")
@@ -269,25 +270,23 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         at[last] = parse_yaml(value)
     except ValueError as error:
-        raise SkipwiseError(f"{_shown(override)}: the value is not YAML: {error}") from error
+        raise SkipwiseError(f"{shown(override)}: the value is not YAML: {error}") from error
 
 
 def _build(cls: type, tree: Any, where: str) -> Any:
     """Make a dataclass from a mapping; unknown keys and wrong types are errors."""
     if not isinstance(tree, dict):
-        raise SkipwiseError(
-            f"{where or 'the recipe'} is {_shown(tree)}: it must map keys to values"
-        )
+        raise SkipwiseError(f"{where or 'the recipe'} is {shown(tree)}: it must map keys to values")
     hints = _hints(cls)
     unknown = [key for key in tree if key not in hints]
     if unknown:
-        key = unknown[0] if isinstance(unknown[0], str) else _shown(unknown[0])
-        old = _join(where, key if key.isprintable() and len(key) < 80 else _shown(key))
+        key = unknown[0] if isinstance(unknown[0], str) else shown(unknown[0])
+        old = _join(where, key if key.isprintable() and len(key) < 80 else shown(key))
         new = {a: b for a, b in RENAMED_KEYS.items() if a == old or a.startswith(f"{old}.")}
         if new:
             pairs = ", ".join(f"{a} is now {b}" for a, b in new.items())
             raise SkipwiseError(f"{old} was renamed: {pairs}")
-        inner = _paths_of(Recipe, unknown[0])
+        inner = keys_like(str(unknown[0]), where)
         meant = f"\ndid you mean {' or '.join(inner)}?" if inner else ""
         raise SkipwiseError(f"{old} is not a recipe key: choose from {', '.join(hints)}{meant}")
     required = (f.name for f in dataclasses.fields(cls) if f.default is f.default_factory)
@@ -313,33 +312,33 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if typing.get_origin(args[0]) is Literal and bool in args:
             if isinstance(value, bool) or value in typing.get_args(args[0]):
                 return value
-            raise SkipwiseError(f"{where} is {_shown(value)}: give auto, true or false")
+            raise SkipwiseError(f"{where} is {shown(value)}: give auto, true or false")
         if typing.get_origin(args[0]) is Literal and str in args:  # a kernel of the Hub
             return value if "/" in str(value) else _value(args[0], value, where)
-        if typing.get_origin(args[0]) is Literal:
+        if typing.get_origin(args[0]) is Literal and args[1] in (int, float):
             return _word_or_number(args[0], args[1], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
     if hint is Any:
-        return _checked(value, where)
+        return checked(value, where)
     if choices := registered(where) or (args if origin is Literal else ()):
         value = "none" if value is None and "none" in choices else value
         if value not in choices:
             renamed = RENAMED_VALUES.get(where, {})
             if isinstance(value, str) and value in renamed:
                 raise SkipwiseError(f"{where}: {value} was renamed: type {where}={renamed[value]}")
-            raise SkipwiseError(f"{where} is {_shown(value)}: choose one of {', '.join(choices)}")
+            names = ", ".join(choices) + did_you_mean(value, choices)
+            raise SkipwiseError(f"{where} is {shown(value)}: choose one of {names}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_value(args[0], item, where) for item in items)
+        return tuple(_value(args[0], item, where) for item in _items(value, args[0]))
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
-            raise SkipwiseError(f"{where} is {_shown(value)}: it must map keys to values")
-        return _checked(value, where)
-    found = _scalar(hint, value, where)
-    return _checked(found, where) if isinstance(found, str) else found  # numbers have ranges
+            raise SkipwiseError(f"{where} is {shown(value)}: it must map keys to values")
+        return checked(value, where)
+    found = scalar(hint, value, where)
+    return checked(found, where) if isinstance(found, str) else found  # numbers have ranges
 
 
 def _check(rule: Any, value: Any, where: str) -> None:
@@ -348,59 +347,33 @@ def _check(rule: Any, value: Any, where: str) -> None:
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, int | float) and number not in rule:
                 hint = f"; {rule.hint}" if rule.hint else ""
-                raise SkipwiseError(f"{where} is {_shown(number)}: give {rule}{hint}")
+                raise SkipwiseError(f"{where} is {shown(number)}: give {rule}{hint}")
     elif rule == NOT_EMPTY and not value:
         raise SkipwiseError(f"{where} is empty: give one or more")
     elif rule == FILE_NAME and value is not None:
         if value in ("", ".", "..") or _NO_FILE_NAME.search(value) or len(value.encode()) > 200:
             raise SkipwiseError(
-                f"{where} is {_shown(value)}: give {FILE_NAME}, without / and line breaks"
+                f"{where} is {shown(value)}: give {FILE_NAME}, without / and line breaks"
             )
     elif rule is SourceSettings:
         for source in value:
             if isinstance(source, dict):
                 _build(SourceSettings, source, where)
             else:
-                _scalar(str, source, where)
+                scalar(str, source, where)
 
 
-def _checked(value: Any, where: str) -> Any:
-    """The value, if it has no secret, no number that is not finite, and text of a usual length."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str) or not key.isprintable() or len(key) > 100:
-                raise SkipwiseError(f"{where} has the key {_shown(key)}: give a name")
-            _checked(item, f"{where}.{key}")
-            if why := secret_in(item, key):
-                raise SkipwiseError(_secret(f"{where}.{key}", why))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _checked(item, where)
-    elif isinstance(value, str):
-        if len(value) > _MAX_TEXT or _NO_TEXT.search(value):
-            raise SkipwiseError(
-                f"{where} is {_shown(value)}: give Unicode text of at most {_MAX_TEXT:,} characters"
-            )
-        if why := secret_in(value):
-            raise SkipwiseError(_secret(where, why))
-    elif isinstance(value, int | float) and not abs(value) < 2**63:
-        raise SkipwiseError(f"{where} is {_shown(value)}: give a finite number")
-    elif value is not None and not isinstance(value, bool | int | float):
-        raise SkipwiseError(f"{where} is {_shown(value)}: give text or a number")
-    return value
+def _items(value: Any, hint: Any) -> list[Any]:
+    """The items of a list, which may also be written `a,b`, or `4k..32k` for lengths.
 
-
-def _secret(where: str, why: str) -> str:
-    return (
-        f"{where} holds {why}, and a recipe is kept in clear and published\n"
-        "leave it out, and set it in the environment or by the login command of the service"
-    )
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message: one line, cut off."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**60 else "a huge number"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    Text that is the path of an existing file is one item, even with a comma in it.
+    """
+    if not isinstance(value, str):
+        return list(value) if isinstance(value, list | tuple) else [value]
+    if hint is int:
+        return list(parse_lengths(value))
+    whole = os.path.exists(os.path.expanduser(value))
+    return [value] if whole else [item.strip() for item in value.split(",")]
 
 
 def registered(where: str) -> tuple[str, ...]:
@@ -416,15 +389,16 @@ def _word_or_number(words: Any, kind: type, value: Any, where: str) -> Any:
     if value in choices:
         return value
     try:
-        return _scalar(kind, value, where)
+        return scalar(kind, value, where)
     except SkipwiseError as error:
         number = "a whole number" if kind is int else "a number"
         raise SkipwiseError(
-            f"{where} is {_shown(value)}: give {', '.join(choices)} or {number}"
+            f"{where} is {shown(value)}: give {', '.join(choices)} or {number}"
         ) from error
 
 
-def _scalar(hint: type, value: Any, where: str) -> Any:
+def scalar(hint: type, value: Any, where: str) -> Any:
+    """A value as int, float, bool or str; SkipwiseError for another type."""
     if hint is int and where.rstrip("s").endswith("_length"):
         try:
             return parse_length(value)
@@ -441,20 +415,59 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
         value = str(value) if abs(value) < 2**1000 else ""
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)) or value == "":
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise SkipwiseError(f"{where} is {_shown(value)}: give {names.get(hint, hint.__name__)}")
+        raise SkipwiseError(f"{where} is {shown(value)}: give {names.get(hint, hint.__name__)}")
     return value
 
 
-def _paths_of(cls: Any, key: str, where: str = "") -> list[str]:
-    """Every dotted path in the recipe that ends with this key."""
+def keys_like(key: str, section: str = "") -> list[str]:
+    """The recipe keys of this name, or those spelled nearly so, of one section if it has any."""
+    paths: dict[str, list[str]] = {}
+    for path in _paths_of(Recipe):
+        paths.setdefault(path.rpartition(".")[2], []).append(path)
+    if key in paths:
+        return paths[key]
+    near = difflib.get_close_matches(key, paths, 2)
+    found = [path for name in near for path in paths[name]]
+    return [p for p in found if section and p.startswith(f"{section}.")] or found
+
+
+def _paths_of(cls: Any, where: str = "") -> list[str]:
+    """Every dotted path in the recipe."""
     found = []
     for name, hint in typing.get_type_hints(cls).items():
+        found.append(_join(where, name))
         for inner in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(inner):
-                found += _paths_of(inner, key, _join(where, name))
-        if name == key:
-            found.append(_join(where, name))
+                found += _paths_of(inner, _join(where, name))
     return found
+
+
+def describe_changes(old: Recipe, new: Recipe) -> str:
+    """What differs between two recipes: `training.num_steps: 1000 -> 20; data.sources: a -> b`."""
+    pair = (_tuples_to_lists(dataclasses.asdict(recipe)) for recipe in (old, new))
+    found = list(_differences(*pair, ""))
+    more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+    return "; ".join([*found[:5], *more])
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), _join(where, key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 1:
+        for i, items in enumerate(zip(old, new, strict=True)):
+            yield from _differences(*items, f"{where}[{i}]")
+    elif old != new:
+        yield f"{where}: {_one_line(old)} -> {_one_line(new)}"
+
+
+def _one_line(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, list):
+        return ", ".join(map(_one_line, value)) or "none"
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _join(where: str, key: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from skipwise.config.lengths import MAX_LENGTH, format_length
+from skipwise.errors import SkipwiseError
 
 SHARDED_ENGINES = ("fsdp2", "zero3", "zero3-offload")  # of `engine`: they split the model
 MAX_SEED = 2**32 - 1  # numpy's limit
@@ -75,7 +76,7 @@ class ModelSettings:
     """Extend only the text model of a multimodal model and drop its other components."""
     trust_remote_code: bool = False
     """Run Python code that the model brings with it. Read that code first."""
-    device_map: str | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential", "cpu"] | None = None
     """Passed to transformers in an evaluation; `auto` spreads the layers over all GPUs."""
 
     @property
@@ -333,6 +334,11 @@ class Recipe:
 def context_lengths(recipe: Recipe, original_length: int) -> tuple[int, ...]:
     """Where the evaluation looks: the original length and its doublings, up to the target."""
     if recipe.eval.context_lengths:
+        if (longest := max(recipe.eval.context_lengths)) > recipe.target_length:
+            raise SkipwiseError(
+                f"eval.context_lengths: {longest} is beyond target_length {recipe.target_length}\n"
+                "leave it out; afterwards, skipwise eval RUN --lengths measures at any length"
+            )
         return tuple(sorted(set(recipe.eval.context_lengths)))
     lengths = [original_length]
     while lengths[-1] * 2 < recipe.target_length:

@@ -30,7 +30,7 @@ try:
 except ImportError:
     fcntl = None
 
-from skipwise.config.parse import dump_recipe, load_run_recipe
+from skipwise.config.parse import describe_changes, dump_recipe, load_run_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.config.trust import consent_to_code
 from skipwise.errors import SkipwiseError
@@ -135,15 +135,13 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
     if run.recipe_file.exists():
         run.keep_consent(recipe)
         before = run.recipe()
-        old = dump_recipe(dataclasses.replace(before, engine=recipe.engine))
-        if old == text and before != recipe:
+        changes = describe_changes(dataclasses.replace(before, engine=recipe.engine), recipe)
+        if not changes and before != recipe:
             if is_main_process():  # only the engine differs
                 write_text(run.recipe_file, text)
-        elif old != text:
-            pairs = zip(old.splitlines(), text.splitlines(), strict=False)
-            changed = "; ".join([a.strip() for a, b in pairs if a != b][:3] or ["more keys"])
+        elif changes:
             raise SkipwiseError(
-                f"{run.path} holds a run of another recipe (it differs in {changed})\n"
+                f"{run.path} holds a run of another recipe: {changes}\n"
                 "choose another --out, or remove the folder"
             )
         return run

@@ -18,6 +18,8 @@ from typing import Any
 
 from skipwise.errors import SkipwiseError
 
+_MAX_TEXT = 4096  # characters of a value
+_NO_TEXT = re.compile("[\\0\ud800-\udfff]")
 _SECRET_KEY = re.compile(
     r"(^|[_-])(token|secret|password|passwd|passphrase|credentials?|(api|access|private|auth)_?key)$",
     re.IGNORECASE,
@@ -89,3 +91,42 @@ def _key() -> bytes:
     if len(key) != 32:
         raise SkipwiseError(f"{file} is damaged\nremove it; it is made again")
     return key
+
+
+def checked(value: Any, where: str) -> Any:
+    """The value, if it has no secret, no number that is not finite, and text of a usual length."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str) or not key.isprintable() or len(key) > 100:
+                raise SkipwiseError(f"{where} has the key {shown(key)}: give a name")
+            checked(item, f"{where}.{key}")
+            if why := secret_in(item, key):
+                raise SkipwiseError(_secret(f"{where}.{key}", why))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            checked(item, where)
+    elif isinstance(value, str):
+        if len(value) > _MAX_TEXT or _NO_TEXT.search(value):
+            raise SkipwiseError(
+                f"{where} is {shown(value)}: give Unicode text of at most {_MAX_TEXT:,} characters"
+            )
+        if why := secret_in(value):
+            raise SkipwiseError(_secret(where, why))
+    elif isinstance(value, int | float) and not abs(value) < 2**63:
+        raise SkipwiseError(f"{where} is {shown(value)}: give a finite number")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise SkipwiseError(f"{where} is {shown(value)}: give text or a number")
+    return value
+
+
+def _secret(where: str, why: str) -> str:
+    return (
+        f"{where} holds {why}, and a recipe is kept in clear and published\n"
+        "leave it out, and set it in the environment or by the login command of the service"
+    )
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: one line, cut off."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**60 else "a huge number"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -32,6 +33,7 @@ from skipwise.data.files import (
 )
 from skipwise.data.records import read_structured, text_in
 from skipwise.errors import SkipwiseError
+from skipwise.models.hf_config import unreachable_hub
 
 _SHOWN = 5  # most names of files that are left out
 _READING = 4  # raise it when a file gives other documents than before: caches are then made again
@@ -95,7 +97,7 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
 
     Raises:
         SkipwiseError: a local path that does not exist, an unknown key, a weight below 0,
-            max_tokens below 1.
+            max_tokens below 1, a hub dataset while `datasets` is not installed.
     """
     keys = [f.name for f in dataclasses.fields(Source)]
     sources = []
@@ -125,6 +127,9 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
                 f"{source.path}: no such file or folder\n"
                 "give a file or folder of text (docs/data.md), or the name of a hub dataset"
             )
+        if not source.is_local and importlib.util.find_spec("datasets") is None:
+            fix = "to read hub datasets: pip install 'skipwise[hub]'"
+            raise SkipwiseError(f"{source.path} is not a local file or folder\n{fix}")
         sources.append(source)
     return sources
 
@@ -252,13 +257,11 @@ def open_hub(source: Source) -> Any:
     """Stream a hub dataset: an iterable of records.
 
     Raises:
-        SkipwiseError: `datasets` is not installed, or does not find the dataset.
+        SkipwiseError: `datasets` does not find the dataset.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        fix = "to read hub datasets: pip install 'skipwise[hub]'"
-        raise SkipwiseError(f"{source.path} is not a local file or folder\n{fix}") from error
+    import datasets
+
+    unreachable_hub()
     with hub_errors(source):
         return datasets.load_dataset(
             source.path, source.config, split=source.split, revision=source.revision, streaming=True

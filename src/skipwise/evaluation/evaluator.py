@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def evaluate_model(
     units = list(_units(tasks, eval_model, texts, lengths, settings))
     known = {row.get("key") for row in rows if row["model"] == label}
     missing = [unit for unit in units if unit.key not in known]
-    _check_tasks([unit.task for unit in missing], settings)
+    check_tasks([unit.task for unit in missing], settings)
     tokenizer = eval_model.tokenizer
     asks_chat = settings.chat_template is True
     if asks_chat:
@@ -153,6 +154,9 @@ def check_settings(settings: EvalSettings) -> None:
     for key in ("num_depths", "needles_per_haystack", "batch_tokens", "perplexity_stride", "limit"):
         if getattr(settings, key) == 0:
             raise SkipwiseError(f"eval.{key} is 0: give 1 or more")
+    folder = settings.task_folder
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise SkipwiseError(f"eval.task_folder={folder} is not a folder")
     if not settings.tasks or not all(settings.tasks):
         raise SkipwiseError(f"eval.tasks is empty: choose from {', '.join(_known_names())}")
 
@@ -201,15 +205,19 @@ def _units(
             yield _Unit(task=task, lengths=group, key=digest[:12], tokens=tokens)
 
 
-def _check_tasks(tasks: Sequence[Task], settings: EvalSettings) -> None:
-    """Raise what measuring would raise, before the model is loaded."""
+def check_tasks(tasks: Sequence[Task], settings: EvalSettings, *, load: bool = True) -> None:
+    """Raise what measuring would raise, before the model is loaded.
+
+    Args:
+        load: load the data sets of benchmarks. Without them only the names are checked.
+    """
     for task in tasks:
         try:
             if task.check is not None:
-                task.check(settings)
+                task.check(settings, load)
         except SkipwiseError as error:
             near = difflib.get_close_matches(task.name, _known_names(), 1, 0.75)
-            if near and "no task" in str(error):
+            if near and ("no task" in str(error) or "need lm-eval" in str(error)):
                 raise SkipwiseError(f"no task {task.name!r}: did you mean {near[0]}?") from error
             raise
 

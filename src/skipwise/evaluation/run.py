@@ -18,7 +18,7 @@ from skipwise.config.machine import machine, versions
 from skipwise.config.parse import parse_recipe, with_typed_kernel
 from skipwise.config.recipe import EvalSettings, ModelSettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
-from skipwise.data.chat import ChatSpans
+from skipwise.data.chat import ChatSpans, check_template
 from skipwise.data.corpus import build_corpus
 from skipwise.data.readers import describe_left_out, parse_sources
 from skipwise.data.token_cache import TokenStore
@@ -27,7 +27,13 @@ from skipwise.errors import SkipwiseError
 from skipwise.evaluation import evaluator
 from skipwise.evaluation.fingerprint import files_identity
 from skipwise.models.hf_config import load_config
-from skipwise.models.load import check_memory, compute_dtype, load_for_evaluation, load_tokenizer
+from skipwise.models.load import (
+    build_without_weights,
+    check_memory,
+    compute_dtype,
+    load_for_evaluation,
+    load_tokenizer,
+)
 from skipwise.models.model_info import check_reach
 from skipwise.models.separator import (
     Separator,
@@ -88,10 +94,19 @@ def evaluate(
         )
         for label, model in labels.items()
     ]
-    if not is_run:
-        _open_evaluation(run, labels, baseline, command)
-    need_text = [task.name for task in evaluator.find_tasks(tasks) if task.text == "required"]
     settings = eval_settings(recipe, own_run)
+    evaluator.check_tasks(evaluator.find_tasks(settings.tasks), settings, load=not run.results())
+    for eval_model in eval_models if settings.chat_template is True else ():
+        check_template(eval_model.tokenizer, f"eval.chat_template, {eval_model.label}")
+    parse_sources(data, recipe.data.text_field)
+    named = any(override.startswith("eval.tasks=") for override in overrides)
+    asked = evaluator.find_tasks(settings.tasks if named else tasks)
+    need_text = [task.name for task in asked if task.text == "required"]
+    no_text = f"{' and '.join(need_text)} need text: type --data PATH"
+    if not is_run:
+        if need_text and not data:
+            raise SkipwiseError(no_text)
+        _open_evaluation(run, labels, baseline, command)
     longest = recipe  # conversations are joined up to its target length
     if own_run is None or data:
         longest = dataclasses.replace(recipe, target_length=max([1, *lengths]))
@@ -101,7 +116,7 @@ def evaluate(
             around = eval_model.separator
             documents = evaluation_documents(longest, eval_model.tokenizer, own_run, data, around)
             if need_text and not documents:
-                raise SkipwiseError(f"{' and '.join(need_text)} need text: type --data PATH")
+                raise SkipwiseError(no_text)
             texts, save = evaluator.Texts(documents=documents), run.write_results
             rows += evaluator.evaluate_model(
                 eval_model, texts, lengths, settings, done=run.results(), save=save
@@ -162,6 +177,8 @@ def make_eval_model(
     """
     config = load_config(model, settings)
     check_reach(config.to_dict(), max(lengths, default=0))
+    if settings.attn_implementation not in ("auto", "flex_attention"):
+        build_without_weights(config, settings)
     dtype = compute_dtype(settings)
     check_memory(config, max(lengths, default=0), dtype)
     tokenizer = tokenizer or load_tokenizer(model, settings)

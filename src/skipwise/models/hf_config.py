@@ -8,8 +8,14 @@ written by tools/make_config_defaults.py).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import socket
+import sys
+import threading
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +58,7 @@ _KINDS: tuple[tuple[str, Any, float, float, tuple[str, ...]], ...] = (
     (_WHOLE, int, 0, 1 << 24, ("intermediate_size", *_EXPERTS)),
     (_NUMBER, int | float, 0, 2**31 - 1, ("sliding_window",)),
 )
+_CONNECT_SECONDS = 4.0
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
 _COPIED = (".jinja", ".txt", ".model")  # files whose text goes into an export
 
@@ -94,14 +101,45 @@ def _read_raw_config(model: str, settings: ModelSettings) -> dict[str, Any]:
         raise SkipwiseError(f"{model}: no such folder\ngive the folder of a model, or its hub name")
     from transformers import PreTrainedConfig
 
+    address = unreachable_hub()
     try:
         config, _ = PreTrainedConfig.get_config_dict(model, revision=settings.revision)
     except Exception as error:  # the hub raises many types
+        why = f"no connection to {address}" if address else first_line(error)
         raise SkipwiseError(
-            f"{model} could not be read: it is not a local folder, and the download failed\n"
-            f"{first_line(error)}"
+            f"{model} could not be read: it is not a local folder, and the download failed\n{why}"
         ) from error
     return config
+
+
+@functools.cache
+def unreachable_hub() -> str:
+    """The Hub's address if no connection opens in time; otherwise empty, as behind a proxy.
+
+    The libraries then read only what was downloaded before, and do not try again and again.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return ""
+    url, opened = urllib.parse.urlsplit(constants.ENDPOINT), []
+
+    def connect() -> None:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        with contextlib.suppress(OSError):
+            opened.append(socket.create_connection((url.hostname, port), _CONNECT_SECONDS))
+
+    thread = threading.Thread(target=connect, daemon=True)  # the name server may hang
+    thread.start()
+    thread.join(_CONNECT_SECONDS)
+    if opened:
+        opened[0].close()
+        return ""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries and processes that start later
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    return constants.ENDPOINT
 
 
 def load_config(model: str, settings: ModelSettings) -> Any:

@@ -6,6 +6,7 @@ change its `inv_freq`. The preflight compares the model's frequencies with `pose
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from pathlib import Path
@@ -85,17 +86,32 @@ def load_model(
     return loaded
 
 
-def has_persistent_buffers(config: Any, settings: ModelSettings) -> bool:
-    """Whether the model saves buffers with its weights, as expert routers do; loads nothing."""
-    from accelerate import init_empty_weights
+def build_without_weights(config: Any, settings: ModelSettings) -> Any:
+    """The model on the meta device; SkipwiseError if `load.attn_implementation` cannot run here."""
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights():
-        trusted = settings.trust_remote_code
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    asked = settings.attn_implementation
+    attention = None if asked in ("auto", "flex_attention") or settings.is_hub_kernel else asked
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config),
+                attn_implementation=attention,
+                trust_remote_code=settings.trust_remote_code,
+            )
+    except (ImportError, ValueError) as error:
+        if attention is None:
+            raise
+        raise SkipwiseError(
+            f"load.attn_implementation={asked}: {first_line(error)}\nleave it out, or install it"
+        ) from error
+
+
+def has_persistent_buffers(config: Any, settings: ModelSettings) -> bool:
+    """Whether the model saves buffers with its weights, as expert routers do; loads nothing."""
     return any(
         buffer is not None and name not in module._non_persistent_buffers_set
-        for module in model.modules()
+        for module in build_without_weights(config, settings).modules()
         for name, buffer in module._buffers.items()
     )
 
@@ -107,7 +123,7 @@ def load_for_evaluation(
     check_hub_kernel(settings)
     asked, device_map = settings.attn_implementation, settings.device_map
     # flex_attention is for training; sdpa handles cached keys and short queries
-    attention = None if asked in ("auto", "flex_attention") else asked
+    attention = None if asked in ("auto", "flex_attention") or settings.is_hub_kernel else asked
     options: Any = {"attn_implementation": attention, "device_map": device_map}
     loaded = load_model(model, config, settings, dtype=dtype, **options)
     if device_map is None:

@@ -91,7 +91,7 @@ def add_lora(model: Any, settings: LoRASettings, cast: bool = True) -> Any:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise SkipwiseError(f"lora.target_modules: {error}") from error
+        raise SkipwiseError(f"lora: {error}") from error
     for parameter in adapted.parameters():
         if cast and parameter.requires_grad:
             parameter.data = parameter.data.float()

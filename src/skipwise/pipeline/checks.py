@@ -15,21 +15,29 @@ from typing import Any
 from skipwise.config.distillation import distillation_weight, in_one_process, shards
 from skipwise.config.machine import is_main_process
 from skipwise.config.progress import Progress
-from skipwise.config.recipe import Recipe
+from skipwise.config.recipe import LoRASettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import full_length_stage
+from skipwise.data.chat import check_template
 from skipwise.errors import Check, require
+from skipwise.evaluation import evaluator
 from skipwise.evaluation.run import evaluation_documents
 from skipwise.export.runtimes import check_export
 from skipwise.models.compatibility import make_portable
-from skipwise.models.load import best_device, compute_dtype, free_memory, load_model
-from skipwise.models.lora import num_parameters
+from skipwise.models.load import (
+    best_device,
+    build_without_weights,
+    compute_dtype,
+    free_memory,
+    load_model,
+)
+from skipwise.models.lora import add_lora, num_parameters
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.pipeline.choose_separator import choose_separator, separator_check
 from skipwise.pipeline.choose_temperature import temperature_check
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
-from skipwise.training.arguments import accumulation
+from skipwise.training.arguments import accumulation, check_trainer
 from skipwise.training.full_length_stage import (
     RunInputs,
     check_long_text,
@@ -45,15 +53,34 @@ from skipwise.training.inputs import (
     load_training_data,
     with_short_probe,
 )
-from skipwise.training.setup import set_up
+from skipwise.training.setup import cuts_loss, enable_checkpointing, set_up
 
 
-def validate(recipe: Recipe, num_processes: int = 1, *, trained: bool = False) -> PreparedModel:
+def check_settings(recipe: Recipe, *, trained: bool = False, load: bool = False) -> None:
+    """Find mistakes in `eval:`, `trainer:` and `training:`. Arguments: see `validate`."""
+    evaluator.check_settings(recipe.eval)
+    context_lengths(recipe, recipe.target_length)
+    if is_main_process():  # the others see it end
+        if not trained and recipe.method != "none":
+            check_trainer(recipe)
+        evaluator.check_tasks(evaluator.find_tasks(recipe.eval.tasks), recipe.eval, load=load)
+
+
+def validate(
+    recipe: Recipe,
+    num_processes: int = 1,
+    *,
+    trained: bool = False,
+    load: bool = False,
+    needs_text: bool = True,
+) -> PreparedModel:
     """Find every mistake that shows without weights and text, before anything is written.
 
     Args:
         num_processes: number of training processes.
         trained: whether training is done, so that its batch is fixed.
+        load: load the data sets of benchmarks. Without them only the names are checked.
+        needs_text: whether the recipe must name text.
 
     Returns:
         the model, prepared once for the whole run.
@@ -61,12 +88,31 @@ def validate(recipe: Recipe, num_processes: int = 1, *, trained: bool = False) -
     Raises:
         SkipwiseError: what is wrong, and what to type.
     """
+    check_settings(recipe, trained=trained, load=load)
     prepared = prepare_model(recipe)
+    L = prepared.info.original_length
     accumulation(recipe.training, num_processes)
     if not trained:
-        full_length_stage(prepared.recipe, prepared.info.original_length, num_processes)
-    find_sources(recipe)
+        full_length_stage(prepared.recipe, L, num_processes)
+        if recipe.method != "none" and not recipe.load.trust_remote_code:  # may need weights
+            _check_class(prepared)
+        if recipe.trainer.get("use_liger_kernel"):
+            cuts_loss(recipe, L, prepared.info.vocab_size)
+    if needs_text or recipe.data.sources:
+        find_sources(recipe)
+    if recipe.eval.chat_template is True:
+        check_template(prepared.tokenizer, "eval.chat_template")
     return prepared
+
+
+def _check_class(prepared: PreparedModel) -> None:
+    """Build the model without weights, with attention, LoRA and checkpointing as asked."""
+    recipe = prepared.recipe
+    model = build_without_weights(prepared.scaled, recipe.load)
+    if recipe.lora is not None and recipe.lora != LoRASettings():  # the defaults always fit
+        model = add_lora(model, recipe.lora, cast=False)
+    if recipe.training.gradient_checkpointing:
+        enable_checkpointing(model)
 
 
 def check(recipe: Recipe) -> list[Check]:
@@ -77,7 +123,7 @@ def check(recipe: Recipe) -> list[Check]:
     """
     asked = recipe
     recipe = in_one_process(recipe)
-    prepared = prepare_model(recipe)
+    prepared = validate(recipe, load=True, needs_text=False)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder)
         run.write_recipe(recipe)

@@ -16,6 +16,7 @@ from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.models.prepared import convert_weights
 from skipwise.pipeline.checks import check_run, check_texts, validate
+from skipwise.pipeline.choose_checkpoint import check_selection
 from skipwise.pipeline.choose_scaling import choose_scaling
 from skipwise.pipeline.choose_separator import choose_separator
 from skipwise.pipeline.estimate import compare_estimate, estimate_run
@@ -52,7 +53,10 @@ def extend(
     """
     trained = trained_checkpoint(RunFolder(out), recipe) is not None
     num_processes = 0 if trained else num_processes  # the rest is work for one process
-    prepared = validate(recipe, num_processes or 1, trained=trained)
+    unmeasured = not RunFolder(out).results()
+    prepared = validate(recipe, num_processes or 1, trained=trained, load=unmeasured)
+    if recipe.export.checkpoint == "passkey":
+        check_selection(recipe, [], prepared.prompt_tokenizer, prepared.info.original_length)
     run = open_run(out, recipe, command)
     with _stage(run, "check"):
         prepared = choose_separator(convert_weights(prepared, run.converted), run)

@@ -8,7 +8,7 @@ Reading order:  load.py (files to rows)  rows.py (the row format)  format.py (nu
 
 from skipwise.report.figures.positions import plot_positions
 from skipwise.report.page.compare import compare_runs
-from skipwise.report.page.page import write_report
+from skipwise.report.page.page import verdict, write_report
 from skipwise.report.tables import format_table
 
-__all__ = ["compare_runs", "format_table", "plot_positions", "write_report"]
+__all__ = ["compare_runs", "format_table", "plot_positions", "verdict", "write_report"]

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import typing
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import integration_utils
+from transformers.utils import is_liger_kernel_available
 
-from skipwise.config.batch import accumulation, micro_batches
+from skipwise.config.batch import accumulation, micro_batch, micro_batches
 from skipwise.config.machine import available_memory, world_size
+from skipwise.config.parse import scalar
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe
 from skipwise.config.run_folder import RunFolder, write_json
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, did_you_mean
 from skipwise.models.load import best_device, compute_dtype
+from skipwise.models.lora import quantization_for
 from skipwise.models.prepared import PreparedModel
 from skipwise.planning.gpus import Gpu
 from skipwise.planning.job import read_model
 from skipwise.planning.memory import GIB
 from skipwise.planning.micro_batch import largest_micro_batch, with_micro_batch
 from skipwise.training.checkpoints import trained_micro_batch
-from skipwise.training.distributed.engines import engine_arguments, of_main_process, on_cpu
+from skipwise.training.distributed.engines import (
+    check_deepspeed,
+    engine_arguments,
+    of_main_process,
+    on_cpu,
+)
 
 _OWNED = {
     "output_dir": "--out",
@@ -45,7 +56,74 @@ _OWNED = {
     "fp16": "load.dtype",
     "remove_unused_columns": "nothing: the data set has no columns to remove",
     "label_smoothing_factor": "nothing: the loss is the model's own",
+    "logging_strategy": "nothing: every step is logged",
+    "save_strategy": "training.save_steps",
+    "eval_strategy": "nothing: eval.tasks are measured before and after training",
+    "load_best_model_at_end": "export.checkpoint",
+    "resume_from_checkpoint": "nothing: the same command resumes a run",
 }
+_REFUSALS = (ValueError, ImportError, TypeError)
+
+
+class _Unstarted(TrainingArguments):
+    """TrainingArguments that are checked without a device, launcher or process group."""
+
+    _setup_devices = torch.device("cpu")
+
+
+def check_trainer(recipe: Recipe) -> None:
+    """Find what would stop the Trainer, before a model is loaded.
+
+    Raises:
+        SkipwiseError: names the key, and the package to install where one is missing.
+    """
+    dtype = training_dtype(recipe, recipe.engine)
+    quantization_for(recipe.lora, dtype, recipe.engine)
+    values = {**_values(recipe, dtype), **_trainer_values(recipe, recipe.engine)}
+    config = values.pop("deepspeed", None)  # it would start DeepSpeed
+    if recipe.engine.startswith("zero3") or config is not None:
+        check_deepspeed("trainer.deepspeed" if config else f"engine: {recipe.engine}")
+    if isinstance(config, str) and not config.startswith("{") and not os.path.isfile(config):
+        raise SkipwiseError(f"trainer.deepspeed: {config}: no such file")
+    try:
+        arguments = _Unstarted(**values)
+    except _REFUSALS as error:
+        raise _refused(error) from error
+    _check_trackers(arguments.report_to)
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise SkipwiseError("trainer.use_liger_kernel needs Liger: pip install liger-kernel")
+    weights = [torch.nn.Parameter(torch.zeros(1))]  # as for those of the model
+    schedule = arguments.lr_scheduler_type, torch.optim.SGD(weights), int(arguments.warmup_steps)
+    try:
+        get_scheduler(*schedule, arguments.max_steps, arguments.lr_scheduler_kwargs)
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        if optimizer.__module__.startswith("torch.optim"):
+            optimizer(weights, **options)
+    except _REFUSALS as error:
+        if "need to pass a" not in str(error):  # galore, apollo and lomo work on the model itself
+            raise _refused(error) from error
+
+
+def _check_trackers(names: list[str]) -> None:
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    installed = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in known:
+            raise SkipwiseError(
+                f"trainer.report_to is {name!r}: choose from {', '.join(known)}"
+                + did_you_mean(name, known)
+            )
+        if name not in installed and name != "flyte":  # which transformers does not look for
+            package = {"tensorboard": "'skipwise[tensorboard]'", "azure_ml": "azureml-sdk"}
+            what = f"trainer.report_to: {name} is not installed"
+            raise SkipwiseError(f"{what}: pip install {package.get(name, name)}")
+
+
+def _refused(error: Exception) -> SkipwiseError:
+    """What transformers or torch says of a setting."""
+    given, choices = str(error).partition(" ")[0], re.findall(r"'([^']+)'", str(error))
+    what = f"transformers refuses the training settings: {error}"
+    return SkipwiseError(f"{what}{did_you_mean(given, choices)}")
 
 
 def training_arguments(
@@ -64,25 +142,49 @@ def training_arguments(
         SkipwiseError: a key that Skipwise sets itself or that TrainingArguments does not have, or
             a global batch that the devices cannot share.
     """
-    known = {f.name for f in fields(TrainingArguments)}
-    for key in recipe.trainer:
+    values = {
+        **_values(recipe, dtype),
+        "output_dir": str(run.checkpoints),
+        **engine_arguments(engine, on_cpu(), **(engine_options or {})),
+    }
+    try:
+        return TrainingArguments(**{**values, **_trainer_values(recipe, engine)})
+    except _REFUSALS as error:
+        raise _refused(error) from error
+
+
+def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:
+    """The recipe's `trainer:` section, with names and types checked."""
+    hints = typing.get_type_hints(TrainingArguments)
+    known = [f.name for f in fields(TrainingArguments) if f.init]
+    values = dict(recipe.trainer)
+    for key, value in values.items():
         if key in _OWNED:
             raise SkipwiseError(f"trainer.{key} is set by {_OWNED[key]}")
         if key not in known:
-            raise SkipwiseError(
-                f"trainer.{key} is not an argument of transformers' TrainingArguments"
-            )
-    if engine == "zero3-offload" and "optim" in recipe.trainer:
+            what = "is not an argument of transformers' TrainingArguments"
+            raise SkipwiseError(f"trainer.{key} {what}{did_you_mean(key, known)}")
+        kinds = {*(typing.get_args(hints[key]) or [hints[key]])} - {type(None)}
+        if value is not None and len(kinds) == 1 and kinds <= {int, float, bool}:
+            values[key] = scalar(*kinds, value, f"trainer.{key}")
+    names = values.get("report_to")
+    if isinstance(names, str) and "," in names:
+        values["report_to"] = [name.strip() for name in names.split(",")]
+    if engine == "zero3-offload" and "optim" in values:
         raise SkipwiseError(
             "trainer.optim: engine zero3-offload has its own optimizer, on the CPU\n"
             "leave it out, or type --engine zero3"
         )
+    return values
+
+
+def _values(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    """What the recipe says outside of `trainer:`, for every engine."""
     settings = recipe.training
     tensorboard = importlib.util.find_spec("tensorboard") is not None
-    values: dict[str, Any] = {
-        "output_dir": str(run.checkpoints),
+    return {
         "max_steps": settings.num_steps,
-        "per_device_train_batch_size": settings.micro_batch_size,
+        "per_device_train_batch_size": micro_batch(settings),
         "gradient_accumulation_steps": accumulation(settings, world_size()),
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler,
@@ -101,12 +203,7 @@ def training_arguments(
         "log_level_replica": "error",
         "dataloader_pin_memory": not on_cpu(),
         "report_to": ["tensorboard"] if tensorboard else [],
-        **engine_arguments(engine, on_cpu(), **(engine_options or {})),
     }
-    try:
-        return TrainingArguments(**{**values, **recipe.trainer})
-    except (ValueError, ImportError, TypeError) as error:
-        raise SkipwiseError(f"transformers refuses the training settings: {error}") from error
 
 
 def resolve_micro_batch(

@@ -54,11 +54,6 @@ _KNOWN = (  # (regex, meaning, fix)
         "pip install 'skipwise[qlora]', or remove lora.quantization and 8-bit optimizers",
     ),
     (
-        r"\bliger|use_liger",
-        "Liger kernels are not installed",
-        "pip install liger-kernel, or remove trainer.use_liger_kernel",
-    ),
-    (
         r"flash.?attn|flashattention|flash_attention",
         "FlashAttention is not installed, or does not support this model or dtype",
         "pip install flash-attn, or set load.attn_implementation=sdpa",

@@ -31,6 +31,7 @@ from skipwise.evaluation.harness.adapter import guarded, script_refusal, wrap
 from skipwise.evaluation.harness.task_folder import read_task_folder
 from skipwise.evaluation.tasks.prompts import ChatPrompts
 from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.models.hf_config import unreachable_hub
 from skipwise.report.rows import Rows
 
 SHORT_BENCHMARKS = {  # task: (num_fewshot, metric)
@@ -67,15 +68,23 @@ def make_task(name: str) -> Task:
         num_samples=lambda settings: settings.limit,
         cache_key=lambda settings: (settings.limit, harness_identity(settings.task_folder)),
         lengths="none",
-        check=lambda settings: check_benchmarks([name], task_folder=settings.task_folder),
+        check=lambda settings, load: check_benchmarks(
+            [name], task_folder=settings.task_folder, load=load
+        ),
     )
 
 
-def check_benchmarks(names: Sequence[str], *, task_folder: str | None = None) -> None:
-    """Raise what `run_benchmark` would raise, before the model runs; downloads the data sets."""
+def check_benchmarks(
+    names: Sequence[str], *, task_folder: str | None = None, load: bool = True
+) -> None:
+    """Raise what `run_benchmark` would raise, before the model runs.
+
+    Args:
+        load: download the data sets. Without them only the names are checked.
+    """
     for name in expand(names):
         with guarded() as refused:
-            _load(name, task_folder, refused)
+            _load(name, task_folder, refused, load)
 
 
 def run_benchmark(
@@ -147,7 +156,9 @@ def run_benchmark(
     return [{**row, "num_truncated": lm.num_truncated} for row in rows]
 
 
-def _load(name: str, task_folder: str | None, refused: list[str]) -> dict[str, Any]:
+def _load(
+    name: str, task_folder: str | None, refused: list[str], load: bool = True
+) -> dict[str, Any]:
     """`{"tasks": {name: Task}, "groups": {name: Group}}`, with their data sets."""
     from lm_eval.tasks import TaskManager
 
@@ -166,8 +177,10 @@ def _load(name: str, task_folder: str | None, refused: list[str]) -> dict[str, A
             near = difflib.get_close_matches(name, manager.task_index, n=3, cutoff=0.5)
             advice = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks shows all"
             raise SkipwiseError(f"lm-eval has no task {name!r}: {advice}")
+        if load:
+            unreachable_hub()
         try:
-            loaded: Any = manager.load([name])
+            loaded: Any = manager.load([name]) if load else {"tasks": {}}
         except SkipwiseError:
             raise
         except OSError as error:  # datasets' and the hub's errors of connection and of absence

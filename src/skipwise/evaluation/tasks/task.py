@@ -53,7 +53,8 @@ class Task:
     lengths: Literal["each", "together", "none"] = "each"  # what one call of `measure` covers
     text: Literal["unused", "optional", "required"] = "unused"
     group: str = ""  # a name for several tasks, as `ruler`
-    check: Callable[[EvalSettings], None] | None = None  # raises before a model is loaded
+    # raises before a model is loaded, from the settings and whether to load data
+    check: Callable[[EvalSettings, bool], None] | None = None
     # how the report shows a task that it has no section for
     title: str = ""
     about: str = ""  # the caption of its figure

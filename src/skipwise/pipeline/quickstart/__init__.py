@@ -23,14 +23,12 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
     """
     from transformers import AutoTokenizer
 
+    from skipwise.pipeline.checks import check_settings
     from skipwise.pipeline.quickstart.corpus import write_documents
 
     folder = cache_folder() / "quickstart"
     model = folder / "skipwise-tiny"
-    shutil.copytree(MODEL, model, dirs_exist_ok=True)
     texts = folder / f"stdlib-{'.'.join(map(str, sys.version_info[:3]))}"
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    write_documents(texts, tokenizer, length=_TRAIN_LENGTH, num_passkeys=_NUM_PASSKEYS)
     weights = {"source.jsonl": 1, "passkeys.jsonl": 1}
     sources = [f"{{path: {_with_tilde(texts / k)}, weight: {w}}}" for k, w in weights.items()]
     keys = [
@@ -38,7 +36,12 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
         f"data.sources=[{', '.join(sources)}]",
         f"data.eval_sources=[{_with_tilde(texts / 'evaluation.jsonl')}]",
     ]
-    return load_recipe(Path(__file__).with_name("recipe.yaml"), [*keys, *(overrides or [])])
+    recipe = load_recipe(Path(__file__).with_name("recipe.yaml"), [*keys, *(overrides or [])])
+    check_settings(recipe)
+    shutil.copytree(MODEL, model, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    write_documents(texts, tokenizer, length=_TRAIN_LENGTH, num_passkeys=_NUM_PASSKEYS)
+    return recipe
 
 
 def _with_tilde(path: Path) -> str:

@@ -47,15 +47,15 @@ def write_report(run_folder: str | Path) -> Path:
     out = folder / "report"
     out.mkdir(parents=True, exist_ok=True)
     name = run.get("name") or folder.name
+    text = verdict(folder)
     if is_evaluation(run):
-        # the baseline comes first, even if it was measured later
-        rows.sort(key=lambda row: row["model"] != run.get("baseline"))
-        text, tiles = evaluation_headline({"name": name, **run}, rows), result_tiles(rows)
+        rows = _baseline_first(run, rows)
+        tiles = result_tiles(rows)
         sections, what = _evaluation(run, rows, out), "evaluation"
     else:
-        text, tiles = headline(run, rows), _run_tiles(run, rows)
+        tiles = _run_tiles(run, rows)
         sections, what = _run(folder, run, rows, out), "run"
-    text = page(
+    html = page(
         title=f"{name} · Skipwise",
         eyebrow=" · ".join([f"Skipwise {what} {name}", *_when(run)]),
         headline=text,
@@ -65,8 +65,23 @@ def write_report(run_folder: str | Path) -> Path:
         names=[*models_of(rows), *other_tasks(rows)],
     )
     (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
-    (out / "index.html").write_text(text, encoding="utf-8")
+    (out / "index.html").write_text(html, encoding="utf-8")
     return out / "index.html"
+
+
+def verdict(run_folder: str | Path) -> str:
+    """The headline of a folder's page, which the terminal shows as well."""
+    folder = Path(run_folder)
+    run, rows = read_json(folder / "run.json") or {}, read_rows(folder) or []
+    if is_evaluation(run):
+        rows = _baseline_first(run, rows)
+        return evaluation_headline({**run, "name": run.get("name") or folder.name}, rows)
+    return headline(run, rows)
+
+
+def _baseline_first(run: dict[str, Any], rows: Rows) -> Rows:
+    """The rows with those of the baseline first, even if it was measured later."""
+    return sorted(rows, key=lambda row: row["model"] != run.get("baseline"))
 
 
 def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[Section | None]:

@@ -51,15 +51,21 @@ def engine_of(recipe: Recipe) -> str:
             f"the recipe says engine: {recipe.engine} and the launcher's configuration {launched}\n"
             "set engine=auto to use the launcher's, or launch without a configuration"
         )
-    if recipe.engine.startswith("zero3") and importlib.util.find_spec("deepspeed") is None:
-        fix = "pip install 'skipwise[deepspeed]', or pass --engine fsdp2"
-        raise SkipwiseError(f"engine: {recipe.engine} needs DeepSpeed\n{fix}")
+    if recipe.engine.startswith("zero3"):
+        check_deepspeed(f"engine: {recipe.engine}")
     if recipe.engine in SHARDED_ENGINES and "WORLD_SIZE" not in os.environ:
         raise SkipwiseError(
             f"engine: {recipe.engine} shards the model over processes that a launcher starts\n"
             "pass --gpus N, or use accelerate launch or torchrun"
         )
     return _unsharded() if recipe.engine == "ddp" else recipe.engine
+
+
+def check_deepspeed(what: str) -> None:
+    """Raise a SkipwiseError if DeepSpeed, which `what` needs, is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        fix = "pip install 'skipwise[deepspeed]', or pass --engine fsdp2"
+        raise SkipwiseError(f"{what} needs DeepSpeed\n{fix}")
 
 
 def is_kind(engine: str, kind: str) -> bool:
