@@ -91,7 +91,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if not typed:
         parser.set_defaults(run=lambda _: parser.print_help())
         return parser.parse_args([])
-    (verbs,) = (a.choices for a in parser._actions if a.dest == "verb")
+    verbs: Any = next(a.choices for a in parser._actions if a.dest == "verb")
     verb, given = typed[0], typed[1:]
     if verb.startswith("-"):
         return parser.parse_args(typed)

@@ -444,8 +444,8 @@ def _paths_of(cls: Any, where: str = "") -> list[str]:
 
 def describe_changes(old: Recipe, new: Recipe) -> str:
     """What differs between two recipes: `training.num_steps: 1000 -> 20; data.sources: a -> b`."""
-    pair = (_tuples_to_lists(dataclasses.asdict(recipe)) for recipe in (old, new))
-    found = list(_differences(*pair, ""))
+    before, after = (_tuples_to_lists(dataclasses.asdict(recipe)) for recipe in (old, new))
+    found = list(_differences(before, after, ""))
     more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
     return "; ".join([*found[:5], *more])
 

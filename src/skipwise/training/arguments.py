@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
-from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from skipwise.config.batch import accumulation, micro_batch, micro_batches
 from skipwise.config.machine import available_memory, world_size
@@ -68,7 +68,7 @@ _REFUSALS = (ValueError, ImportError, TypeError)
 class _Unstarted(TrainingArguments):
     """TrainingArguments that are checked without a device, launcher or process group."""
 
-    _setup_devices = torch.device("cpu")
+    _setup_devices: Any = torch.device("cpu")
 
 
 def check_trainer(recipe: Recipe) -> None:
@@ -86,7 +86,7 @@ def check_trainer(recipe: Recipe) -> None:
     if isinstance(config, str) and not config.startswith("{") and not os.path.isfile(config):
         raise SkipwiseError(f"trainer.deepspeed: {config}: no such file")
     try:
-        arguments = _Unstarted(**values)
+        arguments: Any = _Unstarted(**values)
     except _REFUSALS as error:
         raise _refused(error) from error
     _check_trackers(arguments.report_to)
@@ -166,7 +166,7 @@ def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:
             raise SkipwiseError(f"trainer.{key} {what}{did_you_mean(key, known)}")
         kinds = {*(typing.get_args(hints[key]) or [hints[key]])} - {type(None)}
         if value is not None and len(kinds) == 1 and kinds <= {int, float, bool}:
-            values[key] = scalar(*kinds, value, f"trainer.{key}")
+            values[key] = scalar(kinds.pop(), value, f"trainer.{key}")
     names = values.get("report_to")
     if isinstance(names, str) and "," in names:
         values["report_to"] = [name.strip() for name in names.split(",")]
