@@ -266,7 +266,8 @@ class Recipe:
 
     @property
     def run_name(self) -> str:
-        return self.name or f"{Path(self.model).name}-{format_length(self.target_length)}"
+        name = Path(self.model).name.removesuffix(".gguf")
+        return self.name or f"{name}-{format_length(self.target_length)}"
 
 
 def context_lengths(recipe: Recipe, original_length: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.models.convert.gguf import local_source
 from skipwise.report import format_table
 from skipwise.report.format import metric_name, short_value
 from skipwise.report.headline import headline
@@ -51,7 +52,7 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     """
     recipe, metadata = run.recipe(), run.metadata()
     base = Path(recipe.model).expanduser()
-    copied = base_metadata(recipe.model)
+    copied = base_metadata(local_source(recipe.model))
     if base.is_dir():
         for file in sorted(base.iterdir()):
             if file.is_file() and file.name.lower().startswith(("license", "licence", "notice")):
