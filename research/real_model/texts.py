@@ -196,7 +196,7 @@ def main() -> None:
     packages = {"train": tuple(args.packages), "held_out": tuple(args.held_out)}
     made = make_texts(cache, packages)
     if not made["train"] or not made["held_out"]:
-        sys.exit("error: no text to train on, or none to measure on")
+        parser.error("no text to train on, or none to measure on")
     if args.model:
         counted = count(made, args.model)
         (cache / "texts.json").write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")

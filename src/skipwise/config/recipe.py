@@ -21,7 +21,7 @@ SHARDED_ENGINES = ("fsdp2", "zero3", "zero3-offload")  # of `engine`: they split
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """How the model is loaded. `model` itself, a folder or a hub name, is a top-level key."""
+    """How the model is loaded. `model`, a folder, GGUF file or hub name, is a top-level key."""
 
     revision: str | None = None
     """Branch, tag or commit on the Hugging Face Hub. The default is its main branch."""
@@ -232,7 +232,7 @@ class Recipe:
     """Everything that decides a run."""
 
     model: str
-    """Folder or hub name of the model to extend."""
+    """Folder, GGUF file or hub name of the model to extend."""
     target_length: int
     """Context length T to reach, in tokens: 32768 or 32k."""
     name: str | None = None
