@@ -21,6 +21,7 @@ defaults), the texts, the model or `TRAINING` changes; a task when its own setti
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -334,6 +335,10 @@ def run_skipwise(command: list[str], log: Path, seconds: float) -> tuple[int, fl
     started, stopped = time.monotonic(), 0.0
     pid = os.fork()
     if not pid:
+        os.setsid()  # Ctrl-C reaches it through the driver alone, once
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGINT)  # or when the driver is killed
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -363,8 +368,8 @@ def run_skipwise(command: list[str], log: Path, seconds: float) -> tuple[int, fl
             os.kill(pid, signal.SIGKILL)
         try:
             time.sleep(0.05)
-        except KeyboardInterrupt:  # the child had it as well
-            stopped = now
+        except KeyboardInterrupt:
+            seconds = 0.0
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -432,6 +437,7 @@ def main() -> None:
     scale = SCALES["smoke" if args.smoke else "gpu" if args.gpu else "cpu"]
     minutes = args.minutes or (8 if args.gpu else 60 * args.hours)
     end = time.monotonic() + 60 * minutes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the job saves first
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if args.smoke:
