@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from skipwise.config.parse import parse_recipe
+
 FOLDER = Path(__file__).parents[1] / "research" / "real_model"
 
 
@@ -85,13 +87,24 @@ def test_an_arm_is_keyed_by_its_recipe_the_text_and_the_model(driver, monkeypatc
     arms = {arm.name: arm for arm in run.arms_of(run.SCALES["smoke"])}
     keys = {name: driver.key(arm) for name, arm in arms.items()}
     assert len(set(keys.values())) == len(keys)
-    assert arms["full-length"].tokens == arms["defaults"].tokens == 2 * 4 * 32
+    assert {arm.tokens for arm in arms.values()} == {0, 2 * 4 * 32}
     driver.digest[1] = "other text to measure on"
     assert driver.key(arms["defaults"]) == keys["defaults"]
     driver.digest[0] = "other text to train on"
     assert driver.key(arms["defaults"]) != keys["defaults"]
     monkeypatch.setattr(run, "TRAINING", 2)
     assert driver.key(arms["pose-published"]) != keys["pose-published"]
+
+
+@pytest.mark.parametrize("name", run.SCALES)
+def test_every_trained_arm_sees_the_same_tokens_and_its_recipe_is_one(name):
+    scale = run.SCALES[name]
+    for arm in run.arms_of(scale):
+        recipe = parse_recipe({"model": "-", "target_length": arm.target}, list(arm.keys))
+        training, tokens = recipe.training, scale.steps * scale.batch * scale.train_length
+        if arm.keys and recipe.method != "none":
+            steps = training.num_steps * training.global_batch_size
+            assert steps * (recipe.train_length or 0) == tokens, arm.name
 
 
 def test_a_measurement_is_done_again_when_its_own_settings_change(driver, monkeypatch):

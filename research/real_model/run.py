@@ -118,13 +118,15 @@ def arms_of(scale: Scale) -> list[Arm]:
     """All arms in the order of what tells most. A new method is an entry here."""
     M, T, batch = scale.train_length, scale.targets[0], scale.batch
     tokens = scale.steps * batch * M
-    train = (f"training.num_steps={scale.steps}", f"training.learning_rate={scale.learning_rate}")
-    train += (f"training.warmup_steps={max(1, scale.steps // 20)}", "training.save_steps=10")
+    train = (f"training.learning_rate={scale.learning_rate}", "training.save_steps=10")
 
     def arm(name: str, *keys: str, length: int = M, target: int = T) -> Arm:
+        """Trained on the same number of tokens, in fewer examples a step or in fewer steps."""
         count = max(1, batch * M // length)
+        steps = max(1, tokens // (count * length))
         sized = (f"train_length={length}", f"training.global_batch_size={count}")
-        both = {"tokens": scale.steps * count * length, "length": length}
+        sized += (f"training.num_steps={steps}", f"training.warmup_steps={max(1, steps // 20)}")
+        both = {"tokens": steps * count * length, "length": length}
         return Arm(name=name, target=target, keys=(*train, *sized, *keys), **both)
 
     def rescaled(kind: str) -> Arm:
@@ -144,7 +146,7 @@ def arms_of(scale: Scale) -> list[Arm]:
         arm("full-length", *full, length=T),
         *(arm(f"defaults-{format_length(t)}", target=t) for t in scale.targets[1:]),
     ]
-    assert all(a.tokens <= tokens for a in found)
+    assert all(a.tokens in (0, tokens) for a in found), "arms of unequal tokens"
     return found
 
 
