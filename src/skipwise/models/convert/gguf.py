@@ -118,11 +118,10 @@ def _save_model(file: Path, keys: dict[str, Any], tables: dict[str, np.ndarray],
         if not t.name.startswith(("rope_", "blk.")) or t.name[: t.name.find(".", 4) + 1] in blocks
     )
     used = sum(p.numel() for p in loaded.parameters())
-    if info["missing_keys"] or have != used:
-        raise SkipwiseError(
-            f"{file} holds {have:,} weights, and transformers reads {used:,} of a {architecture}\n"
-            f"{_GIVE}"
-        )
+    missing = sorted(info["missing_keys"])
+    if missing or have != used:
+        why = f"no {missing[0]}" if missing else f"{used:,} of its {have:,} weights"
+        raise SkipwiseError(f"transformers reads {why} from {file} ({architecture})\n{_GIVE}")
     own = ("quantization_config", "_model_name_or_path")
     config = AutoConfig.for_model(**{k: v for k, v in config.to_dict().items() if k not in own})
     with torch.device("meta"):  # the loaded one cannot be saved
