@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +25,9 @@ from skipwise.cli import main
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError
 from skipwise.models.convert.gguf import local_source, unpack_gguf
-from skipwise.models.hf_config import load_config, model_info_of
+from skipwise.models.hf_config import load_config, to_dict
+from skipwise.models.model_info import read_model_info
+from skipwise.pipeline.quickstart import MODEL
 
 L, F, HEADS = 512, 4, 2
 SAMPLES = ["x  12 and 345", "the <|end|> of\n\n  it", "naïve 😀"]
@@ -92,6 +95,32 @@ def make_model(rope: dict[str, Any], tied: bool = True) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def write_vocabulary(writer: Any, tokenizer: Any, rule: str) -> None:
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    merges = tokenizer.backend_tokenizer.model.__getstate__().decode()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list([token for token, _ in vocab])
+    writer.add_token_types([3 if i < 2 else 1 for i in range(len(vocab))])
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(merges)["merges"]])
+    for key, name in (("bos", "<|start|>"), ("eos", "<|end|>"), ("pad", "<|end|>")):
+        getattr(writer, f"add_{key}_token_id")(tokenizer.convert_tokens_to_ids(name))
+    writer.add_chat_template(TEMPLATE)
+
+
+def write_sentencepiece(writer: Any, space: bool) -> None:
+    """The bundled model's 1,024 pieces, of which the first 320 fit the model here."""
+    pieces = SentencePieceProcessor(model_file=str(MODEL / "tokenizer.model"))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([pieces.id_to_piece(i) for i in range(320)])
+    writer.add_token_scores([pieces.get_score(i) for i in range(320)])
+    kinds = [2, 3, 3] + [6 if pieces.is_byte(i) else 1 for i in range(3, 320)]
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(space)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
 def write_gguf(
     file: Path, model: LlamaForCausalLM, tokenizer: Any, *, quantized: bool = False, **more: Any
 ) -> Path:
@@ -122,16 +151,10 @@ def write_gguf(
         plain = 20000.0 ** (-np.arange(0, 32, 2) / 32)
         table = FACTORS if kind == "longrope" else plain / model.model.rotary_emb.inv_freq.numpy()
         writer.add_tensor("rope_freqs.weight", np.array(table, np.float32))
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
-    merges = tokenizer.backend_tokenizer.model.__getstate__().decode()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(more.pop("pre", "smollm"))
-    writer.add_token_list([token for token, _ in vocab])
-    writer.add_token_types([3 if i < 2 else 1 for i in range(len(vocab))])
-    writer.add_token_merges([" ".join(pair) for pair in json.loads(merges)["merges"]])
-    for key, name in (("bos", "<|start|>"), ("eos", "<|end|>"), ("pad", "<|end|>")):
-        getattr(writer, f"add_{key}_token_id")(tokenizer.convert_tokens_to_ids(name))
-    writer.add_chat_template(TEMPLATE)
+    if "space" in more:
+        write_sentencepiece(writer, more.pop("space"))
+    else:
+        write_vocabulary(writer, tokenizer, more.pop("pre", "smollm"))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -175,7 +198,7 @@ def test_an_unpacked_file_computes_the_logits_of_its_model(
             m(ids, position_ids=positions, attention_mask=mask).logits for m in (model, again)
         )
     assert want.std() > 0.5 and torch.allclose(have, want, atol=1e-4)
-    info = model_info_of(load_config(str(folder), ModelSettings()))
+    info = read_model_info(to_dict(load_config(str(folder), ModelSettings())), ask=False)
     assert info.original_length == (L if kind == "default" else L * F)
     assert info.scaling.name == kind.partition(",")[0]
     if kind == "llama3":  # its table names no length
@@ -192,6 +215,18 @@ def test_its_tokenizer_gives_the_same_ids_template_and_ends(tokenizer: Any, tmp_
     assert (own.bos_token, own.eos_token, own.chat_template) == ("<|start|>", "<|end|>", TEMPLATE)
     config = load_config(str(unpack_gguf(file)), ModelSettings())
     assert (config.eos_token_id, config.pad_token_id, config.tie_word_embeddings) == (1, 1, True)
+
+
+def test_sentencepiece_pieces_keep_their_ids_their_space_and_bos(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", make_model(ROPE["default"]), None, space=True)
+    own = AutoTokenizer.from_pretrained(unpack_gguf(file))
+    pieces = SentencePieceProcessor(model_file=str(MODEL / "tokenizer.model"))
+    for text in ("a b", "naïve 😀 1"):
+        ids = own(text)["input_ids"]
+        assert ids[0] == 1  # llama.cpp adds BOS where the file does not say otherwise
+        assert "".join(own.convert_ids_to_tokens(ids[1:])).startswith("▁")
+        assert max(ids) < 320 and own.decode(ids, skip_special_tokens=True).strip() == text
+    assert own.convert_tokens_to_ids("▁") == pieces.piece_to_id("▁")
 
 
 def test_quantized_weights_are_the_files_in_bf16(tokenizer: Any, tmp_path: Path) -> None:
@@ -214,7 +249,7 @@ def test_it_is_unpacked_once_and_again_when_the_file_changes(
     assert capsys.readouterr().err.count("unpacking") == 1
     assert local_source(str(file)) == first and not capsys.readouterr().err
     assert "license: apache-2.0" in (Path(first) / "README.md").read_text()
-    write_gguf(file, make_model(ROPE["linear"]), tokenizer)
+    write_gguf(file, make_model(ROPE["yarn"]), tokenizer)
     assert local_source(str(file)) != first
     assert not list(Path(first).parent.glob("*.part"))
     shutil.copy(file, tmp_path / "other.gguf")
@@ -231,6 +266,7 @@ def test_it_is_unpacked_once_and_again_when_the_file_changes(
         ({"architecture": "granite"}, "cannot read the architecture 'granite'.*\n.*safetensors"),
         ({"blk.0.attn_q.bias": np.ones(64, np.float32)}, "reads [0-9,]+ of its [0-9,]+ weights"),
         ({"rotary_dim": 16}, "cannot read|other frequencies"),
+        ({"space": False}, "puts no space before a text.*\n.*tokenizer.json"),
         ({"pre": "unheard-of"}, "rule 'unheard-of'.*\nput the original model's tokenizer.json"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),

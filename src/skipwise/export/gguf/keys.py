@@ -136,17 +136,14 @@ def fix_rope_keys(file: Path, folder: Path) -> list[str]:
 def _rope_keys(requirements: Requirements, architecture: str) -> dict[str, Any]:
     """The keys as they should be. None for a key that should be absent."""
     rope: dict[str, Any] = {}
-    T = requirements.target_length
     if not requirements.own_keys:
         rope = {"type": None, "factor": None, "original_context_length": None}
         rope |= requirements.scaling.gguf_keys() or {}
-    if rope.get("type") == "linear":  # otherwise nothing tells whether context_length is L or T
-        rope["original_context_length"] = round(T / requirements.scaling.factor)
     factor = requirements.attn_factor
     rope["attn_factor"] = None if abs(factor - 1) < 1e-6 else factor
     wanted = {f"{architecture}.rope.scaling.{key}": value for key, value in rope.items()}
     wanted[f"{architecture}.rope.freq_base"] = requirements.info.rope_theta
-    wanted[f"{architecture}.context_length"] = T
+    wanted[f"{architecture}.context_length"] = requirements.target_length
     return wanted
 
 

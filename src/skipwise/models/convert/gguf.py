@@ -22,7 +22,8 @@ from skipwise.config.machine import cache_folder
 from skipwise.errors import SkipwiseError
 from skipwise.models.compatibility import make_portable
 from skipwise.models.convert import gguf_file
-from skipwise.models.hf_config import first_line, model_info_of
+from skipwise.models.hf_config import first_line, to_dict
+from skipwise.models.model_info import read_model_info
 from skipwise.models.scaled_config import scaled_config
 from skipwise.pose.rope import Unscaled, keeps_length
 
@@ -158,10 +159,10 @@ def _complete_config(config: Any, keys: dict[str, Any], tables: dict[str, np.nda
         if L is None and keeps_length(scaling, config.model_type):
             L, window = window, round(window * scaling.factor)
         config.max_position_embeddings = L or window
-        changed = scaled_config(config, model_info_of(config), scaling, window)
+        changed = scaled_config(config, read_model_info(to_dict(config)), scaling, window)
         config.max_position_embeddings = changed.max_position_embeddings
         config.rope_parameters = changed.rope_parameters
-    info = model_info_of(config)
+    info = read_model_info(to_dict(config), ask=False)  # a linear one is asked about when extended
     have = info.scaling.inv_freq(info.rope_theta, info.rotary_dim)
     want, factor = gguf_file.llama_cpp_rope(keys, tables)
     same = len(have) == len(want) and np.allclose(have, want, rtol=1e-4, atol=0)
@@ -186,15 +187,21 @@ def _tokenizer(file: Path, keys: dict[str, Any]) -> Any:
     except Exception as error:  # transformers raises many types
         raise SkipwiseError(f"{file}: its tokenizer cannot be read: {first_line(error)}") from error
     tokenizer, rule = read.backend_tokenizer, keys.get("tokenizer.ggml.pre", "default")
+    unread = ""
     if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):  # GPT-2's rule
         if rule in _DIGITS_FIRST:
             digits, words = pre_tokenizers.Digits(individual_digits=True), tokenizer.pre_tokenizer
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-        elif rule not in _GPT2_RULE:
-            raise SkipwiseError(
-                f"{file}: its tokenizer splits words by the rule {rule!r}, which transformers does "
-                f"not read from it\nput the original model's tokenizer.json into {file.parent}"
-            )
+        else:
+            unread = "" if rule in _GPT2_RULE else f"splits words by the rule {rule!r}"
+    elif not keys.get("tokenizer.ggml.add_space_prefix", True):
+        begins = tokenizer.encode("a", add_special_tokens=False).tokens[0]
+        unread = "puts no space before a text" if begins.startswith("▁") else ""
+    if unread:
+        raise SkipwiseError(
+            f"{file}: its tokenizer {unread}, which transformers does not read from it\n"
+            f"put the original model's tokenizer.json into {file.parent}"
+        )
     if rule in _UNSPLIT_WORDS:  # words of the vocabulary
         tokenizer.model.ignore_merges = True
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
