@@ -217,6 +217,15 @@ def test_its_tokenizer_gives_the_same_ids_template_and_ends(tokenizer: Any, tmp_
     assert (config.eos_token_id, config.pad_token_id, config.tie_word_embeddings) == (1, 1, True)
 
 
+def test_llama_3s_rule_keeps_words_of_the_vocabulary_whole(tokenizer: Any, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", make_model(ROPE["default"]), tokenizer, pre="llama-bpe")
+    own = AutoTokenizer.from_pretrained(unpack_gguf(file))
+    assert own.backend_tokenizer.model.ignore_merges
+    assert own.tokenize("a 123") == ["a", "Ġ", "1", "2", "3"]  # no merges of digits here
+    split = own.backend_tokenizer.pre_tokenizer.pre_tokenize_str("ab1234 c")
+    assert [word for word, _ in split] == ["ab", "123", "4", "Ġc"]
+
+
 def test_sentencepiece_pieces_keep_their_ids_their_space_and_bos(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf", make_model(ROPE["default"]), None, space=True)
     own = AutoTokenizer.from_pretrained(unpack_gguf(file))

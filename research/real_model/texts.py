@@ -132,7 +132,7 @@ def licence_of(name: str, root: Path) -> str:
     """The licences that the package's copyright file names."""
     file = root / "usr/share/doc" / name / "copyright"
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    short = re.findall(r"^License:\s*(\S.*)$", text, re.M)
+    short = re.findall(r"^License:\s*(\S.{0,50})$", text, re.M)  # a name, not a sentence
     found = short or [word for word in LICENCES if re.search(rf"\b{word}", text)]
     return ", ".join(list(dict.fromkeys(found))[:6]) or "see its copyright file"
 
