@@ -77,11 +77,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **ends)
 
 
-def make_model(rope: dict[str, Any], tied: bool = True) -> LlamaForCausalLM:
+def make_model(rope: dict[str, Any], tied: bool = True, vocab_size: int = 320) -> LlamaForCausalLM:
     torch.manual_seed(0)
     scaled = rope["rope_type"] not in ("default", "linear")
     config = LlamaConfig(
-        vocab_size=320,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -109,12 +109,12 @@ def write_vocabulary(writer: Any, tokenizer: Any, rule: str) -> None:
 
 
 def write_sentencepiece(writer: Any, space: bool) -> None:
-    """The bundled model's 1,024 pieces, of which the first 320 fit the model here."""
+    """The bundled model's 1,024 pieces."""
     pieces = SentencePieceProcessor(model_file=str(MODEL / "tokenizer.model"))
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([pieces.id_to_piece(i) for i in range(320)])
-    writer.add_token_scores([pieces.get_score(i) for i in range(320)])
-    kinds = [2, 3, 3] + [6 if pieces.is_byte(i) else 1 for i in range(3, 320)]
+    writer.add_token_list([pieces.id_to_piece(i) for i in range(1024)])
+    writer.add_token_scores([pieces.get_score(i) for i in range(1024)])
+    kinds = [2, 3, 3] + [6 if pieces.is_byte(i) else 1 for i in range(3, 1024)]
     writer.add_token_types(kinds)
     writer.add_add_space_prefix(space)
     writer.add_bos_token_id(1)
@@ -227,15 +227,17 @@ def test_llama_3s_rule_keeps_words_of_the_vocabulary_whole(tokenizer: Any, tmp_p
 
 
 def test_sentencepiece_pieces_keep_their_ids_their_space_and_bos(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "m.gguf", make_model(ROPE["default"]), None, space=True)
+    file = write_gguf(
+        tmp_path / "m.gguf", make_model(ROPE["default"], vocab_size=1024), None, space=True
+    )
     own = AutoTokenizer.from_pretrained(unpack_gguf(file))
     pieces = SentencePieceProcessor(model_file=str(MODEL / "tokenizer.model"))
     for text in ("a b", "naïve 😀 1"):
         ids = own(text)["input_ids"]
         assert ids[0] == 1  # llama.cpp adds BOS where the file does not say otherwise
         assert "".join(own.convert_ids_to_tokens(ids[1:])).startswith("▁")
-        assert max(ids) < 320 and own.decode(ids, skip_special_tokens=True).strip() == text
-    assert own.convert_tokens_to_ids("▁") == pieces.piece_to_id("▁")
+        assert ids[1:] == pieces.encode("▁" + text.replace(" ", "▁"))
+        assert own.decode(ids, skip_special_tokens=True).strip() == text
 
 
 def test_quantized_weights_are_the_files_in_bf16(tokenizer: Any, tmp_path: Path) -> None:
@@ -283,7 +285,8 @@ def test_it_is_unpacked_once_and_again_when_the_file_changes(
 def test_what_transformers_would_read_wrongly_is_an_error(
     more: dict[str, Any], said: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    file = write_gguf(tmp_path / "m.gguf", make_model(ROPE["default"]), tokenizer, **more)
+    model = make_model(ROPE["default"], vocab_size=1024 if "space" in more else 320)
+    file = write_gguf(tmp_path / "m.gguf", model, tokenizer, **more)
     with pytest.raises(SkipwiseError, match=said):
         unpack_gguf(file)
     if "pre" in more:

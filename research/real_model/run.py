@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,8 +290,10 @@ class Driver:
         folder.mkdir(parents=True, exist_ok=True)
         code, took, gib = run_skipwise(command, folder / f"{part}.log", left)
         if code:
-            last = (folder / f"{part}.log").read_text().strip().splitlines()[-3:]
-            self.left_out[name] = "stopped; it goes on" if code == 75 else " / ".join(last)
+            last = (folder / f"{part}.log").read_text().strip().splitlines()
+            self.left_out[name] = (
+                "stopped; it goes on" if code == 75 else f"exit code {code}: {last[-1:]}"
+            )
             print(f"  {self.left_out[name]}", flush=True)
             self.end = 0.0 if code == 75 else self.end
             return False
@@ -352,6 +355,8 @@ def run_skipwise(command: list[str], log: Path, seconds: float) -> tuple[int, fl
                 code = skipwise(command)
             except KeyboardInterrupt:
                 code = 75
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
