@@ -44,6 +44,7 @@ from skipwise.config.lengths import format_length  # noqa: E402
 RESULTS = HERE / "results"
 TRAINING = 1  # raise it when the package trains other weights by the same recipe
 CHAT, BENCHMARK = "chat", "next-passage"
+SMOKE_ARMS = ("base", "defaults", "rescaled-ntk", "full-length", "defaults-256")
 TIERS = ("perplexity", "passkey", "needle", CHAT, BENCHMARK, "ruler")
 
 
@@ -464,7 +465,8 @@ def main() -> None:
     make_benchmark(texts / "held_out.jsonl", texts / BENCHMARK, scale.questions)
     driver = Driver(out / f"{scale.name}-{Path(model).name}", model, texts, scale, end)
     driver.out.mkdir(exist_ok=True)
-    arms = [arm for arm in arms_of(scale) if not args.arms or arm.name in args.arms]
+    wanted = args.arms or (SMOKE_ARMS if args.smoke else [arm.name for arm in arms_of(scale)])
+    arms = [arm for arm in arms_of(scale) if arm.name in wanted]
     if not args.table:
         driver.run_all(arms, tuple(tier for tier in TIERS if tier in args.tasks))
     figures = driver.figures(arms_of(scale))
