@@ -63,6 +63,7 @@ class Scale:
     trials: int = 50  # passkeys and needles a length
     ruler: int = 20
     questions: int = 200  # of the benchmark
+    passage: int = 24  # words of its answers
     flops: float = 3e10  # a second, until something was measured
 
 
@@ -100,6 +101,7 @@ SCALES = {
         trials=2,
         ruler=1,
         questions=4,
+        passage=3,
         flops=1e8,
     ),
 }
@@ -462,7 +464,7 @@ def main() -> None:
             collect(texts, {"train": TRAIN, "held_out": HELD_OUT})
     from benchmark import make_benchmark
 
-    make_benchmark(texts / "held_out.jsonl", texts / BENCHMARK, scale.questions)
+    make_benchmark(texts / "held_out.jsonl", texts / BENCHMARK, scale.questions, scale.passage)
     driver = Driver(out / f"{scale.name}-{Path(model).name}", model, texts, scale, end)
     driver.out.mkdir(exist_ok=True)
     wanted = args.arms or (SMOKE_ARMS if args.smoke else [arm.name for arm in arms_of(scale)])
