@@ -96,7 +96,10 @@ def _save_model(file: Path, keys: dict[str, Any], tables: dict[str, np.ndarray],
 
     tensors = gguf_file.gguf_package().GGUFReader(file).tensors
     exact = all(t.tensor_type in (0, 1) for t in tensors if len(t.shape) > 1)  # F32, F16
-    options = {"gguf_file": file.name, "dtype": torch.float32 if exact else torch.bfloat16}
+    options: dict[str, Any] = {
+        "gguf_file": file.name,
+        "dtype": torch.float32 if exact else torch.bfloat16,
+    }
     architecture = keys["general.architecture"]
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
@@ -206,5 +209,8 @@ def _tokenizer(file: Path, keys: dict[str, Any]) -> Any:
         tokenizer.model.ignore_merges = True
     names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
     length = gguf_file.own_keys(keys)["context_length"]
-    options = {"model_max_length": length, **{name: getattr(read, name) for name in names}}
+    options: dict[str, Any] = {
+        "model_max_length": length,
+        **{name: getattr(read, name) for name in names},
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
