@@ -142,6 +142,25 @@ def test_a_job_at_its_limit_is_asked_to_stop_and_reported_as_stopped(tmp_path, m
     assert code == 2 and gib > 0.01 and (tmp_path / "log").read_text() == "eval"
 
 
+def test_the_table_has_a_column_for_each_task_and_length_and_says_what_was_not_run():
+    def row(task, length, value, metric="accuracy", **more):
+        common = {"model": "base", "task": task, "metric": metric, "context_length": length}
+        return {**common, "value": value, "low": 0.5, "high": 1.0, "num_samples": 4, **more}
+
+    rows = [row("perplexity", 128, 7.25, "perplexity"), row("next-passage", None, 0.75, "acc")]
+    rows += [row("passkey", 128, v, depth=d) for v, d in ((1.0, 0.1), (0.5, 0.9))]
+    rows = [{**one, "chat": False} for one in rows] + [{**row("passkey", 128, 0.25), "chat": True}]
+    arm = {"arm": "base", "rows": rows, "seconds and GiB": {"train": [90.4, 1.25]}}
+    left = {"defaults: train": "about 60 minutes"}
+    text = run.table({"model": "m", "arms": [arm], "not run": left})
+    head, _, base, chat, *_, last = text.splitlines()
+    names = "perplexity 128 | passkey 128 | next-passage | training s | GiB"
+    assert head == f"| m | {names} |"
+    assert base == "| base | 7.25 | 75 % [41, 93] | 75 % [50, 100] | 90 | 1.2 |"
+    assert chat == "| base, chat template | - | 25 % [50, 100] | - | - | - |"
+    assert last == "not run: defaults: train (about 60 minutes)"
+
+
 def test_ctrl_c_on_the_driver_waits_for_the_job_to_save(tmp_path, monkeypatch):
     def saves(command):
         try:

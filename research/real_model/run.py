@@ -384,7 +384,7 @@ def run_skipwise(command: list[str], log: Path, seconds: float) -> tuple[int, fl
 
 def table(figures: dict[str, Any]) -> str:
     """One line an arm (and one for the chat template): every score by length, and the cost."""
-    from skipwise.report.rows import is_ruler, pooled
+    from skipwise.report.rows import is_benchmark, is_ruler, pooled
     from skipwise.report.ruler import summarise_ruler
 
     lines, columns = [], []
@@ -392,9 +392,9 @@ def table(figures: dict[str, Any]) -> str:
         for chat in (False, True):
             cells: dict[str, str] = {}
             rows = [row for row in arm["rows"] if row["chat"] == chat]
-            for row in pooled(rows):
+            for row in [*pooled(rows), *filter(is_benchmark, rows)]:
                 length, value = row.get("context_length"), row["value"]
-                if row["metric"] == "bits_per_byte" or value is None or is_ruler(row):
+                if row["metric"] in ("bits_per_byte", "acc_norm") or value is None or is_ruler(row):
                     continue
                 share = row["task"] != "perplexity"
                 cell = f"{100 * value:.0f} %" if share else f"{value:.2f}"
