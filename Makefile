@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 
-.PHONY: install quickstart test test-all test-gguf study study-smoke families reference docs check clean
+.PHONY: install quickstart test test-all test-gguf study study-smoke real-model real-model-gpu families reference docs check clean
 
 install: $(STAMP) # what `make quickstart` and `make test` need
 
@@ -42,6 +42,12 @@ study: $(STAMP) # hours on two cores; type it again to go on
 
 study-smoke: $(STAMP) # six minutes on two cores: every table in small, into runs/study-smoke
 	$(BIN)/python research/study/run.py --smoke
+
+real-model: $(STAMP) # three hours on two cores; type it again to go on
+	$(BIN)/python research/real_model/run.py --hours 3
+
+real-model-gpu: $(STAMP) # eight minutes on one GPU; type it again to go on
+	$(BIN)/python research/real_model/run.py --gpu --minutes 8
 
 families: $(STAMP)
 	$(BIN)/python tools/make_config_defaults.py

@@ -273,6 +273,8 @@ def test_a_short_window_cuts_the_start_and_says_so_and_a_long_one_sees_everythin
     with pytest.warns(UserWarning):
         [row] = run_benchmark(model, tokenizer, "arc_challenge", max_length=longest - 1, **run)
     assert row["num_truncated"] > 0
+    with pytest.raises(SkipwiseError, match=r"an answer of [0-9]+ tokens does not fit into 2\n"):
+        run_benchmark(model, tokenizer, "arc_challenge", max_length=2, **run)
     model.config.max_position_embeddings = 120  # the config's window where none is given
     model.widths.clear()
     with pytest.warns(UserWarning):

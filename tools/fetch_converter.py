@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from skipwise.data.tokenize import cache_folder
+from skipwise.config.machine import cache_folder
 
 KEPT = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 

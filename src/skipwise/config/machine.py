@@ -65,6 +65,13 @@ def available_memory() -> int:
     return found
 
 
+def cache_folder() -> Path:
+    """Where tokens, unpacked models and the quickstart's text are kept."""
+    given = os.environ.get("SKIPWISE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given).expanduser() if given else Path(base) / "skipwise"
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU computes in bf16: `load.dtype: auto` trains and plans in it then."""
     try:

@@ -56,7 +56,7 @@ FILE_NAME = "one plain file name"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """How the model is loaded. `model` itself, a folder or a hub name, is a top-level key."""
+    """How the model is loaded. `model`, a folder, GGUF file or hub name, is a top-level key."""
 
     revision: str | None = None
     """Branch, tag or commit on the Hugging Face Hub. The default is its main branch."""
@@ -294,7 +294,7 @@ class Recipe:
     """Everything that decides a run."""
 
     model: str
-    """Folder or hub name of the model to extend."""
+    """Folder, GGUF file or hub name of the model to extend."""
     target_length: Annotated[int, LENGTH]
     """Context length T to reach, in tokens: 32768 or 32k."""
     name: Annotated[str | None, FILE_NAME] = None
@@ -328,7 +328,8 @@ class Recipe:
 
     @property
     def run_name(self) -> str:
-        return self.name or f"{Path(self.model).name}-{format_length(self.target_length)}"
+        name = Path(self.model).name.removesuffix(".gguf")
+        return self.name or f"{name}-{format_length(self.target_length)}"
 
 
 def context_lengths(recipe: Recipe, original_length: int) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from skipwise.config.machine import cache_folder
 from skipwise.data import token_cache
 from skipwise.data.chat import Spans, encode_conversation, spans_in_store, spans_of
 from skipwise.data.chat_records import Conversation, ConversationError
@@ -108,12 +109,6 @@ def tokenize_source(
             "kept"
         ) from error
     return token_cache.open_store(folder)
-
-
-def cache_folder() -> Path:
-    given = os.environ.get("SKIPWISE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given).expanduser() if given else Path(base) / "skipwise"
 
 
 def encode(

@@ -26,6 +26,7 @@ from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprin
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation import evaluator
 from skipwise.evaluation.fingerprint import files_identity
+from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import load_config
 from skipwise.models.load import (
     build_without_weights,
@@ -175,6 +176,7 @@ def make_eval_model(
     Raises:
         SkipwiseError: the config cannot be read, or has no positions for a length.
     """
+    model = local_source(model)
     config = load_config(model, settings)
     check_reach(config.to_dict(), max(lengths, default=0))
     if settings.attn_implementation not in ("auto", "flex_attention"):

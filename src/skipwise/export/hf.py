@@ -131,7 +131,7 @@ def export_adapter(prepared: PreparedModel, run: RunFolder, checkpoint: Path | N
     with _replacing(run.adapter) as part:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(checkpoint / name, part / name)
-        base = prepared.recipe.model if prepared.conversion is None else prepared.source
+        base = prepared.source
         settings = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
         write_json(part / "adapter_config.json", {**settings, "base_model_name_or_path": base})
         prepared.scaled.save_pretrained(part)

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from skipwise.config.lengths import format_length
 from skipwise.config.run_folder import RunFolder, write_text
+from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import stays_inside
 from skipwise.report import format_table
 from skipwise.report.figures.alt_text import describe_grid
@@ -68,7 +69,7 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     """
     recipe, metadata = run.recipe(), _plain(run.metadata())
     base = Path(recipe.model).expanduser()
-    copied, written = base_metadata(recipe.model), ["README.md"]
+    copied, written = base_metadata(local_source(recipe.model)), ["README.md"]
     if base.is_dir():
         for file in sorted(base.iterdir()):
             is_text = file.name.lower().startswith(("license", "licence", "notice"))

@@ -21,7 +21,8 @@ from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.config.stages import first_stage, full_length_stage
 from skipwise.models.attention.temperature import check_foldable
 from skipwise.models.convert import conversion_for, convert_model, load_sentencepiece
-from skipwise.models.convert_families import Conversion
+from skipwise.models.convert.families import Conversion
+from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import config_of, is_local, model_info_of, read_config
 from skipwise.models.load import attention_for, check_weights, load_model, load_tokenizer
 from skipwise.models.model_info import ModelInfo
@@ -35,7 +36,7 @@ class PreparedModel:
     """A model as a recipe will extend it, before any weights are loaded."""
 
     recipe: Recipe
-    source: str  # folder or hub name of the weights: the recipe's model, or its conversion
+    source: str  # folder or hub name of the weights: the recipe's model, or what it became
     conversion: Conversion | None  # see `convert_weights`
     raw: dict[str, Any]  # config.json of the recipe's model
     config: Any  # transformers config before rescaling
@@ -65,11 +66,12 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
     Raises:
         SkipwiseError: the model cannot be extended as asked.
     """
-    raw = read_config(recipe.model, recipe.load)
+    source = local_source(recipe.model)
+    raw = read_config(source, recipe.load)
     conversion = conversion_for(raw, recipe.load.text_only)
-    if is_local(recipe.model):
-        check_weights(Path(recipe.model).expanduser(), recipe.load)
-    config = config_of(recipe.model, raw, recipe.load, conversion and conversion.config(raw))
+    if is_local(source):
+        check_weights(Path(source).expanduser(), recipe.load)
+    config = config_of(source, raw, recipe.load, conversion and conversion.config(raw))
     info = model_info_of(config, recipe.original_length, None if conversion else raw)
     recipe = resolve_auto(recipe)
     scaling = scaling_for(recipe, info)
@@ -83,10 +85,10 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
     if recipe.attention_temperature not in ("auto", 1.0):
         check_foldable(scaled)
     in_code = conversion is not None and conversion.sentencepiece
-    tokenizer = (load_sentencepiece if in_code else load_tokenizer)(recipe.model, recipe.load)
+    tokenizer = (load_sentencepiece if in_code else load_tokenizer)(source, recipe.load)
     return PreparedModel(
         recipe=recipe,
-        source=recipe.model,
+        source=source,
         conversion=conversion,
         raw=raw,
         config=config,

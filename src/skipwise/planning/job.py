@@ -17,6 +17,7 @@ from skipwise.config.recipe import LoRASettings, Recipe
 from skipwise.config.samplers import make_sampler, resolve_auto
 from skipwise.config.stages import first_stage, full_length_stage
 from skipwise.models.convert import conversion_for
+from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import complete, is_local, read_config
 from skipwise.models.model_info import ModelInfo, read_model_info
 from skipwise.models.scaled_config import scaling_for
@@ -113,14 +114,15 @@ def read_model(recipe: Recipe) -> tuple[ModelInfo, Architecture]:
     Raises:
         SkipwiseError: no config, an incomplete one, a model that the recipe cannot extend.
     """
-    raw = read_config(recipe.model, recipe.load)
+    source = local_source(recipe.model)
+    raw = read_config(source, recipe.load)
     conversion = conversion_for(raw, recipe.load.text_only)
     config = complete(conversion.config(raw) if conversion else raw)
     info = read_model_info(config, recipe.original_length)
     scaling_for(recipe, info)
     architecture = read_architecture(config)
-    if is_local(recipe.model):
-        stored = _stored_bytes(Path(recipe.model).expanduser()) or architecture.stored_bytes
+    if is_local(source):
+        stored = _stored_bytes(Path(source).expanduser()) or architecture.stored_bytes
         architecture = dataclasses.replace(architecture, stored_bytes=stored)
     return info, architecture
 

@@ -32,6 +32,10 @@ def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) ->
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             room = self.max_length + 1  # the last token is predicted, not read
             self.num_truncated += sum(len(start) + len(end) > room for _, start, end in requests)
+            longest = max((len(end) for *_, end in requests), default=0)
+            if longest > self.max_length:
+                why = f"an answer of {longest} tokens does not fit into {self.max_length}"
+                raise SkipwiseError(f"{why}\nleave this benchmark out, or give a longer window")
             quiet = disable_tqdm or not sys.stderr.isatty()
             return super()._loglikelihood_tokens(requests, quiet, override_bs)
 

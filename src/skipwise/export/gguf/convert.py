@@ -17,14 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from skipwise.config.machine import cache_folder
 from skipwise.config.parse import load_run_recipe
 from skipwise.config.run_folder import write_json
-from skipwise.data.tokenize import cache_folder
 from skipwise.errors import SkipwiseError
-from skipwise.export.gguf.file import gguf_package
 from skipwise.export.gguf.keys import check_gguf, fix_rope_keys
 from skipwise.export.gguf.requirements import Requirements, read_requirements, refuse
 from skipwise.export.gguf.tokenizer import pre_tokenizer, text_ends
+from skipwise.models.convert.gguf_file import gguf_package
 
 OUTTYPES = ("f16", "bf16", "q8_0", "f32")
 _SCRIPT = "convert_hf_to_gguf.py"

@@ -1,38 +1,13 @@
-"""Read a GGUF file, set numbers in it, and copy it with other keys and tensors."""
+"""Set numbers in a GGUF file, and copy it with other keys and tensors."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from skipwise.errors import SkipwiseError
-
-
-def read_file(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(keys without the tokenizer's lists, tensors that divide RoPE's frequencies).
-
-    Raises:
-        SkipwiseError: not a GGUF file.
-    """
-    try:
-        reader = gguf_package().GGUFReader(file)
-    except (OSError, ValueError, IndexError) as error:
-        raise SkipwiseError(f"{file} is not a complete GGUF file: {error}") from error
-    arrays = gguf_package().GGUFValueType.ARRAY
-    keys = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not (name.startswith("tokenizer.") and field.types[0] == arrays)
-    }
-    tables = {
-        t.name: np.array(t.data, dtype=np.float64)
-        for t in reader.tensors
-        if t.name.startswith(("rope_freqs", "rope_factors"))
-    }
-    return keys, tables
+from skipwise.models.convert.gguf_file import gguf_package
 
 
 def set_numbers(file: Path, values: dict[str, int | float]) -> None:
@@ -82,18 +57,3 @@ def rewrite(
         os.replace(copy, file)
     finally:
         copy.unlink(missing_ok=True)
-
-
-def gguf_package() -> Any:
-    """llama.cpp's package for reading and writing these files.
-
-    Raises:
-        SkipwiseError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise SkipwiseError(
-            'the gguf package is missing\ntype pip install "skipwise[gguf]"'
-        ) from error
-    return gguf

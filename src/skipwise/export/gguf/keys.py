@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 
 from skipwise.errors import Check
-from skipwise.export.gguf.file import read_file, rewrite, set_numbers
+from skipwise.export.gguf.file import rewrite, set_numbers
 from skipwise.export.gguf.requirements import Requirements, read_requirements
 from skipwise.export.gguf.tokenizer import text_ends
-from skipwise.pose.rope import Unscaled, YaRN
+from skipwise.models.convert.gguf_file import TABLE, llama_cpp_rope, read_file
+from skipwise.pose.rope import Unscaled
 
-_TABLE = "rope_freqs.weight"
 # these read more keys (yarn_log_multiplier, yarn_beta_fast) or compute the factor themselves
 _OWN_WAY = {"deepseek2", "deepseek32", "deepseek4", "glm-dsa", "grok", "laguna", "mistral3"}
 
@@ -103,30 +103,6 @@ def _check_attention(
     return Check(name="gguf attention factor", passed=same, detail=detail)
 
 
-def llama_cpp_rope(keys: dict[str, Any], tables: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
-    """llama.cpp's inv_freq (d/2,) beyond the original context, and its factor on cos and sin."""
-    architecture = keys["general.architecture"]
-
-    def key(name: str, default: Any) -> Any:
-        return keys.get(f"{architecture}.{name}", default)
-
-    kind = key("rope.scaling.type", "linear")
-    factor = 1.0 if kind == "none" else key("rope.scaling.factor", 0.0) or 1.0
-    head_dim = key("attention.key_length", None)
-    if head_dim is None:
-        head_dim = key("embedding_length", 0) // np.max(key("attention.head_count", 1))
-    dim, theta = key("rope.dimension_count", head_dim), float(key("rope.freq_base", 10000.0))
-    long = kind == "longrope" or architecture == "phi3"
-    table = tables.get("rope_factors_long.weight" if long else _TABLE, 1.0)
-    plain = theta ** (-np.arange(0, dim, 2) / dim) / table
-    attention = float(key("rope.scaling.attn_factor", 1.0))
-    if kind != "yarn":
-        return plain / factor, attention
-    length = key("rope.scaling.original_context_length", key("context_length", 0))
-    yarn = YaRN(factor=factor, original_length=length)
-    return yarn.inv_freq(theta, dim) / table, attention * yarn.attention_factor
-
-
 def fix_rope_keys(file: Path, folder: Path) -> list[str]:
     """Correct the RoPE keys that the converter wrote, in place if only numbers change.
 
@@ -141,10 +117,10 @@ def fix_rope_keys(file: Path, folder: Path) -> list[str]:
     wanted = _rope_keys(requirements, architecture)
     changed = {key: value for key, value in wanted.items() if not _same(keys.get(key), value)}
     table = _table(requirements)
-    if table is None or (_TABLE in tables and np.allclose(tables[_TABLE], table, rtol=1e-5)):
+    if table is None or (TABLE in tables and np.allclose(tables[TABLE], table, rtol=1e-5)):
         tensors = {}
     else:
-        tensors = {_TABLE: table}
+        tensors = {TABLE: table}
     numbers = {k: v for k, v in changed.items() if isinstance(v, int | float) and k in keys}
     if not changed and not tensors:
         return []

@@ -6,9 +6,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from skipwise.config.machine import cache_folder
 from skipwise.config.parse import load_recipe
 from skipwise.config.recipe import Recipe
-from skipwise.data.tokenize import cache_folder
 
 MODEL = Path(__file__).with_name("model")
 _TRAIN_LENGTH = 256

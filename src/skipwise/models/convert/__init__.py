@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import SkipwiseError, first_line
-from skipwise.models import convert_families as families
-from skipwise.models.convert_families import Conversion
+from skipwise.models.convert import families
+from skipwise.models.convert.families import Conversion
 from skipwise.models.hf_config import READ_BIN, shard_names
 from skipwise.pose.rope import SCALINGS
 
