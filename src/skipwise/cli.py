@@ -35,8 +35,8 @@ examples:
   skipwise export runs/my-model-32k --to hf,gguf       files for transformers, vLLM, llama.cpp
   skipwise export --verify ./any-model                 show what each runtime would load
 
-MODEL is a folder, a GGUF file or a hub name, RECIPE a .yaml file or a name of `skipwise recipes`, RUN
-a run folder.
+MODEL is a folder, a GGUF file or a hub name, RECIPE a .yaml file or a name of `skipwise recipes`,
+RUN a run folder.
 Recipe keys can be set on the command line: training.num_steps=200 rope.type=linear
 In the help of a verb, defaults are in parentheses.
 """

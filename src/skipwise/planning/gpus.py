@@ -16,6 +16,7 @@ from skipwise.config.machine import available_memory, cpu_has_bf16
 from skipwise.errors import SkipwiseError
 
 UTILISATION = 0.40  # assumed fraction of the peak: usual for dense decoders of 1 B and more
+_REPORTED = 0.985  # of its nominal memory, what the driver of a GPU reports
 _MATMUL = 1024  # rows and columns of the matrices that time a CPU
 _MAKERS = re.compile(r"nvidia|geforce|tesla|amd|instinct|apple|rtx")
 
@@ -63,7 +64,7 @@ def find_gpu(name: str) -> Gpu:
         return this_cpu()
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|gb|g)", name.strip().lower())
     if size and float(size[1]):
-        gib = float(size[1]) if size[2] == "gib" else float(size[1]) * 1e9 / 2**30
+        gib = float(size[1]) * (1.0 if size[2] == "gib" else _REPORTED)  # makers say GB for GiB
         return Gpu(name=name.strip(), memory_gib=gib, tflops=None)
     known: dict[str, Gpu] = {}
     for gpu in GPUS:  # with its memory, or without

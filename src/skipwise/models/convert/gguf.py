@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from skipwise.config.machine import cache_folder
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, first_line
 from skipwise.models.compatibility import make_portable
 from skipwise.models.convert import gguf_file
-from skipwise.models.hf_config import first_line, to_dict
+from skipwise.models.hf_config import to_dict
 from skipwise.models.model_info import read_model_info
 from skipwise.models.scaled_config import scaled_config
 from skipwise.pose.rope import Unscaled, keeps_length

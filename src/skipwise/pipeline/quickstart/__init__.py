@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -38,10 +40,20 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
     ]
     recipe = load_recipe(Path(__file__).with_name("recipe.yaml"), [*keys, *(overrides or [])])
     check_settings(recipe)
-    shutil.copytree(MODEL, model, dirs_exist_ok=True)
+    _copy_model(model)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     write_documents(texts, tokenizer, length=_TRAIN_LENGTH, num_passkeys=_NUM_PASSKEYS)
     return recipe
+
+
+def _copy_model(folder: Path) -> None:
+    """Copy the bundled model, file by file at once: another quickstart may be reading it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in MODEL.iterdir():
+        part = folder / f"{file.name}.{os.getpid()}.part"
+        if not (folder / file.name).exists() or not filecmp.cmp(file, folder / file.name):
+            shutil.copyfile(file, part)
+            os.replace(part, folder / file.name)
 
 
 def _with_tilde(path: Path) -> str:
