@@ -356,7 +356,7 @@ def _check(rule: Any, value: Any, where: str) -> None:
                 f"{where} is {shown(value)}: give {FILE_NAME}, without / and line breaks"
             )
     elif rule is SourceSettings:
-        for source in value:
+        for source in value or ():
             if isinstance(source, dict):
                 _build(SourceSettings, source, where)
             else:

@@ -273,8 +273,9 @@ def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> Non
     """SkipwiseError for values that transformers passes over, computes from, or fails at."""
     for what, kind, low, high, keys in _KINDS:
         for key in keys:
-            value = config.get(key)
+            value: Any = config.get(key)
             per_layer = isinstance(value, list) and kind is int
+            one: Any
             for one in value if per_layer else [value]:
                 good = isinstance(one, kind) and not isinstance(one, bool)
                 if good and kind not in (dict, list) and not low <= one <= high:
@@ -325,7 +326,7 @@ def shard_names(index: Path) -> set[str]:
     """The weight files of an index; SkipwiseError if one is outside of its folder."""
     found = read_json(index)
     listed = found.get("weight_map") if isinstance(found, dict) else None
-    names = list(listed.values()) if isinstance(listed, dict) else [None]
+    names: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
     for name in names:
         if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
             raise SkipwiseError(

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from skipwise.errors import SkipwiseError
 from skipwise.pose.rope import SCALINGS, Scaling, Unscaled, keeps_length
 from skipwise.pose.rope_config import counts_from, from_rope_parameters, unread_keys
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 PROPORTIONAL = "proportional"  # Gemma 4: a share of the pairs, with the exponents of all
 _RECURRENT = {"linear_attention", "mamba", "mamba2", "recurrent", "hybrid", "conv"}
@@ -77,14 +77,14 @@ def defaults() -> dict[str, dict[str, Any]]:
     return _of_transformers()["families"]
 
 
-def explains_wrong_types(read: Callable[P, R]) -> Callable[P, R]:
+def explains_wrong_types(read: F) -> F:
     """Turn what a config with values of the wrong type raises into a SkipwiseError.
 
     A config.json can come from anybody, and has hundreds of keys.
     """
 
     @wraps(read)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         try:
             return read(*args, **kwargs)
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
@@ -93,7 +93,7 @@ def explains_wrong_types(read: Callable[P, R]) -> Callable[P, R]:
                 "correct its config.json, or give another model"
             ) from error
 
-    return checked
+    return cast(F, checked)
 
 
 @explains_wrong_types

@@ -84,9 +84,13 @@ def _refuse_conflicts(config: dict[str, Any]) -> None:
     if config.get("model_type") in ("phi3", "phi4_multimodal") or "full_attention" in newer:
         return  # Phi-3 says yarn for longrope
     top = config.get("rope_theta") or config.get("rotary_emb_base")
-    names = {p.get(key) for p in (older, newer) for key in ("type", "rope_type")} & SCALINGS.keys()
+    given = [str(p.get(key)) for p in (older, newer) for key in ("type", "rope_type")]
+    names = {*given} & SCALINGS.keys()
     thetas = [top, *(p.get("rope_theta") or top or "unset" for p in (older, newer) if p)]
-    found = {"rope_type": sorted(names), "rope_theta": sorted({*thetas} - {None}, key=str)}
+    found: dict[str, list[Any]] = {
+        "rope_type": sorted(names),
+        "rope_theta": sorted({*thetas} - {None}, key=str),
+    }
     for key, values in found.items():
         if len(values) > 1:
             raise SkipwiseError(
