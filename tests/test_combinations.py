@@ -10,7 +10,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 
 @pytest.mark.extended
-@pytest.mark.slow
 def test_the_page_of_combinations_is_that_of_the_code():
     pytest.importorskip("bitsandbytes")
     import make_combinations

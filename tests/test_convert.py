@@ -205,6 +205,7 @@ def test_load_scaled_converts_for_a_loop_of_ones_own(gptj, tmp_path):
     assert model.config.rope_parameters["rope_type"] == "yarn"
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("family", ["gptj", "baichuan2"])
 def test_extend_converts_by_itself_and_says_so(family, gptj, spm, tmp_path, capsys):
     source, run = tmp_path / "source", RunFolder(tmp_path / "run")
@@ -239,6 +240,7 @@ def test_extend_converts_by_itself_and_says_so(family, gptj, spm, tmp_path, caps
     assert dataclasses.asdict(run.recipe())["model"] == str(source)
 
 
+@pytest.mark.extended
 def test_export_alone_converts_what_lora_was_trained_on(gptj, tmp_path, capsys):
     run = RunFolder(tmp_path / "run")
     save_gptj(gptj, tmp_path / "source")

@@ -372,7 +372,7 @@ def test_accumulation_gives_the_weights_of_one_large_batch(
         assert mine["distillation"] == pytest.approx(theirs["distillation"], rel=2e-2, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("engine", EACH)
 @pytest.mark.parametrize(("mode", "more"), [("full", []), ("lora", ["lora.rank=4"])])
 def test_two_processes_train_what_one_does(
@@ -395,7 +395,7 @@ def test_two_processes_train_what_one_does(
     assert engine == "ddp" or "18 of its 21 tensors sharded" in detail  # not: embedding, norm, head
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_buffers_of_the_weights_are_the_teachers_in_every_process(text_folder, tmp_path):
     save_model(tmp_path / "model", "glm4_moe")  # which chooses experts with a buffer's help
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

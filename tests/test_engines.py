@@ -122,7 +122,7 @@ def trained(recipe_file, tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("engine", EACH)
 def test_two_processes_have_the_loss_and_weights_of_one(alone, trained, engine):
     folder = trained(engine)
@@ -141,7 +141,7 @@ def test_two_processes_have_the_loss_and_weights_of_one(alone, trained, engine):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("engine", EACH)
 def test_one_process_goes_on_where_two_were_stopped(alone, trained, engine, tmp_path):
     shutil.copytree(trained(engine), tmp_path / "run")
@@ -160,7 +160,7 @@ class Evil:
         return os.system, (f"touch {self.file}",)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @needs_deepspeed
 @pytest.mark.parametrize("processes", [2, 1], ids=["loaded", "converted"])
 @pytest.mark.parametrize("kind", ["model_states", "optim_states"])
@@ -180,7 +180,7 @@ def test_a_planted_pickle_of_deepspeed_does_not_run(trained, tmp_path, kind, pro
     assert code == 2 and not ran.exists(), err.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("engine", EACH)
 def test_what_an_engine_trained_is_exported(trained, engine):
     _, err = skipwise("export", trained(engine))
@@ -201,7 +201,7 @@ def lora_alone(recipe_file, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("engine", EACH)
 def test_lora_on_two_processes_goes_on_with_one(recipe_file, lora_alone, tmp_path, engine):
     arguments = ("--out", tmp_path / "run", "--gpus", 2, "--engine", engine)
@@ -214,7 +214,7 @@ def test_lora_on_two_processes_goes_on_with_one(recipe_file, lora_alone, tmp_pat
     assert_close(weights(tmp_path / "run", 4), want, 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_torchrun_starts_the_same_training(alone, recipe_file, tmp_path):
     done = subprocess.run(
         [
@@ -240,7 +240,7 @@ def wait_for(condition, process, seconds=120):
 LONG = ("training.num_steps=120", "training.save_steps=20")  # long enough to be stopped in
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_signal_to_the_launcher_saves_in_every_process(recipe_file, tmp_path):
     out = tmp_path / "run"
     process = start("train", recipe_file, "--out", out, "--gpus", 2, "--engine", "fsdp2", *LONG)
@@ -255,7 +255,7 @@ def test_a_signal_to_the_launcher_saves_in_every_process(recipe_file, tmp_path):
     assert steps == list(range(1, 121)) and weights(out, 120)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(recipe_file, tmp_path):
     out = tmp_path / "run"
     process = start("train", recipe_file, "--out", out, "--gpus", 2, *LONG)
@@ -325,7 +325,7 @@ def test_only_the_first_process_loads_weights_under_fsdp2(monkeypatch):
     assert not engines.cpu_ram_efficient_loading("ddp", None, False)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("mode", [(), ("--lora",)], ids=["full", "lora"])
 def test_tied_embeddings_train_alike_under_fsdp2(recipe_file, tmp_path, tiny, mode):
     from transformers import LlamaForCausalLM

@@ -63,7 +63,7 @@ def chats(tmp_path_factory):
     return file
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_plain_loop_trains_and_saves_a_scaled_model(tiny, tmp_path):
     text = tmp_path / "book.txt"
     text.write_text("".join(f"value_{i} = {i * i}\n" for i in range(400)))
@@ -73,7 +73,7 @@ def test_the_plain_loop_trains_and_saves_a_scaled_model(tiny, tmp_path):
     assert_trained(tmp_path / "model", tiny)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_trainer_example_checks_trains_and_saves_a_portable_model(tiny, text_folder, tmp_path):
     texts, out = text_folder / "part.jsonl", tmp_path / "model"
     said = run("transformers_trainer.py", tiny, texts, "--to", T, "--steps", 6, "--out", out)
@@ -81,7 +81,6 @@ def test_the_trainer_example_checks_trains_and_saves_a_portable_model(tiny, text
     assert_trained(out, tiny)
 
 
-@pytest.mark.slow
 @pytest.mark.extended
 @pytest.mark.parametrize("lora", [[], ["--lora"]])
 def test_the_trl_example_checks_trains_and_saves_a_portable_model(tiny, chats, tmp_path, lora):
@@ -92,7 +91,7 @@ def test_the_trl_example_checks_trains_and_saves_a_portable_model(tiny, chats, t
     assert_trained(out, tiny)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_job_extends_and_pushes_when_asked(tiny, text_folder, tmp_path):
     small = ["training.num_steps=2", "training.global_batch_size=2", "rope.type=yarn"]
     small += ["eval.tasks=[passkey]", "eval.passkey_samples=2", "attention_temperature=1.0"]
@@ -144,7 +143,7 @@ def axolotl_config(tiny, text_folder, out):
     return cfg
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(find_spec("axolotl") is None, reason="no Axolotl")
 def test_the_axolotl_example_trains_in_axolotl_itself(tiny, text_folder, tmp_path):
     out, file = tmp_path / "model", tmp_path / "run.yaml"

@@ -84,6 +84,7 @@ def test_results_are_tidy_rows_of_the_base_rescaled_and_trained(finished):
     assert all("depth" in row for row in rows if row["task"] == "passkey")
 
 
+@pytest.mark.extended
 def test_untrained_is_what_rescaling_alone_exports(tiny, text_folder, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text(inspect.getsource(argparse))
@@ -218,7 +219,7 @@ def test_the_reload_check_catches_a_config_that_lost_its_scaling(tiny, tmp_path,
     assert not check.passed and "different logits" in check.detail
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_merged_lora_gives_the_logits_of_the_adapted_model(tiny, text_folder, tmp_path):
     run = extend(make_recipe(tiny, text_folder, "lora.rank=4"), tmp_path / "run")
     from peft import PeftModel
@@ -244,7 +245,7 @@ def with_lora(tiny, text_folder, tmp_path_factory):
     return extend(recipe, tmp_path_factory.mktemp("lora") / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_an_adapter_alone_comes_with_the_config_it_needs(with_lora, capsys):
     from peft import PeftModel
     from transformers import AutoConfig
@@ -266,7 +267,7 @@ def test_an_adapter_alone_comes_with_the_config_it_needs(with_lora, capsys):
     assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_run_of_all_weights_has_no_adapter(finished, capsys):
     assert main(["export", str(finished.path), "--to", "adapter"]) == 2
     assert "has no adapter" in capsys.readouterr().err
@@ -315,6 +316,7 @@ def test_mistakes_are_found_before_anything_is_written(tiny, text_folder, tmp_pa
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.extended
 def test_untrained_rescaling_is_measured_on_the_sources(tiny, text_folder, tmp_path):
     run = extend(make_recipe(tiny, text_folder, "method=none"), tmp_path / "run")
     rows = run.results()
@@ -323,7 +325,7 @@ def test_untrained_rescaling_is_measured_on_the_sources(tiny, text_folder, tmp_p
     assert "Nothing was trained" in (run.report / "index.html").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("method", ["full", "randpos", "cream"])
 def test_the_baselines_run_from_the_same_recipe(tiny, text_folder, tmp_path, method):
     run = extend(make_recipe(tiny, text_folder, f"method={method}"), tmp_path / "run")
@@ -332,7 +334,7 @@ def test_the_baselines_run_from_the_same_recipe(tiny, text_folder, tmp_path, met
     assert facts["training"]["tokens_per_step"] == 4 * (256 if method == "full" else 64)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_importance_weights_train_with_lora_and_export(tiny, text_folder, tmp_path):
     overrides = ["lora.rank=2", "positions.key_weights=importance"]
     run = extend(make_recipe(tiny, text_folder, *overrides), tmp_path / "run")

@@ -301,7 +301,13 @@ def make_run(family, base, scaling, folder, **settings):
     return convert_weights(prepare_model(recipe), base.parent / "converted"), run
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+EVERY_TIME = ("llama", "mixtral", "qwen3", "gemma3_text")  # in `make test`; the others in test-all
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in EVERY_TIME else pytest.mark.extended) for f in FAMILIES],
+)
 def test_family(family, tmp_path, spm, monkeypatch, capsys):
     monkeypatch.setattr(hf, "_TOLERANCE", 1e-5)
     base = tmp_path / "base"

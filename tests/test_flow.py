@@ -17,7 +17,7 @@ def counted(monkeypatch, module, name):
     return calls
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_default_extend_prepares_the_model_once_and_loads_the_data_once(
     tiny, text_folder, tmp_path, monkeypatch
 ):

@@ -36,7 +36,7 @@ def started(*arguments):
     return RunFolder(arguments[arguments.index("--out") + 1])
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize(("command", "engine"), CASES, indirect=["command"])
 def test_two_processes_finish_like_one_and_one_goes_on(command, tmp_path, engine):
     verb, one = command

@@ -117,6 +117,7 @@ def straight(tiny, text_folder, tmp_path_factory):
     return run_training(make_recipe(tiny, text_folder), tmp_path_factory.mktemp("finish") / "run")
 
 
+@pytest.mark.extended
 def test_what_is_trained_needs_no_processes_that_share_its_batch(
     straight, tiny, text_folder, tmp_path, monkeypatch
 ):
@@ -174,6 +175,7 @@ def test_the_finish_is_full_length_training_from_the_weights_of_pose(straight, t
         assert torch.allclose(tensor, mine[name], atol=2e-5), name
 
 
+@pytest.mark.extended
 def test_what_the_trainer_is_given(tiny, text_folder, tmp_path, monkeypatch):
     seen = recorded(monkeypatch)
     run = run_training(make_recipe(tiny, text_folder), tmp_path / "run")
@@ -205,6 +207,7 @@ def test_examples_depend_on_their_number_alone(straight, tiny, text_folder):
     assert not np.array_equal(plain, [own[k]["input_ids"] for k in range(LAST)])
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("phase", "step", "message"),
     [
@@ -234,6 +237,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert [m.get("phase") for m in again] == [m.get("phase") for m in want]
 
 
+@pytest.mark.extended
 def test_a_finish_that_died_goes_on_at_its_checkpoint(
     straight, tiny, text_folder, tmp_path, monkeypatch
 ):
@@ -273,7 +277,7 @@ def test_what_a_finish_took_is_there_when_it_counts_as_done(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_killed_finish_ends_with_bit_identical_weights(straight, tmp_path):
     command = [sys.executable, "-m", "skipwise", "train", str(straight.recipe_file), "--out"]
     run = RunFolder(tmp_path / "run")
@@ -288,6 +292,7 @@ def test_a_killed_finish_ends_with_bit_identical_weights(straight, tmp_path):
     assert equal(trained(run), trained(straight))
 
 
+@pytest.mark.extended
 def test_an_adapter_goes_on_from_where_pose_left_it(tiny, text_folder, tmp_path, monkeypatch):
     from peft import get_peft_model_state_dict
 
@@ -390,6 +395,7 @@ def test_text_that_is_read_again_and_again_is_said(tiny, text_folder, tmp_path, 
     assert "408 examples of them; each stretch of text is read about" in capsys.readouterr().out
 
 
+@pytest.mark.extended
 def test_the_whole_job_hands_over_what_the_finish_made(tiny, text_folder, tmp_path):
     run = extend(make_recipe(tiny, text_folder, "export.checkpoint=passkey"), tmp_path / "run")
     facts = run.metadata()

@@ -25,7 +25,7 @@ if not os.environ.get("LLAMA_CPP_TESTS"):
     pytest.skip("make test-gguf", allow_module_level=True)
 import llama_cpp
 
-pytestmark = [pytest.mark.slow, pytest.mark.extended]
+pytestmark = pytest.mark.extended
 L, DIM = 256, 64  # of the bundled model
 T = F * L
 SCALINGS = {**SCALINGS, "longrope": {"name": "longrope"}}  # with YaRN's slowing

@@ -46,7 +46,7 @@ def test_check_prints_checks_on_stdout_and_nothing_of_a_library_on_stderr(tiny, 
     assert not found
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_run_with_lora_its_training_evaluation_and_exports_print_only_our_lines(
     tiny, text_folder, tmp_path
 ):

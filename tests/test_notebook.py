@@ -61,7 +61,7 @@ def shown(monkeypatch):
     return objects
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_notebook_runs_from_the_wheel_to_the_line_that_publishes(
     tiny, text_folder, tmp_path, monkeypatch, shown, capsys
 ):

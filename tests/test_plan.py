@@ -90,6 +90,7 @@ def predicted(folder, *settings, num_gpus=1, gpu=None):
     return job, predict_memory(job)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "family", [name for name, (extra, _) in FAMILIES.items() if extra is not None]
 )
@@ -415,7 +416,7 @@ def test_the_plan_cuts_the_loss_as_training_does(folder):
     assert job.loss_tokens == job.tokens and not job.chunked
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("settings", [[], ["lora={}", "training.gradient_checkpointing=true"]])
 def test_the_predicted_peak_is_within_15_percent_of_three_real_steps(settings):
     from skipwise.pipeline.quickstart import MODEL

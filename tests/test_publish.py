@@ -246,6 +246,7 @@ def test_the_question_takes_only_a_yes(run):
     assert not confirm(upload, ask=lambda text: "") and not confirm(upload, ask=lambda text: "n")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("hub", "token", "words"),
     [

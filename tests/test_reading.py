@@ -106,6 +106,7 @@ def plain(model, tokens, count):
     return said
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("prefix", [0, 90])
 def test_answers_are_those_of_plain_passes_whatever_the_model_can(family, prefix):
     model, ways = family

@@ -80,7 +80,7 @@ def test_it_fits_the_hardware_it_names(path, config_folder, capsys):
     assert gpu["fits"], gpu
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shrunk_to_a_tiny_model_it_trains_and_exports(path, tiny, text_folder, tmp_path):
     keys = yaml.safe_load(path.read_text())

@@ -13,7 +13,7 @@ from test_report_page import CHECKS, CHOICES, untrained
 
 from skipwise.report import compare_runs, write_report
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.extended
 LAPTOP, PHONE, HEIGHT = 1100, 390, 2400  # pixels
 NUM_MODELS = {"run": 3, "evaluation": 2, "comparison": 4}
 FLAGS = (

@@ -336,6 +336,7 @@ def test_new_sections_stand_only_where_there_are_rows(tmp_path):
     assert not {*new, "Choice of the checkpoint"} & set(titles(page))
 
 
+@pytest.mark.extended
 def test_an_evaluation_claims_no_extension_and_shows_no_training(tmp_path):
     rows = complete_rows("base", "my-model")
     rows.sort(key=lambda row: row["model"] == "base")  # the baseline was measured later

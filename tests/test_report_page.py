@@ -76,6 +76,7 @@ def complete(tmp_path_factory):
     return page_of(folder, rows + untrained(rows), exported=True, checks=CHECKS, **CHOICES)
 
 
+@pytest.mark.extended
 def test_the_contents_link_to_every_section_once_and_in_order(complete):
     nav = complete.partition("<nav")[2].partition("</nav>")[0]
     links = re.findall(r'<a href="#([^"]+)">(.*?)</a>', nav)
@@ -282,6 +283,7 @@ HALF = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", list(HALF))
 def test_a_run_of_which_only_a_part_is_there_has_a_page_of_it(tmp_path, name):
     given = {"positions": None, **HALF[name]}

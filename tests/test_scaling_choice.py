@@ -202,7 +202,7 @@ def test_no_more_is_measured_than_decides(made, monkeypatch, losses, best_loss, 
     assert measured == asked and ("passkeys" in row) == (len(asked) > 1)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_on_the_bundled_model_the_choice_is_what_training_confirms(tmp_path):
     """research/study: llama3 before yarn before ntk before linear, trained and untrained."""
     from skipwise.pipeline.quickstart import make_recipe

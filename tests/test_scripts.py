@@ -90,7 +90,7 @@ def run(script, arguments, out):
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(s, marks=pytest.mark.slow if s in SLOW else ()) for s in SCRIPTS],
+    [pytest.param(s, marks=pytest.mark.extended if s in SLOW else ()) for s in SCRIPTS],
 )
 def test_a_script_runs_in_its_smallest_setting(script, folder, tmp_path):
     if script in NOT_HERE:

@@ -46,7 +46,7 @@ def weights(folder):
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("scores", "chosen"),
     [({2: 0.2, 4: 0.9, 6: 0.5}, 4), ({2: 0.7, 4: 0.7, 6: 0.1}, 4), ({2: 0, 4: 0, 6: 0}, 6)],
@@ -75,7 +75,7 @@ def test_the_best_checkpoint_is_exported_and_of_equals_the_latest(
     assert [f.name for f in run.candidates.iterdir()] == [f"step-{chosen}"]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("by", ["needle", "perplexity"])
 def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
     by, tiny, text_folder, tmp_path, monkeypatch
@@ -106,7 +106,7 @@ def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
     assert "chosen" in page
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_lora_candidates_are_adapters(tiny, text_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         choose_checkpoint, "_score", lambda plan, run, folder: -int(folder.name[5:])
@@ -137,7 +137,7 @@ def test_a_choice_that_cannot_be_made_is_refused_before_training(tiny):
     check("passkey", [])
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_candidate_that_was_removed_is_named(tiny, text_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choose_checkpoint, "_score", lambda plan, run, folder: 0.5)
     run = extend(make_recipe(tiny, text_folder), tmp_path / "run")

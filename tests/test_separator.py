@@ -140,7 +140,7 @@ JOINED = {  # of the texts "a" and "b", by name: what is between them, and befor
 }
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("name", JOINED)
 def test_auto_takes_the_separator_that_the_base_was_trained_with(
     bases, texts, tmp_path, name, monkeypatch
@@ -188,7 +188,7 @@ def test_auto_takes_the_separator_that_the_base_was_trained_with(
     assert with_chosen_separator(prepared, run).separator == chosen.separator
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_check_says_what_the_separator_is_and_what_the_others_give(bases, texts):
     lines = {one.name: str(one) for one in check(recipe_of(bases["bos"], texts))}
     assert lines["separator"].startswith("ok   separator: BOS between documents, perplexity ")

@@ -17,6 +17,7 @@ from skipwise.evaluation.harness.benchmarks import (
 pytest.importorskip("lm_eval", reason="pip install 'skipwise[bench]'")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

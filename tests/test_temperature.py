@@ -283,6 +283,7 @@ def source_text():
     return [ids for ids in (np.array(encode(tokenizer, text)) for text in texts) if len(ids) > 512]
 
 
+@pytest.mark.extended
 def test_the_search_finds_what_was_taken_from_the_queries(source_text):
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     found = {}
@@ -339,7 +340,7 @@ def test_without_room_nothing_is_searched_and_a_broken_checkpoint_is_no_such_thi
         fails(SkipwiseError("the checkpoint is broken"))
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_search_of_a_run_is_exported_told_and_made_once(
     tiny, text_folder, tmp_path, monkeypatch, capsys
 ):
@@ -393,7 +394,7 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
     assert {row["model"] for row in run.results()} == {"before"}  # the rest was of another model
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_number_is_taken_as_it_is(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "method=none", "attention_temperature=1.2")
     run = extend(recipe, tmp_path / "run")
@@ -417,7 +418,7 @@ def test_1_changes_nothing(tiny, tmp_path):
     assert "temperature" not in run.metadata()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_without_training_the_search_has_text_of_its_own(tiny, text_folder, tmp_path):
     overrides = ["method=none", "attention_temperature=auto", "eval.tasks=[perplexity]"]
     recipe = make_recipe(tiny, text_folder, *overrides, "eval.perplexity_windows=2")
@@ -471,7 +472,7 @@ def test_an_untrained_run_is_not_searched(tiny, text_folder, tmp_path):
         choose_temperature.chosen_temperature(prepare_model(recipe), RunFolder(tmp_path), None)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_an_adapter_says_that_it_has_no_temperature(tiny, text_folder, tmp_path):
     recipe = make_recipe(tiny, text_folder, "lora.rank=2", "attention_temperature=1.2")
     run = extend(recipe, tmp_path / "run")

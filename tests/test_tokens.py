@@ -196,6 +196,7 @@ def test_processes_chunks_and_files_read_in_them_change_no_byte(
     assert [line.split(": ")[0] for line in one.bad_records[:3]] == list(map(str, broken))
 
 
+@pytest.mark.extended
 def test_wherever_it_is_interrupted_the_resumed_cache_is_the_uninterrupted_one(
     tmp_path, small_chunks, mixed, tokenizer, monkeypatch
 ):
@@ -217,7 +218,7 @@ def test_wherever_it_is_interrupted_the_resumed_cache_is_the_uninterrupted_one(
         assert len(calls) == total - after  # nothing is done twice
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(
     tmp_path, small_chunks, mixed, tokenizer, num_proc
@@ -245,7 +246,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)  # none outlives the kill
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_of_two_processes_that_want_the_same_tokens_one_makes_them(
     tmp_path, small_chunks, mixed, tokenizer
 ):
@@ -258,7 +259,7 @@ def test_of_two_processes_that_want_the_same_tokens_one_makes_them(
     assert len(set(pids)) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_of_two_processes_the_second_goes_on_where_the_first_was_killed(
     tmp_path, small_chunks, mixed, tokenizer
 ):
@@ -364,6 +365,7 @@ def test_parts_that_nobody_goes_on_with_are_removed_after_two_weeks(tmp_path, to
     assert {"young.part", "young.lock"} < names and not {"old.part", "old.lock"} & names
 
 
+@pytest.mark.extended
 def test_max_tokens_takes_whole_documents_until_they_hold_so_many(
     tmp_path, small_chunks, mixed, tokenizer, monkeypatch
 ):

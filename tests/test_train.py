@@ -159,7 +159,7 @@ def test_text_that_changed_since_a_checkpoint_is_refused(tiny, text_folder, tmp_
     assert run.metadata()["data"] == data and run.eval_documents.read_bytes() == held_out
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_run_killed_in_the_middle_ends_with_bit_identical_weights(
     straight, tiny, text_folder, tmp_path
 ):
@@ -416,6 +416,7 @@ def test_a_recipe_for_liger_leaves_the_loss_to_it(tiny, text_folder):
         cuts_loss(make_recipe(tiny, text_folder, liger, "training.loss=chunked"), 8192, 32000)
 
 
+@pytest.mark.extended
 def test_training_writes_lines_where_there_is_no_terminal(
     tiny, text_folder, tmp_path, monkeypatch, capsys
 ):

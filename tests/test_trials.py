@@ -67,6 +67,7 @@ def generated(model, trial, count):
     return out[0, asked.shape[1] :].tolist()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("batch_tokens", [100, 1500, 16384])
 @pytest.mark.parametrize("kind", ["passkey", "needle", "single"])
 def test_exact_answers_are_those_of_greedy_generation(model, tokenizer, words, kind, batch_tokens):
