@@ -15,7 +15,7 @@ from skipwise.errors import SkipwiseError
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").iterdir() if path.is_file())
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 SHAPE = {
     "model_type": "mistral",

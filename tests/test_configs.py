@@ -240,7 +240,7 @@ sys.exit(code)
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
-    assert "32,768 to 65,536 tokens, yarn by 2" in done.stdout
+    assert "32,768 to 65,536 tokens, scaled by 2" in done.stdout
     assert "every layer has a sliding_window of 4,096: it will be removed" in done.stdout
     assert "neither the loaded model nor the text was checked" in done.stdout
     assert seconds < 5  # the bar of one second is measured by hand: tests share the machine

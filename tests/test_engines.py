@@ -30,11 +30,9 @@ from skipwise.training.distributed.engines import engine_of, keep_rope_in_float3
 
 STEPS = 20
 ENGINES = ["ddp", "fsdp2", "zero3"]
-needs_deepspeed = [
-    pytest.mark.extended,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed"),
-]
-EACH = [pytest.param(e, marks=needs_deepspeed if e == "zero3" else ()) for e in ENGINES]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
+ZERO3 = [pytest.mark.extended, needs_deepspeed]
+EACH = [pytest.param(e, marks=ZERO3 if e == "zero3" else ()) for e in ENGINES]
 
 
 @pytest.fixture(scope="module")
@@ -384,8 +382,8 @@ def test_qlora_trains_packed_weights_and_exports_whole_ones(recipe_file, tmp_pat
     assert sum(t.numel() for t in whole.values()) == facts["model"]["num_parameters"]
 
 
-@needs_deepspeed[0]
-@needs_deepspeed[1]
+@pytest.mark.extended
+@needs_deepspeed
 def test_quantised_weights_under_deepspeed_are_refused(recipe_file, tmp_path):
     arguments = ("--gpus", 2, "--engine", "zero3", "--lora", "lora.quantization=nf4")
     process = start("train", recipe_file, "--out", tmp_path / "run", *arguments)

@@ -55,7 +55,6 @@ def test_a_rescaled_model_is_the_one_prepared_with_that_scaling(tiny):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["training.num_steps=0"], "num_steps is 0"),
         (["training.global_batch_size=3"], "not a multiple"),
         (["data.sources=[nowhere.txt]"], "nowhere.txt"),
         (["full_length.fraction=0.001"], "fewer tokens"),

@@ -12,12 +12,13 @@ from skipwise.config.parse import dump_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.training.callbacks import read_metrics
 
-needs_deepspeed = [
-    pytest.mark.extended,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed"),
-]
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
 LORA = ("--lora",)
-CASES = [((), "ddp"), (LORA, "fsdp2"), pytest.param((), "zero3", marks=needs_deepspeed)]
+CASES = [
+    ((), "ddp"),
+    (LORA, "fsdp2"),
+    pytest.param((), "zero3", marks=[pytest.mark.extended, needs_deepspeed]),
+]
 
 
 @pytest.fixture(scope="module")

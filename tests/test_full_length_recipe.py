@@ -108,6 +108,7 @@ def test_the_plan_shows_both_parts(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "full-length peak" in out and "1 x 131,072 tokens" in out and "no: full_length={}" in out
     settings = [f"model={tmp_path}", "target_length=128k", "engine=fsdp2"]
+    settings += ["training.micro_batch_size=1"]  # auto fills the GPU with short examples
     with_it = make_plan(made(*settings, "full_length.fraction=0.1"), num_gpus=8)
     without = make_plan(made(*settings), num_gpus=8)
     assert with_it.memory == without.memory and with_it.job.num_steps == 900

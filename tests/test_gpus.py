@@ -59,7 +59,7 @@ def test_gpus_are_found_by_loose_names(given, name):
 
 
 @pytest.mark.parametrize(
-    ("given", "gib"), [("24GiB", 24), ("24 gb", 24e9 / 2**30), ("10.5G", 10.5e9 / 2**30)]
+    ("given", "gib"), [("24GiB", 24), ("24 gb", 24 * 0.985), ("10.5G", 10.5 * 0.985)]
 )
 def test_a_size_stands_for_a_gpu_of_which_only_the_memory_is_known(given, gib, folder, capsys):
     gpu = find_gpu(given)

@@ -83,7 +83,7 @@ def test_gguf_is_made_of_the_exported_folder_and_checked(tmp_path, monkeypatch, 
 
     run = RunFolder(tmp_path / "run")
     run.model.mkdir(parents=True)
-    recipe = type("Recipe", (), {"run_name": "mine"})
+    recipe = type("Recipe", (), {"name": "mine", "model": "base", "target_length": 256})
     monkeypatch.setattr(RunFolder, "recipe", lambda self: recipe)
     monkeypatch.setattr(stages, "find_converter", lambda given: "script")
     monkeypatch.setattr(stages, "to_gguf", convert)

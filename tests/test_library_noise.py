@@ -50,7 +50,7 @@ def test_check_prints_checks_on_stdout_and_nothing_of_a_library_on_stderr(tiny, 
 def test_a_run_with_lora_its_training_evaluation_and_exports_print_only_our_lines(
     tiny, text_folder, tmp_path
 ):
-    steps = ["training.num_steps=2", "training.global_batch_size=2", "eval.passkey_samples=2"]
+    steps = ["training.num_steps=2", "training.global_batch_size=8", "eval.passkey_samples=2"]
     steps += ["eval.tasks=[passkey]", "training.warmup_steps=1", "full_length.fraction=0.5"]
     data = ["--to", "256", "--data", str(text_folder), "--lora"]
     for arguments in (

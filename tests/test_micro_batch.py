@@ -9,7 +9,7 @@ import torch
 from test_train import make_recipe, run_training, stop_at
 
 from skipwise.errors import RunStopped, SkipwiseError
-from skipwise.preflight.step import time_pass
+from skipwise.preflight.step import describe_trial, time_pass
 from skipwise.training import callbacks as callbacks_module
 from skipwise.training import setup
 from skipwise.training.callbacks import read_metrics
@@ -69,7 +69,7 @@ def test_the_fastest_size_is_taken_and_said_in_a_line(tiny, text_folder, tmp_pat
     tried = timed(monkeypatch, {1: 1.0, 2: 1.25, 4: 4.0, 8: 0.1})
     run = run_training(make_recipe(tiny, text_folder, *AUTO), tmp_path / "run")
     assert size_of(run) == 2 and tried == [1, 2, 4]  # 4 is so slow that 8 is not tried
-    detail = setup._describe_trial(run.metadata()["batch"]).detail
+    detail = describe_trial(run.metadata()["batch"]).detail
     assert detail == (
         "2 examples a pass: 0.625 s an example, 1.6 times as fast as one by one; "
         "4 at once is no faster"

@@ -441,4 +441,4 @@ def test_the_predicted_peak_is_within_15_percent_of_three_real_steps(settings):
 
 def test_a_plan_of_no_steps_is_an_error(folder, capsys):
     assert main(["plan", str(folder), "--to", "32k", "training.num_steps=0"]) == 2
-    assert "nothing to plan" in capsys.readouterr().err
+    assert "method=none trains nothing" in capsys.readouterr().err

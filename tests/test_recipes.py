@@ -86,7 +86,12 @@ def test_shrunk_to_a_tiny_model_it_trains_and_exports(path, tiny, text_folder, t
     keys = yaml.safe_load(path.read_text())
     overrides = [
         *(f"model={tiny}", "target_length=256", f"data.sources=[{text_folder}]"),
-        *("training.num_steps=2", "training.global_batch_size=4", "engine=auto"),
+        *(
+            "training.num_steps=2",
+            "training.warmup_steps=1",
+            "training.global_batch_size=4",
+            "engine=auto",
+        ),
         *("eval.tasks=[passkey]", "eval.passkey_samples=2", "eval.context_lengths=[64,256]"),
         *("trainer.report_to=none", "load.dtype=float32", "eval.num_depths=2"),
         *([] if "rope" in keys else ["rope.type=yarn"]),

@@ -166,7 +166,7 @@ def test_a_broken_results_file_is_an_error_and_stays(content, tmp_path):
     [
         (["rope.type=linear"], "rope.type does not take effect"),
         (["data.sources=docs"], "--data for text"),
-        (["--tasks", ""], "eval.tasks is empty"),
+        (["--tasks", ""], "eval.tasks is ''"),
         (["eval.num_depths=0"], "eval.num_depths is 0"),
         (["eval.batch_tokens=0"], "eval.batch_tokens is 0"),
     ],

@@ -15,9 +15,9 @@ from skipwise.evaluation.harness.benchmarks import (
 )
 
 pytest.importorskip("lm_eval", reason="pip install 'skipwise[bench]'")
+pytestmark = pytest.mark.extended
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -378,7 +378,7 @@ def test_the_search_of_a_run_is_exported_told_and_made_once(
     assert reload["passed"]
     assert "attention temperature 1.05" in (run.model / "README.md").read_text()
     page = (run.report / "index.html").read_text()
-    assert "1.05 times every attention logit" in page and "800 at 256 tokens" in page
+    assert "Attention temperature, of the exported model" in page and "800" in page
 
     def again(digest):
         run.update(data={**run.metadata()["data"], "digest": digest})

@@ -128,7 +128,7 @@ def test_only_what_export_wrote_is_uploaded_and_the_rest_is_shown(run, tmp_path)
     (run.gguf / "x.gguf").symlink_to(tmp_path / "secret")
     upload = plan_upload(run, "me/long")
     assert {name for _, name in upload.files} == {
-        *("README.md", "LICENSE", "config.json", "model.safetensors")
+        *("README.md", "LICENSE", "config.json", "model.safetensors", "passkey.png")
     }
     shown = describe_upload(upload)
     names = (*left, ".git/config", "link.txt", "tokenizer.json", "x.gguf")

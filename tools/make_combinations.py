@@ -37,9 +37,8 @@ from skipwise.models.compatibility import make_portable
 from skipwise.models.load import attention_for
 from skipwise.models.lora import quantization_for
 from skipwise.models.prepared import PreparedModel, prepare_model
-from skipwise.pipeline.choose_scaling import SCALINGS as MEASURED
 from skipwise.pipeline.quickstart import MODEL
-from skipwise.pose.rope import Unscaled
+from skipwise.pose.rope import SCALINGS, Unscaled
 from skipwise.training.setup import cuts_loss
 
 L, T = 8192, 32768
@@ -148,7 +147,7 @@ def scalings_table(model: Path, scratch: Path) -> Table:
         asked = f"rope.type={name}"
         table.add(
             name,
-            ("yes" if name in MEASURED else "no", ""),
+            ("yes" if name in SCALINGS else "no", ""),
             answer(partial(prepare, model, asked)),
             answer(partial(prepare, model, asked, "method=none")),
             _extended_again(exported(model, name, scratch / f"base-{name}")),

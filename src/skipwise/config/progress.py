@@ -37,7 +37,7 @@ class Progress:
         )
         self.lines = shown and self.bar.disable
         self._closed = threading.Event()
-        if self.lines:
+        if self.lines and SECONDS:  # 0: only what is done prints, and always
             arguments = (weakref.ref(self), self._closed)
             threading.Thread(target=_print_lines, args=arguments, daemon=True).start()
 

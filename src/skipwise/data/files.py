@@ -235,7 +235,7 @@ def _walk(folder: Path, split: str, seen: set[str], listing: Listing) -> None:
     for entry in found:
         is_link = entry.is_symlink()
         path = Path(entry.path)
-        is_special = not entry.is_file() and not entry.is_dir() and path.exists()  # a pipe, ...
+        is_special = path.exists() and not path.is_file() and not path.is_dir()  # a pipe, ...
         if entry.name.startswith(".") or is_special:
             listing.left_out.append(path)
         elif path.is_dir() if is_link else entry.is_dir():

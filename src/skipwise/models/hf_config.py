@@ -64,7 +64,7 @@ _COPIED = (".jinja", ".txt", ".model")  # files whose text goes into an export
 
 
 def is_local(model: str) -> bool:
-    return Path(model).expanduser().is_dir()
+    return Path(model).expanduser().exists()
 
 
 def is_config_alone(model: str) -> bool:

@@ -123,7 +123,7 @@ def load_for_evaluation(
     check_hub_kernel(settings)
     asked, device_map = settings.attn_implementation, settings.device_map
     # flex_attention is for training; sdpa handles cached keys and short queries
-    attention = None if asked in ("auto", "flex_attention") or settings.is_hub_kernel else asked
+    attention = None if asked in ("auto", "flex_attention") else asked
     options: Any = {"attn_implementation": attention, "device_map": device_map}
     loaded = load_model(model, config, settings, dtype=dtype, **options)
     if device_map is None:
