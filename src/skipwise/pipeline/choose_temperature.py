@@ -138,7 +138,7 @@ def search_temperature(
 
     Args:
         documents: token ids, each of at least the longer length.
-        windows: of each perplexity. Defaults to 2,048 target tokens.
+        windows: of each perplexity. Defaults to 1,024 target tokens.
 
     Raises:
         SkipwiseError: a temperature cannot be folded into the model's weights.

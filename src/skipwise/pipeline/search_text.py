@@ -15,7 +15,7 @@ from skipwise.evaluation.run import documents_for_search
 from skipwise.models.prepared import PreparedModel
 from skipwise.training.inputs import TrainingData, load_training_data
 
-_TARGETS = 2048  # least number of target tokens of a perplexity
+_TARGETS = 1024  # least number of target tokens of a perplexity
 _WINDOWS = 8  # least number of windows
 
 
