@@ -2,7 +2,7 @@
 
 Forward passes on a few training documents. Each scaling that the family takes is applied to the
 base model. The mean loss over the context lengths L, 2L, .. c is measured, at rising attention
-temperatures while it falls (if `attention_temperature` is auto), and a few passkeys at c. A scaling
+temperatures while it falls (or at that of the recipe), and a few passkeys at c. A scaling
 that is far behind at temperature 1 is not measured further. The lowest loss wins if it is at least
 0.01 nats below YaRN's. Study: at f = 8 the untrained scalings ranked as they did
 after training.
@@ -96,7 +96,7 @@ def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[
         return {"type": fallback, "detail": detail}
     documents = [np.asarray(read(int(i)), np.int64) for i in chosen]
     contexts = sorted({*(L << i for i in range(int(math.log2(c / L)) + 1)), c})
-    passes = len(_TEMPERATURES) if recipe.attention_temperature == "auto" else 1
+    passes = len(_temperatures(recipe))
     amounts: Any = {"num_candidates": len(names), "passes": passes, "trials": _TRIALS / _WINDOWS}
     search = fit_search(prepared, contexts, _WINDOWS, **amounts)
     if search is None:
@@ -149,7 +149,8 @@ def _of_one(
     try:
         weights = _queries(recipe, model)
         best: dict[str, Any] = {}
-        for t in _TEMPERATURES if weights is not None else (1.0,):
+        tried = _temperatures(recipe) if weights is not None else (1.0,)
+        for t in tried:
             if weights is not None:
                 weights.set(t)
             found = perplexity(
@@ -165,7 +166,7 @@ def _of_one(
             if best and loss >= best["loss"]:
                 break
             best = {"type": name, "temperature": t, "loss": loss, "perplexity": values}
-            if t == _TEMPERATURES[0] and loss > best_loss + _FAR_BEHIND:
+            if t == tried[0] and loss > best_loss + _FAR_BEHIND:
                 return best
         if weights is not None:
             weights.set(best["temperature"])
@@ -179,9 +180,14 @@ def _of_one(
         free_memory()
 
 
+def _temperatures(recipe: Recipe) -> tuple[float, ...]:
+    asked = recipe.attention_temperature
+    return _TEMPERATURES if asked == "auto" else (float(asked),)
+
+
 def _queries(recipe: Recipe, model: Any) -> QueryWeights | None:
-    """Sets the attention temperature; None if none will be searched or the model takes none."""
-    if recipe.attention_temperature != "auto":
+    """Sets the attention temperature; None if it stays 1 or the model takes none."""
+    if recipe.attention_temperature == 1:
         return None
     try:
         weights = QueryWeights(model)
