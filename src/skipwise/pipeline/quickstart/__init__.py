@@ -14,7 +14,7 @@ from skipwise.config.recipe import Recipe
 
 MODEL = Path(__file__).with_name("model")
 _TRAIN_LENGTH = 256
-_NUM_PASSKEYS = 550  # a run of 88 steps shows 528
+_NUM_PASSKEYS = 650  # a run of 104 steps shows 624
 
 
 def make_recipe(overrides: list[str] | None = None) -> Recipe:
