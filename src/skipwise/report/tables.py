@@ -17,9 +17,8 @@ from skipwise.report.rows import (
 )
 
 UNTRAINED = (
-    "untrained: the base model with the same scaling, at its best attention temperature (or the "
-    "recipe's), without "
-    "any training."
+    "untrained: the base model with the same scaling, at its best attention temperature (or that "
+    "of the recipe), without any training."
 )
 
 

@@ -14,14 +14,14 @@ from skipwise.config.recipe import Recipe
 
 MODEL = Path(__file__).with_name("model")
 _TRAIN_LENGTH = 256
-_NUM_PASSKEYS = 650  # a run of 104 steps shows 624
+_NUM_PASSKEYS = 850  # a run of 104 steps shows 832
 
 
 def make_recipe(overrides: list[str] | None = None) -> Recipe:
     """The quickstart's recipe, with its model and its text in the cache folder.
 
-    Half of the examples come from the source of this interpreter's standard library, half are
-    passkey prompts. The text is written once.
+    A third of the examples come from the source of this interpreter's standard library, the others
+    are passkey prompts. The text is written once.
     """
     from transformers import AutoTokenizer
 
@@ -31,7 +31,7 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
     folder = cache_folder() / "quickstart"
     model = folder / "skipwise-tiny"
     texts = folder / f"stdlib-{'.'.join(map(str, sys.version_info[:3]))}"
-    weights = {"source.jsonl": 1, "passkeys.jsonl": 1}
+    weights = {"source.jsonl": 1, "passkeys.jsonl": 2}
     sources = [f"{{path: {_with_tilde(texts / k)}, weight: {w}}}" for k, w in weights.items()]
     keys = [
         f"model={_with_tilde(model)}",
