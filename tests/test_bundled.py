@@ -15,7 +15,9 @@ from skipwise.errors import SkipwiseError
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+EXAMPLES = [
+    path.stem for path in sorted((ROOT / "examples").iterdir()) if path.suffix in (".py", ".yaml")
+]
 
 SHAPE = {
     "model_type": "mistral",

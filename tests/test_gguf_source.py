@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,9 @@ from skipwise.models.convert.gguf import local_source, unpack_gguf
 from skipwise.models.hf_config import load_config, to_dict
 from skipwise.models.model_info import read_model_info
 from skipwise.pipeline.quickstart import MODEL
+
+gguf = pytest.importorskip("gguf")
+pytestmark = pytest.mark.extended
 
 L, F, HEADS = 512, 4, 2
 SAMPLES = ["x  12 and 345", "the <|end|> of\n\n  it", "naïve 😀"]

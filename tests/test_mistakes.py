@@ -124,7 +124,9 @@ def test_a_wrong_setting_is_found_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("eval.tasks=a_task_of_nobody", "no task"),
+        pytest.param(
+            "eval.tasks=a_task_of_nobody", "no task", marks=pytest.mark.extended
+        ),  # needs lm-eval
         ("trainer.report_to=wandb", "pip install wandb"),
         ("eval.context_lengths=1k", "beyond target_length"),
     ],

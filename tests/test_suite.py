@@ -111,6 +111,7 @@ def test_without_text_there_is_no_needle_grid_and_no_perplexity(counted):
     assert not loads
 
 
+@pytest.mark.extended  # needs lm-eval
 def test_a_task_nobody_knows_is_named_before_a_model_is_loaded(counted):
     eval_model, loads = counted
     for name, word in (("passkeys", "mean passkey"), ("short-benchmark", "mean short-benchmarks")):

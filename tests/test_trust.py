@@ -135,7 +135,7 @@ def test_only_what_export_wrote_is_uploaded_and_the_rest_is_shown(run, tmp_path)
     assert all(repr(name) in shown.split("left out")[1] for name in names)
     assert len(shown.splitlines()) < 30
     run.update(files=["config.json", "model.safetensors", ".env", "link.txt"])  # a planted list
-    assert len(plan_upload(run, "me/long").files) == 4
+    assert len(plan_upload(run, "me/long").files) == 5
 
 
 def test_an_older_run_uploads_by_the_names_that_export_writes(run):  # noqa: F811
