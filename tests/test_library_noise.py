@@ -14,6 +14,7 @@ import skipwise
 from skipwise import commands
 
 OURS = (
+    r"left out: ",
     r"\[\d/\d\] ",  # a stage of extend
     r"  (ok  |warn|FAIL) ",  # a check
     r"  (rope|temperature|rescaled without training|checkpoint)[ :]",

@@ -58,6 +58,7 @@ def describe_bundled() -> str:
         files = bundled(folder)
         lines += [f"{folder}, in {next(iter(files.values())).parent}"] if files else []
         for name, file in files.items():
-            text = file.read_text(encoding="utf-8").splitlines()[0]
+            all_lines = file.read_text(encoding="utf-8").splitlines()
+            text = next((line for line in all_lines if line.startswith('"""')), all_lines[0])
             lines.append("  {:<30}{}".format(name, text.strip('#" ')))
     return "\n".join(lines)
