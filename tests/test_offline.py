@@ -2,7 +2,10 @@
 
 import importlib
 import importlib.util
+import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -46,6 +49,18 @@ def test_a_hub_model_fails_in_two_lines_within_five_seconds(verb, online, refuse
     said = capfd.readouterr().err.splitlines()
     assert seconds < 5 and len(said) == 2, (seconds, said)
     assert said[1] == f"no connection to {refused}"
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "extend", "train"])
+def test_a_hub_model_is_asked_for_before_the_slow_imports(verb):
+    program = (
+        "import sys; from skipwise.cli import main; "
+        f"status = main(['{verb}', 'nobody/no-such-model', '--to', '32k', '--data', 'x.txt']); "
+        "sys.exit(status + 10 * ('peft' in sys.modules or 'skipwise.pipeline' in sys.modules))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert done.returncode == 2, done.stderr.decode()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs datasets")

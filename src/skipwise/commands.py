@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 
 
 def _load_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe, whose model on the Hub is there: asked before the imports that take seconds."""
+    from skipwise.models.hf_config import is_local, read_config
+
+    recipe = _read_recipe(args)
+    if not is_local(recipe.model):
+        read_config(recipe.model, recipe.load)
+    return recipe
+
+
+def _read_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe of a .yaml file or a run folder, or the default recipe of a model."""
     from skipwise.config.bundled import find_recipe
     from skipwise.config.parse import load_recipe, load_run_recipe, parse_recipe

@@ -38,6 +38,7 @@ from skipwise.training.inputs import TrainingData, text_changed
 GRID = tuple(round(1 + 0.05 * i, 2) for i in range(9))  # 1 to 1.4, far coarser than bf16 rounding
 _MOST_COST = 0.01  # rise of the perplexity at L
 _LEAST_GAIN = 0.002  # fall of the perplexity at c
+_MOST_MEASURED = 6  # of the grid, by golden section
 _GOLDEN = 0.382  # golden section: share of the larger side that a step goes
 _NOT_NOW = "not searched: "  # prefix of reasons that may be temporary
 
@@ -214,7 +215,7 @@ def _search_of_run(
         longest = max(lengths, default=0)
         detail = f"too little text to search on, the longest document has {longest:,} tokens"
         return {"value": 1.0, "detail": detail}
-    search = fit_search(prepared, (L, c), num_windows(L), passes=len(GRID))
+    search = fit_search(prepared, (L, c), num_windows(L), passes=_MOST_MEASURED)
     if search is None:
         return {"value": 1.0, "detail": f"not searched, because {TOO_MUCH}"}
     c = search.contexts[-1]
