@@ -170,3 +170,16 @@ def test_a_kernel_that_the_models_config_names_is_not_loaded(loaded, tiny, tmp_p
 def test_a_name_without_an_owner_is_a_mistake():
     with pytest.raises(SkipwiseError, match="choose one of auto, eager, sdpa, flex_attention"):
         parse_recipe(BASE, ["load.attn_implementation=flash_attention2"])
+
+
+@pytest.mark.parametrize("value", [["a/b"], {"a/b": 1}, "a/../b", "/a/b", "a/b/c", "a/b\nc", ""])
+def test_what_is_no_name_of_a_kernel_is_refused(value):
+    tree = {"model": "m", "target_length": 128, "load": {"attn_implementation": value}}
+    with pytest.raises(SkipwiseError, match=r"load\.attn_implementation is .*: choose one of"):
+        parse_recipe(tree)
+
+
+@pytest.mark.parametrize("name", [NAME, f"{NAME}@v1.2", f"{NAME}:flash_attn"])
+def test_a_kernel_may_have_a_revision_and_a_function(name):
+    tree = {"model": "m", "target_length": 128, "load": {"attn_implementation": name}}
+    assert parse_recipe(tree).load.attn_implementation == name

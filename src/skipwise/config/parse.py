@@ -60,6 +60,7 @@ RENAMED_VALUES = {
 }
 _MAX_BYTES, _MAX_DEPTH, _MAX_NODES = 1 << 20, 20, 10_000  # of a recipe
 _DEEP = re.compile(rf"[\[{{]{{{_MAX_DEPTH + 1}}}")
+_KERNEL = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?")  # owner/name, revision, function
 _NO_FILE_NAME = re.compile(r"[/\\\x00-\x1f\x7f-\x9f\u2028\u2029]|^\s|\s$")
 
 
@@ -314,7 +315,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
                 return value
             raise SkipwiseError(f"{where} is {shown(value)}: give auto, true or false")
         if typing.get_origin(args[0]) is Literal and str in args:  # a kernel of the Hub
-            return value if "/" in str(value) else _value(args[0], value, where)
+            is_kernel = isinstance(value, str) and _KERNEL.fullmatch(value)
+            return value if is_kernel else _value(args[0], value, where)
         if typing.get_origin(args[0]) is Literal and args[1] in (int, float):
             return _word_or_number(args[0], args[1], value, where)
         return _value(next(a for a in args if a is not type(None)), value, where)

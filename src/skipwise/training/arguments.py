@@ -83,8 +83,6 @@ def check_trainer(recipe: Recipe) -> None:
     config = values.pop("deepspeed", None)  # it would start DeepSpeed
     if recipe.engine.startswith("zero3") or config is not None:
         check_deepspeed("trainer.deepspeed" if config else f"engine: {recipe.engine}")
-    if isinstance(config, str) and not config.startswith("{") and not os.path.isfile(config):
-        raise SkipwiseError(f"trainer.deepspeed: {config}: no such file")
     try:
         arguments: Any = _Unstarted(**values)
     except _REFUSALS as error:
