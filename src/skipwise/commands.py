@@ -30,7 +30,7 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     from skipwise.models.hf_config import is_local, read_config
 
     recipe = _read_recipe(args)
-    if not is_local(recipe.model):
+    if not is_local(recipe.model) and not recipe.model.endswith(".gguf"):
         read_config(recipe.model, recipe.load)
     return recipe
 
