@@ -19,6 +19,7 @@ from skipwise.preflight import step
 from skipwise.training import callbacks
 
 
+@pytest.mark.extended
 def test_the_estimate_of_training_is_within_a_factor_of_two(
     text_folder, tmp_path, capfd, monkeypatch
 ):

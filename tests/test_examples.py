@@ -270,6 +270,7 @@ def test_the_axolotl_plugin_tells_what_an_adapter_lacks(
     assert "merge it" in capsys.readouterr().out
 
 
+@pytest.mark.extended
 def test_the_chat_example_answers_in_its_format_behind_its_old_window(tmp_path):
     sizes = ("--to", 512, "--base-steps", 30, "--steps", 2, "--batch-size", 4, "--chats", 30)
     out = run("chat.py", *sizes, "--out", tmp_path)

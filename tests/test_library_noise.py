@@ -40,6 +40,7 @@ def strangers(lines):
     return [line for line in lines if line and not any(re.match(ours, line) for ours in OURS)]
 
 
+@pytest.mark.extended
 def test_check_prints_checks_on_stdout_and_nothing_of_a_library_on_stderr(tiny, tmp_path):
     out, err = lines_of("check", str(tiny), "--to", "256", cwd=tmp_path)
     assert not strangers(err)

@@ -128,6 +128,7 @@ def test_the_searches_measure_what_the_budget_leaves(tiny, text_folder, tmp_path
     assert {"context_lengths": (64, 256), "num_windows": 4}.items() <= entry.items()
     assert "; 4 windows of up to 256 tokens" in entry["detail"]
     asked.clear()
+    monkeypatch.setattr(search_budget, "_SHARE", 1e-3 * 6 / 9)  # it measures 6 of the grid's 9
     entry = choose_temperature._search_of_run(prepared, run, None, None)
     assert set(asked) == {((64, 128), 16)}
     assert {"context_lengths": [64, 128], "num_windows": 16}.items() <= entry.items()

@@ -30,7 +30,8 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     from skipwise.models.hf_config import is_local, read_config
 
     recipe = _read_recipe(args)
-    if not is_local(recipe.model) and not recipe.model.endswith(".gguf"):
+    is_path = recipe.model.startswith((".", "/", "~")) or recipe.model.endswith(".gguf")
+    if not is_path and not is_local(recipe.model):
         read_config(recipe.model, recipe.load)
     return recipe
 
