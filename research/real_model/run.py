@@ -175,6 +175,8 @@ class Driver:
         recipe = parse_recipe({"model": "-", "target_length": arm.target}, list(arm.keys))
         tree = dataclasses.asdict(recipe)
         del tree["eval"]
+        if not recipe.distillation.weight:  # then the section decides nothing
+            del tree["distillation"]
         facts = [TRAINING, tree if arm.keys else None, self.digest[0], files_identity(self.model)]
         encoded = json.dumps(facts, sort_keys=True, default=str).encode()
         return hashlib.sha1(encoded).hexdigest()[:8]
