@@ -268,6 +268,8 @@ class EvalSettings:
     """Depths at which passkeys and needles are placed."""
     ruler_samples: Annotated[int, Range(0, 100_000)] = 20
     """Prompts per RULER task and length."""
+    samples: Annotated[int, Range(0, 100_000)] = 50
+    """Prompts per length of every other task that Skipwise generates."""
     limit: Annotated[int | None, COUNT] = None
     """Documents per lm-eval task. The default is all of them."""
     task_folder: str | None = None
