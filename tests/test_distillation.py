@@ -17,7 +17,7 @@ from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.recipe import LoRASettings, ModelSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import full_length_stage
-from skipwise.data.collator import ExampleCollator
+from skipwise.data.collator import ExampleCollator, is_taught
 from skipwise.data.dataset import PoSEDataset
 from skipwise.errors import RunStopped, SkipwiseError
 from skipwise.models.attention.masks import with_layer_masks
@@ -173,6 +173,62 @@ def test_with_checkpointing_and_lora_the_loss_is_the_same():
 
 
 @pytest.mark.usefixtures("slices_of_seven")
+@pytest.mark.parametrize("first", [[0, 17], [5, 0]])
+def test_an_example_that_is_not_taught_is_not_read_by_the_teacher(first):
+    base, model, teacher = make_models("llama")
+    batch = make_batch(model.config)
+    want, divergence = dense_loss(base, model, batch, 30, [range(n) for n in first])
+    want.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    distillation, read = Distillation(teacher=teacher, weight=W), []
+    teacher.model.register_forward_pre_hook(
+        lambda *args: read.append(args[2]["input_ids"]), with_kwargs=True
+    )
+    chunk_loss(model, distillation)
+    settings = {"num_items_in_batch": torch.tensor(30), "use_cache": False}
+    have = model(**batch, first_lengths=torch.tensor(first), **settings).loss
+    have.backward()
+    assert abs(have.item() - want.item()) < 1e-5 * want.item()
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(gradient, expected[name], atol=1e-5, rtol=1e-3), name
+    row, length = next((i, n) for i, n in enumerate(first) if n)
+    assert [ids.tolist() for ids in read] == [batch["input_ids"][row : row + 1, :length].tolist()]
+    apart, count = distillation.take_divergence()
+    assert count == length and apart == pytest.approx(divergence, rel=1e-4) and apart > 1e-3
+
+
+def test_a_batch_without_a_taught_example_has_the_plain_loss_and_no_teacher():
+    _, model, teacher = make_models("llama")
+    batch = make_batch(model.config)
+    again = copy.deepcopy(model)
+    chunk_loss(again)
+    again(**batch, use_cache=False).loss.backward()
+    teacher.forward = teacher.model.forward = None  # whoever calls them fails
+    distillation = Distillation(teacher=teacher, weight=W)
+    chunk_loss(model, distillation)
+    model(**batch, first_lengths=torch.tensor([0, 0]), use_cache=False).loss.backward()
+    assert equal(gradients(model), gradients(again))
+    assert distillation.take_divergence() == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("every", "batch", "taught"),
+    [
+        (1, 3, range(48)),
+        (4, 8, [0, 1, 8, 9, 16, 17, 24, 25, 32, 33, 40, 41]),
+        (4, 16, [0, 1, 2, 3, 16, 17, 18, 19, 32, 33, 34, 35]),
+        (4, 6, range(0, 48, 4)),
+        (4, 1, range(0, 48, 4)),
+        (3, 6, [k for k in range(48) if k % 6 < 2]),
+    ],
+)
+def test_one_in_so_many_examples_is_taught_the_first_ones_of_each_step(every, batch, taught):
+    found = [k for k in range(48) if is_taught(k, every, batch)]
+    assert found == list(taught) and len(found) * every == 48
+
+
+@pytest.mark.usefixtures("slices_of_seven")
 def test_no_token_of_a_later_chunk_is_taught_or_teaches():
     _, model, teacher = make_models("llama")
     chunk_loss(model, Distillation(teacher=teacher, weight=W))
@@ -321,9 +377,27 @@ def test_the_collator_says_how_far_the_base_reads(tiny):
     batch = ExampleCollator(base_length=40)(items)
     assert batch["first_lengths"].tolist() == [min(one, 40) for one in first]
     assert "first_lengths" not in ExampleCollator()(items)
+    some = ExampleCollator(base_length=40, every=4, global_batch_size=8)(items)
+    assert some["first_lengths"].tolist() == [min(one, 40) for one in first[:2]] + [0] * 6
 
 
-SETTINGS = ["distillation.weight=3", "load.dtype=float32"]
+@pytest.mark.parametrize("size", [1, 2, 8, 16])
+def test_the_passes_that_are_timed_are_those_of_a_step(tiny, size):
+    keys = ["training.global_batch_size=16", "load.dtype=float32"]
+    recipe = parse_recipe({"model": str(tiny), "target_length": 256}, keys)
+    data = dummy_data(prepare_model(recipe))
+    assert [share for _, share in data.passes(size, recipe)] == [1.0], "nothing is taught"
+    collator = ExampleCollator(base_length=64, every=4, global_batch_size=16)
+    data = dataclasses.replace(data, collator=collator)
+    data.dataset.num_examples = 16
+    passes = [data.collator(data.items(16)[i : i + size]) for i in range(0, 16, size)]
+    want = [int((batch["first_lengths"] > 0).sum()) for batch in passes]
+    found = [(int((b["first_lengths"] > 0).sum()), share) for b, share in data.passes(size, recipe)]
+    assert sum(n * share for n, share in found) == pytest.approx(sum(want) / len(want))
+    assert sum(share for _, share in found) == 1 and {n for n, _ in found} == set(want)
+
+
+SETTINGS = ["distillation.weight=3", "distillation.every=1", "load.dtype=float32"]
 
 
 @pytest.fixture(scope="module")
@@ -342,6 +416,13 @@ def straight(tiny, text_folder, tmp_path_factory):
 def test_the_divergence_of_every_step_is_written_down(straight, mode):
     found = [m["distillation"] for m in read_metrics(straight[mode])]
     assert len(found) == STEPS and 0 <= found[0] < 1e-4 and found[-1] > found[0]
+
+
+def test_with_one_in_four_taught_a_step_without_one_has_no_divergence(tiny, text_folder, tmp_path):
+    keys = ["training.global_batch_size=2", "training.micro_batch_size=1"]
+    recipe = make_recipe(tiny, text_folder, *SETTINGS, "distillation.every=4", *keys)
+    lines = read_metrics(run_training(recipe, tmp_path / "run"))
+    assert [("distillation" in line) for line in lines] == [i % 2 == 0 for i in range(STEPS)]
 
 
 @pytest.mark.parametrize(("mode", "more"), [("full", []), ("lora", ["lora.rank=4"])])

@@ -50,13 +50,13 @@ class PoSEDataset(torch.utils.data.Dataset):
         return self.num_examples
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        """`input_ids`, `labels`, `position_ids` (L,) int64, and their `example`."""
+        """`input_ids`, `labels`, `position_ids` (L,) int64, their `example`, and k, its `number`."""
         tokens = self.document(k)
         example = self.draw(np.random.default_rng([self.seed, k]), tokens)
         input_ids, labels = example.take(np.asarray(tokens))
         if isinstance(tokens, ChatTokens):
             labels[example.take(tokens.masked)[0] == 1] = IGNORE_INDEX
-        item = {"input_ids": input_ids, "labels": labels}
+        item = {"input_ids": input_ids, "labels": labels, "number": k}
         return {**item, "position_ids": example.position_ids(), "example": example}
 
     def draw(self, rng: np.random.Generator, tokens: np.ndarray) -> Example:

@@ -32,8 +32,8 @@ def step_flops(job: Job) -> float:
     if job.chunked:
         weights += 2.0 * head
     if job.distilled_fraction:  # the teacher's forward pass; its head runs as often as the model's
-        weights += job.distilled_fraction * 2.0 * (n + head)
-        attention += job.distilled_fraction**2 * keys  # the teacher also has fewer keys
+        weights += job.taught_share * job.distilled_fraction * 2.0 * (n + head)
+        attention += job.taught_share * job.distilled_fraction**2 * keys  # it also has fewer keys
     return job.tokens_per_step * (weights + attention)
 
 

@@ -59,7 +59,8 @@ class Job:
     engine: Literal["ddp", "fsdp2", "zero3", "zero3-offload"]
     num_gpus: int
     on_cpu: bool = False
-    distilled_fraction: float = 0.0  # fraction of the tokens that the teacher reads in distillation
+    distilled_fraction: float = 0.0  # of the tokens of an example that the teacher reads
+    taught_share: float = 1.0  # of the examples that it reads
 
     @property
     def tokens(self) -> int:
@@ -190,6 +191,7 @@ def make_job(
         num_gpus=num_gpus,
         on_cpu=gpu is not None and gpu.is_cpu,
         distilled_fraction=distilled,
+        taught_share=1 / recipe.distillation.every,
     )
 
 

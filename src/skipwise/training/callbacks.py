@@ -123,7 +123,7 @@ class RunCallback(TrainerCallback):
         if world_size() > 1:
             torch.distributed.all_reduce(sums)
         divergence, count = sums.tolist()
-        return {"distillation": divergence / count}
+        return {"distillation": divergence / count} if count else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

@@ -41,7 +41,8 @@ class Distillation:
     """The teacher of the first chunks, and the KL divergence summed since `take_divergence`."""
 
     teacher: Any  # the base model (teacher.py), in eval mode, not a submodule of the model
-    weight: float  # w, of the divergence per distilled token, relative to the loss per label
+    weight: float  # of the divergence per distilled token, relative to the loss per label
+    sharded: bool = False  # all processes run the teacher together
     _kl: list[torch.Tensor] = field(default_factory=list)  # sums over distilled tokens
     _counts: list[torch.Tensor] = field(default_factory=list)
 
@@ -56,6 +57,21 @@ class Distillation:
             position_ids=positions,
             use_cache=False,
         )
+
+    def rows(self, first_lengths: torch.Tensor) -> torch.Tensor | None:
+        """Indices of the examples that are taught; None if there are none in any process.
+
+        A process without one runs a sharded teacher for its first example, because the others wait.
+        """
+        taught = first_lengths > 0
+        needed = taught.any()
+        if self.sharded:
+            count = needed.float()
+            torch.distributed.all_reduce(count)
+            needed = count > 0
+        if not needed:
+            return None
+        return taught.nonzero()[:, 0] if taught.any() else torch.zeros_like(first_lengths[:1])
 
     def logits(self, output: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         """The function from a slice of the states in `run_teacher`'s output to logits (B, C, V)."""
@@ -91,7 +107,7 @@ def chunk_loss(model: Any, distillation: Distillation | None = None) -> None:
 
     Args:
         distillation: adds w KL(teacher || model) at the first `first_lengths` (B,) tokens of each
-            example. A batch without `first_lengths` is not distilled.
+            example; those with 0 are not distilled, and a batch without `first_lengths` is not either.
 
     Raises:
         SkipwiseError: the model adds a router loss, or its backbone or head cannot be found.
@@ -109,8 +125,9 @@ def chunk_loss(model: Any, distillation: Distillation | None = None) -> None:
         kwargs.pop("return_dict", None)  # peft sends it
         teacher = None
         if distillation is not None and first_lengths is not None:
-            states = distillation.run_teacher(kwargs["input_ids"], first_lengths)
-            teacher = _TeacherTargets(distillation, states, first_lengths)
+            rows = distillation.rows(first_lengths)
+            if rows is not None:
+                teacher = _TeacherTargets(distillation, kwargs["input_ids"], first_lengths, rows)
         output = self._modules[name](*args, **kwargs)
         head = self.get_output_embeddings()
         head_forward, patched = head.forward, "forward" in vars(head)
@@ -149,11 +166,19 @@ class _ForwardProxy(torch.nn.Module):
 
 
 class _TeacherTargets:
-    """The teacher's predictions for a batch, one slice of tokens at a time."""
+    """The teacher's predictions for the R taught examples, one slice of tokens at a time."""
 
-    def __init__(self, distillation: Distillation, output: Any, first_lengths: torch.Tensor):
-        self.distillation, self.first_lengths = distillation, first_lengths
-        self.states = output[0]  # (B, S, width)
+    def __init__(
+        self,
+        distillation: Distillation,
+        input_ids: torch.Tensor,
+        first_lengths: torch.Tensor,
+        rows: torch.Tensor,
+    ):
+        self.distillation, self.rows = distillation, rows
+        self.first_lengths = first_lengths[rows]
+        output = distillation.run_teacher(input_ids[rows], self.first_lengths.clamp(min=1))
+        self.states = output[0]  # (R, S, width)
         self.logits = distillation.logits(output)
 
     def divergence(self, ours: torch.Tensor, start: int) -> torch.Tensor:
@@ -168,7 +193,8 @@ class _TeacherTargets:
         states = self.states[:, start : start + ours.shape[1]]
         size = states.shape[1]
         theirs = log_softmax(self.logits(states).float(), -1)
-        divergence = kl_div(ours[:, :size], theirs, reduction="none", log_target=True).sum(-1)
+        ours = ours[:, :size] if len(self.rows) == len(ours) else ours[self.rows, :size]
+        divergence = kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
         index = torch.arange(start, start + size, device=divergence.device)
         return divergence.where(index < self.first_lengths[:, None], 0.0).sum()
 

@@ -54,9 +54,12 @@ def make_distillation(
     else:
         teacher = teacher_sharing_weights(model, config)
     L = prepared.info.original_length
-    collator = ExampleCollator(recipe.positions.key_weights, base_length=L)
+    every, batch = recipe.distillation.every, recipe.training.global_batch_size
+    weights = recipe.positions.key_weights
+    collator = ExampleCollator(weights, base_length=L, every=every, global_batch_size=batch)
     data = dataclasses.replace(data, collator=collator)
-    return Distillation(teacher=teacher, weight=weight), data, []
+    taught = Distillation(teacher=teacher, weight=weight * every, sharded=shards(engine))
+    return taught, data, []
 
 
 @torch.no_grad()
@@ -95,7 +98,10 @@ def check_distillation(
         parameters = list(teacher.parameters())
         count = sum(isinstance(p, DTensor) for p in parameters)
         weights = f"a frozen copy, {count} of its {len(parameters)} tensors sharded"
-    detail = f"w = {distillation.weight:g} by the base's weights, {weights}; its logits on "
+    every = prepared.recipe.distillation.every
+    times = f"{distillation.weight:g} in one of {every} examples" if every > 1 else "in each"
+    detail = f"w = {distillation.weight / every:g} ({times}) by the base's weights, {weights}; "
+    detail += "its logits on "
     detail += f"{size} tokens of a first chunk equal the base's to {error:.0e}"
     if not close:
         detail = f"the teacher's logits in distillation are off by {error:.1e} from a plain call"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +59,21 @@ class TrainingData:
         """Tokens of `probe_batch`."""
         return (self.dataset if self.short is None else self.short).sampler.train_length
 
+    def passes(self, size: int, recipe: Recipe) -> Iterator[tuple[dict[str, Any], float]]:
+        """Batches of `size` examples like those of a step, and the share of its passes like each.
+
+        With a teacher (training/distillation.py) the last examples of a step are not taught.
+        """
+        total, every = recipe.training.global_batch_size, recipe.distillation.every
+        taught = max(size / total, 1 / every)
+        shares = {0: taught, total - size: 1 - taught}
+        if self.collator.base_length is None or taught == 1:
+            shares = {0: 1.0}
+        for first, share in shares.items():
+            items = [self.dataset[k % len(self.dataset)] for k in range(first, first + size)]
+            numbered = [{**item, "number": first + i} for i, item in enumerate(items)]
+            yield self.collator(numbered), share
+
     def probe_batch(self) -> dict[str, Any]:
         """A batch of one example: among the first 16, the one with a cut closest to its middle."""
 
@@ -67,7 +83,7 @@ class TrainingData:
             return float(np.abs(cuts - len(item["labels"]) / 2).min()) if len(cuts) else np.inf
 
         items = self.items(16) if self.short is None else [self.short[k] for k in range(16)]
-        return self.collator([min(items, key=distance)])
+        return self.collator([{**min(items, key=distance), "number": 0}])  # 0 is always taught
 
 
 def with_short_probe(data: TrainingData) -> TrainingData:

@@ -159,11 +159,12 @@ class Preflight:
         recipe, reserve = self.prepared.recipe, 0.0
         with suppress(SkipwiseError):  # a config from which the plan cannot count
             reserve = update_bytes(make_job(recipe, *read_model(recipe)))
-        items = [data.dataset[k % len(data.dataset)] for k in range(size)]
+        seconds, autocast = 0.0, self.trainer.accelerator.autocast
         try:
-            inputs = self.trainer._prepare_inputs(data.collator(items))
-            autocast = self.trainer.accelerator.autocast
-            seconds = time_pass(self.trainer.model, inputs, autocast, int(reserve))
+            for batch, share in data.passes(size, recipe):
+                inputs = self.trainer._prepare_inputs(batch)
+                once = time_pass(self.trainer.model, inputs, autocast, int(reserve))
+                seconds += share * once
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
