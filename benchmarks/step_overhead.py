@@ -3,13 +3,14 @@
 python benchmarks/step_overhead.py [--rounds 30]
 python benchmarks/step_overhead.py --width 2048 --length 8192 --batch 1     (for a GPU)
 
-Four trainers, each set up as `skipwise train` does it, take one step each in every round, in
+Five trainers, each set up as `skipwise train` does it, take one step each in every round, in
 rotating order, so that noise of the machine meets all of them:
 
   plain          transformers.Trainer on windows of the same length with default positions
   pose           PoSE as published: no key weights, no distillation
   pose_weighted  the defaults without distillation: key weights (flex_attention, on a CPU a mask)
   default        everything that runs by default: key weights and distillation
+  taught_quarter the same with one example in four distilled
 
 A step is one micro-batch: forward, backward, gradient clipping, update. The result has the median
 of the ratios to the plain step of the same round, and their quartiles. Bars: pose and pose_weighted
@@ -39,6 +40,7 @@ CASES = {
     "pose": {"positions": PUBLISHED, "distillation": {"weight": 0}},
     "pose_weighted": {"distillation": {"weight": 0}},
     "default": {},
+    "taught_quarter": {"distillation": {"every": 4}},
 }
 WINDOW = 256  # tokens, of the bundled model
 WARM_UP = 5  # rounds that do not count

@@ -63,9 +63,13 @@ def test_the_plan_counts_a_forward_pass_over_half_of_the_tokens(mistral):
     a = taught.architecture
     head = a.vocab_size * a.hidden_size
     attention = 4.0 * a.num_heads * a.head_dim * a.num_layers * 8192 / 2
-    token = (0.5 * 2 * (a.active_parameters + head) + 0.25 * attention) / 4  # one in four
+    token = 0.5 * 2 * (a.active_parameters + head) + 0.25 * attention
     more = step_flops(half) - step_flops(plain)
     assert more == pytest.approx(taught.tokens_per_step * token, rel=1e-9)
+    quarter = job_of(mistral, "distillation.weight=3", "distillation.every=4", *settings)
+    quarter = dataclasses.replace(quarter, distilled_fraction=0.5)
+    more = step_flops(quarter) - step_flops(plain)
+    assert more == pytest.approx(taught.tokens_per_step * token / 4, rel=1e-9)
     first_half = job_of(mistral, "distillation.weight=3", "positions.chunk_lengths=first-half")
     assert first_half.distilled_fraction == pytest.approx(0.25, abs=0.03)
     pairs = job_of(mistral, "distillation.weight=3", *settings, "training.micro_batch_size=2")

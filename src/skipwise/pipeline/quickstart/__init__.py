@@ -13,8 +13,7 @@ from skipwise.config.parse import load_recipe
 from skipwise.config.recipe import Recipe
 
 MODEL = Path(__file__).with_name("model")
-_TRAIN_LENGTH = 256
-_NUM_PASSKEYS = 850  # a run of 104 steps shows 832
+_PASSKEY_TOKENS = 217_600  # of the prompts; a run of 104 steps shows 213,000
 
 
 def make_recipe(overrides: list[str] | None = None) -> Recipe:
@@ -30,7 +29,9 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
 
     folder = cache_folder() / "quickstart"
     model = folder / "skipwise-tiny"
-    texts = folder / f"stdlib-{'.'.join(map(str, sys.version_info[:3]))}"
+    recipe_file = Path(__file__).with_name("recipe.yaml")
+    length = load_recipe(recipe_file, [f"model={MODEL}", *(overrides or [])]).train_length or 256
+    texts = folder / f"stdlib-{'.'.join(map(str, sys.version_info[:3]))}-{length}"
     weights = {"source.jsonl": 1, "passkeys.jsonl": 2}
     sources = [f"{{path: {_with_tilde(texts / k)}, weight: {w}}}" for k, w in weights.items()]
     keys = [
@@ -38,11 +39,11 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
         f"data.sources=[{', '.join(sources)}]",
         f"data.eval_sources=[{_with_tilde(texts / 'evaluation.jsonl')}]",
     ]
-    recipe = load_recipe(Path(__file__).with_name("recipe.yaml"), [*keys, *(overrides or [])])
+    recipe = load_recipe(recipe_file, [*keys, *(overrides or [])])
     check_settings(recipe)
     _copy_model(model)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    write_documents(texts, tokenizer, length=_TRAIN_LENGTH, num_passkeys=_NUM_PASSKEYS)
+    write_documents(texts, tokenizer, length=length, num_passkeys=_PASSKEY_TOKENS // length)
     return recipe
 
 
