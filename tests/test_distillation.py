@@ -383,7 +383,7 @@ def test_the_collator_says_how_far_the_base_reads(tiny):
 
 @pytest.mark.parametrize("size", [1, 2, 8, 16])
 def test_the_passes_that_are_timed_are_those_of_a_step(tiny, size):
-    keys = ["training.global_batch_size=16", "load.dtype=float32"]
+    keys = ["training.global_batch_size=16", "load.dtype=float32", "distillation.every=4"]
     recipe = parse_recipe({"model": str(tiny), "target_length": 256}, keys)
     data = dummy_data(prepare_model(recipe))
     assert [share for _, share in data.passes(size, recipe)] == [1.0], "nothing is taught"
