@@ -137,7 +137,7 @@ def test_what_is_a_fault_of_the_program_keeps_its_trace(error, monkeypatch):
 
 def test_our_own_errors_are_not_explained_again():
     assert system_error(SkipwiseError("the GPU is out of memory\nset it smaller")) is None
-    with pytest.raises(SkipwiseError, match="^mine$"), system_errors("/a"):
+    with pytest.raises(SkipwiseError, match=r"^mine$"), system_errors("/a"):
         raise SkipwiseError("mine")
 
 
@@ -446,7 +446,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_part(tmp_path, monkeypatc
 )
 def test_a_run_json_of_another_shape_is_told(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(SkipwiseError, match="run.json") as told:
+    with pytest.raises(SkipwiseError, match=r"run\.json") as told:
         RunFolder(tmp_path).metadata()
     assert len(str(told.value).splitlines()) == 2 and "remove it" in str(told.value)
 

@@ -71,7 +71,7 @@ class Injector:
 
     def hook(self, event, arguments):
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             writes = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
             self.meet("write" if writes else "read", path, writes)
         elif event in _MOVES:

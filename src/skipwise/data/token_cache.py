@@ -124,6 +124,10 @@ def open_store(folder: Path) -> TokenStore:
     )
 
 
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def _spans(path: Path) -> np.ndarray:
     return np.memmap(path, np.int64, "r") if path.stat().st_size else np.zeros(0, np.int64)
 
@@ -133,9 +137,10 @@ def is_complete(folder: Path) -> bool:
     if not (folder / "meta.json").exists():
         return False
     try:
-        listed = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
-        same = known_digests({name: folder / name for name in _FILES}) == listed
-    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        same = meta.pop("digest") == _digest(meta)
+        same = same and known_digests({name: folder / name for name in _FILES}) == meta["files"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         same = False
     if not same and is_main_process():
         print(f"{folder} is damaged, and is made again", file=sys.stderr, flush=True)
@@ -221,7 +226,7 @@ class TokenWriter:
             "source": source,
             "files": files,
         }
-        write_json(self.part / "meta.json", meta)
+        write_json(self.part / "meta.json", {**meta, "digest": _digest(meta)})
         if folder.exists():  # a damaged one
             shutil.rmtree(folder)
         os.replace(self.part, folder)
