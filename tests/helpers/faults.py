@@ -89,8 +89,9 @@ class Injector:
         if self.kind in ("damage", "cut") and (writes or not os.path.isfile(name)):
             return
         self.count += 1
-        refused = self.kind in ("full", "readonly") and writes and self.count >= self.number
-        if self.count != self.number and not refused:
+        stays = self.kind in ("full", "readonly")
+        refused = stays and writes and self.count >= self.number
+        if not refused and (stays or self.count != self.number):
             return
         self.busy.yes = True
         try:

@@ -77,7 +77,7 @@ def explain_error(error: BaseException, recipe: Recipe, run: RunFolder) -> Skipw
         return error
     if is_no_space(error):
         fix = f"free space and run the command again; it resumes from {resume_point(run)}"
-        return SkipwiseError(f"the disk of {run.path} is full: cannot write the checkpoint\n{fix}")
+        return SkipwiseError(f"the disk of {run.path} is full\n{fix}")
     if is_out_of_memory(error):
         return out_of_memory(recipe)
     if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
