@@ -63,7 +63,7 @@ def test_the_checkpoint_says_what_decided_the_run(copied):
     assert decided["rope_choice"] == {"type": "linear"}
     assert decided["rope"]["rope_type"] == "linear" and decided["rope"]["factor"] == 4
     assert decided["data"]["digest"] == facts["data"]["digest"]
-    assert decided["separator"]["begin"] == facts["separator"]["begin"] == [1]
+    assert decided["separator"]["end"] == facts["separator"]["end"] == [2]
     assert "model.safetensors" in decided["identity"]["base"]["files"]
     mark = json.loads((run.checkpoints / "checkpoint-4/complete").read_text())
     assert mark["micro_batch_size"] == 2
