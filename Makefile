@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 STAMP := $(VENV)/.installed
 EXTRAS := $(VENV)/.extras
 
-.PHONY: install quickstart test test-all test-gguf study study-smoke real-model real-model-gpu families reference docs check clean
+.PHONY: install quickstart test test-all test-gguf torture study study-smoke real-model real-model-gpu families reference docs check clean
 
 install: $(STAMP) # what `make quickstart` and `make test` need
 
@@ -33,6 +33,9 @@ test-gguf: $(STAMP) # builds llama.cpp once, about ten minutes on two cores
 	$(PIP) -e ".[gguf,llama-cpp]"
 	$(BIN)/python tools/fetch_converter.py
 	LLAMA_CPP_TESTS=1 $(BIN)/python -m pytest tests/test_gguf.py tests/test_gguf_llama_cpp.py
+
+torture: $(STAMP) # two hours on two cores: kills, full disks, damaged files; benchmarks/results/
+	$(BIN)/python benchmarks/torture.py
 
 study: $(STAMP) # hours on two cores; type it again to go on
 	$(BIN)/python research/study/run.py

@@ -291,7 +291,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_what_was_done_stays(
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
         patch.setattr(TokenWriter, "append", full)
-        with pytest.raises(SkipwiseError, match=r"No space left.*\n.*SKIPWISE_CACHE"):
+        with pytest.raises(SkipwiseError, match=r"no space left.*\n.*SKIPWISE_CACHE"):
             tokenize_source(source, tokenizer, cache=cache)
     done = num_saved(cache)
     assert done > 0

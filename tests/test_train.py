@@ -197,7 +197,7 @@ def test_a_folder_that_another_process_trains_into_is_left_alone(tiny, text_fold
     assert not half.exists() and last_checkpoint(run).name == "checkpoint-1"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
     straight, tiny, text_folder, tmp_path, monkeypatch, number
 ):

@@ -76,9 +76,10 @@ def main() -> None:
         change = 100 * (np.log(table) - np.log(first))
         keys = [100 * np.mean([r["passkey"][n] for r in runs]) for n in lengths]
         seconds = np.mean([r["training seconds"] for r in runs])
-        cells = [f"{p:.2f} ({c:+.1f} %)" for p, c in zip(table.mean(0), change.mean(0), strict=True)]
-        print(f"| {setting} |", " | ".join(cells), "|", " / ".join(f"{k:.0f}" for k in keys), end="")
-        print(f" % | {seconds:.0f} s |")
+        both = zip(table.mean(0), change.mean(0), strict=True)
+        cells = " | ".join(f"{p:.2f} ({c:+.1f} %)" for p, c in both)
+        found = " / ".join(f"{k:.0f}" for k in keys)
+        print(f"| {setting} | {cells} | {found} % | {seconds:.0f} s |")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
 """The command line: `skipwise VERB ARGUMENT [key=value ...]`. commands.py runs the verbs.
 
 Results go to stdout, progress to stderr. Exit codes: 0 success, 2 an error in one to three lines,
-75 a run that was stopped and saved.
+75 a run that was stopped and saved. `main` is the one place where an error of the operating system,
+or of a library on it, becomes such lines.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import re
 import shlex
 import signal
 import sys
-import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from skipwise import __version__, commands
-from skipwise.config.machine import is_main_process
-from skipwise.errors import RunStopped, SkipwiseError, did_you_mean
+from skipwise.config.machine import is_main_process, on_signals
+from skipwise.errors import RunStopped, SkipwiseError, did_you_mean, system_error
 from skipwise.pose.samplers import SAMPLERS
 from skipwise.training.distributed.launcher import FAILED, STOPPED
 
@@ -55,32 +57,51 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGTERM, _interrupt) if in_main_thread else None
-    try:
-        args = _parse(argv)
-        return args.run(args) or 0
-    except RunStopped as stopped:
-        if is_main_process():
-            print(stopped, file=sys.stderr)
-        return STOPPED
-    except SkipwiseError as error:
-        print(f"skipwise: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to continue", file=sys.stderr)
-        return STOPPED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, handler)
+    with on_signals(_interrupt, signal.SIGTERM):
+        try:
+            args = _parse(argv)
+            status = args.run(args) or 0
+            sys.stdout.flush()
+            return status
+        except RunStopped as stopped:
+            if is_main_process():
+                _say(stopped)
+            return STOPPED
+        except SkipwiseError as error:
+            _say(f"skipwise: {error}")
+            return FAILED
+        except KeyboardInterrupt:
+            _say("\nstopped; run the same command again to continue")
+            return STOPPED
+        except BaseException as error:
+            is_pipe = isinstance(error, BrokenPipeError)  # as `skipwise ... | head` has it
+            known = system_error(error, "standard output" if isinstance(error, OSError) else None)
+            if known is None:
+                raise
+            _drop_output()
+            if not is_pipe:
+                _say(f"skipwise: {known}")
+            return 0 if is_pipe else FAILED
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    """Treat SIGTERM like Ctrl-C: finished work is kept, and the exit code says to try again."""
+def _interrupt(number: int) -> None:
+    """Treat SIGTERM and SIGHUP like Ctrl-C: finished work is kept, and the exit code says so."""
     raise KeyboardInterrupt
+
+
+def _say(message: object) -> None:
+    with suppress(OSError, ValueError):  # a log on a full disk, a closed stderr
+        print(message, file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Drop what stdout does not take; Python would fail on it at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):  # not a file, in a test
+            os.dup2(nowhere, sys.stdout.fileno())
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -243,7 +264,9 @@ def _add_output_verbs(verbs: Any) -> None:
     text = "rewrite the HTML report of a run, or compare several runs on one page"
     sub = _add_verb(verbs, "report", commands.report_verb, text, example)
     sub.add_argument("things", nargs="+", metavar="RUN", help="run or evaluation folders")
-    sub.add_argument("--out", metavar="FILE", help="page of a comparison (comparison.html)")
+    sub.add_argument(
+        "--out", metavar="FILE", help="the page (in the run; of several: comparison.html)"
+    )
 
     example = "skipwise export runs/my-model-32k --to hf,gguf --outtype q8_0"
     text = "export a run's model for transformers, as GGUF or as a LoRA adapter; or verify a folder"

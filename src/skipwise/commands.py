@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipwise.config.machine import is_main_process, world_size
-from skipwise.errors import SkipwiseError, did_you_mean
+from skipwise.errors import READ_ONLY, SkipwiseError, did_you_mean
 from skipwise.training.distributed.launcher import FAILED, launched, num_gpus
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def eval_verb(args: argparse.Namespace) -> None:
         raise SkipwiseError("--limit must be 1 or more; the default is all documents")
     _silence_libraries()
     from skipwise.evaluation.run import evaluate
-    from skipwise.report import format_table, verdict, write_report
+    from skipwise.report import format_table, verdict
 
     rows, run = evaluate(
         args.thing,
@@ -270,7 +270,7 @@ def eval_verb(args: argparse.Namespace) -> None:
         out=args.out,
         command=_command_line(args),
     )
-    page = write_report(run.path)
+    page = _write_report(run)
     print(json.dumps(rows, indent=1) if args.json else format_table(rows))
     where = sys.stderr if args.json else sys.stdout
     results = run.path / "results.json"
@@ -286,14 +286,24 @@ def report_verb(args: argparse.Namespace) -> None:
         table = compare_runs([Path(thing) for thing in args.things], page)
         print(f"{table}\n\nreport  {page}")
         return
-    if args.out:
-        raise SkipwiseError("--out needs several runs: the page of one run is in its report folder")
     run = RunFolder(args.things[0])
     if run.metadata().get("kind") != "evaluation":
         run.recipe()
-    page = write_report(run.path)
+    page = write_report(run.path, Path(args.out)) if args.out else _write_report(run)
     print(format_table(run.results()))
     print(f"\nreport  {page}\n\n{verdict(run.path)}")
+
+
+def _write_report(run: RunFolder) -> str:
+    """The page's path; in a folder that is only read, how to write it elsewhere."""
+    from skipwise.report import write_report
+
+    try:
+        return str(write_report(run.path))
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        return f"not written: {run.path} is read-only; skipwise report RUN --out page.html"
 
 
 def export_verb(args: argparse.Namespace) -> int:
@@ -352,7 +362,8 @@ def publish_verb(args: argparse.Namespace) -> None:
     run = RunFolder(args.thing)
     run.recipe()
     plan_upload(run, args.name, args.private)  # raises before anything is written
-    write_card(run, args.name)
+    if not args.dry_run:
+        write_card(run, args.name)
     upload = plan_upload(run, args.name, args.private)
     print(f"{verdict(run.path)}\n{describe_upload(upload)}", file=sys.stderr, flush=True)
     if not args.dry_run and (args.yes or confirm(upload)):

@@ -1,14 +1,23 @@
-"""This process and this machine: rank, versions, CPU, memory. No torch."""
+"""This process and this machine: rank, versions, CPU, memory, disks, signals. No torch."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from skipwise.errors import SkipwiseError
+
+_HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has none
 
 
 def world_size() -> int:
@@ -94,3 +103,67 @@ def process_memory(key: str) -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def check_disk_space(path: Path, num_bytes: float, what: str, fix: str = "") -> None:
+    """Ask for free disk space before a large write.
+
+    Args:
+        path: where it is written, or will be.
+        what: it is, for the message.
+        fix: what to type. Defaults to freeing space.
+
+    Raises:
+        SkipwiseError: there is too little; says how much is free and how much is needed.
+    """
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < num_bytes:
+        unit, size = ("GiB", 2**30) if num_bytes >= 2**29 else ("MiB", 2**20)
+        fix = fix or "free some space, and type the same command again; finished work is kept"
+        raise SkipwiseError(
+            f"the disk of {path} has {free / size:.1f} {unit} left, and {what} takes "
+            f"{num_bytes / size:.1f}\n{fix}"
+        )
+
+
+def give_umask_mode(folder: Path) -> None:
+    """Let the umask decide who reads the files of a folder; safetensors writes them for one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in folder.rglob("*") if os.name == "posix" else ():
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def on_signals(handler: Callable[[int], None], *numbers: int) -> Iterator[None]:
+    """Call the handler on these signals, and on SIGHUP unless nohup has it ignored.
+
+    Nothing can be written to a terminal that was closed, so that stdout and stderr lead nowhere
+    from then on. Outside of the main thread, which alone gets signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    terminals = [number for number in (1, 2) if os.isatty(number)]
+
+    def handle(number: int, frame: Any) -> None:
+        if number == _HANGUP:  # a shell sends it again
+            signal.signal(number, signal.SIG_IGN)
+        for terminal in terminals if number == _HANGUP else ():
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, terminal)
+            os.close(nowhere)
+        handler(number)
+
+    if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
+        numbers = (*numbers, _HANGUP)
+    old = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)

@@ -17,8 +17,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -33,11 +36,23 @@ except ImportError:
 from skipwise.config.parse import describe_changes, dump_recipe, load_run_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.config.trust import consent_to_code
-from skipwise.errors import SkipwiseError
+from skipwise.errors import READ_ONLY, SkipwiseError
+
+_OLD_PART = 60.0  # seconds after which the part of a process that is gone is removed
+_LEFTOVERS = re.compile(r"\.(run|train)?\.?lock|(recipe\.yaml|run\.json)(\.\d+)?\.part")
+_TYPES = {  # of the keys of run.json that are read again
+    **dict.fromkeys(("checks", "files", "card_files", "reproduce"), list),
+    **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
+    **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
+    **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
+}
 
 
 class RunFolder:
-    """Paths and JSON of one run. Files are replaced atomically, and only rank 0 writes."""
+    """Paths and JSON of one run. Files are replaced atomically, and only rank 0 writes.
+
+    Several processes may write run.json at once: each update reads and writes it under a lock.
+    """
 
     def __init__(self, path: str | Path, parent: RunFolder | None = None) -> None:
         self.path, self.parent = Path(path), parent
@@ -77,16 +92,33 @@ class RunFolder:
             self.update(consent=consent_to_code(recipe.model, recipe.load.revision))
 
     def metadata(self) -> dict[str, Any]:
-        return _read_json(self.path / "run.json", {})
+        file = self.path / "run.json"
+        fix = "remove it: what decided the run is in its checkpoints, the rest is measured again"
+        found = _read_json(file, {}, fix)
+        if not isinstance(found, dict):
+            raise SkipwiseError(f"{file} is not a JSON object\n{fix}")
+        for key, value in found.items():
+            if value is not None and not isinstance(value, _TYPES.get(key, object)):
+                raise SkipwiseError(f"{file} has {key}: {str(value)[:60]!r}\n{fix}")
+        return found
 
-    def update(self, **metadata: Any) -> None:
-        """Add or replace top-level keys of run.json."""
-        if is_main_process():
-            write_json(self.path / "run.json", {**self.metadata(), **metadata})
+    def update(self, *, any_rank: bool = False, **metadata: Any) -> None:
+        """Add or replace top-level keys of run.json; a function gets the old value, or None."""
+        if not (any_rank or is_main_process()):
+            return
+        with _exclusive(self.path / ".run.lock"):
+            before = self.metadata()
+            new = {k: v(before.get(k)) if callable(v) else v for k, v in metadata.items()}
+            if {**before, **new} != before:
+                write_json(self.path / "run.json", {**before, **new})
+
+    def update_entry(self, key: str, **values: Any) -> None:
+        """Add or replace keys of a dictionary in run.json."""
+        self.update(any_rank=False, **{key: lambda old: {**(old or {}), **values}})
 
     def results(self) -> list[dict[str, Any]]:
         file = self.path / "results.json"
-        rows = _read_json(file, [])
+        rows = _read_json(file, [], "remove it, and its contents will be measured again")
         valid = isinstance(rows, list) and all(
             isinstance(row, dict) and {"model", "task", "metric"} <= set(row) for row in rows
         )
@@ -107,17 +139,17 @@ class RunFolder:
     @contextmanager
     def _locked(self, name: str, what: str) -> Iterator[None]:
         """Hold a lock file; SkipwiseError if another process holds it."""
-        if fcntl is None:  # Windows
-            yield
-            return
-        with (self.path / name).open("w") as file:
+        with _lock_file(self.path / name) as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                if fcntl is not None and file is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
                 raise SkipwiseError(
                     f"another process is {what} into {self.path}\n"
                     "wait until it ends, or choose another --out"
                 ) from error
+            except OSError:  # a file system without locks
+                pass
             yield
 
     def write_results(self, rows: list[dict[str, Any]]) -> None:
@@ -144,50 +176,107 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
                 f"{run.path} holds a run of another recipe: {changes}\n"
                 "choose another --out, or remove the folder"
             )
+        if is_main_process():
+            remove_parts(run.path)
+        _describe_start(run, recipe, command)
         return run
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    if run.path.exists() and (not run.path.is_dir() or _holds_something(run.path)):
         raise SkipwiseError(f"{run.path} exists and is not a run folder: choose another --out")
     if not is_main_process():
         raise SkipwiseError(
             f"rank {os.environ['RANK']} does not find {run.path}\n"
             "choose an --out on a disk that all machines share"
         )
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.write_recipe(recipe)
-    except OSError as error:
-        raise SkipwiseError(f"{run.path} cannot be written: {error.strerror}") from error
-    run.update(
-        name=recipe.run_name,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=command,
-        status="started",
-        versions=versions(),
-        machine=machine(),
-    )
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.write_recipe(recipe)
+    _describe_start(run, recipe, command)
     return run
 
 
+def _describe_start(run: RunFolder, recipe: Recipe, command: str) -> None:
+    """What run.json says from the start; also where a kill came before it, or it was removed."""
+    if is_main_process() and "created" not in run.metadata():
+        run.update(
+            name=recipe.run_name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=command,
+            status="started",
+            versions=versions(),
+            machine=machine(),
+        )
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether a folder holds more than what a kill leaves of a run that was just begun."""
+    return any(not _LEFTOVERS.fullmatch(path.name) for path in folder.iterdir())
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_text` left where its process was killed."""
+    for part in folder.glob("*.*.part"):
+        owner = part.name.split(".")[-2]
+        with suppress(OSError):
+            if owner.isdigit() and time.time() - part.stat().st_mtime > _OLD_PART:
+                try:
+                    os.kill(int(owner), 0)
+                except ProcessLookupError:
+                    part.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """Write a file atomically. Each process has a part of its own; it is on the disk first."""
+    part = path.with_name(f"{path.name}.{threading.get_native_id()}.part")
+    part.unlink(missing_ok=True)
+    try:
+        with part.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, default=_jsonable) + "\n")
 
 
-def _read_json(path: Path, default: Any) -> Any:
+@contextmanager
+def _lock_file(path: Path) -> Iterator[Any]:
+    """An open file to lock; None where there are no locks, or in a folder that is only read."""
+    try:
+        file = None if fcntl is None else path.open("a")
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        file = None
+    try:
+        yield file
+    finally:
+        if file is not None:
+            file.close()
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Wait for a lock file, and hold it."""
+    with _lock_file(path) as file:
+        with suppress(OSError):  # a file system without locks
+            if fcntl is not None and file is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read_json(path: Path, default: Any, fix: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return default
-    except ValueError as error:
-        raise SkipwiseError(
-            f"{path} is not JSON: {error}\nremove it, and its contents will be measured again"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else error
+        raise SkipwiseError(f"{path} is not JSON: {why}\n{fix}") from error
 
 
 def _jsonable(value: Any) -> Any:

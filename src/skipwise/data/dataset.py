@@ -50,7 +50,7 @@ class PoSEDataset(torch.utils.data.Dataset):
         return self.num_examples
 
     def __getitem__(self, k: int) -> dict[str, Any]:
-        """`input_ids`, `labels`, `position_ids` (L,) int64, their `example`, and k, its `number`."""
+        """`input_ids`, `labels`, `position_ids` (L,) int64, `example`, and k as `number`."""
         tokens = self.document(k)
         example = self.draw(np.random.default_rng([self.seed, k]), tokens)
         input_ids, labels = example.take(np.asarray(tokens))

@@ -10,6 +10,7 @@ Memory: one shard, or one text file or record if that is larger.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -25,6 +26,10 @@ from skipwise.data.files import BROKEN_FILE, has_records, recognize, size_of
 from skipwise.data.readers import BadRecord, BadRecords, Outcome, Source
 
 _SHARD = 1 << 22  # bytes: hundreds to thousands of documents, a second of work
+_OF_THE_FILE = (  # None: it is broken
+    *(None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    errno.ENXIO,
+)
 _RECORD = 64  # bytes that each record counts beside its text, to limit empty records
 
 
@@ -204,6 +209,9 @@ def _size(outcome: Outcome) -> int:
 
 
 def _broken(path: Path, error: BaseException) -> BadRecord:
+    """The record of a file that cannot be read; raises where that may be so for now only."""
+    if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+        raise error
     why = str(error) or type(error).__name__
     if isinstance(error, UnicodeError):
         why = "not UTF-8 text: if it is text in another encoding, type iconv -f ENCODING -t UTF-8"

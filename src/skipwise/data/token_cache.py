@@ -6,7 +6,8 @@ tokens/FINGERPRINT.part/    the .bin files, lengths.bin, and progress.json with 
 tokens/FINGERPRINT.lock     locked by the process that writes FINGERPRINT.part; others wait
 
 A kill loses only the work after the last progress.json, a few seconds. Unfinished stores that have
-not changed for two weeks are removed.
+not changed for two weeks are removed. meta.json has the sizes and digests of the other files: a
+store that differs from them is made again.
 
 Memory: 8 bytes per document (its offset), memory-mapped; twice that while a store is completed.
         About 50 bytes on disk per turn of a conversation.
@@ -33,6 +34,7 @@ from skipwise.config.machine import is_main_process
 from skipwise.config.run_folder import write_json
 from skipwise.data.chat import ChatSpans
 from skipwise.data.shards import Cursor
+from skipwise.models.identity import digests, known_digests
 
 try:
     import fcntl
@@ -40,6 +42,7 @@ except ImportError:  # Windows
     fcntl = None
 
 _BLOCK, _BLOCKS = 1 << 14, 1 << 12  # tokens per block, and most blocks, that a digest reads
+_FILES = ("tokens.bin", "offsets.npy", "masked.bin", "markers.bin")
 _ABANDONED = 14 * 24 * 3600  # seconds without changes before an unfinished store is removed
 
 
@@ -121,12 +124,27 @@ def open_store(folder: Path) -> TokenStore:
     )
 
 
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def _spans(path: Path) -> np.ndarray:
     return np.memmap(path, np.int64, "r") if path.stat().st_size else np.zeros(0, np.int64)
 
 
 def is_complete(folder: Path) -> bool:
-    return (folder / "meta.json").exists()
+    """Whether a store is there, and is what was written. Says so where it is not."""
+    if not (folder / "meta.json").exists():
+        return False
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        same = meta.pop("digest") == _digest(meta)
+        same = same and known_digests({name: folder / name for name in _FILES}) == meta["files"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        same = False
+    if not same and is_main_process():
+        print(f"{folder} is damaged, and is made again", file=sys.stderr, flush=True)
+    return same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +215,7 @@ class TokenWriter:
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         np.save(self.part / "offsets.npy", offsets)
+        files = digests({name: self.part / name for name in _FILES})
         meta = {
             "dtype": self.dtype.name,
             "num_bad_records": self.progress.num_bad_records,
@@ -205,13 +224,14 @@ class TokenWriter:
             "num_chat_tokens": self.progress.num_chat_tokens,
             "num_special": self.progress.num_special,
             "source": source,
+            "files": files,
         }
-        write_json(self.part / "meta.json", meta)
-        if folder.exists():  # an incomplete one
+        write_json(self.part / "meta.json", {**meta, "digest": _digest(meta)})
+        if folder.exists():  # a damaged one
             shutil.rmtree(folder)
         os.replace(self.part, folder)
         for name in ("lengths.bin", "progress.json"):
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
 
     def _read_progress(self) -> StoreProgress:
         """The saved progress, or none if the files are shorter than it says."""

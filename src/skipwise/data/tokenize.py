@@ -30,16 +30,16 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.config.machine import cache_folder
+from skipwise.config.machine import cache_folder, check_disk_space
 from skipwise.data import token_cache
 from skipwise.data.chat import Spans, encode_conversation, spans_in_store, spans_of
 from skipwise.data.chat_records import Conversation, ConversationError
-from skipwise.data.files import size_of
+from skipwise.data.files import has_records, size_of
 from skipwise.data.progress import TokenBar, warn_of_disk_space
 from skipwise.data.readers import BadRecord, BadRecords, Source, fingerprint_fields, list_files
 from skipwise.data.shards import Shard, read_shards
 from skipwise.data.token_cache import StoreProgress, TokenStore, TokenWriter, is_complete
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, system_errors
 from skipwise.models.separator import Separator, own_separator, special_ids
 
 _FORMAT = 3  # version of the cache format; increase it when the files change
@@ -47,6 +47,7 @@ _PIECE = 1 << 20  # most characters of one input to the tokenizer; longer texts 
 _BATCH = 1 << 22  # characters per call of the tokenizer
 _LARGE = 1 << 28  # bytes of text above which a process pool is faster
 _WAITING = 1 << 30  # most bytes of text waiting in the process pool
+_MOST_BYTES = 16  # of plain text in a token, on average
 _SAVE_SECONDS = 2.0  # most work that a kill may lose
 
 
@@ -88,8 +89,9 @@ def tokenize_source(
     folder = (cache or cache_folder()) / "tokens" / fingerprint
     if is_complete(folder):
         return token_cache.open_store(folder)
+    fix = "free some space, or set SKIPWISE_CACHE to a larger disk; finished work is kept"
     try:
-        with token_cache.lock_unfinished(folder) as part:
+        with system_errors(folder.parent, fix), token_cache.lock_unfinished(folder) as part:
             if not is_complete(folder):  # no other process was faster
                 token_cache.remove_abandoned(folder.parent)
                 with TokenWriter(part, _dtype(tokenizer)) as writer:
@@ -101,12 +103,6 @@ def tokenize_source(
         raise SkipwiseError(
             f"{source.path}: a tokenizer process was killed, often because memory ran out\n"
             "type data.num_proc=N with fewer processes; finished work is kept"
-        ) from error
-    except OSError as error:
-        raise SkipwiseError(
-            f"{folder.parent} cannot be written: {error.strerror or error}\n"
-            "free some space, or set SKIPWISE_CACHE to a folder on a larger disk; finished work is "
-            "kept"
         ) from error
     return token_cache.open_store(folder)
 
@@ -171,6 +167,7 @@ def _tokenize(
         first=list(now.bad_records),
     )
     bar = TokenBar(source, size, now, shown)
+    _check_disk_space(source, writer)
     saved, is_warned = time.monotonic(), False
     shards = iter(()) if now.is_complete else read_shards(source, now.position)
     work = _encode_all(shards, encoder, num_proc)
@@ -193,6 +190,16 @@ def _tokenize(
     if not now.num_documents and bad.count:
         found = f"none of its {bad.count} records could be read\n{bad.first[0]}"
         raise SkipwiseError(f"{source.path}: {found}")
+
+
+def _check_disk_space(source: Source, writer: TokenWriter) -> None:
+    """Ask for the room that the rest of the plain texts takes in any language, and no more."""
+    texts = [f for f in list_files(source) if not has_records(f)] if source.is_local else []
+    count = max(0, sum(map(size_of, texts)) - writer.progress.num_bytes) / _MOST_BYTES
+    count = min(count, source.max_tokens or count)
+    where, fix = writer.part.parent, "free some space, or set SKIPWISE_CACHE to a larger disk"
+    what = f"{source.path} as tokens, at the least,"
+    check_disk_space(where, count * writer.dtype.itemsize, what, fix)
 
 
 def _append(
@@ -261,7 +268,9 @@ def _encode_all(
 
 
 def _start_worker(encoder: _Encoder) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    for name in ("SIGINT", "SIGHUP"):  # the parent ends its workers
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     globals()["_worker_encoder"] = encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -196,8 +196,8 @@ def make_eval_model(
         separator=separator,
         identity=[
             files_identity(model),
-            settings.revision,
-            getattr(config, "_commit_hash", None),  # of a hub model
+            None,  # was the revision as typed: that of the same commit has the same results
+            getattr(config, "_commit_hash", None) or settings.revision,  # of a hub model
             str(dtype),
             settings.attn_implementation,
             tokenizer_fingerprint(tokenizer),
@@ -366,10 +366,7 @@ def _open_evaluation(
         raise SkipwiseError(f"{run.path} exists and holds something else: type another --out")
     if metadata and metadata.get("kind") != "evaluation":
         raise SkipwiseError(f"{run.path} is not an evaluation folder: type another --out")
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SkipwiseError(f"{run.path} cannot be written: {error.strerror}") from error
+    run.path.mkdir(parents=True, exist_ok=True)
     models = {label: {"name": model} for label, model in labels.items()}
     for label, model in models.items():
         known = metadata.get("models", {}).get(label, model)["name"]

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCardData
 
+from skipwise.config.machine import check_disk_space
 from skipwise.config.parse import dump_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
-from skipwise.errors import Check, SkipwiseError
+from skipwise.errors import Check, SkipwiseError, system_errors
 from skipwise.export.model_card import base_metadata, relation
 from skipwise.models.attention.temperature import fold_temperature
 from skipwise.models.compatibility import make_portable, save_tokenizer
@@ -106,6 +107,8 @@ def export_model(
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     model.config.use_cache = True
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    check_disk_space(run.path, num_bytes, "the model")
     with _replacing(run.model) as part:
         model.save_pretrained(part, max_shard_size=_SHARD)
         save_tokenizer(prepared.tokenizer, prepared.source, part)
@@ -128,6 +131,8 @@ def export_adapter(prepared: PreparedModel, run: RunFolder, checkpoint: Path | N
     if prepared.recipe.lora is None:
         raise SkipwiseError(f"{run.path} trained all weights: it has no adapter\npass --to hf")
     checkpoint = require_trained(run, checkpoint)
+    size = (checkpoint / "adapter_model.safetensors").stat().st_size
+    check_disk_space(run.path, size, "the adapter")
     with _replacing(run.adapter) as part:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(checkpoint / name, part / name)
@@ -151,13 +156,11 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """An empty folder to write into, which replaces `folder` when it is complete."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    try:
+    with system_errors(folder):
         part.mkdir(parents=True)
         yield part
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
-    except OSError as error:
-        raise SkipwiseError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def require_trained(run: RunFolder, checkpoint: Path | None) -> Path:

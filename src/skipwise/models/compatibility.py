@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from skipwise.config.machine import give_umask_mode
 from skipwise.config.run_folder import write_json
 from skipwise.models.hf_config import stays_inside
 from skipwise.pose.rope_config import with_legacy_rope_keys
@@ -28,7 +29,7 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
     config.json gets both RoPE spellings and the cache, which training turned off. It loses keys
     that transformers ignores and a server prefers to the scaling or the length. The tokenizer and
     generation configs get the new length, and a tokenizer class that transformers 4 knows. No
-    config keeps how it was loaded, or a path of this machine.
+    config keeps how it was loaded, or a path of this machine. The umask decides who reads it.
 
     Args:
         target_length: T. By default the lengths do not change.
@@ -55,6 +56,7 @@ def make_portable(folder: Path, target_length: int | None = None) -> None:
         write_json(file, settings)
     for file in folder.glob("*config.json"):
         write_json(file, _without_paths(json.loads(file.read_text(encoding="utf-8"))))
+    give_umask_mode(folder)
 
 
 def _without_paths(value: Any) -> Any:

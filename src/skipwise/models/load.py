@@ -17,7 +17,7 @@ import torch
 from skipwise.config.machine import cpu_has_bf16, is_main_process
 from skipwise.config.progress import Progress
 from skipwise.config.recipe import ModelSettings
-from skipwise.errors import Check, SkipwiseError, first_line
+from skipwise.errors import Check, SkipwiseError, first_line, is_no_memory
 from skipwise.models.attention.masks import FLEX
 from skipwise.models.hf_config import READ_BIN, is_local
 
@@ -32,6 +32,8 @@ def load_tokenizer(model: str, settings: ModelSettings) -> Any:
             trust_remote_code=settings.trust_remote_code,
         )
     except Exception as error:  # transformers raises many types
+        if is_no_memory(error):
+            raise
         raise SkipwiseError(
             f"the tokenizer of {model} could not be loaded\n{first_line(error)}"
         ) from error
@@ -76,6 +78,8 @@ def load_model(
                 **({"allow_all_kernels": True} if others else {}),
             )
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
+        if is_no_memory(error):
+            raise
         raise SkipwiseError(
             f"the weights of {model} could not be loaded\n{first_line(error)}"
         ) from error

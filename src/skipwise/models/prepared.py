@@ -73,7 +73,7 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
         check_weights(Path(source).expanduser(), recipe.load)
     config = config_of(source, raw, recipe.load, conversion and conversion.config(raw))
     info = model_info_of(config, recipe.original_length, None if conversion else raw)
-    recipe = resolve_auto(recipe)
+    recipe = _with_commit(resolve_auto(recipe), source, raw)
     scaling = scaling_for(recipe, info)
     first_stage(recipe)
     full_length_stage(recipe, info.original_length)
@@ -98,6 +98,13 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
         tokenizer=tokenizer,
         separator=find_separator(recipe.data.separator, tokenizer, config),
     )
+
+
+def _with_commit(recipe: Recipe, source: str, raw: dict[str, Any]) -> Recipe:
+    """The recipe with the commit that a name of the Hub leads to now: all of it is from there."""
+    commit = None if is_local(source) else raw.get("_commit_hash")
+    load = dataclasses.replace(recipe.load, revision=commit or recipe.load.revision)
+    return dataclasses.replace(recipe, load=load)
 
 
 def rescale(prepared: PreparedModel, rope_type: str) -> PreparedModel:

@@ -153,7 +153,7 @@ def check_run(prepared: PreparedModel, inputs: RunInputs | None, run: RunFolder)
     checks, num_parameters = _preflight(prepared, inputs, run, trial=True)
     record_checks(run, checks)
     if num_parameters:
-        run.update(model={**run.metadata().get("model", {}), "num_parameters": num_parameters})
+        run.update_entry("model", num_parameters=num_parameters)
     require(checks)
 
 
@@ -235,8 +235,7 @@ def record_checks(run: RunFolder, checks: list[Check]) -> None:
     for one in checks if is_main_process() else []:
         print(f"  {one}", file=sys.stderr, flush=True)
     names = {one.name for one in checks}
-    old = [c for c in run.metadata().get("checks", []) if c["name"] not in names]
     new = [dataclasses.asdict(c) for c in checks]
     for one in new:
         one["numbers"] = {k: v for k, v in one["numbers"].items() if math.isfinite(v)}
-    run.update(checks=old + new)
+    run.update(checks=lambda old: [c for c in old or [] if c["name"] not in names] + new)

@@ -32,6 +32,7 @@ from skipwise.models.prepared import PreparedModel
 from skipwise.pipeline.choose_separator import with_chosen_separator
 from skipwise.pipeline.search_budget import TOO_MUCH, fit_search
 from skipwise.pipeline.search_text import longer_length, num_windows, search_text
+from skipwise.training.checkpoints import add_decision, known_decisions, trained_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import TrainingData, text_changed
 
@@ -74,7 +75,14 @@ def chosen_temperature(
         if asked != 1:
             run.update(temperature={"value": asked, "detail": "given in the recipe"})
         return asked
+    finished = trained_checkpoint(run, prepared.recipe)
     found = run.metadata().get("temperature")
+    known = known_decisions(run)[1].get("temperature", found)
+    if found and known and found["value"] != known["value"]:
+        raise SkipwiseError(
+            f"{run.path / 'run.json'} says temperature {found['value']}, and {known['value']} was "
+            "found after training\nremove run.json: what decided the run is in its checkpoints"
+        )
     if found is None or found["detail"].startswith(_NOT_NOW):
         if prepared.recipe.method != "none":
             require_trained(run, checkpoint)
@@ -83,6 +91,8 @@ def chosen_temperature(
         if before is not None and before["value"] != found["value"] and is_main_process():
             with run.lock():
                 run.write_results([row for row in run.results() if row["model"] != "after"])
+        if not found["detail"].startswith(_NOT_NOW):
+            add_decision(finished, temperature={"value": found["value"]})
         run.update(temperature=found)
         print(f"  temperature {found['value']:g}: {found['detail']}", file=sys.stderr, flush=True)
     return found["value"]

@@ -29,7 +29,11 @@ from skipwise.pipeline.stages import (
     report_run,
     train_run,
 )
-from skipwise.training.checkpoints import trained_checkpoint
+from skipwise.training.checkpoints import (
+    resume_decisions,
+    trained_checkpoint,
+    with_known_revision,
+)
 from skipwise.training.inputs import load_training_data
 
 STAGES = ("check", "evaluate before", "train", "export", "evaluate after", "report")
@@ -54,11 +58,13 @@ def extend(
     trained = trained_checkpoint(RunFolder(out), recipe) is not None
     num_processes = 0 if trained else num_processes  # the rest is work for one process
     unmeasured = not RunFolder(out).results()
+    asked, recipe = recipe, with_known_revision(recipe, RunFolder(out))
     prepared = validate(recipe, num_processes or 1, trained=trained, load=unmeasured)
     if recipe.export.checkpoint == "passkey":
         check_selection(recipe, [], prepared.prompt_tokenizer, prepared.info.original_length)
-    run = open_run(out, recipe, command)
+    run = open_run(out, asked, command)
     with _stage(run, "check"):
+        resume_decisions(prepared, run)
         prepared = choose_separator(convert_weights(prepared, run.converted), run)
         data = None if recipe.method == "none" else load_training_data(prepared, run)
         prepared = choose_scaling(prepared, run, data)
@@ -98,6 +104,5 @@ def _stage(run: RunFolder, name: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     seconds = time.monotonic() - started
-    stages = run.metadata().get("stages", {})
-    if seconds >= 1 or name not in stages:
-        run.update(stages={**stages, name: round(seconds, 1)})
+    if seconds >= 1 or name not in run.metadata().get("stages", {}):
+        run.update_entry("stages", **{name: round(seconds, 1)})

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from skipwise.config.machine import world_size
+from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, open_run
@@ -31,7 +31,13 @@ from skipwise.pipeline.choose_separator import with_chosen_separator
 from skipwise.pipeline.choose_temperature import chosen_temperature, untrained_temperature
 from skipwise.pose.preview import describe_positions
 from skipwise.report import format_table, write_report
-from skipwise.training.checkpoints import finished_checkpoint, trained_checkpoint
+from skipwise.training.checkpoints import (
+    check_decisions,
+    finished_checkpoint,
+    resume_decisions,
+    trained_checkpoint,
+    with_known_revision,
+)
 from skipwise.training.distributed.launcher import launch
 from skipwise.training.full_length_stage import (
     RunInputs,
@@ -96,6 +102,8 @@ def prepare_run(
         gpu = {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
         metadata["machine"] = {**run.metadata().get("machine", {}), **gpu}
     run.update(**metadata)
+    if is_main_process() and not (inputs and text_changed(run, inputs.data.digest)):
+        check_decisions(run)
     return inputs
 
 
@@ -125,10 +133,11 @@ def prepare_training(
     recipe: Recipe, out: str | Path, command: str
 ) -> tuple[PreparedModel, RunInputs, RunFolder]:
     """What the train verb needs, in each of its processes."""
-    prepared = validate(recipe, world_size())
+    prepared = validate(with_known_revision(recipe, RunFolder(out)), world_size())
     if recipe.method == "none":
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
     run = open_run(out, recipe, command)
+    resume_decisions(prepared, run)
     prepared = with_chosen_separator(convert_weights(prepared, run.converted), run)
     prepared = with_chosen_scaling(prepared, run)
     if auto_scalings(prepared.recipe, prepared.info)[0]:  # this verb measures nothing
@@ -235,7 +244,7 @@ def _train_stages(
 
         def write_down(checks: list[Check]) -> None:
             record_checks(run, checks)
-            run.update(model={**run.metadata().get("model", {}), "num_parameters": count})
+            run.update_entry("model", num_parameters=count)
 
         arguments: dict[str, Any] = {"record": write_down} if record else {}
         train(training, run, first.recipe, only_check=only_check, **arguments)
@@ -293,8 +302,12 @@ def export_again(
     recipe, written = run.recipe(), []
     model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
     if model_too or "adapter" in kinds:
-        prepared = convert_weights(prepare_model(recipe), run.converted)
+        prepared = prepare_model(with_known_revision(recipe, run))
+        resume_decisions(prepared, run)
+        prepared = convert_weights(prepared, run.converted)
         prepared = choose_scaling(with_chosen_separator(prepared, run), run)
+        run.update(rope=prepared.scaled.rope_parameters)
+        check_decisions(run)
         if model_too:
             run.update(exported=False)
             export_run(prepared, run)

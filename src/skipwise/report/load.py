@@ -56,9 +56,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:  # the last line of a killed run
+            found = json.loads(line)
+        except (ValueError, RecursionError):  # the last line of a killed run
             continue
+        lines += [found] if isinstance(found, dict) else []
     return lines
 
 

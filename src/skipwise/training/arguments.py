@@ -18,7 +18,7 @@ from skipwise.config.batch import accumulation, micro_batch, micro_batches
 from skipwise.config.machine import available_memory, world_size
 from skipwise.config.parse import scalar
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe
-from skipwise.config.run_folder import RunFolder, write_json
+from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError, did_you_mean
 from skipwise.models.load import best_device, compute_dtype
 from skipwise.models.lora import quantization_for
@@ -237,8 +237,7 @@ def resolve_micro_batch(
 
 def take_less(run: RunFolder, size: int) -> SkipwiseError:
     """Make the run take half the micro batch next time; any rank may write it. Says so."""
-    batch = {"micro_batch_size": size // 2}
-    write_json(run.path / "run.json", {**run.metadata(), "batch": batch})
+    run.update(any_rank=True, batch={"micro_batch_size": size // 2})
     return SkipwiseError(
         f"out of memory with training.micro_batch_size {size}, which auto had chosen\n"
         f"type the same command again: it takes {size // 2}"

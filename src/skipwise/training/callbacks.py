@@ -1,7 +1,7 @@
 """Trainer callbacks: metrics and checkpoints in the run folder, and stopping on a signal.
 
 `RunCallback` writes metrics and progress, marks complete checkpoints, and raises if the loss is not
-finite. `StopCallback` saves and stops after the step in which Ctrl-C or SIGTERM arrived.
+finite. `StopCallback` saves and stops after the step in which Ctrl-C, SIGTERM or SIGHUP arrived.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from skipwise.config.machine import process_memory, world_size
+from skipwise.config.machine import on_signals, process_memory, world_size
 from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
@@ -30,6 +29,7 @@ from skipwise.config.stages import is_full_length_stage
 from skipwise.errors import SkipwiseError
 from skipwise.models.compatibility import make_portable
 from skipwise.training.checkpoints import (
+    decisions,
     keep_candidate,
     mark_complete,
     remove_old,
@@ -70,11 +70,13 @@ class RunCallback(TrainerCallback):
         self.loss = math.nan
         self.started = 0.0
         self.seconds_before = 0.0
+        self.decided: dict[str, Any] = {}  # see `checkpoints.decisions`
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.preflight()
         if not state.is_world_process_zero:
             return
+        self.decided = decisions(self.run)
         done = self.offset.num_steps + state.global_step
         kept = [m for m in read_metrics(self.run) if m["step"] <= done]
         self.seconds_before = kept[-1]["seconds"] if kept else 0.0
@@ -158,7 +160,12 @@ class RunCallback(TrainerCallback):
                 self.write_down()  # a kill after the mark would lose it
             size = args.per_device_train_batch_size
             mark_complete(
-                folder, state.global_step, self.engine, self.recipe, micro_batch_size=size
+                folder,
+                state.global_step,
+                self.engine,
+                self.recipe,
+                micro_batch_size=size,
+                decided=self.decided,
             )
             remove_old(self.run, self.recipe.training.save_total_limit)
         if world_size() > 1:
@@ -187,24 +194,19 @@ class StopCallback(TrainerCallback):
 
 @contextmanager
 def stop_on_signals(trainer: Trainer) -> Iterator[StopCallback]:
-    """Ctrl-C and SIGTERM save and stop; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM and SIGHUP save and stop; a second Ctrl-C stops at once."""
     stop = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, StopCallback))
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int) -> None:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.asked = True
-        print("\nstopping after this step, saving a checkpoint ...", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            message = "\nstopping after this step, saving a checkpoint ..."
+            print(message, file=sys.stderr, flush=True)
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals(handle, signal.SIGINT, signal.SIGTERM):
         yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -221,13 +223,16 @@ def tensorboard_in(folder: Path) -> Iterator[None]:
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without a last line that a kill cut off."""
+    """The lines of metrics.jsonl, without those that are none: a kill cuts off the last."""
     if not run.metrics_file.exists():
         return []
     metrics = []
     for line in run.metrics_file.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            metrics.append(json.loads(line))
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            found = found if isinstance(found, dict) else {}
+            if isinstance(found.get("step"), int) and isinstance(found.get("seconds"), float | int):
+                metrics.append(found)
     return metrics
 
 

@@ -5,31 +5,38 @@ A checkpoint has many files, under some engines written by several processes. Th
 without it was interrupted, and is removed before training resumes; one that differs from its list
 is damaged, is set aside, and the checkpoint before it is used. Old checkpoints are removed, in the
 order of their steps, only after a new one is complete.
+
+`complete` also says what decided the run: the base, the text, the scaling, the separator, the micro
+batch and the temperature. run.json has the same. What it lost is taken from here; where it says
+something else, the run does not go on.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from skipwise.config import machine
 from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.trust import is_sealed, seal
 from skipwise.errors import SkipwiseError
+from skipwise.models.identity import base_identity, difference, digests
+from skipwise.models.prepared import PreparedModel
 
 _COMPLETE = "complete"
 _TRUST = "SKIPWISE_TRUST_CHECKPOINTS"
 _SAFE_ENGINES = ("one process", "ddp", "fsdp2")  # torch loads their files with weights_only
 _ENGINE_KEYS = ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config")
-_BLOCK, _BLOCKS = 1 << 16, 1024  # larger files than 64 MiB are sampled
+_SEPARATOR = ("name", "begin", "end", "between")
 _known: dict[tuple[Any, ...], str] = {}  # damage by folder and the sizes and times of its files
 
 
@@ -46,8 +53,13 @@ def mark_complete(
     recipe: Recipe | None = None,
     num_processes: int | None = None,
     micro_batch_size: int = 1,
+    decided: dict[str, Any] | None = None,
 ) -> None:
-    """Write the list of the checkpoint's files, after all of them are on the disk."""
+    """Write the list of the checkpoint's files, after all of them are on the disk.
+
+    Args:
+        decided: see `decisions`.
+    """
     files = _files(folder)
     for path in (*files.values(), *(p for p in folder.rglob("*") if p.is_dir())):
         _sync(path)
@@ -57,9 +69,16 @@ def mark_complete(
         "num_processes": num_processes or world_size(),
         "micro_batch_size": micro_batch_size,
         "full": (full := unpickles(engine, recipe)),  # whether pickles are read completely
-        "files": _digests(files, full),
+        "files": digests(files, _whole(files, full)),
+        **({"decided": decided} if decided else {}),
     }
-    if full:
+    _write_mark(folder, metadata)
+
+
+def _write_mark(folder: Path, metadata: dict[str, Any]) -> None:
+    """Write `complete`, sealed where loading the checkpoint can run code."""
+    metadata = {key: value for key, value in metadata.items() if key != "seal"}
+    if metadata.get("full"):
         with suppress(SkipwiseError):  # no place for a key: the user is asked when it is loaded
             metadata["seal"] = seal(metadata)
     part = folder / f"{_COMPLETE}.part"
@@ -72,7 +91,7 @@ def mark_complete(
 def mark_again(folder: Path, engine: str, recipe: Recipe) -> None:
     """Mark a checkpoint whose files were converted, with what its mark said before."""
     known = _read_mark(folder) or {}
-    kept = {k: known[k] for k in ("num_processes", "micro_batch_size") if k in known}
+    kept = {k: known[k] for k in ("num_processes", "micro_batch_size", "decided") if k in known}
     mark_complete(folder, _step(folder) or 0, engine, recipe, **kept)
 
 
@@ -89,7 +108,7 @@ def check_trusted(checkpoint: Path, engine: str, recipe: Recipe | None = None) -
     for name in [n for n in files if n not in listed and "_universal" in n.split("/")[0]]:
         files.pop(name).unlink()  # left by a conversion that was interrupted
     signature = metadata.pop("seal", None)
-    if not is_sealed(metadata, signature) or listed != _digests(files, full=True):
+    if not is_sealed(metadata, signature) or listed != digests(files, _whole(files, True)):
         raise SkipwiseError(
             f"{checkpoint} was not written by you on this machine, and engine {engine} could run "
             f"code that is hidden in it\nif you trust its source, type {_TRUST}=1 before the "
@@ -118,8 +137,8 @@ def _find_damage(metadata: dict[str, Any] | None, files: dict[str, Path]) -> str
     if missing := [name for name in listed if name not in files]:
         return f"{missing[0]} is missing"
     full = bool(metadata.get("full"))
-    digests = _digests({name: files[name] for name in listed}, full)
-    changed = [name for name in listed if digests[name] != listed[name]]
+    found = digests({name: files[name] for name in listed}, _whole(listed, full))
+    changed = [name for name in listed if found[name] != listed[name]]
     return f"{changed[0]} has changed" if changed else ""
 
 
@@ -130,9 +149,9 @@ def last_checkpoint(run: RunFolder) -> Path | None:
     )
 
 
-def trained_micro_batch(run: RunFolder) -> int | None:
-    """The micro batch of the last checkpoint; None without one."""
-    last = last_checkpoint(run)
+def trained_micro_batch(*runs: RunFolder) -> int | None:
+    """The micro batch of the last checkpoint, of the first folder that has one; else None."""
+    last = next(filter(None, map(last_checkpoint, runs)), None)
     return (_read_mark(last) or {}).get("micro_batch_size") if last else None
 
 
@@ -188,32 +207,9 @@ def _files(folder: Path) -> dict[str, Path]:
     return {n: path for n, path in names.items() if n not in (_COMPLETE, f"{_COMPLETE}.part")}
 
 
-def _digests(files: dict[str, Path], full: bool) -> dict[str, list[Any]]:
-    """[size, digest] of each file.
-
-    Args:
-        full: read files completely that can hold a pickle.
-    """
-
-    def describe(path: Path) -> list[Any]:
-        sampled = not full or path.suffix in (".safetensors", ".json")
-        return [path.stat().st_size, _digest(path, sampled)]
-
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(files, pool.map(describe, files.values()), strict=True))
-
-
-def _digest(path: Path, sampled: bool) -> str:
-    """SHA-256 of a file, or of blocks spread over it if it is sampled and larger than 64 MiB."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    step = size // _BLOCKS if sampled and size > _BLOCK * _BLOCKS else _BLOCK
-    with path.open("rb") as opened:
-        for start in range(0, size, step):
-            opened.seek(start)
-            digest.update(opened.read(_BLOCK))
-        opened.seek(max(0, size - _BLOCK))
-        digest.update(opened.read(_BLOCK))
-    return digest.hexdigest()
+def _whole(names: Iterable[str], full: bool) -> list[str]:
+    """The files that are read completely: with `full` those that can hold a pickle."""
+    return [name for name in names if full and not name.endswith((".safetensors", ".json"))]
 
 
 def _sync(path: Path) -> None:
@@ -239,6 +235,96 @@ def trained_checkpoint(run: RunFolder, recipe: Recipe) -> Path | None:
     if not run.finish.recipe_file.exists():
         return None
     return finished_checkpoint(run.finish, run.finish.recipe().training.num_steps)
+
+
+def decisions(run: RunFolder) -> dict[str, Any]:
+    """What has decided a run, as run.json has it."""
+    metadata = (run.parent or run).metadata()
+    separator, data = metadata.get("separator", {}), metadata.get("data", {})
+    found = {
+        "identity": metadata.get("identity", {}),
+        "rope": metadata.get("rope", {}),
+        "rope_choice": {k: v for k, v in metadata.get("rope_choice", {}).items() if k == "type"},
+        "separator": {k: separator[k] for k in _SEPARATOR if k in separator},
+        "data": {k: data[k] for k in ("digest", "digests") if k in data},
+    }
+    return json.loads(json.dumps({key: value for key, value in found.items() if value}))
+
+
+def known_decisions(run: RunFolder) -> tuple[str, dict[str, Any]]:
+    """The name of the newest checkpoint of all stages, and what decided the run, as it says."""
+    last = last_checkpoint(run.finish) or last_checkpoint(run)
+    decided = (_read_mark(last) or {}).get("decided") if last else None
+    return (last.name, decided) if last and isinstance(decided, dict) else ("", {})
+
+
+def with_known_revision(recipe: Recipe, run: RunFolder) -> Recipe:
+    """The recipe with the commit that its model's name led to when the run began."""
+    decided = run.metadata().get("identity") or known_decisions(run)[1].get("identity", {})
+    revision = decided.get("base", {}).get("revision")
+    load = dataclasses.replace(recipe.load, revision=revision or recipe.load.revision)
+    return dataclasses.replace(recipe, load=load)
+
+
+def resume_decisions(prepared: PreparedModel, run: RunFolder) -> None:
+    """Compare the base with the one that the run began with, and fill in what run.json has lost.
+
+    Raises:
+        SkipwiseError: another base model.
+    """
+    name, decided = known_decisions(run)
+    base = base_identity(prepared.recipe.model, prepared.recipe.load.revision)
+    for known in (run.metadata().get("identity") or {}, decided.get("identity", {})):
+        if "base" in known and (what := difference(known["base"], base)):
+            raise SkipwiseError(
+                f"the base model {prepared.recipe.model} has changed since {run.path} began: {what}"
+                "\nrestore the old one, or type another --out to start again"
+            )
+    metadata = run.metadata()
+    lost = {key: value for key, value in decided.items() if key not in metadata}
+    if is_main_process() and lost:
+        print(f"run.json has lost {', '.join(lost)}: taken from {name}", file=sys.stderr)
+        for key in ("rope_choice", "separator", "temperature"):
+            if key in lost:
+                lost[key] = {"detail": f"as {name} says", "perplexity": {}, **lost[key]}
+        run.update(**lost)
+    run.update_entry("identity", base=base)
+    micro_batch = metadata.get("batch", {}).get("micro_batch_size")
+    if name and micro_batch not in (None, size := trained_micro_batch(run.finish, run)):
+        print(f"micro batch {micro_batch}; {name} was trained with {size}", file=sys.stderr)
+
+
+def check_decisions(run: RunFolder) -> None:
+    """Compare run.json, of which `prepare_run` has written what will be used, with the checkpoint.
+
+    Raises:
+        SkipwiseError: another scaling, separator or text than it was trained with.
+    """
+    name, decided = known_decisions(run)
+    now = decisions(run)
+    for key in ("rope_choice", "rope", "separator", "data"):
+        if key in decided and now.get(key, {}) != decided[key]:
+            raise SkipwiseError(
+                f"{run.path / 'run.json'} says {key} {_brief(now.get(key))}, and {name} was "
+                f"trained with {_brief(decided[key])}\nremove run.json: what decided the run is in "
+                "its checkpoints; or restore the text, or type another --out to start again"
+            )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def add_decision(checkpoint: Path | None, **decided: Any) -> None:
+    """Write what was decided after training into the mark of a checkpoint."""
+    known = _read_mark(checkpoint) if checkpoint is not None else None
+    if checkpoint is not None and known is not None and is_main_process():
+        trusted = "seal" not in known or is_sealed(
+            {k: v for k, v in known.items() if k != "seal"}, known["seal"]
+        )
+        if trusted:
+            _write_mark(checkpoint, {**known, "decided": {**known.get("decided", {}), **decided}})
 
 
 def num_processes_of(checkpoint: Path, engine: str) -> int:
@@ -283,13 +369,8 @@ def check_disk_space(run: RunFolder, num_bytes: int) -> None:
     Raises:
         SkipwiseError: there is too little; says how much is free and how much is needed.
     """
-    free = shutil.disk_usage(run.path).free
-    if free < num_bytes:
-        raise SkipwiseError(
-            f"the disk of {run.path} has {free / 2**30:.1f} GiB left, and a checkpoint takes "
-            f"{num_bytes / 2**30:.1f}\nfree space and run the command again; it resumes from "
-            f"{resume_point(run)}"
-        )
+    fix = f"free space and run the command again; it resumes from {resume_point(run)}"
+    machine.check_disk_space(run.path, num_bytes, "a checkpoint", fix)
 
 
 def checkpoint_bytes(model: Any, optimizer: Any, checkpoint: Path | None) -> int:

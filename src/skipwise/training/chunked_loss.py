@@ -107,7 +107,7 @@ def chunk_loss(model: Any, distillation: Distillation | None = None) -> None:
 
     Args:
         distillation: adds w KL(teacher || model) at the first `first_lengths` (B,) tokens of each
-            example; those with 0 are not distilled, and a batch without `first_lengths` is not either.
+            example; 0 and a batch without `first_lengths` are not distilled.
 
     Raises:
         SkipwiseError: the model adds a router loss, or its backbone or head cannot be found.

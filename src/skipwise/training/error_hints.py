@@ -6,7 +6,6 @@ by their text. The traceback is kept as the cause of the new error.
 
 from __future__ import annotations
 
-import errno
 import re
 from typing import Any
 
@@ -17,7 +16,7 @@ from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import is_full_length_stage
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, is_no_memory, is_no_space, system_error
 from skipwise.planning import next_change
 from skipwise.training.checkpoints import resume_point
 
@@ -76,29 +75,24 @@ def explain_error(error: BaseException, recipe: Recipe, run: RunFolder) -> Skipw
     """A known error as a `SkipwiseError` with the fix; None if the error is not known."""
     if isinstance(error, SkipwiseError):
         return error
-    disk_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    pattern = r"no space left|os error 28|unexpected pos \d+ vs"  # of safetensors and torch.save
-    if disk_full or re.search(pattern, str(error), re.IGNORECASE):
+    if is_no_space(error):
         fix = f"free space and run the command again; it resumes from {resume_point(run)}"
-        return SkipwiseError(f"the disk of {run.path} is full: cannot write the checkpoint\n{fix}")
+        return SkipwiseError(f"the disk of {run.path} is full\n{fix}")
     if is_out_of_memory(error):
         return out_of_memory(recipe)
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-        return None  # their messages are paths, which could match by accident
+    if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
+        return system_error(error)  # its text is a path, which could match by accident
     text = f"{type(error).__name__}: {error}"
     for pattern, meaning, fix in _KNOWN:
         if re.search(pattern, text, re.IGNORECASE):
             line = _matching_line(str(error), pattern)
             return SkipwiseError(f"{meaning} ({line})\n{fix}")
-    return None
+    return system_error(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the GPU or of the machine was full."""
-    pattern = r"out of memory|(can't|cannot) allocate memory|bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(
-        isinstance(error, RuntimeError) and re.search(pattern, str(error), re.IGNORECASE)
-    )
+    return isinstance(error, torch.OutOfMemoryError) or is_no_memory(error)
 
 
 def out_of_memory(recipe: Recipe) -> SkipwiseError:

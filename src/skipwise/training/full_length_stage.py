@@ -158,7 +158,7 @@ def check_step(stage: FullLengthStage, run: RunFolder) -> Check:
             raise RunStopped("stopped before the first step\ntype it again") from None
         release(training)
     length, said = stage.recipe.target_length, "2 passes" if passes == 2 else "a pass"
-    run.update(finish={**run.metadata().get("finish", {}), "checked_on": place(stage.recipe)})
+    run.update_entry("finish", checked_on=place(stage.recipe))
     detail = f"tried: {said} of {length:,} tokens a process, and an update, "
     detail += f"{peak_memory_gib():.2f} GiB at the peak"
     return Check(name="full-length step", passed=True, detail=detail)
@@ -184,8 +184,7 @@ def train_full_length(stage: FullLengthStage, run: RunFolder) -> None:
     def write_down(taken: dict[str, Any]) -> None:  # its seconds are those of the whole curve
         earlier = run.metadata().get("training", {}).get("seconds") or 0.0
         taken = {**taken, "seconds": round(taken["seconds"] - earlier, 3)}
-        before = run.metadata().get("finish", {})
-        run.update(finish={**before, **full_length_metadata(stage), **taken})
+        run.update_entry("finish", **full_length_metadata(stage), **taken)
 
     offset = dataclasses.replace(stage.offset, checkpoint=checkpoint)
     training = set_up(stage.prepared, stage.data, stage.run, offset)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,7 @@ class TrainingData:
     num_conversations: int = 0
     assistant_fraction: float = 0.0  # of the conversations' tokens
     num_special: int = 0  # control tokens that the text spells
+    digests: dict[str, str] = field(default_factory=dict)  # of each source
     short: PoSEDataset | None = None  # examples to probe that are shorter, see `with_short_probe`
 
     def items(self, size: int) -> list[dict[str, Any]]:
@@ -143,11 +144,18 @@ def load_training_data(
     read = partial(tokenize_source, on_bad_record=on_bad_record, num_proc=num_proc)
     around = {"separator": prepared.separator, "special_tokens": settings.special_tokens}
     stores = [read(source, prepared.tokenizer, **around, progress=progress) for source in sources]
-    digest = hashlib.sha256("".join(store.digest() for store in stores).encode()).hexdigest()[:16]
+    found = [store.digest() for store in stores]
+    digest = hashlib.sha256("".join(found).encode()).hexdigest()[:16]
+    digests = {source.path: one for source, one in zip(sources, found, strict=True)}
     changed = False if run is None else text_changed(run, digest)
     if run is not None and changed and not trained_checkpoint(run, recipe):
         fix = "restore the old text, or type another --out to start again"
-        raise SkipwiseError(f"the text has changed since {run.path} started to train on it\n{fix}")
+        before = run.metadata()["data"].get("digests", {})
+        which = [path for path, one in digests.items() if before.get(path, one) != one]
+        which = f": {', '.join(which)[:200]}" if which else ""
+        raise SkipwiseError(
+            f"the text has changed since {run.path} started to train on it{which}\n{fix}"
+        )
     corpus = build_corpus(
         stores,
         [source.weight for source in sources],
@@ -169,6 +177,7 @@ def load_training_data(
         num_bad_records=sum(store.num_bad_records for store in stores),
         bad_records=[line for store in stores for line in store.bad_records][:5],
         digest=digest,
+        digests=digests,
         num_conversations=sum(store.chat.num_conversations for store in stores),
         assistant_fraction=sum(store.chat.num_labels for store in stores)
         / max(1, sum(store.chat.num_tokens for store in stores)),
@@ -241,6 +250,7 @@ def data_metadata(prepared: PreparedModel, data: TrainingData, num_eval: int) ->
         "num_eval_documents": num_eval,
         "num_conversations": data.num_conversations,
         "digest": data.digest,
+        "digests": data.digests,
     }
 
 

@@ -15,18 +15,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-from skipwise.config.machine import cache_folder
+from skipwise.config.machine import cache_folder, check_disk_space
 from skipwise.config.parse import load_run_recipe
 from skipwise.config.run_folder import write_json
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, system_errors
 from skipwise.export.gguf.keys import check_gguf, fix_rope_keys
 from skipwise.export.gguf.requirements import Requirements, read_requirements, refuse
 from skipwise.export.gguf.tokenizer import pre_tokenizer, text_ends
 from skipwise.models.convert.gguf_file import gguf_package
 
-OUTTYPES = ("f16", "bf16", "q8_0", "f32")
+OUTTYPES = {"f16": 2, "bf16": 2, "q8_0": 34 / 32, "f32": 4}  # bytes of a weight
 _SCRIPT = "convert_hf_to_gguf.py"
 _WITHOUT = (".py", ".pyc", ".gguf")  # not copied: no code of the folder runs
 _NAMED = """
@@ -93,22 +94,26 @@ def to_gguf(
     requirements = read_requirements(folder)
     refuse(requirements)
     part = out.with_name(out.name + ".part")
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    each = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+    check_disk_space(out.parent, stored / each * OUTTYPES[outtype], out.name)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            staged = Path(scratch) / "model"
-            _stage(folder, staged, requirements)
-            _convert(converter, staged, part, outtype, name or _name(folder))
-        fix_rope_keys(part, folder)
-        failed = [check for check in check_gguf(part, folder) if not check.passed]
-        if failed:
-            lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
-            raise SkipwiseError(f"llama.cpp would not compute what {folder} requires\n{lines}")
-        os.replace(part, out)
-    except OSError as error:
-        raise SkipwiseError(f"{out} could not be written: {error.strerror}") from error
+        with system_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                staged = Path(scratch) / "model"
+                _stage(folder, staged, requirements)
+                _convert(converter, staged, part, outtype, name or _name(folder))
+            fix_rope_keys(part, folder)
+            failed = [check for check in check_gguf(part, folder) if not check.passed]
+            if failed:
+                lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
+                raise SkipwiseError(f"llama.cpp would not compute what {folder} requires\n{lines}")
+            os.replace(part, out)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     return out
 
 

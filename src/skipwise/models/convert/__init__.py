@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipwise.config.machine import check_disk_space, give_umask_mode
 from skipwise.config.recipe import ModelSettings
-from skipwise.errors import SkipwiseError, first_line
+from skipwise.errors import SkipwiseError, first_line, system_errors
 from skipwise.models.convert import families
 from skipwise.models.convert.families import Conversion
 from skipwise.models.hf_config import READ_BIN, shard_names
@@ -119,8 +120,10 @@ def convert_model(
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    num_bytes = sum(file.stat().st_size for file in files)
+    check_disk_space(out.parent, num_bytes, "the converted model")
     print(f"converting {conversion.source} to {conversion.target}: {out}", file=sys.stderr)
-    try:
+    with system_errors(out):
         names = _write_shards(files, conversion, config, part)
         # a missing head is tied, whatever the config says (wrappers differ in that)
         target = {**conversion.config(config), "tie_word_embeddings": "lm_head.weight" not in names}
@@ -130,9 +133,8 @@ def convert_model(
             if (source / name).is_file():
                 shutil.copyfile(source / name, part / name)
         tokenizer.save_pretrained(part)
+        give_umask_mode(part)
         part.rename(out)
-    except OSError as error:
-        raise SkipwiseError(f"{out} could not be written: {error.strerror or error}") from error
 
 
 def load_sentencepiece(model: str, settings: ModelSettings) -> Any:

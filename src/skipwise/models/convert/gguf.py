@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.config.machine import cache_folder
-from skipwise.errors import SkipwiseError, first_line
+from skipwise.config.machine import cache_folder, check_disk_space
+from skipwise.errors import SkipwiseError, first_line, is_no_memory, system_errors
 from skipwise.models.compatibility import make_portable
 from skipwise.models.convert import gguf_file
 from skipwise.models.hf_config import to_dict
@@ -74,17 +74,17 @@ def unpack_gguf(file: Path) -> Path:
         raise SkipwiseError(f"{file} is one of several parts\njoin them: llama-gguf-split --merge")
     print(f"unpacking {file} into {folder}", file=sys.stderr, flush=True)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    fix = "free some space, or set SKIPWISE_CACHE to a folder on a larger disk"
     try:
-        part.mkdir(parents=True)
-        _save_model(file, keys, tables, part)
-        _tokenizer(file, keys).save_pretrained(part)
-        make_portable(part)
-        card = f"---\nlicense: {keys.get('general.license', 'unknown')}\n---\n"
-        (part / "README.md").write_text(card, encoding="utf-8")
-        part.rename(folder)
-    except OSError as error:
-        if not folder.is_dir():  # else another process was faster
-            raise SkipwiseError(f"{folder} could not be written: {first_line(error)}") from error
+        with system_errors(folder, fix):
+            part.mkdir(parents=True)
+            _save_model(file, keys, tables, part)
+            _tokenizer(file, keys).save_pretrained(part)
+            make_portable(part)
+            card = f"---\nlicense: {keys.get('general.license', 'unknown')}\n---\n"
+            (part / "README.md").write_text(card, encoding="utf-8")
+            if not folder.is_dir():  # else another process was faster
+                part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -110,6 +110,8 @@ def _save_model(file: Path, keys: dict[str, Any], tables: dict[str, np.ndarray],
     except SkipwiseError:
         raise
     except Exception as error:  # transformers raises many types
+        if is_no_memory(error):
+            raise
         raise SkipwiseError(
             f"{file}: transformers cannot read the architecture {architecture!r} from a GGUF file: "
             f"{first_line(error)}\n{_GIVE}"
@@ -122,6 +124,7 @@ def _save_model(file: Path, keys: dict[str, Any], tables: dict[str, np.ndarray],
         if not t.name.startswith(("rope_", "blk.")) or t.name[: t.name.find(".", 4) + 1] in blocks
     )
     used = sum(p.numel() for p in loaded.parameters())
+    check_disk_space(out.parent, used * (4 if exact else 2), f"{file.name} unpacked")
     missing = sorted(info["missing_keys"])
     if missing or have != used:
         why = f"no {missing[0]}" if missing else f"{used:,} of its {have:,} weights"

@@ -26,14 +26,15 @@ from skipwise.report.ruler import summarise_ruler
 from skipwise.report.tables import format_table
 
 
-def write_report(run_folder: str | Path) -> Path:
+def write_report(run_folder: str | Path, out_file: Path | None = None) -> Path:
     """Write `report/` of a folder: the page, its figures as PNG, and the table as Markdown.
 
     Args:
         run_folder: of a run, or of an evaluation (run.json with `"kind": "evaluation"`).
+        out_file: write the page alone, to this file.
 
     Returns:
-        the path of `report/index.html`.
+        the path of the page, `report/index.html`.
 
     Raises:
         SkipwiseError: the folder has no run.json, or a broken file.
@@ -44,8 +45,9 @@ def write_report(run_folder: str | Path) -> Path:
         advice = "give the folder of a run, as runs/quickstart"
         raise SkipwiseError(f"{folder} has no run.json: {advice}")
     rows = read_rows(folder) or []
-    out = folder / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    out = None if out_file else folder / "report"
+    page_file = out_file or folder / "report" / "index.html"
+    page_file.parent.mkdir(parents=True, exist_ok=True)
     name = run.get("name") or folder.name
     text = verdict(folder)
     if is_evaluation(run):
@@ -64,9 +66,10 @@ def write_report(run_folder: str | Path) -> Path:
         sections=sections,
         names=[*models_of(rows), *other_tasks(rows)],
     )
-    (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
-    (out / "index.html").write_text(html, encoding="utf-8")
-    return out / "index.html"
+    if out:
+        (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
+    page_file.write_text(html, encoding="utf-8")
+    return page_file
 
 
 def verdict(run_folder: str | Path) -> str:
@@ -84,7 +87,7 @@ def _baseline_first(run: dict[str, Any], rows: Rows) -> Rows:
     return sorted(rows, key=lambda row: row["model"] != run.get("baseline"))
 
 
-def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[Section | None]:
+def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path | None) -> list[Section | None]:
     names = {run.get("target_length"): "target", run.get("original_length"): "original"}
     return [
         table_section(rows, "Before, rescaled and trained", names),
@@ -101,7 +104,7 @@ def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path) -> list[Secti
     ]
 
 
-def _evaluation(run: dict[str, Any], rows: Rows, out: Path) -> list[Section | None]:
+def _evaluation(run: dict[str, Any], rows: Rows, out: Path | None) -> list[Section | None]:
     models, machine = nested(run, "models"), nested(run, "machine")
     windows = {nested(models, label).get("original_length") for label in models}
     memory = f"{machine['memory_gib']} GiB" if machine.get("memory_gib") else None

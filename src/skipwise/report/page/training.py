@@ -13,7 +13,7 @@ from skipwise.report.load import all_training, count, nested
 from skipwise.report.page.html import MISSING, Section, definitions, figure, note, table
 
 
-def selection_section(run: dict[str, Any], png_folder: Path) -> Section | None:
+def selection_section(run: dict[str, Any], png_folder: Path | None) -> Section | None:
     """How the checkpoint was chosen; None if none was."""
     selection = nested(run, "selection")
     points, chosen = curves.scored_checkpoints(selection), selection.get("chosen")
@@ -40,7 +40,9 @@ def selection_section(run: dict[str, Any], png_folder: Path) -> Section | None:
     return Section("Choice of the checkpoint", drawn or note(said))
 
 
-def loss_section(run: dict[str, Any], metrics: list[dict[str, Any]], png_folder: Path) -> Section:
+def loss_section(
+    run: dict[str, Any], metrics: list[dict[str, Any]], png_folder: Path | None
+) -> Section:
     first = curves.finish_step(metrics)
     finish = "" if first is None else f" From step {first:,} on examples have full length."
     drawn = figure(
@@ -64,7 +66,7 @@ def _not_comparable(run: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     return f" {why} not compare it with the base's loss or with the perplexities above."
 
 
-def positions_section(run: dict[str, Any], png_folder: Path) -> Section:
+def positions_section(run: dict[str, Any], png_folder: Path | None) -> Section:
     """The positions of training examples, and which relative distances they show."""
     title, positions = "Positions seen in training", nested(run, "positions")
     L, T = run.get("train_length"), run.get("target_length")

@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from skipwise.config.machine import on_signals
 from skipwise.errors import RunStopped, SkipwiseError
 
 STOPPED = 75  # exit code of a run that was stopped and saved: EX_TEMPFAIL, try again later
@@ -135,21 +136,19 @@ def _first_failure(processes: list[Any], signals: list[int]) -> int | None:
 
 @contextmanager
 def _forward_signals(processes: list[Any]) -> Iterator[list[int]]:
-    """Forward SIGINT and SIGTERM to every process. Yields the list of received signals."""
+    """Forward SIGINT, SIGTERM and SIGHUP to every process. Yields the list of received signals."""
     received: list[int] = []
 
-    def forward(number: int, frame: Any) -> None:
+    def forward(number: int) -> None:
         received.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        with on_signals(forward, signal.SIGINT, signal.SIGTERM):
+            yield received
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
         for process in processes:
             if process.poll() is None:
                 process.kill()
