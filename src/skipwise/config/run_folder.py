@@ -8,6 +8,7 @@ finish/         recipe.yaml and checkpoints of the full-length stage
 candidates/     weights of earlier checkpoints, if export.checkpoint chooses among them
 converted/      the base model, if its family had to be converted
 results.json    one row per measurement of the evaluation
+key_tokens.json the targets that LongPPL is measured on, as its evaluator chose them
 report/         the HTML page
 model/          the exported model; adapter/ LoRA alone with its config; gguf/ for llama.cpp
 """
@@ -48,6 +49,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.converted = self.path / "converted"
         self.eval_documents = self.path / "eval_documents.jsonl"
+        self.key_tokens = self.path / "key_tokens.json"
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"
         self.gguf = self.path / "gguf"
@@ -77,7 +79,7 @@ class RunFolder:
             self.update(consent=consent_to_code(recipe.model, recipe.load.revision))
 
     def metadata(self) -> dict[str, Any]:
-        return _read_json(self.path / "run.json", {})
+        return read_json(self.path / "run.json", {})
 
     def update(self, **metadata: Any) -> None:
         """Add or replace top-level keys of run.json."""
@@ -86,7 +88,7 @@ class RunFolder:
 
     def results(self) -> list[dict[str, Any]]:
         file = self.path / "results.json"
-        rows = _read_json(file, [])
+        rows = read_json(file, [])
         valid = isinstance(rows, list) and all(
             isinstance(row, dict) and {"model", "task", "metric"} <= set(row) for row in rows
         )
@@ -179,7 +181,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, default=_jsonable) + "\n")
 
 
-def _read_json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: Any) -> Any:
+    """The content of a JSON file, or the default where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
