@@ -19,6 +19,7 @@ Source:  Zou, Huang & Zhang 2009, "A note on confidence interval estimation for 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Area:
     metric: str  # "area", or "loss" of perplexity
     weights: dict[tuple[str, int], float]  # (task, context length) -> w_i
     cells: dict[tuple[str, str, int], Row]  # (model, task, context length) -> its pooled row
+    is_main: bool = False  # of perplexity, and the one of all tasks that every model has
 
     @property
     def span(self) -> str:
@@ -149,17 +151,20 @@ def _areas(
         missing = [model for model in models if one.rows_of(model) is None]
         every += [] if missing else [one.name]
         left_out += [f"{one.name} (not measured for {listed(missing)})"] if missing else []
-    if len(every) > 1:
+    if len(every) == 1:
+        out = [dataclasses.replace(one, is_main=one.name in every) for one in out]
+    elif every:
         parts = [(t, 1 / len(every) / len(groups[name])) for name in every for t in groups[name]]
-        out.append(area(ALL_TASKS, parts))
-    return out + ([area("perplexity", [("perplexity", 1.0)], "loss")] if perplexity else [])
+        out.append(dataclasses.replace(area(ALL_TASKS, parts), is_main=True))
+    if perplexity:
+        losses = area("perplexity", [("perplexity", 1.0)], "loss")
+        out.append(dataclasses.replace(losses, is_main=True))
+    return out
 
 
 def main_areas(areas: Sequence[Area]) -> list[Area]:
     """The one of all tasks, or of the only task, and that of perplexity."""
-    shares = [area for area in areas if area.metric == "area"]
-    total = [a for a in shares if a.name == ALL_TASKS] or (shares if len(shares) == 1 else [])
-    return total + [area for area in areas if area.metric == "loss"]
+    return [area for area in areas if area.is_main]
 
 
 def length_weights(lengths: Sequence[int]) -> list[float]:
