@@ -91,7 +91,9 @@ def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
         return real(plan, run, folder)
 
     monkeypatch.setattr(choose_checkpoint, "_score", interrupted)
-    recipe = make_recipe(tiny, text_folder, f"export.checkpoint={by}")
+    lengths = ["eval.context_lengths=[128,256]", "eval.tasks=[perplexity,passkey]"]
+    more = lengths if by == "area" else []
+    recipe = make_recipe(tiny, text_folder, f"export.checkpoint={by}", *more)
     with pytest.raises(KeyboardInterrupt):
         extend(recipe, tmp_path / "run")
     (tmp_path / "run" / "candidates" / "step-4.part").mkdir()  # of a kill while it was linked

@@ -87,21 +87,7 @@ def evaluate(
     if not lengths and any(t.lengths != "none" for t in evaluator.find_tasks(recipe.eval.tasks)):
         raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
     labels = _labels(recipe, run, is_run, baseline)
-    own_folders = (str(run.model), str(run.converted)) if is_run else ()
-    load, load_own = recipe.load, recipe.load.of_own_folder()
-    chosen = run.metadata().get("separator") if is_run else None
-    separator = separator_of(chosen) if chosen else recipe.data.separator
-    known = (recipe.model, *own_folders) if is_run else labels.values()
-    eval_models = [  # mistakes show before a folder is made
-        make_eval_model(
-            label,
-            model,
-            load_own if model in own_folders else load,
-            lengths,
-            separator=separator if model in known else "auto",
-        )
-        for label, model in labels.items()
-    ]
+    eval_models = _eval_models(recipe, own_run, labels, lengths)  # before a folder is made
     settings = eval_settings(recipe, own_run)
     evaluator.check_tasks(evaluator.find_tasks(settings.tasks), settings, load=not run.results())
     for eval_model in eval_models if settings.chat_template is True else ():
@@ -176,6 +162,26 @@ def _recipe_and_folder(
     if tasks:
         tree["eval"] = {**tree.get("eval", {}), "tasks": tasks}
     return with_typed_kernel(parse_recipe(tree, overrides), overrides), run, is_run
+
+
+def _eval_models(
+    recipe: Recipe, run: RunFolder | None, labels: dict[str, str], lengths: list[int]
+) -> list[evaluator.EvalModel]:
+    own_folders = (str(run.model), str(run.converted)) if run else ()
+    load, load_own = recipe.load, recipe.load.of_own_folder()
+    chosen = run.metadata().get("separator") if run else None
+    separator = separator_of(chosen) if chosen else recipe.data.separator
+    known = (recipe.model, *own_folders) if run else labels.values()
+    return [
+        make_eval_model(
+            label,
+            model,
+            load_own if model in own_folders else load,
+            lengths,
+            separator=separator if model in known else "auto",
+        )
+        for label, model in labels.items()
+    ]
 
 
 def make_eval_model(
