@@ -253,9 +253,11 @@ def make_evaluator(
         found = _named_evaluator(named, recipe, tokenizer, max(lengths, default=0))
     if found is None or not lengths:
         return None
-    local = "a local model" if Path(named or "").expanduser().exists() else named
+    name = "the base"
+    if named:
+        name = "a local model" if Path(named).expanduser().exists() else named
     return Evaluator(
-        name=local if named else "the base",
+        name=name,
         load=found.load,
         weights=found.weights,
         vocabulary=vocabulary(found.tokenizer),

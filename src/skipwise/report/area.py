@@ -84,10 +84,9 @@ class Area:
             found, unit = _loss(losses, first[0][1]), "nats"
         else:
             parts = [(w, paired_difference(a["samples"], b["samples"])) for w, a, b in pairs]
-            found, unit = linear_interval(parts), "points"
-            found = tuple(x if x is None else 100 * x for x in found)
-        name = f"{self.name} area"
-        value, low, high = found
+            scaled = [(100 * w, x) for w, x in parts]
+            found, unit = linear_interval(scaled), "points"
+        name, (value, low, high) = f"{self.name} area", found
         return PairedDifference(
             task=name,
             value=value,
