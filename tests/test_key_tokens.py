@@ -223,6 +223,8 @@ def test_a_run_keeps_the_choice_of_its_base_for_both_models(run_of, capsys):  # 
     assert [row["model"] for row in rows] == ["before", "after"]
     assert rows[0]["key_tokens"] == rows[1]["key_tokens"]
     assert rows[0]["evaluator_contexts"] == [8, 64] and run_of.key_tokens.exists()
+    page = (run_of.report / "index.html").read_text()
+    assert "gain at 64" in page and "gain at 128" in page and "LongPPL ↓" in page
     recipe = run_of.recipe_file.read_text()
     base = next(x for x in recipe.splitlines() if x.startswith("model:"))
     run_of.recipe_file.write_text(recipe.replace(base, "model: ./gone"))

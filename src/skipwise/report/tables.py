@@ -80,8 +80,8 @@ def _contexts(rows: Rows, brief: bool, ends: tuple[int, int] | None) -> str:
     for area in main_areas(areas):
         found = [area.row(model) for model in models]
         values = [format_value(cell) if cell else "not measured" for cell in found]
-        label = metric_label(next(cell for cell in found if cell)) if any(found) else ""
-        table.append([f"area, {area.name}", label, area.span, *values])
+        if label := next((metric_label(cell) for cell in found if cell), ""):
+            table.append([f"area, {area.name}", label, area.span, *values])
     notes = [f"ruler average: {ruler.describe_tasks(summaries)}"] if summaries else []
     notes += [note for note in (describe_key_tokens(rows), about) if note]
     notes += [UNTRAINED] if "untrained" in models else []
