@@ -304,6 +304,7 @@ def test_the_page_of_a_run_shows_every_kind_of_row(run_page):
     folder, page = run_page
     assert titles(page) == [
         "Before, rescaled and trained",
+        "One figure over all context lengths",
         "Perplexity against context length",
         "Passkey retrieval",
         "Needle in real text",
@@ -344,6 +345,7 @@ def test_an_evaluation_claims_no_extension_and_shows_no_training(tmp_path):
     page = write_report(folder).read_text()
     assert titles(page) == [
         "What was measured",
+        "One figure over all context lengths",
         "Perplexity against context length",
         "Passkey retrieval",
         "Needle in real text",

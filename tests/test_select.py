@@ -1,5 +1,6 @@
 """Checkpoint choice: the best of the saved ones is exported, by what was asked for."""
 
+import dataclasses
 import json
 import shutil
 import types
@@ -76,7 +77,7 @@ def test_the_best_checkpoint_is_exported_and_of_equals_the_latest(
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("by", ["needle", "perplexity"])
+@pytest.mark.parametrize("by", ["needle", "perplexity", "area"])
 def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
     by, tiny, text_folder, tmp_path, monkeypatch
 ):
@@ -90,7 +91,9 @@ def test_candidates_are_measured_once_and_a_kill_between_loses_nothing(
         return real(plan, run, folder)
 
     monkeypatch.setattr(choose_checkpoint, "_score", interrupted)
-    recipe = make_recipe(tiny, text_folder, f"export.checkpoint={by}")
+    lengths = ["eval.context_lengths=[128,256]", "eval.tasks=[perplexity,passkey]"]
+    more = lengths if by == "area" else []
+    recipe = make_recipe(tiny, text_folder, f"export.checkpoint={by}", *more)
     with pytest.raises(KeyboardInterrupt):
         extend(recipe, tmp_path / "run")
     (tmp_path / "run" / "candidates" / "step-4.part").mkdir()  # of a kill while it was linked
@@ -167,3 +170,55 @@ def test_the_choice_asks_other_questions_than_the_evaluation(tiny, monkeypatch):
 def test_without_a_choice_nothing_is_kept(tiny, text_folder, tmp_path):
     run = extend(make_recipe(tiny, text_folder, "export.checkpoint=last"), tmp_path / "run")
     assert not RunFolder(run.path).candidates.exists() and "selection" not in run.metadata()
+
+
+def test_the_area_is_over_the_generated_tasks_and_all_lengths(tiny, monkeypatch):
+    """A checkpoint that is best at the longest length alone is not the best by area."""
+    asked = []
+
+    def measured(subject, texts, lengths, settings, **more):
+        asked.append((settings.tasks, tuple(lengths), settings.seed))
+        rows = []
+        for task, scores in (("passkey", (1.0, 0.5, 0.2)), ("needle", (0.5, 0.5, 0.5))):
+            for length, value in zip(lengths, scores, strict=True):
+                one = {"model": subject.label, "task": task, "metric": "exact_match"}
+                one |= {"context_length": length, "value": value, "low": 0.0, "high": 1.0}
+                rows.append({**one, "num_samples": 20})
+        return rows
+
+    monkeypatch.setattr(choose_checkpoint, "evaluate_model", measured)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    text = [np.array(tokenizer("x = 1\n" * 400)["input_ids"])]
+    monkeypatch.setattr(choose_checkpoint, "evaluation_documents", lambda *a: text)
+    tasks = "eval.tasks=[perplexity,passkey,needle,boolq]"
+    recipe = make_recipe(tiny, "-", "export.checkpoint=area", tasks)
+    plan = types.SimpleNamespace(recipe=recipe, info=types.SimpleNamespace(original_length=128))
+    plan.separator, plan.prompt_tokenizer = None, tokenizer
+    plan.recipe = parse_recipe({**recipe_tree(recipe), "target_length": 512})
+    score = choose_checkpoint._score(plan, None, Path("step-2"))
+    assert asked == [(("passkey", "needle"), (128, 256, 512), 1)]
+    passkey, needle = (1.0 + 2 * 0.5 + 0.2) / 4, 0.5
+    assert score == pytest.approx((passkey + needle) / 2)
+
+
+def recipe_tree(recipe):
+    return dataclasses.asdict(recipe)
+
+
+def test_an_area_that_cannot_be_measured_is_refused_before_training(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+
+    def check(tasks, lengths, documents=()):
+        tree = {"model": str(tiny), "target_length": 512, "export": {"checkpoint": "area"}}
+        tree["eval"] = {"tasks": tasks, "context_lengths": lengths}
+        choose_checkpoint.check_selection(parse_recipe(tree), documents, tokenizer, 128)
+
+    check(["perplexity", "passkey"], [128, 512])
+    for tasks, lengths in (
+        (["perplexity"], [128, 512]),  # no generated task
+        (["needle"], [128, 512]),  # no text
+        (["passkey"], [512]),  # one length
+        (["passkey"], [32, 512]),  # no prompt fits the shortest
+    ):
+        with pytest.raises(SkipwiseError, match=r"area needs two context lengths.*\n(.|\n)*type"):
+            check(tasks, lengths)

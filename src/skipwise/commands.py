@@ -83,8 +83,9 @@ def _out_folder(recipe: Recipe, args: argparse.Namespace) -> Path:
 
 def print_summary(run: RunFolder) -> None:
     from skipwise.report import format_table, verdict
+    from skipwise.report.area import ends_of
 
-    print(format_table(run.results()))
+    print(format_table(run.results(), ends=ends_of(run.metadata())))
     print(f"\nmodel   {run.model}\nreport  {run.report / 'index.html'}")
     gguf = f"skipwise export {shlex.quote(str(run.path))} --to gguf"
     print(f"next: load the model with transformers, or {gguf}\n\n{verdict(run.path)}")
@@ -259,6 +260,7 @@ def eval_verb(args: argparse.Namespace) -> None:
     _silence_libraries()
     from skipwise.evaluation.run import evaluate
     from skipwise.report import format_table, verdict
+    from skipwise.report.area import ends_of
 
     rows, run = evaluate(
         args.thing,
@@ -271,7 +273,11 @@ def eval_verb(args: argparse.Namespace) -> None:
         command=_command_line(args),
     )
     page = _write_report(run)
-    print(json.dumps(rows, indent=1) if args.json else format_table(rows))
+    print(
+        json.dumps(rows, indent=1)
+        if args.json
+        else format_table(rows, ends=ends_of(run.metadata()))
+    )
     where = sys.stderr if args.json else sys.stdout
     results = run.path / "results.json"
     print(f"\nresults {results}\nreport  {page}\n\n{verdict(run.path)}", file=where)
@@ -280,6 +286,7 @@ def eval_verb(args: argparse.Namespace) -> None:
 def report_verb(args: argparse.Namespace) -> None:
     from skipwise.config.run_folder import RunFolder
     from skipwise.report import compare_runs, format_table, verdict, write_report
+    from skipwise.report.area import ends_of
 
     if len(args.things) > 1:
         page = Path(args.out or "comparison.html")
@@ -290,7 +297,7 @@ def report_verb(args: argparse.Namespace) -> None:
     if run.metadata().get("kind") != "evaluation":
         run.recipe()
     page = write_report(run.path, Path(args.out)) if args.out else _write_report(run)
-    print(format_table(run.results()))
+    print(format_table(run.results(), ends=ends_of(run.metadata())))
     print(f"\nreport  {page}\n\n{verdict(run.path)}")
 
 

@@ -261,6 +261,9 @@ class EvalSettings:
     """Windows of target_length tokens that perplexity is averaged over."""
     perplexity_stride: Annotated[int | None, LENGTH] = None
     """Target tokens per window. The default is half the shortest length, at most 512."""
+    evaluator: str | None = None
+    """Folder or hub name of the model that chooses LongPPL's key tokens, with the same tokenizer
+    and a window of target_length. The default is the base in its own window: docs/evaluation.md."""
     passkey_samples: Annotated[int, Range(0, 100_000)] = 50
     """Passkey prompts per length, spread over the depths."""
     needle_samples: Annotated[int, Range(0, 100_000)] = 100
@@ -290,8 +293,9 @@ class EvalSettings:
 class ExportSettings:
     """What is exported after training."""
 
-    checkpoint: Literal["last", "needle", "passkey", "perplexity"] = "last"
-    """The checkpoint to export: the last one, or the best at this task."""
+    checkpoint: Literal["last", "needle", "passkey", "perplexity", "area"] = "last"
+    """The checkpoint to export: the last one, or the best at this task. `area` is the mean over the
+    generated tasks of `eval.tasks` and the context lengths: docs/evaluation.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ finish/         recipe.yaml and checkpoints of the full-length stage
 candidates/     weights of earlier checkpoints, if export.checkpoint chooses among them
 converted/      the base model, if its family had to be converted
 results.json    one row per measurement of the evaluation
+key_tokens.json the targets that LongPPL is measured on, as its evaluator chose them
 report/         the HTML page
 model/          the exported model; adapter/ LoRA alone with its config; gguf/ for llama.cpp
 """
@@ -63,6 +64,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.converted = self.path / "converted"
         self.eval_documents = self.path / "eval_documents.jsonl"
+        self.key_tokens = self.path / "key_tokens.json"
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"
         self.gguf = self.path / "gguf"
@@ -94,7 +96,7 @@ class RunFolder:
     def metadata(self) -> dict[str, Any]:
         file = self.path / "run.json"
         fix = "remove it: what decided the run is in its checkpoints, the rest is measured again"
-        found = _read_json(file, {}, fix)
+        found = read_json(file, {}, fix)
         if not isinstance(found, dict):
             raise SkipwiseError(f"{file} is not a JSON object\n{fix}")
         for key, value in found.items():
@@ -118,7 +120,7 @@ class RunFolder:
 
     def results(self) -> list[dict[str, Any]]:
         file = self.path / "results.json"
-        rows = _read_json(file, [], "remove it, and its contents will be measured again")
+        rows = read_json(file, [], "remove it, and its contents will be measured again")
         valid = isinstance(rows, list) and all(
             isinstance(row, dict) and {"model", "task", "metric"} <= set(row) for row in rows
         )
@@ -269,7 +271,8 @@ def _exclusive(path: Path) -> Iterator[None]:
         yield
 
 
-def _read_json(path: Path, default: Any, fix: str) -> Any:
+def read_json(path: Path, default: Any, fix: str = "remove it: it is made again") -> Any:
+    """The content of a JSON file, or the default where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

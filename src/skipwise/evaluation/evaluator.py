@@ -25,8 +25,10 @@ from skipwise.data.chat import ChatTokens, check_template
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.harness import benchmarks
 from skipwise.evaluation.tasks import TASKS, Task, TaskInputs, task_names
-from skipwise.evaluation.tasks.perplexity import fitting_lengths
+from skipwise.evaluation.tasks.key_tokens import Evaluator, Reference, vocabulary
+from skipwise.evaluation.tasks.perplexity import find_reference, fitting_lengths
 from skipwise.evaluation.tasks.prompts import ChatPrompts, haystack_words
+from skipwise.models.load import free_memory
 from skipwise.models.separator import Separator
 from skipwise.report.rows import Row, Rows
 
@@ -41,6 +43,7 @@ class EvalModel:
     load: Callable[[], Any]  # returns the causal language model on its device
     tokenizer: Any
     identity: Any = None  # JSON that changes when the weights do
+    weights: Any = None  # the same without the tokenizer, to see that it is the evaluator
     separator: Separator | None = None  # the tokens around its documents
 
 
@@ -91,12 +94,14 @@ def evaluate_model(
     done: Rows | None = None,
     save: Callable[[Rows], None] | None = None,
     progress: bool = True,
+    evaluator: Evaluator | None = None,
 ) -> Rows:
     """Rows of every task at each length, measured now or before.
 
     Args:
         done: rows measured before, of any model.
         save: called after every unit with all rows, those of other models included.
+        evaluator: chooses LongPPL's key tokens. A model with another vocabulary has no LongPPL.
 
     Raises:
         SkipwiseError: unknown task, benchmark that cannot be loaded.
@@ -104,7 +109,9 @@ def evaluate_model(
     check_settings(settings)
     rows, label = list(done or []), eval_model.label
     tasks, lengths = find_tasks(settings.tasks), sorted(set(context_lengths))
-    units = list(_units(tasks, eval_model, texts, lengths, settings))
+    if evaluator is not None and evaluator.vocabulary != vocabulary(eval_model.tokenizer):
+        evaluator = None
+    units = list(_units(tasks, eval_model, texts, lengths, settings, evaluator))
     known = {row.get("key") for row in rows if row["model"] == label}
     missing = [unit for unit in units if unit.key not in known]
     check_tasks([unit.task for unit in missing], settings)
@@ -116,6 +123,11 @@ def evaluate_model(
     haystack = functools.cache(lambda n: haystack_words(tokenizer, texts.documents, n))
     digest = texts.digest(tokenizer)
     left_out = _without_text(tasks, texts, lengths)
+    reference = None
+    for unit in missing if evaluator is not None else ():
+        if unit.task.name == "perplexity" and evaluator is not None:
+            load = load_model if evaluator.weights == eval_model.weights else evaluator.load
+            reference = _reference(evaluator, load, texts, unit.lengths, settings)
     total = sum(unit.tokens for unit in missing)
     with Progress(f"evaluate {label}", total, unit=" tokens", shown=progress) as bar:
         for unit in missing:
@@ -128,6 +140,7 @@ def evaluate_model(
                 lengths=unit.lengths,
                 settings=settings,
                 tick=bar.tick,
+                reference=reference,
             )
             found = unit.task.measure(inputs)
             bar.finish()
@@ -143,6 +156,30 @@ def evaluate_model(
         print(f"left out: {', '.join(left_out)}", file=sys.stderr, flush=True)
     keys = {unit.key for unit in units}
     return [row for row in rows if row["model"] == label and row.get("key") in keys]
+
+
+def _reference(
+    evaluator: Evaluator,
+    load: Callable[[], Any],
+    texts: Texts,
+    lengths: tuple[int, ...],
+    settings: EvalSettings,
+) -> Reference | None:
+    """What the evaluator chooses on these texts, now or before; it is not kept in memory."""
+    contexts = evaluator.contexts(lengths[-1], lengths[0])
+    if contexts is None:
+        return None
+    size = {"stride": settings.perplexity_stride, "num_windows": settings.perplexity_windows}
+
+    def choose() -> Reference:
+        arguments: dict[str, Any] = {**size, "batch_tokens": settings.batch_tokens}
+        model, name = load().eval(), evaluator.name
+        return find_reference(model, texts.documents, lengths, contexts, name=name, **arguments)
+
+    key = [*evaluator.key(lengths), lengths, *size.values(), texts.identity()]
+    found = evaluator.find(key, choose)
+    free_memory()
+    return found
 
 
 def check_settings(settings: EvalSettings) -> None:
@@ -181,6 +218,7 @@ def _units(
     texts: Texts,
     lengths: Sequence[int],
     settings: EvalSettings,
+    evaluator: Evaluator | None,
 ) -> Iterator[_Unit]:
     text = texts.identity()
     for task in tasks:
@@ -197,6 +235,8 @@ def _units(
             decides = [_VERSION, eval_model.identity, settings.seed, task.name]
             decides += [group] if task.lengths == "together" else group
             decides += [*task.cache_key(settings), *([] if task.text == "unused" else [text])]
+            if evaluator is not None and task.name == "perplexity":
+                decides += evaluator.key(group)
             if settings.chat_template is True:
                 decides.append(eval_model.tokenizer.chat_template)
             encoded = json.dumps(decides, default=str).encode()

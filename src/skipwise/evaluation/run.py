@@ -7,8 +7,10 @@ Results of a run go into its folder, those of a model into an evaluation folder 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 from skipwise.config.machine import machine, versions
 from skipwise.config.parse import parse_recipe, with_typed_kernel
 from skipwise.config.recipe import EvalSettings, ModelSettings, Recipe, context_lengths
-from skipwise.config.run_folder import RunFolder
+from skipwise.config.run_folder import RunFolder, read_json, write_json
 from skipwise.data.chat import ChatSpans, check_template
 from skipwise.data.corpus import build_corpus
 from skipwise.data.readers import describe_left_out, parse_sources
@@ -26,6 +28,7 @@ from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprin
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation import evaluator
 from skipwise.evaluation.fingerprint import files_identity
+from skipwise.evaluation.tasks.key_tokens import Evaluator, vocabulary
 from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import load_config
 from skipwise.models.load import (
@@ -47,6 +50,10 @@ from skipwise.report.rows import Rows
 
 # keys of `data.` that decide how the text of a model as it is becomes tokens
 _TEXT_KEYS = ("data.text_field", "data.separator", "data.special_tokens")
+NO_PERPLEXITY = (
+    "eval.evaluator does not take effect without perplexity, whose tokens it chooses\n"
+    "add perplexity to eval.tasks, or leave it out"
+)
 
 
 def evaluate(
@@ -80,25 +87,17 @@ def evaluate(
     if not lengths and any(t.lengths != "none" for t in evaluator.find_tasks(recipe.eval.tasks)):
         raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
     labels = _labels(recipe, run, is_run, baseline)
-    own_folders = (str(run.model), str(run.converted)) if is_run else ()
-    load, load_own = recipe.load, recipe.load.of_own_folder()
-    chosen = run.metadata().get("separator") if is_run else None
-    separator = separator_of(chosen) if chosen else recipe.data.separator
-    known = (recipe.model, *own_folders) if is_run else labels.values()
-    eval_models = [  # mistakes show before a folder is made
-        make_eval_model(
-            label,
-            model,
-            load_own if model in own_folders else load,
-            lengths,
-            separator=separator if model in known else "auto",
-        )
-        for label, model in labels.items()
-    ]
+    eval_models = _eval_models(recipe, own_run, labels, lengths)  # before a folder is made
     settings = eval_settings(recipe, own_run)
     evaluator.check_tasks(evaluator.find_tasks(settings.tasks), settings, load=not run.results())
     for eval_model in eval_models if settings.chat_template is True else ():
         check_template(eval_model.tokenizer, f"eval.chat_template, {eval_model.label}")
+    chooser = None
+    if any(task.name == "perplexity" for task in evaluator.find_tasks(settings.tasks)):
+        base = _base_of(recipe, run) if is_run and recipe.eval.evaluator is None else None
+        chooser = make_evaluator(recipe, base, eval_models[-1].tokenizer, lengths, run)
+    elif any(override.startswith("eval.evaluator=") for override in overrides):
+        raise SkipwiseError(NO_PERPLEXITY)
     parse_sources(data, recipe.data.text_field)
     named = any(override.startswith("eval.tasks=") for override in overrides)
     asked = evaluator.find_tasks(settings.tasks if named else tasks)
@@ -120,7 +119,13 @@ def evaluate(
                 raise SkipwiseError(no_text)
             texts, save = evaluator.Texts(documents=documents), run.write_results
             rows += evaluator.evaluate_model(
-                eval_model, texts, lengths, settings, done=run.results(), save=save
+                eval_model,
+                texts,
+                lengths,
+                settings,
+                done=run.results(),
+                save=save,
+                evaluator=chooser,
             )
     if not rows:
         raise SkipwiseError(
@@ -159,6 +164,26 @@ def _recipe_and_folder(
     return with_typed_kernel(parse_recipe(tree, overrides), overrides), run, is_run
 
 
+def _eval_models(
+    recipe: Recipe, run: RunFolder | None, labels: dict[str, str], lengths: list[int]
+) -> list[evaluator.EvalModel]:
+    own_folders = (str(run.model), str(run.converted)) if run else ()
+    load, load_own = recipe.load, recipe.load.of_own_folder()
+    chosen = run.metadata().get("separator") if run else None
+    separator = separator_of(chosen) if chosen else recipe.data.separator
+    known = (recipe.model, *own_folders) if run else labels.values()
+    return [
+        make_eval_model(
+            label,
+            model,
+            load_own if model in own_folders else load,
+            lengths,
+            separator=separator if model in known else "auto",
+        )
+        for label, model in labels.items()
+    ]
+
+
 def make_eval_model(
     label: str,
     model: str,
@@ -189,21 +214,90 @@ def make_eval_model(
     elif isinstance(separator, str):
         separator = find_separator(separator, tokenizer, config)
     tokenizer = with_begin(tokenizer, separator.begin)
+    weights = [
+        files_identity(model),
+        None,  # was the revision as typed: that of the same commit has the same results
+        getattr(config, "_commit_hash", None) or settings.revision,  # of a hub model
+        str(dtype),
+        settings.attn_implementation,
+    ]
     return evaluator.EvalModel(
         label=label,
         load=lambda: load_for_evaluation(model, config, settings, dtype=dtype),
         tokenizer=tokenizer,
         separator=separator,
-        identity=[
-            files_identity(model),
-            None,  # was the revision as typed: that of the same commit has the same results
-            getattr(config, "_commit_hash", None) or settings.revision,  # of a hub model
-            str(dtype),
-            settings.attn_implementation,
-            tokenizer_fingerprint(tokenizer),
-            separator.begin,
-        ],
+        identity=[*weights, tokenizer_fingerprint(tokenizer), separator.begin],
+        weights=weights,
     )
+
+
+def make_evaluator(
+    recipe: Recipe,
+    base: evaluator.EvalModel | None,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    run: RunFolder | None = None,
+) -> Evaluator | None:
+    """What chooses LongPPL's key tokens: the model of `eval.evaluator`, or else the base.
+
+    Args:
+        base: of a run. None where there is none.
+        tokenizer: of the model to measure.
+        run: keeps what was chosen.
+
+    Raises:
+        SkipwiseError: the model named cannot be read, has another vocabulary or a shorter window.
+    """
+    named, found = recipe.eval.evaluator, base
+    if named is not None:
+        found = _named_evaluator(named, recipe, tokenizer, max(lengths, default=0))
+    if found is None or not lengths:
+        return None
+    name = "the base"
+    if named:
+        name = "a local model" if Path(named).expanduser().exists() else named
+    return Evaluator(
+        name=name,
+        load=found.load,
+        weights=found.weights,
+        vocabulary=vocabulary(found.tokenizer),
+        original_length=run.metadata().get("original_length") if run else None,
+        is_base=not named,
+        chosen=read_json(run.key_tokens, {}) if run else {},
+        save=functools.partial(write_json, run.key_tokens) if run else None,
+    )
+
+
+def _named_evaluator(
+    name: str, recipe: Recipe, tokenizer: Any, longest: int
+) -> evaluator.EvalModel:
+    """Loaded like the model, but from its newest revision and never with code of its own."""
+    settings = dataclasses.replace(recipe.load.of_own_folder(), trust_remote_code=False)
+    fix = f"\nname a model of {Path(recipe.model).name}'s family, or leave eval.evaluator out"
+    try:
+        config = load_config(local_source(name), settings).get_text_config()
+        window = getattr(config, "max_position_embeddings", None)
+        if window and window < longest:
+            raise SkipwiseError(f"it reads {window:,} tokens, and has to read {longest:,}{fix}")
+        found = make_eval_model("evaluator", name, settings, [longest])
+    except SkipwiseError as error:
+        raise SkipwiseError(f"eval.evaluator: {name}: {error}") from error
+    if vocabulary(found.tokenizer) != vocabulary(tokenizer):
+        raise SkipwiseError(f"eval.evaluator: {name} has another vocabulary than the model{fix}")
+    return found
+
+
+def _base_of(recipe: Recipe, run: RunFolder) -> evaluator.EvalModel | None:
+    """The base of a run, to choose key tokens; None, and said, where it is gone."""
+    converted = run.converted.is_dir()
+    model = str(run.converted) if converted else recipe.model
+    settings = recipe.load.of_own_folder() if converted else recipe.load
+    try:
+        return make_eval_model("before", model, settings, [])
+    except SkipwiseError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"left out: LongPPL, which the base would choose ({reason})", file=sys.stderr)
+        return None
 
 
 def eval_settings(recipe: Recipe, run: RunFolder | None) -> EvalSettings:

@@ -231,7 +231,11 @@ def without_local_names(recipe: Recipe, metadata: dict[str, Any]) -> Recipe:
         model=name(recipe.model),
         data=data,
         trainer=trainer,
-        eval=dataclasses.replace(recipe.eval, task_folder=recipe.eval.task_folder and "local"),
+        eval=dataclasses.replace(
+            recipe.eval,
+            task_folder=recipe.eval.task_folder and "local",
+            evaluator=recipe.eval.evaluator and "local",
+        ),
         load=dataclasses.replace(recipe.load, trust_remote_code=False),  # each user consents
     )
 

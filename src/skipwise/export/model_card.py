@@ -19,6 +19,7 @@ from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import stays_inside
 from skipwise.report import format_table
+from skipwise.report.area import ends_of
 from skipwise.report.figures.alt_text import describe_grid
 from skipwise.report.figures.heatmaps import plot_grid
 from skipwise.report.figures.style import to_png
@@ -214,7 +215,7 @@ scaling.
 
 ## Measured before and after training
 
-{format_table(rows, brief=True)}
+{format_table(rows, brief=True, ends=ends_of(metadata))}
 
 95 % intervals are in brackets. Perplexity is measured on the same target tokens at every context
 length, of {_evaluation_text(run)}. Passkey and needle are exact match over all depths.

@@ -19,9 +19,9 @@ from skipwise.config.recipe import LoRASettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import full_length_stage
 from skipwise.data.chat import check_template
-from skipwise.errors import Check, require
+from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation import evaluator
-from skipwise.evaluation.run import evaluation_documents
+from skipwise.evaluation.run import NO_PERPLEXITY, evaluation_documents, make_evaluator
 from skipwise.export.runtimes import check_export
 from skipwise.models.compatibility import make_portable
 from skipwise.models.load import (
@@ -100,6 +100,10 @@ def validate(
             cuts_loss(recipe, L, prepared.info.vocab_size)
     if needs_text or recipe.data.sources:
         find_sources(recipe)
+    if recipe.eval.evaluator is not None:
+        if "perplexity" not in recipe.eval.tasks:
+            raise SkipwiseError(NO_PERPLEXITY)
+        make_evaluator(recipe, None, prepared.tokenizer, context_lengths(recipe, L))
     if recipe.eval.chat_template is True:
         check_template(prepared.tokenizer, "eval.chat_template")
     return prepared

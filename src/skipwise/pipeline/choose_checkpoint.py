@@ -2,7 +2,8 @@
 
 Later checkpoints can be worse at retrieval. During training the weights of every saved checkpoint
 are hard-linked into `candidates/`, which takes no disk space until the checkpoint is removed. After
-training each candidate is measured on a small fixed set. The latest wins among equals.
+training each candidate is measured on a small fixed set. The latest wins among equals. `area` is
+the mean over the generated tasks of `eval.tasks` and over all context lengths: see report/area.py.
 """
 
 from __future__ import annotations
@@ -10,23 +11,27 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from skipwise.config.recipe import EvalSettings, Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model, find_tasks
 from skipwise.evaluation.run import eval_settings, evaluation_documents
+from skipwise.evaluation.tasks import TASKS, Task, TaskInputs
 from skipwise.evaluation.tasks.passkey import needle_trials, passkey_trials
 from skipwise.evaluation.tasks.prompts import haystack_words
 from skipwise.export.hf import load_for_scoring
 from skipwise.models.load import free_memory
 from skipwise.models.prepared import PreparedModel
+from skipwise.report.area import find_areas, main_areas
 from skipwise.training.checkpoints import trained_checkpoint
 
 _TRIALS = 20  # at each length
+_AREA_SAMPLES = {"passkey_samples": 20, "needle_samples": 20, "ruler_samples": 5, "samples": 10}
 _WINDOWS = 16
 
 
@@ -48,7 +53,14 @@ def check_selection(
                 + (f" of {recipe.target_length:,} tokens" if by == "perplexity" else "")
                 + "\ntype data.eval_sources=FILE, or export.checkpoint=passkey"
             )
-    longest = context_lengths(recipe, original_length)[-1]
+    lengths = context_lengths(recipe, original_length)
+    if by == "area" and not _area_tasks(recipe, lengths, documents, tokenizer):
+        raise SkipwiseError(
+            "export.checkpoint: area needs two context lengths and a generated task in eval.tasks "
+            f"that fits the shortest, {lengths[0]:,} tokens, and the longest\n"
+            "type eval.tasks=[passkey], or export.checkpoint=last"
+        )
+    longest = lengths[-1]
     one = {"num_trials": 1, "num_depths": 1}
     if by == "needle":
         words = haystack_words(tokenizer, documents, 2 * longest)
@@ -103,7 +115,7 @@ def _record(
     run.update(
         selection={
             "by": by,
-            "metric": "exact match" if higher else "perplexity",
+            "metric": {"perplexity": by, "area": "mean score"}.get(by, "exact match"),
             "higher_is_better": higher,
             "chosen": chosen,
             "candidates": [{"step": s, "score": scores[s]} for s in sorted(scores)],
@@ -112,33 +124,81 @@ def _record(
 
 
 def _score(prepared: PreparedModel, run: RunFolder, folder: Path) -> float:
-    """The mean score at the two longest lengths, or the perplexity at the target length."""
+    """The mean score at the two longest lengths, the perplexity at the longest, or the area."""
     recipe = prepared.recipe
-    lengths = list(context_lengths(recipe, prepared.info.original_length))[-2:]
+    by = recipe.export.checkpoint
+    around, tokenizer = prepared.separator, prepared.prompt_tokenizer
+    documents = evaluation_documents(recipe, tokenizer, run, None, around)
+    lengths = list(context_lengths(recipe, prepared.info.original_length))
+    tasks = [by]
+    if by == "area":
+        tasks = _area_tasks(recipe, lengths, documents, tokenizer)
+    else:
+        lengths = lengths[-2:]
+    counts = {"passkey_samples": _TRIALS, "needle_samples": _TRIALS}
     settings = dataclasses.replace(
         EvalSettings(),
-        tasks=(recipe.export.checkpoint,),
-        passkey_samples=_TRIALS,
-        needle_samples=_TRIALS,
+        tasks=tuple(tasks),
+        **(_AREA_SAMPLES if by == "area" else counts),
         perplexity_windows=_WINDOWS,
         batch_tokens=recipe.eval.batch_tokens,
         chat_template=eval_settings(recipe, run).chat_template,
         seed=recipe.eval.seed + 1,  # other questions than the evaluation asks
     )
     load = partial(load_for_scoring, prepared, folder)
-    around, tokenizer = prepared.separator, prepared.prompt_tokenizer
-    documents = evaluation_documents(recipe, tokenizer, run, None, around)
     eval_model = EvalModel(label=folder.name, load=load, tokenizer=tokenizer)
     rows = evaluate_model(eval_model, Texts(documents=documents), lengths, settings)
     free_memory()
-    if recipe.export.checkpoint == "perplexity":
+    if by == "perplexity":
         rows = [r for r in rows if r["metric"] == "perplexity"][-1:]
         value = rows[0]["value"] if rows else None
         return sys.float_info.max if value is None else value  # JSON has no infinity
     trials = sum(row["num_samples"] for row in rows)
-    if not trials:
+    areas = main_areas(find_areas(rows, (lengths[0], lengths[-1]))[0]) if by == "area" else []
+    found = areas[0].row(folder.name) if areas else None
+    if not trials or (by == "area" and found is None):
         raise SkipwiseError(
-            f"export.checkpoint: {recipe.export.checkpoint}: no trial fits {lengths[-1]:,} tokens\n"
+            f"export.checkpoint: {by}: no trial fits {lengths[-1]:,} tokens\n"
             "type export.checkpoint=last"
         )
+    if found is not None:
+        return found["value"]
     return sum(row["value"] * row["num_samples"] for row in rows) / trials
+
+
+class _Fits(Exception):
+    """A task asks for the model, so a prompt of it fits."""
+
+
+def _area_tasks(
+    recipe: Recipe, lengths: Sequence[int], documents: list[Any], tokenizer: Any
+) -> list[str]:
+    """The generated tasks of `eval.tasks` that fit the shortest and the longest length."""
+    if len(lengths) < 2:
+        return []
+    words = cache(lambda num: haystack_words(tokenizer, documents, num))
+    one = dict.fromkeys(_AREA_SAMPLES, 1)
+    settings = dataclasses.replace(EvalSettings(), **one, num_depths=1, needles_per_haystack=1)
+
+    def load() -> Any:
+        raise _Fits
+
+    def fits(task: Task, length: int) -> bool:
+        inputs = TaskInputs(
+            load_model=load,
+            tokenizer=tokenizer,
+            documents=documents,
+            haystack=words,
+            lengths=(length,),
+            settings=settings,
+            tick=lambda num: None,
+        )
+        try:
+            return bool(task.measure(inputs))
+        except _Fits:
+            return True
+
+    generated = [
+        t for t in find_tasks(recipe.eval.tasks) if t.name in TASKS and t.lengths == "each"
+    ]
+    return [t.name for t in generated if all(fits(t, n) for n in (lengths[0], lengths[-1]))]

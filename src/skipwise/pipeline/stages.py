@@ -14,7 +14,13 @@ from skipwise.config.recipe import Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation.evaluator import Texts, evaluate_model
-from skipwise.evaluation.run import eval_settings, evaluation_documents, make_eval_model
+from skipwise.evaluation.run import (
+    eval_settings,
+    evaluation_documents,
+    make_eval_model,
+    make_evaluator,
+)
+from skipwise.evaluation.tasks.key_tokens import Evaluator
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model, load_for_scoring
 from skipwise.export.model_card import public_name, write_card
@@ -31,6 +37,7 @@ from skipwise.pipeline.choose_separator import with_chosen_separator
 from skipwise.pipeline.choose_temperature import chosen_temperature, untrained_temperature
 from skipwise.pose.preview import describe_positions
 from skipwise.report import format_table, write_report
+from skipwise.report.area import ends_of
 from skipwise.training.checkpoints import (
     check_decisions,
     finished_checkpoint,
@@ -165,8 +172,15 @@ def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
             eval_settings(recipe, run),
             done=run.results(),
             save=run.write_results,
+            evaluator=_evaluator(prepared, run, lengths),
         )
     free_memory()
+
+
+def _evaluator(prepared: PreparedModel, run: RunFolder, lengths: list[int]) -> Evaluator | None:
+    """What chooses LongPPL's key tokens; the base is one by default."""
+    base = make_eval_model("before", prepared.source, prepared.load, [], prepared.tokenizer)
+    return make_evaluator(prepared.recipe, base, prepared.tokenizer, lengths, run)
 
 
 def evaluate_untrained(
@@ -195,12 +209,15 @@ def evaluate_untrained(
     scaled = [prepared.scaled.to_dict(), temperature]
     with run.lock():
         evaluate_model(
-            dataclasses.replace(plain, load=load, identity=[plain.identity, scaled]),
+            dataclasses.replace(
+                plain, load=load, identity=[plain.identity, scaled], weights=[plain.weights, scaled]
+            ),
             Texts(documents=documents),
             lengths,
             eval_settings(recipe, run),
             done=run.results(),
             save=run.write_results,
+            evaluator=_evaluator(prepared, run, lengths),
         )
     free_memory()
 
@@ -332,7 +349,7 @@ def export_again(
 
 def report_run(run: RunFolder) -> str:
     """Write the page and the model card; returns the table."""
-    table = format_table(run.results())
+    table = format_table(run.results(), ends=ends_of(run.metadata()))
     write_report(run.path)
     if run.model.is_dir():
         write_card(run)

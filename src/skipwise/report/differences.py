@@ -17,13 +17,13 @@ from skipwise.report.rows import Row, Rows, find, other_tasks
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """Of one row minus another: in points of a share, or relative in percent."""
+    """Of one row minus another: in points of a share, relative in percent, or in nats."""
 
     task: str
     value: float
     low: float | None  # None where there are too few documents for an interval
     high: float | None
-    unit: str  # "points" or "%"
+    unit: str  # "points", "%" or "nats"
     higher_is_better: bool
 
     @property
@@ -41,7 +41,7 @@ class PairedDifference:
 
     def __str__(self) -> str:
         """`passkey +61 points [51, 70]`, `perplexity −19 % [−21, −17]`."""
-        digits = 0 if self.unit == "points" else 1
+        digits = {"points": 0, "nats": 3}.get(self.unit, 1)
         out = f"{self.task} {signed(self.value, digits)} {self.unit}"
         if self.low is None or self.high is None:
             return out

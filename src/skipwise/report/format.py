@@ -6,8 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-METRIC_NAMES = {"bits_per_byte": "bits per byte", "exact_match": "exact match"}
+METRIC_NAMES = {
+    "bits_per_byte": "bits per byte",
+    "exact_match": "exact match",
+    "long_ppl": "LongPPL",
+    "context_gain": "gain by context",
+    "area": "mean score",
+    "loss": "mean loss in nats",
+}
 _NUMBERS = ("perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity")  # no shares
+_THREE_DIGITS = ("bits_per_byte", "loss")
 
 
 def is_share(row: dict[str, Any]) -> bool:
@@ -35,10 +43,12 @@ def format_value(row: dict[str, Any]) -> str:
     """`8.14 [7.90, 8.40]`, or `98 % [93, 99]` for a share."""
     value, low, high = row["value"], row["low"], row["high"]
     known = low is not None or high is not None
+    if value is None and row.get("reason"):
+        return str(row["reason"])
     if value is None:
         return "not measured" if is_share(row) else "beyond measure"
     if not is_share(row):
-        digits = 3 if row["metric"] == "bits_per_byte" else 2
+        digits = 3 if row["metric"] in _THREE_DIGITS else 2
         shown = number(value, digits)
         interval = f"{number(low, digits)}, {number(high, digits)}"
     else:
@@ -69,7 +79,7 @@ def number(value: float | None, digits: int = 2) -> str:
         return "∞"
     if value >= 1e6:
         return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.{digits}f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}f}"
 
 
 def signed(value: float, digits: int = 1) -> str:

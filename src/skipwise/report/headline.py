@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from skipwise.report.area import find_areas, main_areas
 from skipwise.report.benchmarks import worse_benchmarks
 from skipwise.report.differences import describe_training
 from skipwise.report.format import listed, number, percent, short_value
@@ -48,6 +49,7 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
         return f"{name} is not measured yet."
     judged = _passkey(rows, L, T), _perplexity(rows, L, T)
     results = [text for found, _, _ in judged for text in found] + _other_scores(rows, T)
+    results += _areas(rows, (L, T), ("before", "untrained"))
     shortfalls = [text for _, found, _ in judged for text in found]
     broken = any(failed for _, _, failed in judged)
     if worse := worse_benchmarks(rows, "before", "after"):
@@ -116,6 +118,7 @@ def _measured(rows: Rows, model: str, brief: bool) -> list[str]:
         row = find(rows, model, task, length)
         if row and row["value"] is not None:
             results.append(_score(row, brief=brief))
+    results += [] if brief else _areas(rows, None)
     points = sorted(task_rows(rows, "perplexity"), key=lambda row: row["context_length"])
     if brief or len(points) > 4:  # the longest, or the ends
         points = points[-1:] if brief else [points[0], points[-1]]
@@ -141,6 +144,25 @@ def _score(
     known = [f"{short_value(r)} {word}" for r, word in others if r and r["value"] is not None]
     was = f" ({', '.join(known)})" if known else ""
     return f"{row['task']} {found}{short_value(row)}{trials} at {row['context_length']:,}{was}"
+
+
+def _areas(rows: Rows, ends: tuple[int, int] | None, others: tuple[str, ...] = ()) -> list[str]:
+    """`area 98 % from 256 to 2,048 (14 % before, 78 % untrained)` of the tasks, not perplexity.
+
+    Args:
+        others: models to name beside `after`. Without any, the rows are of one model.
+    """
+    results = []
+    for area in main_areas(find_areas(rows, ends)[0]):
+        model = "after" if others else rows[0]["model"]
+        row = area.row(model)
+        if row is None or area.metric != "area":
+            continue
+        found = [(other, area.row(other)) for other in others]
+        known = [f"{short_value(cell)} {other}" for other, cell in found if cell]
+        was = f" ({', '.join(known)})" if known else ""
+        results.append(f"area of {area.name} {short_value(row)} over {area.span} tokens{was}")
+    return results
 
 
 def _passkey(rows: Rows, L: int, T: int) -> tuple[list[str], list[str], bool]:

@@ -128,6 +128,21 @@ def describe_mixed_texts(rows: Rows) -> str:
     return f"Not on the same text everywhere: {', '.join(mixed)}." if mixed else ""
 
 
+def describe_key_tokens(rows: Rows) -> str:
+    """What LongPPL and the gain are measured with; empty where they are not in the rows."""
+    found = [row for row in rows if row["metric"] == "long_ppl" and row.get("evaluator_contexts")]
+    if not found:
+        return ""
+    if len({row.get("key_tokens") for row in found}) > 1:
+        return "LongPPL and gain are not of the same key tokens everywhere, and do not compare."
+    short, long = found[0]["evaluator_contexts"]
+    return (
+        f"LongPPL: perplexity on {found[0]['num_samples']:,} key tokens, which "
+        f"{found[0]['evaluator']} predicts far better with {long:,} than with {short:,} tokens of "
+        "context. Gain: 0 is its loss on all tokens with the shorter context, 1 with the longer."
+    )
+
+
 def line_order(line: tuple[str, str, int]) -> tuple[Any, ...]:
     """Sort key: perplexity, bits per byte, passkey, needle, RULER, other tasks, RULER average."""
     task, metric, length = line

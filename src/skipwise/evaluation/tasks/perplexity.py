@@ -4,7 +4,7 @@ Windows of the longest context slide over each document with stride S; the last 
 window are its targets, scored at every context length c with the c - S tokens before them. So a
 lower value at a longer context means that the model uses it, not that the text is easier there.
 Bits per byte are the same loss per byte of the targets' text, to compare models with different
-tokenizers.
+tokenizers. LongPPL and the gain by context are of the same losses: see key_tokens.py.
 
 Source: the sliding window of Press et al. 2022, arXiv 2108.12409, appendix B, with stride S.
 Shapes:  c = context length, S = targets of a window, W = windows
@@ -23,6 +23,12 @@ from torch.nn.functional import cross_entropy
 from skipwise.data.chat import ChatTokens
 from skipwise.evaluation.prefill import logits_in_slices
 from skipwise.evaluation.scoring import Tick
+from skipwise.evaluation.tasks.key_tokens import (
+    Reference,
+    choose_key_tokens,
+    gain_row,
+    long_ppl_row,
+)
 from skipwise.evaluation.tasks.task import Task, TaskInputs
 from skipwise.report.intervals import clustered_mean
 from skipwise.report.rows import Rows
@@ -41,8 +47,9 @@ def perplexity(
     num_windows: int = 32,
     batch_tokens: int = 16384,
     tick: Tick | None = None,
+    reference: Reference | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of results, two a context length: perplexity, and bits per byte.
+    """Rows of results, two or three a context length: perplexity, bits per byte, gain by context.
 
     Args:
         documents: token ids; those shorter than the longest context length are left out. Of
@@ -51,6 +58,8 @@ def perplexity(
         stride: S. Defaults to half the shortest context length, at most 512.
         num_windows: windows in total, spread evenly over the documents.
         tick: called with the number of tokens that went through the model.
+        reference: of `find_reference` with the same documents, lengths, stride and windows: adds
+            the gain at each length, and LongPPL at the longest.
 
     Returns:
         tidy rows with 95 % intervals over documents, of which there must be 5; no rows where no
@@ -60,8 +69,8 @@ def perplexity(
     lengths = fitting_lengths(documents, context_lengths)
     if not lengths or not num_windows:
         return []
-    num_targets = max(1, min(stride or min(lengths[0] // 2, 512), lengths[0] - 1))
-    windows, owners, labels = _windows(documents, lengths[-1], num_targets, num_windows)
+    windows, owners, labels = _targets(documents, lengths, stride, num_windows)
+    num_targets = labels.shape[1]
     counts = (labels != _IGNORED).sum(1)
     num_samples = int(counts.sum())
     if not num_samples:
@@ -70,7 +79,8 @@ def perplexity(
     bytes_per_token = _bytes(tokenizer, windows, num_targets) / num_samples if all_count else 0
     rows = []
     for c in lengths:
-        sums = _losses(model, windows[:, -c:], labels, batch_tokens, tick)
+        token_losses = _losses(model, windows[:, -c:], labels, batch_tokens, tick)
+        sums = token_losses.sum(1)
         mean = sums.sum() / num_samples  # windows of conversations have unequal counts
         losses = mean + (sums - mean * counts) / counts.mean()
         mean, low, high = clustered_mean(losses, owners)
@@ -87,7 +97,44 @@ def perplexity(
             values = {"value": mean / bits, "low": low / bits, "high": high / bits}
             finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
             rows.append({**common, "metric": "bits_per_byte", **finite})
+        if reference is not None:
+            found = [gain_row(sums, num_samples, reference, owners)]
+            found += [long_ppl_row(token_losses, reference, owners)] if c == lengths[-1] else []
+            rows += [{**common, **row} for row in found]
     return rows
+
+
+def find_reference(
+    model: Any,
+    documents: Sequence[np.ndarray],
+    context_lengths: Sequence[int],
+    contexts: tuple[int, int],
+    *,
+    name: str,
+    stride: int | None = None,
+    num_windows: int = 32,
+    batch_tokens: int = 16384,
+) -> Reference:
+    """The key tokens, and the losses of the evaluator that chooses them.
+
+    Args:
+        model: the evaluator. `contexts` are its short and its long context in tokens; each target
+            is read with at least half of them before it.
+    """
+    lengths = fitting_lengths(documents, context_lengths)
+    windows, _, labels = _targets(documents, lengths, stride, num_windows)
+    short, long = (_sliding_losses(model, windows, labels, c, batch_tokens) for c in contexts)
+    key = choose_key_tokens(short, long, labels != _IGNORED)
+    sums = {"short": short.sum(1), "long": long.sum(1)}
+    return Reference(evaluator=name, contexts=contexts, key=key, **sums)
+
+
+def _targets(
+    documents: Sequence[np.ndarray], lengths: Sequence[int], stride: int | None, num_windows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_windows`, with the number of targets that follows from the lengths."""
+    num_targets = max(1, min(stride or min(lengths[0] // 2, 512), lengths[0] - 1))
+    return _windows(documents, lengths[-1], num_targets, num_windows)
 
 
 def fitting_lengths(
@@ -130,7 +177,7 @@ def _windows(
 def _losses(
     model: Any, windows: np.ndarray, labels: np.ndarray, batch_tokens: int, tick: Tick | None
 ) -> np.ndarray:
-    """(W,) sum of the loss over each window's labels, in nats."""
+    """(W, S) loss of each label in nats; 0 where there is none."""
     length, num_targets = windows.shape[1], labels.shape[1]
     rows = max(1, batch_tokens // length)
     positions = torch.arange(length - num_targets - 1, length - 1)
@@ -138,18 +185,32 @@ def _losses(
     for start in range(0, len(windows), rows):
         ids = torch.from_numpy(windows[start : start + rows]).to(model.device)
         targets = torch.from_numpy(labels[start : start + rows])
-        done, total = 0, torch.zeros(len(ids), dtype=torch.float64)
+        done, total = 0, torch.zeros(targets.shape, dtype=torch.float64)
         for logits in logits_in_slices(model, ids, positions):  # (B, k, V)
             size = logits.shape[1]
             for row in range(len(ids)):  # a row at a time: float32 copies stay small
                 target = targets[row, done : done + size].to(logits.device)
-                loss = cross_entropy(logits[row].float(), target, reduction="sum")
-                total[row] += loss.double().cpu()
+                loss = cross_entropy(logits[row].float(), target, reduction="none")
+                total[row, done : done + size] = loss.double().cpu()
             done += size
         losses.append(total.numpy())
         if tick is not None:
             tick(ids.numel())
     return np.concatenate(losses)
+
+
+def _sliding_losses(
+    model: Any, windows: np.ndarray, labels: np.ndarray, context: int, batch_tokens: int
+) -> np.ndarray:
+    """(W, S) loss of each label with half of `context` tokens, or up to all of it, before it."""
+    num_targets, step = labels.shape[1], max(1, context // 2)
+    losses = []
+    for start in range(0, num_targets, step):
+        piece = labels[:, start : start + step]
+        end = windows.shape[1] - num_targets + start + piece.shape[1]
+        seen = windows[:, max(0, end - context) : end]
+        losses.append(_losses(model, seen, piece, batch_tokens, None))
+    return np.concatenate(losses, axis=1)
 
 
 def _bytes(tokenizer: Any, windows: np.ndarray, num_targets: int) -> int:
@@ -183,6 +244,7 @@ def _measure(inputs: TaskInputs) -> Rows:
         num_windows=inputs.settings.perplexity_windows,
         batch_tokens=inputs.settings.batch_tokens,
         tick=inputs.tick,
+        reference=inputs.reference,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from skipwise.config.recipe import EvalSettings
 from skipwise.evaluation.scoring import Tick
+from skipwise.evaluation.tasks.key_tokens import Reference
 from skipwise.report.intervals import mean_interval
 from skipwise.report.rows import Row, Rows
 
@@ -25,6 +26,7 @@ class TaskInputs:
     lengths: tuple[int, ...]  # context lengths
     settings: EvalSettings
     tick: Tick  # call it with the number of tokens that went through the model
+    reference: Reference | None = None  # of the evaluator that chooses LongPPL's tokens
 
     @property
     def model(self) -> Any:

@@ -16,13 +16,19 @@ from typing import Any
 import yaml
 
 from skipwise.errors import SkipwiseError
+from skipwise.report.area import ends_of, find_areas, main_areas
 from skipwise.report.differences import differences
 from skipwise.report.figures.style import shorten
 from skipwise.report.format import duration, short_count
 from skipwise.report.headline import evaluation_headline
 from skipwise.report.load import all_training, count, is_evaluation, nested, read_json, read_rows
 from skipwise.report.page.html import Section, definitions, note, page, table, tile_list
-from skipwise.report.page.results import measured_sections, result_tiles, table_section
+from skipwise.report.page.results import (
+    area_section,
+    measured_sections,
+    result_tiles,
+    table_section,
+)
 from skipwise.report.rows import Row, Rows, by_context, finite, models_of
 from skipwise.report.tables import format_table
 
@@ -57,7 +63,9 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
     compared = read_compared(folders)
     rows = merge_rows(compared)
     windows = {c.run.get("original_length") for c in compared}
-    against = _against(rows, compared)
+    spans = {ends_of(c.run) for c in compared}
+    ends = spans.pop() if len(spans) == 1 else None
+    against = _against(rows, compared, ends)
     text = page(
         title="Comparison · Skipwise",
         eyebrow=f"Skipwise comparison of {len(compared)} folders",
@@ -66,6 +74,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
         tiles=tile_list(result_tiles(rows)),
         sections=[
             table_section(rows, "Side by side", {}),
+            area_section(rows, ends),
             _settings(compared),
             _differences(against),
             *measured_sections(rows, windows.pop() if len(windows) == 1 else None, None),
@@ -76,7 +85,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
-    return format_table(rows)
+    return format_table(rows, ends=ends)
 
 
 def read_compared(folders: Sequence[Path]) -> list[Compared]:
@@ -193,12 +202,19 @@ def _distinct_ends(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in full]
 
 
-def _against(rows: Rows, compared: Sequence[Compared]) -> dict[str, str]:
+def _against(
+    rows: Rows, compared: Sequence[Compared], ends: tuple[int, int] | None
+) -> dict[str, str]:
     """Differences of the other trained models from the first one, on the same trials."""
     names = [one.label for one in compared if not is_evaluation(one.run)]
     names = [name for name in names if name in models_of(rows)]
     length = max((row["context_length"] for row in by_context(rows)), default=0)
-    found = {n: ", ".join(map(str, differences(rows, n, names[0], length))) for n in names[1:]}
+    areas = main_areas(find_areas(rows, ends)[0])
+    found = {}
+    for name in names[1:]:
+        changes = [area.difference(name, names[0]) for area in areas]
+        changes = [*differences(rows, name, names[0], length), *filter(None, changes)]
+        found[name] = ", ".join(map(str, changes))
     at = f"against {names[0]} at {length:,} tokens" if names else ""
     return {f"{name} {at}": text for name, text in found.items() if text}
 

@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.errors import SkipwiseError
+from skipwise.report.area import ends_of
 from skipwise.report.format import length_names, listed, short_value
 from skipwise.report.headline import evaluation_headline, headline
 from skipwise.report.load import count, is_evaluation, nested, read_json, read_lines, read_rows
 from skipwise.report.page import training
 from skipwise.report.page.choices import choices_section
 from skipwise.report.page.html import Section, definitions, note, page, tile_list
-from skipwise.report.page.results import measured_sections, result_tiles, table_section
+from skipwise.report.page.results import (
+    area_section,
+    measured_sections,
+    result_tiles,
+    table_section,
+)
 from skipwise.report.page.usage import usage_section
 from skipwise.report.rows import RUN_MODELS, Rows, find, models_of, other_tasks
 from skipwise.report.ruler import summarise_ruler
@@ -67,7 +73,8 @@ def write_report(run_folder: str | Path, out_file: Path | None = None) -> Path:
         names=[*models_of(rows), *other_tasks(rows)],
     )
     if out:
-        (out / "table.md").write_text(format_table(rows) + "\n", encoding="utf-8")
+        table = format_table(rows, ends=ends_of(run))
+        (out / "table.md").write_text(table + "\n", encoding="utf-8")
     page_file.write_text(html, encoding="utf-8")
     return page_file
 
@@ -91,6 +98,7 @@ def _run(folder: Path, run: dict[str, Any], rows: Rows, out: Path | None) -> lis
     names = {run.get("target_length"): "target", run.get("original_length"): "original"}
     return [
         table_section(rows, "Before, rescaled and trained", names),
+        area_section(rows, ends_of(run)),
         *measured_sections(rows, run.get("original_length"), out, optional=False),
         usage_section(folder, run),
         choices_section(run),
@@ -119,6 +127,7 @@ def _evaluation(run: dict[str, Any], rows: Rows, out: Path | None) -> list[Secti
     entries["Versions"] = [f"{k} {v}" for k, v in nested(run, "versions").items()]
     return [
         table_section(rows, "What was measured", {}),
+        area_section(rows, None),
         *measured_sections(rows, windows.pop() if len(windows) == 1 else None, out),
         Section("Models and machine", definitions(entries)),
         _reproduce(run, None),

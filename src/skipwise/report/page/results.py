@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from skipwise.report import benchmarks, ruler
+from skipwise.report.area import find_areas
 from skipwise.report.figures import alt_text, curves, heatmaps
 from skipwise.report.figures.style import MOST_CURVES, share_colours
 from skipwise.report.format import (
@@ -24,6 +25,8 @@ from skipwise.report.rows import (
     RULER_AVERAGE,
     Row,
     Rows,
+    by_context,
+    describe_key_tokens,
     describe_mixed_texts,
     find,
     heading,
@@ -119,6 +122,38 @@ def table_section(rows: Rows, title: str, names: dict[int | None, str]) -> Secti
     )
 
 
+def area_section(rows: Rows, ends: tuple[int, int] | None) -> Section | None:
+    """The area of each task and of all tasks, by model."""
+    areas, about = find_areas(rows, ends)
+    if not areas:
+        return None
+    models, lines = models_of(by_context(rows)), []
+    for area in areas:
+        found = [area.row(model) for model in models]
+        label = metric_label(next(cell for cell in found if cell)) if any(found) else ""
+        values = [format_value(cell) if cell else "not measured" for cell in found]
+        lines.append([f"{area.name}, {label}", *values])
+    shown = table(["Task", *map(heading, models)], lines)
+    return Section("One figure over all context lengths", shown + note(f"{about.capitalize()}."))
+
+
+def _gains(rows: Rows) -> str:
+    """The gain at each context length, and LongPPL, by model; empty if not measured."""
+    gains = task_rows(rows, "perplexity", "context_gain")
+    if not gains:
+        return ""
+    lengths = sorted({row["context_length"] for row in gains})
+    long_ppl = {row["model"]: row for row in task_rows(rows, "perplexity", "long_ppl")}
+    cells = {(row["model"], row["context_length"]): row for row in gains}
+    lines = []
+    for model in models_of(gains):
+        found = [*(cells.get((model, n)) for n in lengths), long_ppl.get(model)]
+        shown = [short_value(row) if row else "not measured" for row in found]
+        lines.append([heading(model), *shown])
+    head = ["Model", *(f"gain at {name}" for name in length_names(lengths)), "LongPPL"]
+    return table(head, lines) + note(describe_key_tokens(rows))
+
+
 def perplexity_section(
     rows: Rows, original_length: int | None, png_folder: Path | None, optional: bool = False
 ) -> Section | None:
@@ -138,7 +173,7 @@ def perplexity_section(
         drawn = _too_many(num)
     elif not drawn and optional:
         return None
-    return Section(title, drawn or MISSING)
+    return Section(title, (drawn or MISSING) + _gains(rows))
 
 
 def grid_section(
