@@ -400,7 +400,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_anything_is_touched
             plain(run, num_bytes)
 
         patch.setattr(training_module, "check_disk_space", filling)
-        with pytest.raises(SkipwiseError, match=r"GiB left.*\n.*resumes from checkpoint-4"):
+        with pytest.raises(SkipwiseError, match=r"iB left.*\n.*resumes from checkpoint-4"):
             run_training(recipe, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     assert [p.name for p in run.checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
