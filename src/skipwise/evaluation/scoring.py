@@ -45,7 +45,6 @@ class Trial:
         return len(self.input_ids) + self.max_new_tokens
 
 
-@torch.inference_mode()
 def exact_match(
     model: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
 ) -> list[bool]:
@@ -54,7 +53,15 @@ def exact_match(
     This takes one forward pass over prompt and answer: each answer token must be the likeliest one
     after the tokens before it.
     """
-    correct: dict[int, bool] = {}
+    return [all(hits) for hits in answer_hits(model, trials, batch_tokens, tick)]
+
+
+@torch.inference_mode()
+def answer_hits(
+    model: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
+) -> list[list[bool]]:
+    """For each token of each trial's answer: whether it is the likeliest after those before it."""
+    hits: dict[int, list[bool]] = {}
     batches = _batches(model, trials, batch_tokens, lambda trial: trial.input_ids[:-1])
     for indices, suffixes, cache in batches:
         batch = [trials[i] for i in indices]
@@ -68,10 +75,11 @@ def exact_match(
         for i, row, suffix, trial in zip(indices, likeliest.tolist(), suffixes, batch, strict=True):
             at = len(suffix) - trial.num_answer - first
             generated = row[at : at + trial.num_answer]
-            correct[i] = generated == trial.input_ids[len(trial.input_ids) - trial.num_answer :]
+            answer = trial.input_ids[len(trial.input_ids) - trial.num_answer :]
+            hits[i] = [have == want for have, want in zip(generated, answer, strict=True)]
         if tick is not None:
             tick(sum(trial.reach for trial in batch))
-    return [correct[i] for i in range(len(trials))]
+    return [hits[i] for i in range(len(trials))]
 
 
 def recall(
