@@ -1,35 +1,38 @@
 """Copying: continue a passage of the user's text that occurs once, half a context or more back.
 
 The last line repeats the first words of a passage; the model must continue it. What is scored is
-the share of the continuation's tokens that are each the likeliest after those before it (teacher
-forcing). A model can also guess words of a text that it has never seen, so each trial has a
-control: the same line after the same context, in which other words of the text replace the passage.
-The gain, share minus control, is the score: 0 for a model that cannot copy, whatever the text.
+each token of the continuation after the right tokens before it (teacher forcing). A model can also
+guess words of a text that it has never seen, so each trial has a control: the same line after the
+same context, in which other words of the text replace the passage.
 
-Why tokens and not exact match: one wrong token of 24 or more would void a trial, and small models
-copy most tokens but never all. Why a difference: the control's share depends on text and model, so
-the share alone could rise without any copying.
+The score is the gain: the share of tokens that are the likeliest, minus the control's share. It is
+0 for a model that cannot copy, whatever the text. Beside it is the share of tokens that the passage
+makes likelier, which is 50 % for such a model. It shows even a weak effect, but says less about how
+well the model copies.
+
+Why not exact match: one wrong token of 24 or more would void a trial, and the bundled model, which
+copies, would get 0. Why a difference: the control's share depends on text and model.
 
 A haystack has up to five passages in its first half, and goes through the model once with them and
-once without. Line breaks of the text become spaces, so that the last line can quote it.
+once without.
 
-Source: the induction of Olsson et al. 2022, arXiv 2209.11895, "Defining induction heads", at a
-distance; a control by the passage's absence is ours.
+Source: the induction of Olsson et al. 2022, arXiv 2209.11895, at a distance; the control is ours.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from skipwise.evaluation.scoring import Trial, answer_hits
+from skipwise.evaluation.scoring import Trial, answer_tokens
 from skipwise.evaluation.tasks import prompts
 from skipwise.evaluation.tasks.passkey import fill_prompts
-from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
-from skipwise.report.intervals import paired_difference
-from skipwise.report.rows import Rows
+from skipwise.evaluation.tasks.task import Task, TaskInputs
+from skipwise.report.intervals import clustered_mean
+from skipwise.report.rows import Row, Rows
 
 CUE_TOKENS, SCORED_TOKENS = 8, 24  # at least; both are whole words
 QUESTION = "How does the passage go on that begins with these words?"
@@ -55,14 +58,14 @@ def make_trials(
     Args:
         words: of the text, about two contexts of them; each haystack starts at its own place.
     """
-    words = [word.rstrip() + " " for word in words]
     trials: list[Trial] = []
     controls: list[Trial] = []
     guess, haystack, misses = 16, 0, 0
     while len(trials) < num_samples and misses < 8:
         rng = np.random.default_rng([seed, length, haystack, *b"copy"])
         text = prompts.words_from(words, int(rng.integers(len(words))), len(words))
-        found = _haystack(rng, tokenizer, text, length, min(num_samples - len(trials), 5), guess)
+        count = min(num_samples - len(trials), _PER_HAYSTACK)
+        found = _haystack(rng, tokenizer, text, length, count, guess)
         haystack += 1
         if found is None:
             misses += 1
@@ -91,13 +94,12 @@ def _haystack(
         return len(tokenizer("".join(text[:units]), verbose=False)["input_ids"])
 
     units = prompts.fit_to_length(size, length, guess)
-    if units is None or 2 * units > len(text) + units // 2:
+    if units is None:
         return None
     spans = _passages(rng, tokenizer, text, units, num_passages)
     if not spans:
         return None
-    control = list(text)
-    spare = iter(text[units:])
+    control, spare = list(text), iter([*text[units:], *text])
     for start, _, end in spans:
         control[start:end] = [next(spare) for _ in range(start, end)]
     whole = "".join(control)
@@ -126,7 +128,9 @@ def _passages(
             cue = _end(tokenizer, text, start, CUE_TOKENS)
             end = _end(tokenizer, text, cue, SCORED_TOKENS)
             begins = _joined(text, start, cue)
-            if end <= half and "?" not in begins and whole.count(begins) == 1:
+            one_line = all(word == word.rstrip() + " " for word in text[start:cue])
+            fits = end <= half and one_line and "?" not in begins  # as a chat template needs it
+            if fits and whole.count(begins) == 1:
                 spans.append((start, cue, end))
                 break
     return spans
@@ -161,18 +165,37 @@ def _measure(inputs: TaskInputs) -> Rows:
     pair = make_trials(inputs.tokenizer, length, num_samples=num, words=words, seed=seed)
     if not pair[0]:
         return []
-    hits = answer_hits(inputs.model, [*pair[0], *pair[1]], settings.batch_tokens, inputs.tick)
-    shares = [float(np.mean(hit)) for hit in hits]
-    copied, control = shares[:num], shares[num:]
-    value, low, high = paired_difference(copied, control)
-    gain = {
-        **mean_row("copy_far", "gain", length, copied),
-        # a share in the tables: less than nothing is nothing
-        **{"value": max(0.0, value), "low": max(0.0, low), "high": max(0.0, high)},
-        "samples": [round(a - b, 4) for a, b in zip(copied, control, strict=True)],
-    }
-    accuracy = mean_row("copy_far", "token accuracy", length, copied)
-    return [gain, accuracy, mean_row("copy_far", "without the passage", length, control)]
+    made = [*pair[0], *pair[1]]
+    tokens = answer_tokens(inputs.model, made, settings.batch_tokens, inputs.tick)
+    return _rows(length, tokens[:num], tokens[num:], [trial.haystack for trial in pair[0]])
+
+
+_Tokens = Sequence[Sequence[tuple[bool, float]]]
+
+
+def _rows(length: int, copied: _Tokens, control: _Tokens, haystacks: Sequence[int]) -> Rows:
+    """The gain, the share of likelier tokens and the control's share."""
+    pairs = list(zip(copied, control, strict=True))
+    shares = [[float(np.mean([hit for hit, _ in one])) for one in pair] for pair in pairs]
+    likelier = [
+        float(np.mean([a > b for (_, a), (_, b) in zip(*pair, strict=True)])) for pair in pairs
+    ]
+
+    def row(metric: str, scores: list[float]) -> Row:
+        mean, *bounds = clustered_mean(np.array(scores), np.array(haystacks))
+        mean, low, high = (  # a share: a gain of less than nothing is none
+            min(1.0, max(0.0, x)) if math.isfinite(x) else None for x in (mean, *bounds)
+        )
+        samples = [round(score, 4) for score in scores]
+        values = {"value": mean, "low": low, "high": high, "samples": samples}
+        common = {"task": "copy_far", "metric": metric, "context_length": length}
+        return {**common, **values, "num_samples": len(scores)}
+
+    return [
+        row("gain", [one - other for one, other in shares]),
+        row("likelier tokens", likelier),
+        row("without the passage", [other for _, other in shares]),
+    ]
 
 
 TASKS = {
@@ -184,7 +207,8 @@ TASKS = {
         text="required",
         title="Copying from afar",
         about="A passage that occurs once, in the first half of the context, is continued at its "
-        "end. Token accuracy is the share of its tokens that are predicted right. The gain is this "
-        "minus the share without the passage in the context, 0 for a model that cannot copy.",
+        "end. Gain: the share of its tokens predicted right, minus that without the passage in the "
+        "context; 0 for a model that cannot copy. Likelier tokens: the share that the passage makes "
+        "likelier; 50 % for such a model. Bands are 95 % intervals over haystacks.",
     )
 }
