@@ -4,6 +4,7 @@ import hashlib
 import re
 import types
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def answer(tokenizer, trial):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("length", [600, 1500, 4096])
+@pytest.mark.parametrize("length", [600, 2048])
 def test_prompts_fill_the_window_with_their_answers(name, length, tokenizer, words):
     made = trials(name, tokenizer, length, words)
     assert len(made) == (12 if name == "copy_far" else 6)
@@ -82,7 +83,13 @@ def test_the_prompts_are_the_same_on_every_platform(tokenizer, words):
     assert found == HASHES
 
 
-HASHES: dict[str, str] = {}
+HASHES = {
+    "babilong_qa1": "567a6a587fc1",
+    "babilong_qa2": "a12fa90dd3bf",
+    "babilong_qa3": "51557ef1bb84",
+    "needle_nonliteral": "4af8269c0b4d",
+    "copy_far": "743069241029",
+}
 
 
 def score(model, tokenizer, documents, length, names=NAMES, count=12):
@@ -127,7 +134,7 @@ def test_random_answers_score_the_stated_floors(tokenizer, documents):
     places = [token_ids(tokenizer, f" {place}")[begin:] for place in babilong.PLACES]
     for kind in KINDS:
         tell(
-            *(model, f"babilong_{kind}", tokenizer, documents, 400, 200),
+            *(model, f"babilong_{kind}", tokenizer, documents, 400, 80),
             lambda trial: places[int(rng.integers(len(places)))],
         )
 
@@ -139,13 +146,13 @@ def test_random_answers_score_the_stated_floors(tokenizer, documents):
     def anything(trial):
         return rng.integers(10, 1000, trial.num_answer).tolist()
 
-    tell(model, "needle_nonliteral", tokenizer, documents, 400, 200, somebody)
-    tell(model, "copy_far", tokenizer, documents, 400, 200, anything)
-    rows = score(model, tokenizer, documents, 400, count=200)
+    tell(model, "needle_nonliteral", tokenizer, documents, 400, 80, somebody)
+    tell(model, "copy_far", tokenizer, documents, 400, 80, anything)
+    rows = score(model, tokenizer, documents, 400, count=80)
     for row in rows:
         floor = 1 / 8 if "babilong" in row["task"] else 1 / 5
         floor = floor if row["metric"] == "exact_match" else 0.0
-        assert abs(row["value"] - floor) < 0.08, row
+        assert abs(row["value"] - floor) < 0.13, row
         if "exact_match" in row["metric"]:
             assert f"{100 * floor:g} %" in TASKS[row["task"]].about
     assert {row["task"] for row in rows} == set(NAMES)
@@ -247,7 +254,7 @@ def test_answers_of_worlds_follow_from_their_supporting_facts_and_no_fewer(kind)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_facts_of_a_prompt_come_in_order_on_lines_and_give_the_answer(kind, tokenizer, words):
-    made = babilong.make_trials(kind, tokenizer, 3000, num_samples=40, words=words)
+    made = babilong.make_trials(kind, tokenizer, 3000, num_samples=20, words=words)
     counts = set()
     pattern = rf"^(?:{PEOPLE}) (?:\w+ to|now carries|left) the (?:{PLACES}|{THINGS})(?: there)?\.$"
     for trial in made:
@@ -257,15 +264,15 @@ def test_the_facts_of_a_prompt_come_in_order_on_lines_and_give_the_answer(kind, 
         assert found_answer(text.rsplit("\n", 1)[1], facts) == answer(tokenizer, trial)
         assert "return x" in text and text.count("\n") > len(facts) + 20
     fewest, most = babilong.NUM_FACTS[kind]
-    assert fewest <= min(counts) < max(counts) <= most and len(counts) > 4
-    assert len({trial.haystack for trial in made}) <= 20  # a haystack for several questions
+    assert fewest <= min(counts) < max(counts) <= most and len(counts) > 2
+    assert len({trial.haystack for trial in made}) <= 10  # a haystack for several questions
 
 
 # Needles without shared words
 
 
 def test_no_needle_of_the_table_has_a_content_word_of_its_question():
-    small = set("a and by de has been in is of on one s the to who".split())
+    small = {"a", "de", "has", "been", "ii", "is", "of", "one", "s", "the", "to", "who"}
     rows = nonliteral.LANDMARKS
     assert len(rows) >= 50 and len({row[0] for row in rows}) == len({r[1] for r in rows}) == len(
         rows
@@ -287,7 +294,7 @@ def test_no_needle_of_the_table_has_a_content_word_of_its_question():
 def test_a_needle_names_who_lives_beside_the_landmark_of_the_place_asked_for(tokenizer, words):
     where = {landmark: places for landmark, *places in nonliteral.LANDMARKS}
     depths, kinds = [], set()
-    for trial in nonliteral.make_trials(tokenizer, 1000, num_samples=100, words=words):
+    for trial in nonliteral.make_trials(tokenizer, 1000, num_samples=60, words=words):
         text = tokenizer.decode(trial.prompt)
         people = dict(re.findall(r"\n(\w+) lives right beside (.+)\.\n", text))
         place = re.search(r"\nWho has been to (.+)\? The one who has been to \1 is$", text)[1]
@@ -416,7 +423,7 @@ def test_tokens_of_answers_have_the_log_probabilities_of_a_plain_pass(tokenizer,
 def test_the_bundled_model_copies_inside_its_window(tokenizer):
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    source = [np.array(token_ids(tokenizer, open(re.__file__).read()))]
+    source = [np.array(token_ids(tokenizer, Path(re.__file__).read_text()))]
     rows = score(model, tokenizer, source, 256, ("copy_far",), 30)
     gain, likelier, _ = rows
     assert gain["low"] > 0.02 and likelier["low"] > 0.55

@@ -1,4 +1,4 @@
-"""The tasks by name: perplexity, passkey, needle and RULER's; `TASKS[name] = Task(...)` adds one.
+"""The tasks by name, a file each or for a group; `TASKS[name] = Task(...)` adds one.
 
 Any other name is a benchmark of lm-evaluation-harness. CONTRIBUTING has a recipe for a new task.
 """

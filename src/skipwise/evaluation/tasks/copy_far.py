@@ -207,8 +207,8 @@ TASKS = {
         text="required",
         title="Copying from afar",
         about="A passage that occurs once, in the first half of the context, is continued at its "
-        "end. Gain: the share of its tokens predicted right, minus that without the passage in the "
-        "context; 0 for a model that cannot copy. Likelier tokens: the share that the passage makes "
+        "end. Gain: the share of its tokens predicted right, minus the share without the passage; "
+        "0 % for a model that cannot copy. Likelier tokens: the share that the passage makes "
         "likelier; 50 % for such a model. Bands are 95 % intervals over haystacks.",
     )
 }

@@ -88,7 +88,9 @@ LANDMARKS = (
 INTRO = "Read this text. At its end is a question about the people in it. The answer is a name."
 BASE_LENGTHS = (256, 512, 1024)
 NUM_PEOPLE = 5  # in a haystack
-_FUNCTION_WORDS = frozenset("a and by de has been in is of on one s the to who".split())
+_FUNCTION_WORDS = frozenset(
+    ("a", "and", "by", "de", "has", "been", "in", "is", "of", "on", "one", "s", "the", "to", "who")
+)
 _VERSION = 1  # of the prompts
 # of one evaluation, which loads one model: results by length and settings
 _MEASURED: WeakKeyDictionary[Any, dict[Any, list[bool]]] = WeakKeyDictionary()
