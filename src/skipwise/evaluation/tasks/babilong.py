@@ -140,7 +140,7 @@ def _step(world: World, rng: np.random.Generator, person: str, with_things: bool
 
 
 def _pick(rng: np.random.Generator, among: Sequence[str], count: int) -> list[str]:
-    return [among[i] for i in rng.choice(len(among), count, replace=False).tolist()]
+    return [among[int(i)] for i in rng.choice(len(among), count, replace=False).tolist()]
 
 
 def make_trials(
