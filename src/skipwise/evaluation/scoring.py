@@ -45,7 +45,6 @@ class Trial:
         return len(self.input_ids) + self.max_new_tokens
 
 
-@torch.inference_mode()
 def exact_match(
     model: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
 ) -> list[bool]:
@@ -54,24 +53,46 @@ def exact_match(
     This takes one forward pass over prompt and answer: each answer token must be the likeliest one
     after the tokens before it.
     """
-    correct: dict[int, bool] = {}
+    tokens = answer_tokens(model, trials, batch_tokens, tick)
+    return [all(hit for hit, _ in answer) for answer in tokens]
+
+
+@torch.inference_mode()
+def answer_tokens(
+    model: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
+) -> list[list[tuple[bool, float]]]:
+    """Of each token of each trial's answer, after the tokens before it, in one forward pass.
+
+    Returns:
+        whether it is the likeliest token, and its log-probability in nats.
+    """
+    out: dict[int, list[tuple[bool, float]]] = {}
     batches = _batches(model, trials, batch_tokens, lambda trial: trial.input_ids[:-1])
     for indices, suffixes, cache in batches:
         batch = [trials[i] for i in indices]
         width = max(map(len, suffixes))
         # padding comes last, so a causal model does not see it
-        ids = torch.tensor([r + [0] * (width - len(r)) for r in suffixes], device=model.device)
+        rows = [
+            [*r, t.input_ids[-1], *[0] * (width - len(r))]
+            for r, t in zip(suffixes, batch, strict=True)
+        ]
+        ids = torch.tensor(rows, device=model.device)
         first = min(len(r) - t.num_answer for r, t in zip(suffixes, batch, strict=True))
-        positions = torch.arange(first, width)
-        parts = prefill.logits_in_slices(model, ids, positions, past=cache)
-        likeliest = torch.cat([part.argmax(-1) for part in parts], 1).cpu()
-        for i, row, suffix, trial in zip(indices, likeliest.tolist(), suffixes, batch, strict=True):
-            at = len(suffix) - trial.num_answer - first
-            generated = row[at : at + trial.num_answer]
-            correct[i] = generated == trial.input_ids[len(trial.input_ids) - trial.num_answer :]
+        targets, positions = ids[:, first + 1 :], torch.arange(first, width)
+        hits, logs, done = [], [], 0
+        for part in prefill.logits_in_slices(model, ids[:, :-1], positions, past=cache):
+            wanted = targets[:, done : done + part.shape[1]]
+            done += part.shape[1]
+            hits.append(part.argmax(-1) == wanted)
+            chosen = part.gather(-1, wanted[..., None])[..., 0].float()
+            logs.append(chosen - part.float().logsumexp(-1))
+        pairs = zip(torch.cat(hits, 1).tolist(), torch.cat(logs, 1).tolist(), strict=True)
+        for i, (hit, log), suffix, trial in zip(indices, pairs, suffixes, batch, strict=True):
+            span = slice(len(suffix) - trial.num_answer - first, len(suffix) - first)
+            out[i] = list(zip(hit[span], log[span], strict=True))
         if tick is not None:
             tick(sum(trial.reach for trial in batch))
-    return [correct[i] for i in range(len(trials))]
+    return [out[i] for i in range(len(trials))]
 
 
 def recall(

@@ -1,9 +1,9 @@
-"""The tasks by name: perplexity, passkey, needle and RULER's; `TASKS[name] = Task(...)` adds one.
+"""The tasks by name, a file each or for a group; `TASKS[name] = Task(...)` adds one.
 
 Any other name is a benchmark of lm-evaluation-harness. CONTRIBUTING has a recipe for a new task.
 """
 
-from skipwise.evaluation.tasks import ruler
+from skipwise.evaluation.tasks import babilong, copy_far, nonliteral, ruler
 from skipwise.evaluation.tasks.passkey import NEEDLE, PASSKEY
 from skipwise.evaluation.tasks.perplexity import PERPLEXITY
 from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
@@ -11,6 +11,9 @@ from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
 __all__ = ["TASKS", "Task", "TaskInputs", "mean_row", "task_names"]
 
 TASKS: dict[str, Task] = {task.name: task for task in (PERPLEXITY, PASSKEY, NEEDLE)} | ruler.TASKS
+TASKS |= babilong.TASKS
+TASKS |= nonliteral.TASKS
+TASKS |= copy_far.TASKS
 
 
 def task_names() -> list[str]:

@@ -24,6 +24,7 @@ from skipwise.evaluation.tasks.prompts import (
     insert_needles,
     random_words,
     token_ids,
+    words_from,
 )
 from skipwise.evaluation.tasks.task import Task, TaskInputs
 from skipwise.report.intervals import wilson
@@ -89,7 +90,7 @@ def passkey_trials(
         def text(units: int, depth: float = depth, keys: list[str] = keys) -> list[str]:
             return [prompt(key, units, depth) for key in keys]
 
-        found = _filled(tokenizer, text, keys, length, guess)
+        found = fill_prompts(tokenizer, text, keys, length, guess)
         if found is None:
             return []
         guess = found[0]
@@ -133,11 +134,10 @@ def needle_trials(
             needles = list(zip(here, names, keys, strict=True))
 
             def text(units: int, needles: list[Any] = needles, start: int = start) -> list[str]:
-                wrapped = words[: max(0, start + units - len(words))]
-                shown = [*words[start : start + units], *wrapped]
+                shown = words_from(words, start, units)
                 return [prompt_in_text(needles, name, shown) for _, name, _ in needles]
 
-            found = _filled(tokenizer, text, keys, length, guess)
+            found = fill_prompts(tokenizer, text, keys, length, guess)
             if found is None and per_haystack == 1:
                 return []
             if found is None:  # as many as a short context has room for
@@ -191,10 +191,20 @@ def _depths(num_trials: int, num_depths: int) -> list[tuple[float, int]]:
     ]
 
 
-def _filled(
+def fill_prompts(
     tokenizer: Any, text: Callable[[int], list[str]], keys: Sequence[str], length: int, guess: int
 ) -> tuple[int, list[tuple[list[int], list[int]]]] | None:
-    """The largest number of units with which all fit; prompts without and with their answers."""
+    """Prompts of one haystack with as many units as fit, or None if not even one unit does.
+
+    Args:
+        text: the prompts as a function of the number of units.
+        keys: their answers.
+        length: tokens that no prompt exceeds with its answer.
+        guess: first number of units to try.
+
+    Returns:
+        the number of units; for each prompt its tokens without and with the answer.
+    """
 
     def size(units: int) -> int:
         return count_tokens(tokenizer, f"{text(units)[0]} {keys[0]}")

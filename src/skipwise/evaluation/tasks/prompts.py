@@ -114,6 +114,11 @@ def haystack_words(tokenizer: Any, documents: Sequence[np.ndarray], num_tokens: 
     return words
 
 
+def words_from(words: Sequence[str], start: int, count: int) -> list[str]:
+    """So many words from a start; after the last word the first one follows."""
+    return [*words[start : start + count], *words[: max(0, start + count - len(words))]]
+
+
 def insert_needles(units: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
     """The units joined, with each needle on its own line at its depth of 0 .. 1."""
     parts, start = [], 0
