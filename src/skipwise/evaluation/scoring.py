@@ -47,12 +47,20 @@ class Trial:
 
 @torch.inference_mode()
 def exact_match(
-    model: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
+    model: Any,
+    trials: Sequence[Trial],
+    batch_tokens: int,
+    tick: Tick | None = None,
+    among: Sequence[int] | None = None,
 ) -> list[bool]:
     """Whether greedy decoding would give exactly each trial's answer.
 
     This takes one forward pass over prompt and answer: each answer token must be the likeliest one
     after the tokens before it.
+
+    Args:
+        among: only these tokens can be an answer, and the likeliest must be likelier than the
+            others. Defaults to all.
     """
     correct: dict[int, bool] = {}
     batches = _batches(model, trials, batch_tokens, lambda trial: trial.input_ids[:-1])
@@ -64,7 +72,7 @@ def exact_match(
         first = min(len(r) - t.num_answer for r, t in zip(suffixes, batch, strict=True))
         positions = torch.arange(first, width)
         parts = prefill.logits_in_slices(model, ids, positions, past=cache)
-        likeliest = torch.cat([part.argmax(-1) for part in parts], 1).cpu()
+        likeliest = torch.cat([_likeliest(part, among) for part in parts], 1).cpu()
         for i, row, suffix, trial in zip(indices, likeliest.tolist(), suffixes, batch, strict=True):
             at = len(suffix) - trial.num_answer - first
             generated = row[at : at + trial.num_answer]
@@ -72,6 +80,15 @@ def exact_match(
         if tick is not None:
             tick(sum(trial.reach for trial in batch))
     return [correct[i] for i in range(len(trials))]
+
+
+def _likeliest(logits: torch.Tensor, among: Sequence[int] | None) -> torch.Tensor:
+    """The token of the highest logit; of some tokens alone, -1 where several have it."""
+    if among is None:
+        return logits.argmax(-1)
+    allowed = torch.tensor(among, device=logits.device)
+    values, indices = logits[..., allowed].topk(2)
+    return torch.where(values[..., 0] > values[..., 1], allowed[indices[..., 0]], -1)
 
 
 def recall(
@@ -91,6 +108,21 @@ def recall(
 
     generated = greedy(model, tokenizer, trials, batch_tokens, tick, done)
     return [share(trial, tokens) for trial, tokens in zip(trials, generated, strict=True)]
+
+
+def answer_texts(
+    model: Any, tokenizer: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
+) -> list[str]:
+    """The text that greedy decoding generates after each prompt, up to a blank line."""
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+
+    def done(trial: Trial, tokens: list[int]) -> bool:
+        return "\n\n" in text(tokens)
+
+    generated = greedy(model, tokenizer, trials, batch_tokens, tick, done)
+    return [text(tokens).partition("\n\n")[0].rstrip() for tokens in generated]
 
 
 @torch.inference_mode()

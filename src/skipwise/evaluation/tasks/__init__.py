@@ -1,9 +1,9 @@
-"""The tasks by name: perplexity, passkey, needle and RULER's; `TASKS[name] = Task(...)` adds one.
+"""The tasks by name, each a module of this folder; `TASKS[name] = Task(...)` adds one.
 
 Any other name is a benchmark of lm-evaluation-harness. CONTRIBUTING has a recipe for a new task.
 """
 
-from skipwise.evaluation.tasks import ruler
+from skipwise.evaluation.tasks import graphwalks, icl, mrcr, ruler
 from skipwise.evaluation.tasks.passkey import NEEDLE, PASSKEY
 from skipwise.evaluation.tasks.perplexity import PERPLEXITY
 from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
@@ -11,6 +11,9 @@ from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
 __all__ = ["TASKS", "Task", "TaskInputs", "mean_row", "task_names"]
 
 TASKS: dict[str, Task] = {task.name: task for task in (PERPLEXITY, PASSKEY, NEEDLE)} | ruler.TASKS
+TASKS |= mrcr.TASKS
+TASKS |= graphwalks.TASKS
+TASKS |= icl.TASKS
 
 
 def task_names() -> list[str]:
