@@ -22,6 +22,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -141,10 +142,9 @@ def _other_edges(
 
 
 def _example(rng: np.random.Generator, depth: int) -> str:
-    """A graph of d + 2 edges, with its question and answer."""
-    names = _names(rng, depth + 3)
-    way = names[: max(1, depth) + 1]
-    edges = [*zip(way, way[1:], strict=False), (names[-1], names[-2])]
+    """A way of one or d edges and one edge beside it, with its question and answer."""
+    *way, one, other = _names(rng, max(1, depth) + 3)
+    edges = [*pairwise(way), (one, other)]
     asked, answer = (way[1], way[0]) if depth == 0 else (way[0], way[-1])
     lines = "".join(f"{a} -> {b}\n" for a, b in edges)
     return f"{_INTRO}\n{lines}{_question(asked, depth)}{answer}]"
