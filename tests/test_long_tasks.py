@@ -346,9 +346,7 @@ def test_an_oracle_of_chats_scores_everything(chat):
         for trial in trials(name, chat, 1024, 2):
             if name in mrcr.TASKS:
                 assert trial.answers[0].split(" A ")[0] == trial.answers[0][:8]
-            model.tell_trials(
-                chat.tokenizer, [trial], lambda t, name=name: spoken(name, t.answers)
-            )
+            model.tell_trials(chat.tokenizer, [trial], lambda t, name=name: spoken(name, t.answers))
     rows = evaluate(model, chat.tokenizer, NAMES, [1024], 2, chat_template=True)
     assert len(rows) == len(NAMES) and {row["value"] for row in rows} == {1.0}
 

@@ -35,15 +35,13 @@ from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
 from skipwise.report.rows import Rows
 
 NUM_WORDS = 16  # of an answer, after its opening
-FLOORS = {2: 0.53, 4: 0.29, 8: 0.18}  # of a random one of the n answers; a test measures them
+FLOORS = {2: 0.52, 4: 0.29, 8: 0.17}  # of a random one of the n answers; a test measures them
 _MARGIN = 8  # tokens of the answer beyond those of the longest of the n
 _ORDINALS = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th")
-_FORMS = "poem riddle letter speech fable song joke prayer toast review sermon story".split()
-_TOPICS = (
+_WORD_LISTS = (
+    "poem riddle letter speech fable song joke prayer toast review sermon story",
     "rivers bread winter clocks horses bridges salt gardens thunder ladders honey mirrors "
-    "harbours candles maps wolves barley tunnels feathers kettles islands orchards ropes lanterns"
-).split()
-_WORDS = (
+    "harbours candles maps wolves barley tunnels feathers kettles islands orchards ropes lanterns",
     "amber ancient angry autumn barrel basket beacon beetle bitter blanket borrow bottle branch "
     "brave brick broken bronze bucket button cabin camel canvas carpet castle cellar chalk cherry "
     "chimney circle clever cloud clover coal cobbler coffee copper coral corner cotton cousin "
@@ -63,8 +61,9 @@ _WORDS = (
     "storm straw sugar summer swift table tailor tall teacher tender thick thin thirsty thread "
     "tiger timber tiny tired tower trumpet turtle twelve twin uncle upper valley velvet village "
     "violet violin walnut warm wax weary west wheat whisper whistle wide wild window wise wooden "
-    "wrinkle yellow young"
-).split()
+    "wrinkle yellow young",
+)
+_FORMS, _TOPICS, _WORDS = (text.split() for text in _WORD_LISTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +179,7 @@ def _measure(num_needles: int, inputs: TaskInputs) -> Rows:
     if not items:
         return []
     trials = [item.trial for item in items]
-    said = answer_texts(
-        inputs.model, inputs.tokenizer, trials, settings.batch_tokens, inputs.tick
-    )
+    said = answer_texts(inputs.model, inputs.tokenizer, trials, settings.batch_tokens, inputs.tick)
     scores = [item.score(text) for item, text in zip(items, said, strict=True)]
     row = mean_row(f"mrcr_{num_needles}", "ratio", inputs.length, scores)
     return [{**row, "group": "mrcr", "floor": FLOORS[num_needles]}]
