@@ -224,8 +224,8 @@ def test_random_nodes_score_the_floor(name, tokenizer):
 
 
 def test_only_the_shots_tell_the_letter_of_a_word(tokenizer):
-    rules, asked = [], []
-    for trial in trials("icl", tokenizer, 2048, 12):
+    rules, asked, shown = {}, {}, {}
+    for trial in trials("icl", tokenizer, 2048, 36):
         _, *shots, last = tokenizer.decode(trial.input_ids).split("\n")
         pairs = [re.fullmatch(r"([a-z]+)(\W) ([A-Z])", line).groups() for line in [*shots, last]]
         rule = {sign: letter for _, sign, letter in pairs}
@@ -234,10 +234,13 @@ def test_only_the_shots_tell_the_letter_of_a_word(tokenizer):
         assert len(set(words)) == len(words), "the word is new"
         counts = sorted((sum(s == sign for _, s, _ in pairs) for sign in rule), reverse=True)
         assert counts[0] > 4 * counts[-1], "signs have unequal frequencies"
-        rules.append(rule)
-        asked.append(pairs[-1])
-    assert all(one != other for one, other in pairwise(rules))
-    assert len({letter for *_, letter in asked}) > 3
+        assert shown.setdefault(trial.haystack, shots) == shots
+        assert rules.setdefault(trial.haystack, rule) == rule
+        asked.setdefault(trial.haystack, []).append(pairs[-1][1:])
+    assert [len(some) for some in asked.values()] == [8, 8, 8, 8, 4]
+    assert all(len(set(some)) == len(some) for some in asked.values()), "a sign is asked once"
+    assert all(one != other for one, other in pairwise(rules.values()))
+    assert len({letter for some in asked.values() for _, letter in some}) == 8
 
 
 def test_more_shots_show_more_of_the_rule(tokenizer):
@@ -246,7 +249,7 @@ def test_more_shots_show_more_of_the_rule(tokenizer):
     for length in (256, 1024, 4096):
         lines = [
             tokenizer.decode(trial.input_ids).split("\n")
-            for trial in trials("icl", tokenizer, length, 40)
+            for trial in trials("icl", tokenizer, length, 160)
         ]
         known.append(np.mean([any(line[-1][-3] in s for s in line[1:-1]) for line in lines]))
     assert known[0] < 0.9 and known[0] < known[1] < known[2] + 1e-9 and known[2] > 0.97

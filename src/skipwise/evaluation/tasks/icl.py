@@ -1,10 +1,10 @@
 """Many-shot classification: learn a rule from as many examples as fit into the context.
 
 Each line is a made-up word with a sign at its end, and a letter: `robi% G`. The sign decides the
-letter, 16 signs for 8 letters, drawn anew in each prompt, so only the examples (shots) tell the
-rule. The word that is asked for is none of the examples. Signs have unequal frequencies, but each
-is asked equally often: some of them come for the first time after many shots, and a model that uses
-more of the context knows more of them.
+letter, 16 signs for 8 letters, drawn anew in each context, so only the examples (shots) tell the
+rule. Eight words are asked for after the same shots, one at a time; none of them is a shot. Signs
+have unequal frequencies, but each is asked equally often: some of them come for the first time
+after many shots, and a model that uses more of the context knows more of them.
 
 Scored by likelihood: of the 8 letters, the right one must be the likeliest. Small base models learn
 the rule but not the format, and would score 0 by exact match. All letters take the same number of
@@ -32,6 +32,7 @@ NUM_LABELS = 8
 FLOOR = 1 / NUM_LABELS
 _SIGNS = "@#%&+!?~^$*=;:|/"
 _EXPONENT = 1.0  # the frequency of a sign falls with this power of its rank
+_PER_CONTEXT = 8  # questions after the same shots, which go through the model once
 _INTRO = "Each word has a letter."
 
 
@@ -45,29 +46,34 @@ def make_trials(
     labels = label_tokens(tokenizer)
     trials: list[Trial] = []
     num_shots: int | None = 16
-    for i in range(num_samples if labels else 0):
-        rng = np.random.default_rng([seed, length, i, 5])
+    while len(trials) < num_samples and labels:
+        rng = np.random.default_rng([seed, length, len(trials), 5])
+        count = min(_PER_CONTEXT, num_samples - len(trials))
         letters = rng.permutation(list(labels) * (len(_SIGNS) // NUM_LABELS)).tolist()
         rule = dict(zip(_SIGNS, letters, strict=True))
-        asked, *words = prompts.random_words(rng, max(64, length // 4) + 1, 2 + (length > 4096))
+        words = prompts.random_words(rng, max(64, length // 4) + count, 2 + (length > 4096))
         chances = rng.permutation(1 / np.arange(1, len(_SIGNS) + 1) ** _EXPONENT)
-        signs = rng.choice(list(_SIGNS), len(words), p=chances / chances.sum()).tolist()
-        shots = [f"{w}{s} {rule[s]}\n" for w, s in zip(words, signs, strict=True)]
-        sign = _SIGNS[rng.integers(len(_SIGNS))]
+        signs = rng.choice(list(_SIGNS), len(words) - count, p=chances / chances.sum()).tolist()
+        shots = [f"{w}{s} {rule[s]}\n" for w, s in zip(words[count:], signs, strict=True)]
+        asked = rng.choice(list(_SIGNS), count, replace=False).tolist()
+        lasts = [f"{word}{sign}" for word, sign in zip(words, asked, strict=False)]
 
-        def text(units: int, shots: list[str] = shots, last: str = f"{asked}{sign}") -> str:
+        def text(units: int, last: str, shots: list[str] = shots) -> str:
             return f"{_INTRO}\n{''.join(shots[:units])}{last}"
 
-        answer = labels[rule[sign]]
+        tokens = {last: prompts.count_tokens(tokenizer, text(4, last)) for last in lasts}
+        longest, more = max(lasts, key=tokens.__getitem__), len(labels[letters[0]])
 
-        def size(units: int, text: Any = text, more: int = len(answer)) -> int:
-            return prompts.count_tokens(tokenizer, text(units)) + more
+        def size(units: int, text: Any = text, last: str = longest, more: int = more) -> int:
+            return prompts.count_tokens(tokenizer, text(units, last)) + more
 
         num_shots = prompts.fit_to_length(size, length, num_shots)
         if num_shots is None:
             return [], []
-        ids = prompts.token_ids(tokenizer, text(num_shots))
-        trials.append(Trial(input_ids=[*ids, *answer], num_answer=1))
+        haystack = len(trials)
+        for last in lasts:
+            ids = [*prompts.token_ids(tokenizer, text(num_shots, last)), *labels[rule[last[-1]]]]
+            trials.append(Trial(input_ids=ids, num_answer=1, haystack=haystack))
     return trials, [tokens[-1] for tokens in labels.values()]
 
 
