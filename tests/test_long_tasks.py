@@ -89,7 +89,7 @@ DIGESTS = {
     "graphwalks_bfs": "dddd0b2e57ae",
     "graphwalks_bfs_2": "42073a38e301",
     "graphwalks_bfs_3": "009239d7a6d6",
-    "icl": "c0dc6faa2f44",
+    "icl": "cb30f828a1ce",
 }
 
 
