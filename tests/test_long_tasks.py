@@ -249,7 +249,7 @@ def test_more_shots_show_more_of_the_rule(tokenizer):
     for length in (256, 1024, 4096):
         lines = [
             tokenizer.decode(trial.input_ids).split("\n")
-            for trial in trials("icl", tokenizer, length, 160)
+            for trial in trials("icl", tokenizer, length, 48)
         ]
         known.append(np.mean([any(line[-1][-3] in s for s in line[1:-1]) for line in lines]))
     assert known[0] < 0.9 and known[0] < known[1] < known[2] + 1e-9 and known[2] > 0.97
