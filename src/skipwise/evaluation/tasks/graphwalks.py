@@ -136,7 +136,7 @@ def _other_edges(
     rng: np.random.Generator, nodes: Sequence[str], closed: set[str], depth: int, count: int
 ) -> list[Edge]:
     """Random edges between different nodes that do not change the answer."""
-    drawn = rng.integers(0, len(nodes), (count, 2)).tolist()
+    drawn: list[list[int]] = rng.integers(0, len(nodes), (count, 2)).tolist()
     edges = [(nodes[a], nodes[b]) for a, b in drawn if a != b]
     return [edge for edge in edges if edge[1 if depth == 0 else 0] not in closed]
 
