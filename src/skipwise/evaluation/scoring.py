@@ -46,22 +46,37 @@ class Trial:
 
 
 def exact_match(
-    model: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
+    model: Any,
+    trials: Sequence[Trial],
+    batch_tokens: int,
+    tick: Tick | None = None,
+    among: Sequence[int] | None = None,
 ) -> list[bool]:
     """Whether greedy decoding would give exactly each trial's answer.
 
     This takes one forward pass over prompt and answer: each answer token must be the likeliest one
     after the tokens before it.
+
+    Args:
+        among: only these tokens can be an answer, and the likeliest must be likelier than the
+            others. Defaults to all.
     """
-    tokens = answer_tokens(model, trials, batch_tokens, tick)
+    tokens = answer_tokens(model, trials, batch_tokens, tick, among)
     return [all(hit for hit, _ in answer) for answer in tokens]
 
 
 @torch.inference_mode()
 def answer_tokens(
-    model: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
+    model: Any,
+    trials: Sequence[Trial],
+    batch_tokens: int,
+    tick: Tick | None = None,
+    among: Sequence[int] | None = None,
 ) -> list[list[tuple[bool, float]]]:
     """Of each token of each trial's answer, after the tokens before it, in one forward pass.
+
+    Args:
+        among: see `exact_match`.
 
     Returns:
         whether it is the likeliest token, and its log-probability in nats.
@@ -83,7 +98,7 @@ def answer_tokens(
         for part in prefill.logits_in_slices(model, ids[:, :-1], positions, past=cache):
             wanted = targets[:, done : done + part.shape[1]]
             done += part.shape[1]
-            hits.append(part.argmax(-1) == wanted)
+            hits.append(_likeliest(part, among) == wanted)
             chosen = part.gather(-1, wanted[..., None])[..., 0].float()
             logs.append(chosen - part.float().logsumexp(-1))
         pairs = zip(torch.cat(hits, 1).tolist(), torch.cat(logs, 1).tolist(), strict=True)
@@ -93,6 +108,15 @@ def answer_tokens(
         if tick is not None:
             tick(sum(trial.reach for trial in batch))
     return [out[i] for i in range(len(trials))]
+
+
+def _likeliest(logits: torch.Tensor, among: Sequence[int] | None) -> torch.Tensor:
+    """The token of the highest logit; of some tokens alone, -1 where several have it."""
+    if among is None:
+        return logits.argmax(-1)
+    allowed = torch.tensor(among, device=logits.device)
+    values, indices = logits[..., allowed].topk(2)
+    return torch.where(values[..., 0] > values[..., 1], allowed[indices[..., 0]], -1)
 
 
 def recall(
@@ -112,6 +136,21 @@ def recall(
 
     generated = greedy(model, tokenizer, trials, batch_tokens, tick, done)
     return [share(trial, tokens) for trial, tokens in zip(trials, generated, strict=True)]
+
+
+def answer_texts(
+    model: Any, tokenizer: Any, trials: Sequence[Trial], batch_tokens: int, tick: Tick | None = None
+) -> list[str]:
+    """The text that greedy decoding generates after each prompt, up to a blank line."""
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True).lstrip()
+
+    def done(trial: Trial, tokens: list[int]) -> bool:
+        return "\n\n" in text(tokens)
+
+    generated = greedy(model, tokenizer, trials, batch_tokens, tick, done)
+    return [text(tokens).partition("\n\n")[0].rstrip() for tokens in generated]
 
 
 @torch.inference_mode()

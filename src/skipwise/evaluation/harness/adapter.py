@@ -20,8 +20,15 @@ import torch
 from skipwise.errors import SkipwiseError, first_line
 
 
-def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) -> Any:
-    """A loaded model as the harness's `HFLM`, which also counts truncated prompts."""
+def wrap(
+    model: Any, tokenizer: Any, batch_size: int, max_length: int | None, at_least: int = 0
+) -> Any:
+    """A loaded model as the harness's `HFLM`, which also counts truncated prompts.
+
+    Args:
+        max_length: tokens that it reads at most. Defaults to the window of its config.
+        at_least: tokens that it reads even so.
+    """
     from lm_eval.models import huggingface
 
     base: Any = huggingface.HFLM
@@ -49,7 +56,7 @@ def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) ->
             with torch.no_grad():
                 return self.model(inps, use_cache=False).logits  # a KV cache would only use memory
 
-    return Model(
+    lm = Model(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # lm-eval adds a padding token
         backend="causal",
@@ -58,6 +65,17 @@ def wrap(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) ->
         # lm-eval sums log-probabilities in their own dtype: bfloat16 rounds -80 to 0.5
         softmax_dtype="float32",
     )
+    lm._max_length = max(lm.max_length, at_least)
+    return lm
+
+
+def with_metadata(manager: Any, metadata: dict[str, Any] | None) -> Any:
+    """The harness's TaskManager with metadata for its tasks; a new one would read all names."""
+    from lm_eval.tasks._factory import TaskFactory
+
+    changed = copy.copy(manager)
+    changed._factory = TaskFactory(meta={**(manager.metadata or {}), **(metadata or {})})
+    return changed
 
 
 @contextlib.contextmanager

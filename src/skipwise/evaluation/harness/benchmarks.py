@@ -2,7 +2,9 @@
 
 Any task or group of the harness can be named, or the suite `short-benchmarks`. Prompts, targets and
 metrics are the harness's own; the model keeps its own window. Tasks may also come from a folder of
-YAML files (see `task_folder`), so that nothing has to be downloaded.
+YAML files (see `task_folder`), so that nothing has to be downloaded. `lm_eval/NAME` is always the
+harness's task, where NAME alone is one of Skipwise's own. Its RULER and BABILong are measured at
+every context length (see `long_tasks`).
 
 Source: the suite is table 6 of PoSE, Zhu et al. 2024, arXiv 2309.10400; metrics as on the Open LLM
         Leaderboard of its day, which takes acc_norm for ARC and HellaSwag and acc elsewhere
@@ -25,10 +27,13 @@ import numpy as np
 import torch
 import yaml
 
+from skipwise.config.recipe import EvalSettings
 from skipwise.errors import SkipwiseError, first_line
 from skipwise.evaluation.fingerprint import harness_identity
-from skipwise.evaluation.harness.adapter import guarded, script_refusal, wrap
+from skipwise.evaluation.harness import long_tasks
+from skipwise.evaluation.harness.adapter import guarded, script_refusal, with_metadata, wrap
 from skipwise.evaluation.harness.task_folder import read_task_folder
+from skipwise.evaluation.tasks import task_names
 from skipwise.evaluation.tasks.prompts import ChatPrompts
 from skipwise.evaluation.tasks.task import Task, TaskInputs
 from skipwise.models.hf_config import unreachable_hub
@@ -42,6 +47,7 @@ SHORT_BENCHMARKS = {  # task: (num_fewshot, metric)
     "arc_challenge": (25, "acc_norm"),
     "hellaswag": (10, "acc_norm"),
 }
+PREFIX = "lm_eval/"
 _SHARES = ("acc", "acc_norm", "exact_match")  # their intervals are within 0 .. 1
 _BOOTSTRAPS = 1000  # for metrics that are not means: the standard error to 2 %
 
@@ -52,26 +58,52 @@ def expand(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for some in each for name in some))
 
 
-def make_task(name: str) -> Task:
-    """A task or group of the harness as a task of the evaluation; its name is not checked here."""
+def make_task(typed: str) -> Task:
+    """A task or group of the harness as a task of the evaluation; its name is not checked here.
+
+    Args:
+        typed: its name, also as `lm_eval/NAME`; so its rows are named if Skipwise has the NAME.
+    """
+    name = typed.removeprefix(PREFIX)
+    by_length = long_tasks.has_lengths(name)
 
     def measure(inputs: TaskInputs) -> Rows:
-        settings, model = inputs.settings, inputs.model
-        limit, folder, seed = settings.limit, settings.task_folder, settings.seed
-        tokenizer, chat = inputs.tokenizer, isinstance(inputs.tokenizer, ChatPrompts)
-        options = {"limit": limit, "task_folder": folder, "seed": seed, "chat_template": chat}
-        return run_benchmark(model, tokenizer.tokenizer if chat else tokenizer, name, **options)
+        settings, tokenizer = inputs.settings, inputs.tokenizer
+        chat = isinstance(tokenizer, ChatPrompts)
+        options: dict[str, Any] = {"limit": settings.limit, "task_folder": settings.task_folder}
+        if by_length:
+            if not long_tasks.fits(name, inputs.length):
+                return []
+            rows_per_batch = max(1, min(8, settings.batch_tokens // inputs.length))
+            options |= {"context_length": inputs.length, "batch_size": rows_per_batch}
+        rows = run_benchmark(
+            inputs.model,
+            tokenizer.tokenizer if chat else tokenizer,
+            name,
+            seed=settings.seed,
+            chat_template=chat,
+            **options,
+        )
+        return [{**row, "task": _shown(row["task"])} for row in rows]
+
+    def check(settings: EvalSettings, load: bool) -> None:
+        if by_length:
+            long_tasks.check_requirements(name)
+        load = load and not by_length  # their data sets are made for a length
+        check_benchmarks([name], task_folder=settings.task_folder, load=load)
 
     return Task(
-        name=name,
+        name=_shown(name),
         measure=measure,
         num_samples=lambda settings: settings.limit,
         cache_key=lambda settings: (settings.limit, harness_identity(settings.task_folder)),
-        lengths="none",
-        check=lambda settings, load: check_benchmarks(
-            [name], task_folder=settings.task_folder, load=load
-        ),
+        lengths="each" if by_length else "none",
+        check=check,
     )
+
+
+def _shown(name: str) -> str:
+    return f"{PREFIX}{name}" if name in task_names() else name
 
 
 def check_benchmarks(
@@ -98,6 +130,7 @@ def run_benchmark(
     max_length: int | None = None,
     seed: int = 0,
     chat_template: bool = False,
+    context_length: int | None = None,
 ) -> Rows:
     """Rows of one task or group, one per metric.
 
@@ -112,6 +145,7 @@ def run_benchmark(
         max_length: tokens the model sees; longer prompts lose their start. Defaults to its window.
         seed: draws the few-shot examples.
         chat_template: write the questions as a user's turns, few-shot examples as earlier turns.
+        context_length: of the prompts, for a task of `long_tasks`. The model sees all of them.
 
     Returns:
         rows with `value`, its 95 % interval `low` and `high` (None without a standard
@@ -122,17 +156,22 @@ def run_benchmark(
     """
     if limit is not None and limit < 1:
         raise SkipwiseError(f"limit={limit}: at least one question a task, or none for all")
-    with guarded(model) as refused:
-        loaded = _load(name, task_folder, refused)
+    with guarded(model) as refused, tempfile.TemporaryDirectory() as folder:
+        more: dict[str, Any] | None = None
+        if context_length is not None:
+            tokenizer.save_pretrained(folder)  # the harness takes a name or a folder
+            more = long_tasks.metadata(name, context_length, folder)
+        _set_seed(seed)  # RULER draws its prompts as it is loaded
+        loaded = _load(name, task_folder, refused, metadata=more)
         num_fewshot, metric = SHORT_BENCHMARKS.get(name, (None, None))
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot, seed)
         from lm_eval.evaluator import evaluate
 
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        lm = wrap(model, tokenizer, batch_size, max_length)
+        _set_seed(seed)
+        need = context_length + long_tasks.ROOM if context_length else 0
+        lm = wrap(model, tokenizer, batch_size, max_length, at_least=need)
+        _check_answers_fit(loaded, lm.max_length)
         results: Any = evaluate(
             lm=lm,
             task_dict=loaded,
@@ -148,16 +187,37 @@ def run_benchmark(
             f"the window of {lm.max_length} tokens",
             stacklevel=2,
         )
-    reported = _reported(name, loaded, results)
+    reported = list(loaded["tasks"]) if name == "ruler" else _reported(name, loaded, results)
     found = [row for key in reported for row in _rows(key, results)]
     rows = [row for row in found if metric in (None, row["metric"])]
     if not rows:
         raise SkipwiseError(f"{name} gave no number for {metric or 'any metric'}")
-    return [{**row, "num_truncated": lm.num_truncated} for row in rows]
+    rows = [{**row, "num_truncated": lm.num_truncated} for row in rows]
+    return rows if context_length is None else long_tasks.rows_at(context_length, rows, name)
+
+
+def _set_seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _check_answers_fit(loaded: dict[str, Any], window: int) -> None:
+    for name, task in loaded["tasks"].items():
+        kwargs = task.get_config("generation_kwargs") or {}
+        if (new := kwargs.get("max_gen_toks", 0)) >= window:
+            raise SkipwiseError(
+                f"{name} lets a model answer with {new:,} tokens, more than its window of "
+                f"{window:,} holds\nleave this benchmark out, or give a longer window"
+            )
 
 
 def _load(
-    name: str, task_folder: str | None, refused: list[str], load: bool = True
+    name: str,
+    task_folder: str | None,
+    refused: list[str],
+    load: bool = True,
+    metadata: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`{"tasks": {name: Task}, "groups": {name: Group}}`, with their data sets."""
     from lm_eval.tasks import TaskManager
@@ -180,6 +240,7 @@ def _load(
         if load:
             unreachable_hub()
         try:
+            manager = with_metadata(manager, metadata)
             loaded: Any = manager.load([name]) if load else {"tasks": {}}
         except SkipwiseError:
             raise

@@ -3,7 +3,7 @@
 Any other name is a benchmark of lm-evaluation-harness. CONTRIBUTING has a recipe for a new task.
 """
 
-from skipwise.evaluation.tasks import babilong, copy_far, nonliteral, ruler
+from skipwise.evaluation.tasks import babilong, copy_far, graphwalks, icl, mrcr, nonliteral, ruler
 from skipwise.evaluation.tasks.passkey import NEEDLE, PASSKEY
 from skipwise.evaluation.tasks.perplexity import PERPLEXITY
 from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
@@ -14,6 +14,9 @@ TASKS: dict[str, Task] = {task.name: task for task in (PERPLEXITY, PASSKEY, NEED
 TASKS |= babilong.TASKS
 TASKS |= nonliteral.TASKS
 TASKS |= copy_far.TASKS
+TASKS |= mrcr.TASKS
+TASKS |= graphwalks.TASKS
+TASKS |= icl.TASKS
 
 
 def task_names() -> list[str]:
