@@ -39,6 +39,7 @@ SMALLEST = {
     "research/gpu/sharded_teacher.py": ("--smoke", "sharded_teacher"),
     "research/gpu/weighted_attention.py": ("--smoke", "weighted_attention"),
     "research/real_model/run.py": ("--smoke --out {}/real_model", "real_model"),
+    "research/study/dial.py": ("--smoke --out {}/dial", "study_dial"),
     "research/study/efficiency.py": ("--smoke", "study_efficiency"),
     "research/study/figures.py": ("--check", None),
     "research/study/run.py": ("--smoke --tables mixed --out {}/study", None),
@@ -71,6 +72,7 @@ SLOW = {
     "benchmarks/kill_and_resume.py",
     "research/gpu/real_size.py",
     "research/real_model/run.py",
+    "research/study/dial.py",
     "research/study/run.py",
     "research/study/temperatures.py",
 }
