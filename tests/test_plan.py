@@ -15,6 +15,7 @@ from skipwise.cli import main
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import LoRASettings
 from skipwise.models.hf_config import complete
+from skipwise.models.load import enable_checkpointing
 from skipwise.models.lora import add_lora
 from skipwise.pipeline.profile import measure
 from skipwise.planning import find_gpu, make_plan, predict_memory
@@ -22,7 +23,6 @@ from skipwise.planning.architecture import read_architecture
 from skipwise.planning.flops import cache_bytes, step_flops
 from skipwise.planning.job import make_job, read_model
 from skipwise.planning.memory import GIB, LATE_IMPORTS
-from skipwise.training.setup import enable_checkpointing
 
 ESTIMATED = {"gpt_neox_japanese", "lfm2", "modernbert-decoder", "gemma4_text", "ministral3"}
 ESTIMATED |= {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "bamba", "zamba2"}

@@ -29,6 +29,7 @@ from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoi
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
 from skipwise.pipeline.choose_separator import with_chosen_separator
 from skipwise.pipeline.choose_temperature import chosen_temperature, untrained_temperature
+from skipwise.pipeline.choose_train_length import choose_train_length, with_chosen_length
 from skipwise.pose.preview import describe_positions
 from skipwise.report import format_table, write_report
 from skipwise.training.checkpoints import finished_checkpoint, trained_checkpoint
@@ -130,6 +131,7 @@ def prepare_training(
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
     run = open_run(out, recipe, command)
     prepared = with_chosen_separator(convert_weights(prepared, run.converted), run)
+    prepared = choose_train_length(prepared, run, world_size())
     prepared = with_chosen_scaling(prepared, run)
     if auto_scalings(prepared.recipe, prepared.info)[0]:  # this verb measures nothing
         prepared = rescale(prepared, prepared.scaling.name)
@@ -294,7 +296,8 @@ def export_again(
     model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
     if model_too or "adapter" in kinds:
         prepared = convert_weights(prepare_model(recipe), run.converted)
-        prepared = choose_scaling(with_chosen_separator(prepared, run), run)
+        prepared = with_chosen_length(with_chosen_separator(prepared, run), run)
+        prepared = choose_scaling(prepared, run)
         if model_too:
             run.update(exported=False)
             export_run(prepared, run)
