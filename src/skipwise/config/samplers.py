@@ -55,6 +55,11 @@ def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
             f"train_length: auto chooses among lengths of method: pose, not {recipe.method}\n"
             "leave it out, or type a length such as train_length=8k"
         )
+    if recipe.method == "pose" and recipe.train_length == recipe.target_length > original_length:
+        raise SkipwiseError(
+            f"train_length: {recipe.train_length} is the target length, which leaves no skips\n"
+            "type method=full for full-length training, or a shorter train_length"
+        )
     if "train_length" not in taken and recipe.train_length not in (None, recipe.target_length):
         raise SkipwiseError(
             f"train_length: {recipe.train_length} does not take effect: method: {recipe.method} "
