@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from test_train import make_recipe
+import torch
+from test_train import make_recipe, run_training
 
 from skipwise.cli import main
 from skipwise.config.distillation import WEIGHT, distillation_weight
@@ -16,7 +17,8 @@ from skipwise.config.samplers import example_length, make_sampler
 from skipwise.config.stages import full_length_stage
 from skipwise.data.collator import ExampleCollator
 from skipwise.errors import SkipwiseError
-from skipwise.models.prepared import prepare_model
+from skipwise.models.load import enable_checkpointing, load_model
+from skipwise.models.prepared import END_PROMPT, prepare_model
 from skipwise.pipeline import choose_train_length as chosen
 from skipwise.planning import find_gpu, make_plan, train_lengths
 from skipwise.planning.flops import step_flops
@@ -29,6 +31,7 @@ from skipwise.planning.train_lengths import (
     with_train_length,
 )
 from skipwise.pose.coverage import coverage
+from skipwise.training.inputs import load_training_data
 
 L, T = 8192, 65536
 BASE = {"model": "m", "target_length": T}
@@ -284,6 +287,49 @@ def test_the_plan_shows_the_options_and_follows_auto(folder, capsys):
     assert rows[0]["memory"] == pytest.approx(plan.options[0].memory.gib * GIB)
     assert main(["plan", str(folder), "--to", "64k", "--gpu", "H200", "method=full"]) == 0
     assert "train_length" not in capsys.readouterr().out
+
+
+def test_offloaded_checkpoints_give_the_same_gradients(tiny):
+    found = {}
+    for how in (True, "offload"):
+        prepared = prepare_model(parse_recipe({"model": str(tiny), "target_length": 256}))
+        model = load_model(prepared.source, prepared.scaled, prepared.load, dtype=torch.float32)
+        enable_checkpointing(model.train(), how)
+        ids = torch.arange(40)[None] % 50
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found[how] = [p.grad.clone() for p in model.parameters()]
+        hooks = [m._gradient_checkpointing_func.func for m in model.modules() if hasattr(m, "mlp")]
+        assert (how == "offload") == all(f.__name__ == "checkpoint_func" for f in hooks) and hooks
+    for kept, moved in zip(found[True], found["offload"], strict=True):
+        torch.testing.assert_close(kept, moved, rtol=0, atol=0)
+
+    class Old(torch.nn.Module):
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None): ...
+
+    with pytest.raises(SkipwiseError, match=r"offload needs transformers 5\.16"):
+        enable_checkpointing(Old(), "offload")
+
+
+def test_a_run_trains_on_examples_of_M_tokens(tiny, text_folder, tmp_path):
+    keys = ["train_length=128", "training.num_steps=2", "training.gradient_checkpointing=offload"]
+    run = run_training(make_recipe(tiny, text_folder, *keys), tmp_path / "run")
+    about = run.metadata()
+    assert about["train_length"] == 128
+    assert about["training"]["tokens_per_step"] == 128 * about["training"]["batch_size"]
+    assert max(e["lengths"][0] for e in about["positions"]["examples"]) > 64
+    [line] = [c["detail"] for c in about["checks"] if c["name"] == "distillation"]
+    assert line == "none: examples of 128 tokens, 2 x 64 or more, gain nothing from it"
+
+
+def test_endprompt_trains_with_its_own_prompt(tiny, text_folder, tmp_path):
+    recipe = make_recipe(tiny, text_folder, "method=endprompt", "training.num_steps=1")
+    prepared = prepare_model(recipe)
+    ids = prepared.tokenizer(END_PROMPT, add_special_tokens=False)["input_ids"]
+    assert list(prepared.sampler().prompt) == ids
+    data = load_training_data(prepared, None)
+    item = data.dataset[0]
+    assert item["input_ids"][-len(ids) :].tolist() == item["labels"][-len(ids) :].tolist() == ids
+    assert item["position_ids"][-1] == recipe.target_length - 1
 
 
 @pytest.mark.parametrize(("length", "share"), [(100, 1.0), (101, 0.8), (301, 0.0), (300, 0.6)])

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from run import read_rows, summary, work
 from rows import Rows, newest
+from run import read_rows, summary, work
 from settings import DISTILLED, FULL, TARGETS, L, at, dial, made
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))

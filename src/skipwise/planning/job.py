@@ -52,7 +52,6 @@ class Job:
     bf16: bool  # computes in bf16 by autocast, otherwise in float32
     lora: LoRASettings | None
     checkpointing: bool
-    offload: bool  # what checkpointing saves is in the memory of the CPU
     chunked: bool  # the loss is computed in slices
     attention: Literal["eager", "sdpa", "flash"]
     importance: bool  # importance weights, which cost the time of keys that are masked as well
@@ -61,6 +60,7 @@ class Job:
     num_gpus: int
     on_cpu: bool = False
     distilled_fraction: float = 0.0  # fraction of the tokens that the teacher reads in distillation
+    offload: bool = False  # what checkpointing saves is in the memory of the CPU
     flex: bool = False  # importance weights by flex_attention, where it can train
 
     @property
