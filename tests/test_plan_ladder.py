@@ -41,8 +41,12 @@ def folder(tmp_path):
         ),
         (["engine=fsdp2", "method=full"], 4, "training.gradient_checkpointing=offload"),
         (
-            ["lora.train_embeddings=false", "engine=zero3-offload", "method=full"]
-            + ["training.gradient_checkpointing=offload"],
+            [
+                "lora.train_embeddings=false",
+                "engine=zero3-offload",
+                "method=full",
+                "training.gradient_checkpointing=offload",
+            ],
             4,
             "method=pose",
         ),

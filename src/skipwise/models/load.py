@@ -272,7 +272,13 @@ def check_kernel(settings: ModelSettings, weights: str, config: Any) -> list[Che
 
 
 def enable_checkpointing(model: Any, how: Literal["offload"] | bool = True) -> None:
-    """Gradient checkpointing under the name that this transformers has for it."""
+    """Gradient checkpointing under the name that this transformers has for it.
+
+    Without a GPU what it saves is in the CPU's memory anyway, and transformers cannot pin it there.
+
+    Raises:
+        SkipwiseError: the model has no checkpointing, or this transformers no `offload`.
+    """
     from transformers import __version__
 
     new = getattr(model, "activation_checkpointing_enable", None)
@@ -284,6 +290,6 @@ def enable_checkpointing(model: Any, how: Literal["offload"] | bool = True) -> N
             f"{__version__}\ntype training.gradient_checkpointing=true"
         )
     try:
-        enable({"use_reentrant": False}, **offload)
+        enable({"use_reentrant": False}, **(offload if torch.cuda.is_available() else {}))
     except ValueError as error:
         raise SkipwiseError(f"{error}\ntype training.gradient_checkpointing=false") from error
