@@ -15,6 +15,7 @@ from skipwise.cli import main
 from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import LoRASettings
 from skipwise.models.hf_config import complete
+from skipwise.models.load import enable_checkpointing
 from skipwise.models.lora import add_lora
 from skipwise.pipeline.profile import measure
 from skipwise.planning import find_gpu, make_plan, predict_memory
@@ -22,11 +23,11 @@ from skipwise.planning.architecture import read_architecture
 from skipwise.planning.flops import cache_bytes, step_flops
 from skipwise.planning.job import make_job, read_model
 from skipwise.planning.memory import GIB, LATE_IMPORTS
-from skipwise.training.setup import enable_checkpointing
 
 ESTIMATED = {"gpt_neox_japanese", "lfm2", "modernbert-decoder", "gemma4_text", "ministral3"}
 ESTIMATED |= {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "bamba", "zamba2"}
 ESTIMATED |= {"falcon_h1", "granitemoehybrid", "minimax", "lfm2_moe", "lfm3"}
+MASK = ("positions.key_weights=importance", "load.attn_implementation=sdpa")
 MISTRAL = {
     "model_type": "mistral",
     "hidden_size": 4096,
@@ -307,7 +308,8 @@ def test_pose_needs_the_same_at_any_target_and_full_length_needs_more(folder):
         (["lora={}"], ["lora.quantization=nf4"]),
         ([], ["trainer.optim=adamw_8bit"]),
         ([], ["trainer.optim=adafactor"]),
-        (["positions.key_weights=importance"], []),
+        ([*MASK], []),
+        (["training.gradient_checkpointing=true"], ["training.gradient_checkpointing=offload"]),
         (["load.attn_implementation=eager"], []),
         ([], ["engine=zero3-offload"]),
     ],
@@ -318,10 +320,7 @@ def test_a_setting_that_saves_memory_is_predicted_to(folder, more, less):
 
 def test_one_mask_is_held_whatever_the_number_of_passes(folder):
     few, many = (
-        predicted(
-            folder, "positions.key_weights=importance", f"training.global_batch_size={n}", "lora={}"
-        )
-        for n in (2, 32)
+        predicted(folder, *MASK, f"training.global_batch_size={n}", "lora={}") for n in (2, 32)
     )
     assert few[1].parts["mask"] == many[1].parts["mask"] == 2 * 8192**2
 

@@ -39,7 +39,17 @@ def folder(tmp_path):
             4,
             "train_length=4k",
         ),
-        (["lora.train_embeddings=false", "engine=zero3-offload", "method=full"], 4, "method=pose"),
+        (["engine=fsdp2", "method=full"], 4, "training.gradient_checkpointing=offload"),
+        (
+            [
+                "lora.train_embeddings=false",
+                "engine=zero3-offload",
+                "method=full",
+                "training.gradient_checkpointing=offload",
+            ],
+            4,
+            "method=pose",
+        ),
         (["lora.train_embeddings=false", "engine=zero3-offload", "train_length=1k"], 4, None),
     ],
 )

@@ -6,7 +6,7 @@ from additive_mask import additive_mask
 
 from skipwise.errors import SkipwiseError
 from skipwise.pose.coverage import coverage
-from skipwise.pose.samplers import CREAM, FullLength, PoSE, RandPos
+from skipwise.pose.samplers import CREAM, EndPrompt, FullLength, PoSE, RandPos
 
 L, T = 16, 64
 SAMPLERS = [
@@ -44,6 +44,27 @@ def test_positions_increase_inside_the_target_and_text_inside_the_document(sampl
         assert input_ids.shape == labels.shape == (sampler.train_length,)
         assert (np.diff(input_ids) >= 1).all(), "text only moves forward"
         assert input_ids[-1] - input_ids[0] < max(T, sampler.train_length)
+
+
+def test_endprompt_puts_the_same_prompt_at_the_end_of_the_window():
+    prompt = (901, 902, 903)
+    sampler = EndPrompt(train_length=L, target_length=T, prompt=prompt)
+    starts = set()
+    for k in range(100):
+        example = draw(sampler, k, 40)
+        start = int(example.text_starts[0])
+        input_ids, labels = example.take(np.arange(40))
+        assert input_ids.tolist() == [*range(start, start + 13), *prompt]
+        assert labels.tolist() == input_ids.tolist()  # none is masked
+        assert example.position_ids().tolist() == [*range(13), 61, 62, 63]
+        masked, _ = example.take(np.arange(40) >= 20)  # which tokens are masked: not the prompt's
+        assert set(masked.tolist()) <= {0, 1}
+        starts.add(start)
+    assert starts == set(range(40 - L + 1))
+    without = EndPrompt(train_length=24, target_length=T)
+    assert draw(without, 0, 40).lengths.tolist() == [4, 20]
+    with pytest.raises(SkipwiseError, match="more than the 20 tokens of its prompt"):
+        EndPrompt(train_length=20, target_length=T)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)

@@ -40,6 +40,7 @@ SMALLEST = {
     "research/gpu/weighted_attention.py": ("--smoke", "weighted_attention"),
     "research/real_model/run.py": ("--smoke --out {}/real_model", "real_model"),
     "research/study/compare.py": ("--smoke --out {}/compare", "compare_distillation_every"),
+    "research/study/dial.py": ("--smoke --out {}/dial", "study_dial"),
     "research/study/efficiency.py": ("--smoke", "study_efficiency"),
     "research/study/figures.py": ("--check", None),
     "research/study/run.py": ("--smoke --tables mixed --out {}/study", None),
@@ -73,6 +74,7 @@ SLOW = {
     "research/gpu/real_size.py",
     "research/real_model/run.py",
     "research/study/compare.py",
+    "research/study/dial.py",
     "research/study/run.py",
     "research/study/temperatures.py",
 }

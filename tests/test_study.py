@@ -1,5 +1,6 @@
 """The study's page shows its newest results, and what it tries are examples like any other."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "research" / "study"))
 
+import dial  # noqa: E402
 import figures  # noqa: E402
 import settings  # noqa: E402
 import train  # noqa: E402
@@ -37,6 +39,13 @@ def test_a_table_is_filled_alone_and_a_missing_one_is_an_error(monkeypatch):
         figures.filled("<!-- a -->\n<!-- end -->\n")
 
 
+def test_the_plan_expects_what_the_study_measured():
+    stored = dial.EVIDENCE.read_text(encoding="utf-8")
+    assert stored == dial.evidence(), "run python research/study/dial.py --evidence"
+    rows = {(r["factor"], r["lengths"]): r["behind"] for r in json.loads(stored)["rows"]}
+    assert rows[4.0, 1.0] == 0.0307  # 5.28 over 5.12, as the study's page has it
+
+
 def test_every_stored_row_belongs_to_a_setting_of_a_table():
     rows = Rows()
     settings_of = {s for make in settings.TABLES.values() for s in make()}
@@ -48,6 +57,19 @@ def test_every_stored_row_belongs_to_a_setting_of_a_table():
 def test_settings_that_differ_have_keys_that_differ():
     found = {setting for make in settings.TABLES.values() for setting in make()}
     assert len({setting.key for setting in found}) == len(found) > 100
+
+
+def test_examples_of_M_tokens_are_trained_at_equal_tokens_and_taught_what_the_base_reads():
+    for setting in settings.dial():
+        M = setting.train_length
+        sampler = train._sampler(setting)
+        assert sampler.train_length == (M or setting.target)
+        if setting.distil:
+            assert M <= 2 * settings.L
+            example = sampler.sample(np.random.default_rng(0), setting.target)
+            taught = train._taught(example, setting)
+            assert taught.sum() == example.lengths[0] and len(taught) == M
+    assert len({s.key for s in settings.dial()}) == len(settings.dial()) == 3 * (3 + 4 + 2 + 6)
 
 
 def test_a_key_stays_when_a_setting_is_added_and_tells_it_when_it_is_used():

@@ -42,6 +42,7 @@ from common import SMOKE, make_parser, write_result  # noqa: E402
 from skipwise.config.lengths import format_length  # noqa: E402
 
 RESULTS = HERE / "results"
+LATER = {"training.max_cost": 1.25}  # keys of the recipe since, with the default of before
 TRAINING = 1  # raise it when the package trains other weights by the same recipe
 CHAT, BENCHMARK = "chat", "next-passage"
 SMOKE_ARMS = ("base", "defaults", "rescaled-ntk", "full-length", "defaults-256")
@@ -143,6 +144,10 @@ def arms_of(scale: Scale) -> list[Arm]:
     published = ("positions.content=uniform", "positions.key_weights=none", "rope.type=yarn")
     published += ("distillation.weight=0", "attention_temperature=1.0")
     full = ("method=full", "distillation.weight=0")
+    untouched = ("distillation.weight=0", "attention_temperature=1.0")
+    cream = ("method=cream", "rope.type=linear", *untouched)
+    ending = ("method=endprompt", "rope.type=linear", *untouched)
+    ending += ("training.lr_scheduler=constant_with_warmup",)
     found = [
         Arm(name="base", target=T),
         arm("defaults"),
@@ -151,6 +156,8 @@ def arms_of(scale: Scale) -> list[Arm]:
         *map(rescaled, ("llama3", "ntk", "linear")),
         arm("twice-the-length", "distillation.weight=0", length=2 * M),
         arm("full-length", *full, length=T),
+        arm("cream", *cream),
+        arm("endprompt", *ending),
         *(arm(f"defaults-{format_length(t)}", target=t) for t in scale.targets[1:]),
     ]
     assert all(a.tokens in (0, tokens) for a in found), "arms of unequal tokens"
@@ -180,6 +187,11 @@ class Driver:
         del tree["eval"]
         if not recipe.distillation.weight:  # then the section decides nothing
             del tree["distillation"]
+        for path, default in LATER.items():  # arms that were trained before the key stay
+            section, _, name = path.rpartition(".")
+            keys = tree[section] if section else tree
+            if keys[name] == default:
+                del keys[name]
         facts = [TRAINING, tree if arm.keys else None, self.digest[0], files_identity(self.model)]
         encoded = json.dumps(facts, sort_keys=True, default=str).encode()
         return hashlib.sha1(encoded).hexdigest()[:8]

@@ -23,7 +23,7 @@ from settings import SWEEPS, TABLES, L, Setting, made
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from common import RESEARCH, make_parser, write_result
 
-from skipwise.config.machine import machine, versions
+from skipwise.config.machine import machine, process_memory, versions
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def work(job: tuple[Setting, Path, int, int, float]) -> dict[str, Any] | None:
     text = read_text(folder)
     row: dict[str, Any] = {"key": setting.key, "setting": dataclasses.asdict(setting)}
     row |= {"windows": windows, "trials": trials}
-    started = time.monotonic()
+    started, before = time.monotonic(), process_memory("VmRSS")
     curve: dict[str, Any] = {}
 
     def each(step: int, model: Any) -> None:
@@ -132,6 +132,9 @@ def work(job: tuple[Setting, Path, int, int, float]) -> dict[str, Any] | None:
         model, losses = trained(setting, text, each if setting.curve else None)
         row |= {"train_seconds": round(time.monotonic() - started, 2), "losses": losses[::10]}
         row |= {"curve": curve} if curve else {}
+        peak = process_memory("VmHWM") - before  # of this process, so of its largest setting
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+        row |= {"train_mib": peak / 2**20}
         row |= measured(model, setting, text, folder, windows, trials)
     except Exception:
         row |= {"error": traceback.format_exc()[-1500:]}

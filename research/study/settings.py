@@ -46,6 +46,7 @@ class Setting:
     finish_distil: bool = True  # self-distillation goes on in it
     finish_learning_rate: float = 5e-4  # of a phase of its own
     full_batch: int = 0  # examples a step at full length; 0: as many as make BATCH x L tokens
+    train_length: int = 0  # M, tokens of an example; 0: L, and T at full length
     tasks: tuple[str, ...] = ("passkey", "needle")
     curve: bool = False  # perplexity at every tenth of training
 
@@ -59,7 +60,7 @@ class Setting:
         return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
-_LATER = {"finish_at": "end", "finish_distil": True}
+_LATER = {"finish_at": "end", "finish_distil": True, "train_length": 0}
 
 
 def made(base: Setting | None = None, **changes: Any) -> Setting:
@@ -311,6 +312,19 @@ def mixed() -> list[Setting]:
     """Plain examples beside self-distillation, which covers all their tokens."""
     found = [at(MIXED, T, seed=seed) for T in (2048, 1024) for seed in SEEDS]
     return [made(s, tasks=("passkey",)) for s in found]
+
+
+def dial() -> list[Setting]:
+    """Training lengths M from L/2 to T at equal tokens, distilled up to 2L; dial.py runs them."""
+    found = []
+    for seed in SEEDS:
+        for T in (2048, 8192):
+            lengths = (L, 2 * L, 4 * L, 8 * L, L // 2)
+            plain = [at(OURS, T, train_length=M) for M in lengths if T > M]
+            taught = [at(DISTILLED, T, train_length=M) for M in (L, 2 * L, L // 2)]
+            both = [taught[0], *plain[1:3], at(FULL, T, rope="llama3"), *plain, *taught]
+            found += [made(s, seed=seed, tasks=("passkey",)) for s in both]
+    return list(dict.fromkeys(found))
 
 
 SWEEPS = {  # wide searches of one seed, which --smoke leaves out

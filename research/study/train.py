@@ -90,6 +90,7 @@ def _sampler(setting: Setting) -> Sampler:
         "model": "-",
         "target_length": setting.target,
         "method": setting.method,
+        **({"train_length": setting.train_length} if setting.train_length else {}),
     }
     if setting.method == "pose":
         keys = {"cut": "chunk_lengths", "gaps": "skips", "plain_fraction": "unskipped_fraction"}
@@ -100,8 +101,8 @@ def _sampler(setting: Setting) -> Sampler:
 
 def _corpus(text: Text, sampler: Sampler, count: int, seed: int) -> Any:
     """Source and passkey prompts, three to one in tokens."""
-    full = isinstance(sampler, FullLength)
-    passkeys = text.long_passkeys(sampler.train_length, count // 4 + 8, seed) if full else None
+    length = sampler.train_length
+    passkeys = text.long_passkeys(length, count // 4 + 8, seed) if length != L else None
     stores: list[TokenStore] = [text.source, passkeys or text.passkeys]
     return build_corpus(
         stores, [3, 1], min_length=sampler.train_length, target_length=sampler.target_length
@@ -236,10 +237,13 @@ def _loss(
     loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     if teacher is None:
         return loss
-    near = slice(0, L)  # of a full-length example, what the base can read
+    near = slice(0, L)  # what the base can read
     with torch.no_grad():
-        if not full:
-            arguments["position_ids"] = torch.arange(L, device=plain.device).expand_as(plain)
+        if not full:  # without weights: a first chunk has none
+            plain = torch.arange(min(L, plain.shape[1]), device=plain.device).expand_as(
+                plain[:, near]
+            )
+            arguments |= {"position_ids": plain, "attention_mask": _causal(plain)}
         wanted = teacher(given["input_ids"][:, near], **arguments).logits[:, :-1]
         wanted = wanted.float().log_softmax(-1)
     mine = logits[:, : L - 1].log_softmax(-1)

@@ -291,6 +291,8 @@ def _add_output_verbs(verbs: Any) -> None:
 def _add_recipe_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("thing", metavar="MODEL|RECIPE|RUN", help="folder, hub name or recipe")
     sub.add_argument("--to", metavar="T", help="target length, e.g. 32k")
+    length = "tokens per example, e.g. 16k, or auto (original length)"
+    sub.add_argument("--train-length", metavar="M", help=length)
     sub.add_argument("--data", nargs="+", metavar="PATH", help="text: files, folders or hub names")
     sub.add_argument("--lora", action="store_true", help="train LoRA, norms and embeddings only")
 

@@ -47,6 +47,7 @@ def _read_recipe(args: argparse.Namespace) -> Recipe:
     options: list[str] = [f"target_length={args.to}"] if args.to else []
     options += [f"data.sources={json.dumps(data)}"] if data else []
     options += ["lora={}"] if args.lora else []
+    options += [f"train_length={args.train_length}"] if args.train_length else []
     options += [f"engine={args.engine}"] if getattr(args, "engine", None) else []
     if (file := find_recipe(args.thing)) is not None:
         return load_recipe(file, options + overrides)
@@ -183,6 +184,7 @@ def plan_verb(args: argparse.Namespace) -> None:
         from skipwise.pipeline.profile import measure
 
         print("measuring three steps ...", file=sys.stderr, flush=True)
+        recipe = plan.recipe if recipe.train_length == "auto" else recipe
         measured = measure(with_micro_batch(recipe, plan.job.batch_size))
     if args.json:
         measurement = {"measured": dataclasses.asdict(measured)} if measured else {}

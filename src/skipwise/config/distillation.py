@@ -18,11 +18,17 @@ WEIGHT = 3.0  # w for auto; measured at 3.4 M parameters and f = 8 (docs/method.
 
 
 def distillation_weight(
-    recipe: Recipe, *, router_loss: bool = False, engine: str = "", lacks: str = ""
+    recipe: Recipe,
+    *,
+    original_length: int | None = None,
+    router_loss: bool = False,
+    engine: str = "",
+    lacks: str = "",
 ) -> tuple[float, str]:
     """(w, the reason if auto becomes 0).
 
     Args:
+        original_length: L of the model. Defaults to the recipe's, if it has one.
         router_loss: the model adds a loss for its expert router.
         engine: the running engine. Defaults to the recipe's.
         lacks: why this model's loss cannot be computed in slices.
@@ -38,6 +44,9 @@ def distillation_weight(
         sampler = SAMPLERS.get(recipe.method)
         if sampler is not None and sampler.has_chunks and sampler.is_baseline:
             return 0.0, f"method: {recipe.method} is a baseline and trains as published"
+        L, M = original_length or recipe.original_length, recipe.train_length
+        if not why and L and isinstance(M, int) and M >= 2 * L and recipe.method != "full":
+            why = f"examples of {M:,} tokens, 2 x {L:,} or more, gain nothing from it"
         return (0.0, why) if why else (WEIGHT, "")
     if why:
         raise SkipwiseError(

@@ -313,7 +313,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if typing.get_origin(args[0]) is Literal and bool in args:
             if isinstance(value, bool) or value in typing.get_args(args[0]):
                 return value
-            raise SkipwiseError(f"{where} is {shown(value)}: give auto, true or false")
+            words = ", ".join(typing.get_args(args[0]))
+            raise SkipwiseError(f"{where} is {shown(value)}: give {words}, true or false")
         if typing.get_origin(args[0]) is Literal and str in args:  # a kernel of the Hub
             is_kernel = isinstance(value, str) and _KERNEL.fullmatch(value)
             return value if is_kernel else _value(args[0], value, where)
@@ -394,6 +395,7 @@ def _word_or_number(words: Any, kind: type, value: Any, where: str) -> Any:
         return scalar(kind, value, where)
     except SkipwiseError as error:
         number = "a whole number" if kind is int else "a number"
+        number = "a length such as 16k" if where.endswith("_length") else number
         raise SkipwiseError(
             f"{where} is {shown(value)}: give {', '.join(choices)} or {number}"
         ) from error

@@ -214,11 +214,14 @@ class TrainingSettings:
     """AdamW weight decay."""
     max_grad_norm: Annotated[float, Range(0, 1_000_000)] = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
+    gradient_checkpointing: Literal["offload"] | bool = True
+    """Recompute activations in the backward pass: less memory, about a third more arithmetic.
+    `offload` also holds what is saved for it in the memory of the CPU: transformers 5.16."""
     loss: Literal["auto", "full", "chunked"] = "auto"
     """`chunked` never materializes the full logits tensor. `auto` is `chunked` where float32
     logits exceed 64 MiB, else `full`. Measured: docs/scaling.md."""
+    max_cost: Annotated[float, Range(1, 1000)] = 1.25
+    """Time that `train_length: auto` may take, as a multiple of the time at original_length."""
     save_steps: Annotated[int, COUNT] = 100
     """Steps between checkpoints."""
     save_total_limit: Annotated[int, Range(2, 1_000_000)] = 2
@@ -311,8 +314,10 @@ class Recipe:
     """Name of the run and of its folder. The default is MODEL-TARGET, as in `my-model-32k`."""
     original_length: Annotated[int | None, LENGTH] = None
     """Length L that the model was trained for. The default is what its config says."""
-    train_length: Annotated[int | None, LENGTH] = None
-    """Tokens per training example. The default is original_length."""
+    train_length: Annotated[Literal["auto"] | int | None, LENGTH] = None
+    """Tokens M per training example, up to target_length. The default is original_length. `auto`
+    takes, of the lengths in the table of `skipwise plan`, the one closest to full length that fits
+    this machine, the documents and `training.max_cost`. Details: docs/method.md."""
     method: str = "pose"
     """How positions are chosen: PoSE, or a baseline. `none` rescales RoPE without training."""
     seed: Annotated[int, SEED] = 0

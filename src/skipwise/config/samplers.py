@@ -30,6 +30,11 @@ def resolve_auto(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, positions=positions)
 
 
+def example_length(recipe: Recipe, original_length: int) -> int:
+    """M, tokens per example; an `auto` that nothing has chosen for yet is the original length."""
+    return original_length if recipe.train_length in (None, "auto") else recipe.train_length
+
+
 def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
     """The position sampler that `method` names.
 
@@ -42,9 +47,24 @@ def make_sampler(recipe: Recipe, original_length: int) -> Sampler:
         raise SkipwiseError("method: none rescales RoPE and trains nothing: there are no positions")
     settings = dataclasses.asdict(recipe.positions)
     default = resolve_auto(dataclasses.replace(recipe, positions=PositionSettings())).positions
-    values = {"train_length": recipe.train_length or original_length, **settings}
+    values = {"train_length": example_length(recipe, original_length), **settings}
     values["target_length"] = recipe.target_length
     taken = [field.name for field in dataclasses.fields(sampler)]
+    if recipe.train_length == "auto" and sampler.is_baseline:
+        raise SkipwiseError(
+            f"train_length: auto chooses among lengths of method: pose, not {recipe.method}\n"
+            "leave it out, or type a length such as train_length=8k"
+        )
+    if recipe.method == "pose" and recipe.train_length == recipe.target_length > original_length:
+        raise SkipwiseError(
+            f"train_length: {recipe.train_length} is the target length, which leaves no skips\n"
+            "type method=full for full-length training, or a shorter train_length"
+        )
+    if "train_length" not in taken and recipe.train_length not in (None, recipe.target_length):
+        raise SkipwiseError(
+            f"train_length: {recipe.train_length} does not take effect: method: {recipe.method} "
+            f"trains on {recipe.target_length} tokens, the target length\nleave one of them out"
+        )
     others = [key for key in settings if key not in (*taken, "key_weights")]
     unused = [key for key in others if settings[key] != getattr(default, key)]
     if settings["key_weights"] != "none" and not sampler.has_chunks:

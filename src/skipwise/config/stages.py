@@ -1,10 +1,10 @@
-"""Split a recipe into its training stages: skipped positions at L, then full length at T.
+"""Split a recipe into its training stages: skipped positions at M, then full length at T.
 
 The full-length stage takes a fraction of `training.num_steps`, so the total number of tokens does
 not change. Each stage is an ordinary recipe: training, planning and error hints need no special
 case for it.
 
-Letters: L = train_length, T = target_length, G = examples per step, P = training processes
+Letters: M = train_length, T = target_length, G = examples per step, P = training processes
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 
 from skipwise.config.lengths import format_length
 from skipwise.config.recipe import FullLengthSettings, PositionSettings, Recipe
-from skipwise.config.samplers import resolve_auto
+from skipwise.config.samplers import example_length, resolve_auto
 from skipwise.errors import SkipwiseError
 from skipwise.pose.samplers import SAMPLERS
 
@@ -52,7 +52,7 @@ def full_length_stage(
 ) -> Recipe | None:
     """The full-length stage: its length, steps, batch size and learning rate. None if unused.
 
-    A step has about as many tokens as in the first stage: G = G_0 L / T examples, rounded down to
+    A step has about as many tokens as in the first stage: G = G_0 M / T examples, rounded down to
     a multiple of P, with a micro-batch of 1. The optimizer is new, so the learning rate warms up
     again, for as many tokens as before but at most a tenth of the steps, then decays linearly to 0.
 
@@ -67,8 +67,8 @@ def full_length_stage(
     if not recipe.full_length.fraction:
         return None
     training, P = recipe.training, num_processes
-    L, T = recipe.train_length or original_length, recipe.target_length
-    per_step = training.global_batch_size * L
+    M, T = example_length(recipe, original_length), recipe.target_length
+    per_step = training.global_batch_size * M
     tokens = _steps_taken(recipe) * per_step
     if tokens < P * T:
         raise SkipwiseError(_too_small(recipe, math.ceil(P * T / per_step), P))
@@ -85,7 +85,8 @@ def full_length_stage(
     load, distillation = recipe.load, recipe.distillation
     if load.attn_implementation == "flex_attention":  # only for importance weights: none here
         load = dataclasses.replace(load, attn_implementation="auto")
-    if SAMPLERS[recipe.method].is_baseline and distillation.weight == "auto":
+    untaught = SAMPLERS[recipe.method].is_baseline or 2 * original_length <= M
+    if untaught and distillation.weight == "auto":
         distillation = dataclasses.replace(distillation, weight=0.0)
     part = dataclasses.replace(
         recipe,

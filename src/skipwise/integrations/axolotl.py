@@ -18,7 +18,6 @@ from axolotl.integrations.base import BasePlugin  # pyright: ignore[reportMissin
 from pydantic import BaseModel
 
 from skipwise.config.parse import parse_recipe
-from skipwise.config.samplers import make_sampler
 from skipwise.errors import SkipwiseError
 from skipwise.integrations.collator import PoSECollator
 from skipwise.integrations.preflight_callback import PreflightCallback, finalize_checkpoint
@@ -75,6 +74,9 @@ class SkipwisePlugin(BasePlugin):
         positions = {"key_weights": "none", **(section.get("positions") or {})}
         tree = {**seed, **section, "positions": positions}
         tree |= {"model": cfg["base_model"], "load": load}
+        if section.get("train_length") == "auto":
+            fix = "write a length such as train_length: 8192"
+            raise SkipwiseError(f"train_length: auto is chosen by skipwise extend\n{fix}")
         prepared = prepare_model(parse_recipe(tree))
         if prepared.conversion is not None:
             raise SkipwiseError(
@@ -90,7 +92,7 @@ class SkipwisePlugin(BasePlugin):
                 fix = "leave it out"
                 raise SkipwiseError(f"model_config.{key} is set by the skipwise section\n{fix}")
         cfg[name or "model_config"] = {**given, **changes}
-        sampler = make_sampler(prepared.recipe, prepared.info.original_length)
+        sampler = prepared.sampler()
         if cfg.get("sequence_len") is None:
             cfg["sequence_len"] = prepared.recipe.target_length
         if cfg["sequence_len"] < sampler.train_length:
@@ -104,7 +106,7 @@ class SkipwisePlugin(BasePlugin):
         assert self.prepared is not None
         recipe = self.prepared.recipe
         self.collator = PoSECollator(
-            make_sampler(recipe, self.prepared.info.original_length),
+            self.prepared.sampler(),
             seed=recipe.seed,
             key_weights=recipe.positions.key_weights,  # pyright: ignore[reportArgumentType]
             config=model.config,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -272,3 +273,27 @@ def check_kernel(settings: ModelSettings, weights: str, config: Any) -> list[Che
     if used == FLEX:
         detail = "applied by flex_attention"
     return [Check(name="importance weights", passed=True, detail=detail)]
+
+
+def enable_checkpointing(model: Any, how: Literal["offload"] | bool = True) -> None:
+    """Gradient checkpointing under the name that this transformers has for it.
+
+    Without a GPU what it saves is in the CPU's memory anyway, and transformers cannot pin it there.
+
+    Raises:
+        SkipwiseError: the model has no checkpointing, or this transformers no `offload`.
+    """
+    from transformers import __version__
+
+    new = getattr(model, "activation_checkpointing_enable", None)
+    enable = new or model.gradient_checkpointing_enable
+    offload = {"offload": True} if how == "offload" else {}
+    if offload and "offload" not in inspect.signature(enable).parameters:
+        raise SkipwiseError(
+            f"training.gradient_checkpointing: offload needs transformers 5.16, and this is "
+            f"{__version__}\ntype training.gradient_checkpointing=true"
+        )
+    try:
+        enable({"use_reentrant": False}, **(offload if torch.cuda.is_available() else {}))
+    except ValueError as error:
+        raise SkipwiseError(f"{error}\ntype training.gradient_checkpointing=false") from error

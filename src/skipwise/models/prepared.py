@@ -29,6 +29,9 @@ from skipwise.models.model_info import ModelInfo
 from skipwise.models.scaled_config import scaled_config, scaling_for
 from skipwise.models.separator import Separator, find_separator, with_begin
 from skipwise.pose.rope import Scaling
+from skipwise.pose.samplers import EndPrompt, Sampler
+
+END_PROMPT = "The text ends here. Keep all of it in mind, from its first line to its last."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,18 @@ class PreparedModel:
     def prompt_tokenizer(self) -> Any:
         """The tokenizer with which prompts begin as documents do."""
         return with_begin(self.tokenizer, self.separator.begin)
+
+    def sampler(self) -> Sampler:
+        """The recipe's sampler, with the tokens that it writes itself.
+
+        Raises:
+            SkipwiseError: see `make_sampler`.
+        """
+        found = make_sampler(self.recipe, self.info.original_length)
+        if isinstance(found, EndPrompt):
+            ids = self.tokenizer(END_PROMPT, add_special_tokens=False)["input_ids"]
+            found = dataclasses.replace(found, prompt=tuple(ids))
+        return found
 
     @property
     def load(self) -> ModelSettings:
@@ -81,7 +96,8 @@ def prepare_model(recipe: Recipe) -> PreparedModel:
         make_sampler(recipe, info.original_length)
         attention_for(recipe.load, recipe.positions.key_weights, info.hybrid, config)
     scaled = scaled_config(config, info, scaling, recipe.target_length)
-    distillation_weight(recipe, router_loss=bool(getattr(config, "output_router_logits", False)))
+    router_loss = bool(getattr(config, "output_router_logits", False))
+    distillation_weight(recipe, original_length=info.original_length, router_loss=router_loss)
     if recipe.attention_temperature not in ("auto", 1.0):
         check_foldable(scaled)
     in_code = conversion is not None and conversion.sentencepiece

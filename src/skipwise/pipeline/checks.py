@@ -28,6 +28,7 @@ from skipwise.models.load import (
     best_device,
     build_without_weights,
     compute_dtype,
+    enable_checkpointing,
     free_memory,
     load_model,
 )
@@ -35,6 +36,7 @@ from skipwise.models.lora import add_lora, num_parameters
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model
 from skipwise.pipeline.choose_separator import choose_separator, separator_check
 from skipwise.pipeline.choose_temperature import temperature_check
+from skipwise.pipeline.choose_train_length import choose_train_length, length_check
 from skipwise.preflight.config import check_config
 from skipwise.preflight.model import check_model
 from skipwise.training.arguments import accumulation, check_trainer
@@ -53,7 +55,7 @@ from skipwise.training.inputs import (
     load_training_data,
     with_short_probe,
 )
-from skipwise.training.setup import cuts_loss, enable_checkpointing, set_up
+from skipwise.training.setup import cuts_loss, set_up
 
 
 def check_settings(recipe: Recipe, *, trained: bool = False, load: bool = False) -> None:
@@ -116,7 +118,7 @@ def _check_class(prepared: PreparedModel) -> None:
     if recipe.lora is not None and recipe.lora != LoRASettings():  # the defaults always fit
         model = add_lora(model, recipe.lora, cast=False)
     if recipe.training.gradient_checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, recipe.training.gradient_checkpointing)
 
 
 def check(recipe: Recipe) -> list[Check]:
@@ -136,14 +138,18 @@ def check(recipe: Recipe) -> list[Check]:
         inputs = None
         if recipe.method != "none":
             given = bool(recipe.data.sources)
+            prepared = choose_train_length(prepared, run, dummy=not given)
             data = load_training_data(prepared, run) if given else dummy_data(prepared)
             data = with_short_probe(data) if best_device().type == "cpu" else data
             inputs = make_inputs(prepared, data, run)
         checks, _ = _preflight(prepared, inputs, run)
-    checks += temperature_check(prepared)
+    checks += [*length_check(run), *temperature_check(prepared)]
     router_loss = bool(getattr(prepared.config, "output_router_logits", False))
-    if shards(asked.engine) and distillation_weight(asked, router_loss=router_loss)[0]:
-        detail = f"w = {distillation_weight(asked)[0]:g}, checked when {asked.engine} starts"
+    asked = dataclasses.replace(asked, train_length=prepared.recipe.train_length)
+    L = prepared.info.original_length
+    weight, _ = distillation_weight(asked, original_length=L, router_loss=router_loss)
+    if shards(asked.engine) and weight:
+        detail = f"w = {weight:g}, checked when {asked.engine} starts"
         checks.append(Check(name="distillation", passed=True, detail=detail))
     return checks
 

@@ -19,6 +19,7 @@ from skipwise.pipeline.checks import check_run, check_texts, validate
 from skipwise.pipeline.choose_checkpoint import check_selection
 from skipwise.pipeline.choose_scaling import choose_scaling
 from skipwise.pipeline.choose_separator import choose_separator
+from skipwise.pipeline.choose_train_length import choose_train_length
 from skipwise.pipeline.estimate import compare_estimate, estimate_run
 from skipwise.pipeline.stages import (
     evaluate_run,
@@ -66,6 +67,7 @@ def extend(
     with _stage(run, "check"):
         resume_decisions(prepared, run)
         prepared = choose_separator(convert_weights(prepared, run.converted), run)
+        prepared = choose_train_length(prepared, run, num_processes or 1)
         data = None if recipe.method == "none" else load_training_data(prepared, run)
         prepared = choose_scaling(prepared, run, data)
         inputs = prepare_run(prepared, run, data, num_processes)
@@ -77,7 +79,7 @@ def extend(
         else:
             check_run(prepared, inputs, run)
         if not trained and inputs is not None:
-            estimate_run(recipe, run, num_processes)
+            estimate_run(prepared.recipe, run, num_processes)
     with _stage(run, "evaluate before"):
         evaluate_run(prepared, run, "before")
         evaluate_untrained(prepared, run, data)

@@ -35,6 +35,7 @@ from skipwise.pipeline.choose_checkpoint import check_selection, chosen_checkpoi
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
 from skipwise.pipeline.choose_separator import with_chosen_separator
 from skipwise.pipeline.choose_temperature import chosen_temperature, untrained_temperature
+from skipwise.pipeline.choose_train_length import choose_train_length, with_chosen_length
 from skipwise.pose.preview import describe_positions
 from skipwise.report import format_table, write_report
 from skipwise.report.area import ends_of
@@ -146,6 +147,7 @@ def prepare_training(
     run = open_run(out, recipe, command)
     resume_decisions(prepared, run)
     prepared = with_chosen_separator(convert_weights(prepared, run.converted), run)
+    prepared = choose_train_length(prepared, run, world_size())
     prepared = with_chosen_scaling(prepared, run)
     if auto_scalings(prepared.recipe, prepared.info)[0]:  # this verb measures nothing
         prepared = rescale(prepared, prepared.scaling.name)
@@ -322,7 +324,8 @@ def export_again(
         prepared = prepare_model(with_known_revision(recipe, run))
         resume_decisions(prepared, run)
         prepared = convert_weights(prepared, run.converted)
-        prepared = choose_scaling(with_chosen_separator(prepared, run), run)
+        prepared = with_chosen_length(with_chosen_separator(prepared, run), run)
+        prepared = choose_scaling(prepared, run)
         run.update(rope=prepared.scaled.rope_parameters)
         check_decisions(run)
         if model_too:

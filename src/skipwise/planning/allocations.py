@@ -185,7 +185,7 @@ def layer_activations(job: Job, layer: Layer, tokens: int, batch_size: int) -> l
     widths += [c * d] * casts
     if lora is not None:
         widths += [c * lora.rank] * sum(job.has_lora(m) for m in layer.matrices)
-    masked = job.importance or job.attention == "eager" or a.sliding_layers > 0
+    masked = job.has_mask or job.attention == "eager" or a.sliding_layers > 0
     shared = not masked and a.kv_width == 2 * K * h
     keys = K if shared else H  # with a mask, grouped key-value heads are repeated
     widths += [c * H * h, c * keys * h, c * keys * a.value_dim, c * H * a.value_dim]
@@ -231,9 +231,14 @@ def lora_temporaries(job: Job, layer: Layer, tokens: int) -> list[Allocation]:
 
 
 def checkpoints(job: Job, tokens: int) -> list[Allocation]:
-    """The inputs of the layers, which is all that gradient checkpointing saves."""
+    """The inputs of the layers, which is all that gradient checkpointing saves.
+
+    Offloaded, two of them are on the device: the one of the layer, and the one that is copied.
+    """
     block = tokens * stream_bytes(job) * job.architecture.hidden_size
-    return [Allocation("activations", block * job.architecture.num_layers, block)]
+    layers = job.architecture.num_layers
+    count = min(2, layers) if job.offload and not job.on_cpu else layers
+    return [Allocation("activations", block * count, block)]
 
 
 def head_activations(job: Job, tokens: int) -> list[Allocation]:
@@ -263,7 +268,7 @@ def batch(job: Job, on_cpu: bool) -> list[Allocation]:
     pairs = job.batch_size * job.length**2
     number = job.accumulation + on_cpu  # the loader is one batch ahead, in CPU memory
     found = [Allocation("batch", 4 * 8 * job.tokens * number, 8 * job.tokens)]
-    if job.importance:  # of the current pass
+    if job.has_mask:  # of the current pass
         size = (2 if job.bf16 else 4) * pairs
         found.append(Allocation("mask", size, size))
     if job.architecture.sliding_layers:  # a boolean mask for each layer type

@@ -12,6 +12,7 @@ from skipwise.planning.gpus import UTILISATION
 from skipwise.planning.job import Job
 from skipwise.planning.memory import GIB, LATE_IMPORTS, Memory, predict_memory
 from skipwise.planning.plan import Measured, Plan, TrainingCost
+from skipwise.planning.train_lengths import describe_distance, describe_length
 
 _NAME, _FIGURE = 22, 18
 
@@ -24,6 +25,7 @@ def format_plan(plan: Plan) -> str:
         _memory(plan),
         _evaluation(plan),
         _training(plan),
+        _options(plan),
         _gpus(plan),
         "\n".join(f"note: {note}" for note in plan.notes),
     ]
@@ -79,9 +81,10 @@ def _memory(plan: Plan) -> str:
         + (" and float32 weights" if job.engine == "zero3" and job.bf16 else ""),
         "engine": {"ddp": "gradient buckets"}.get(job.engine, "gathered weights of a few layers"),
         "activations": f"{job.batch_size} x {job.length:,} tokens, "
-        + ("checkpointed" if job.checkpointing else "without checkpointing"),
+        + ("checkpointed" if job.checkpointing else "without checkpointing")
+        + (", offloaded" if job.offload else ""),
         "logits and loss": "in slices" if job.chunked else "of all tokens",
-        "mask": "of importance weights" if job.importance else "",
+        "mask": "of importance weights" if job.has_mask else "",
         "bf16 copies": "of weights, made by autocast",
         "runtime": "Python and libraries"
         if job.on_cpu
@@ -98,7 +101,9 @@ def _memory(plan: Plan) -> str:
         note = f"{_phase(last)}, {stage.batch_size} x {stage.length:,} tokens"
         rows.append(("  full-length peak", f"{last.total / GIB:,.2f}", note))
     if memory.host:
-        rows.append(("CPU memory of a node", f"{memory.host / GIB:,.2f}", "weights and optimizer"))
+        zero, held = job.engine == "zero3-offload", "saved activations" if job.offload else ""
+        held = "weights and optimizer" + (f", {held}" if held else "") if zero else held
+        rows.append(("CPU memory of a node", f"{memory.host / GIB:,.2f}", held))
     return _table([(f"memory of a {'process' if job.on_cpu else 'GPU'}", "GiB", ""), *rows])
 
 
@@ -164,6 +169,23 @@ def _training(plan: Plan) -> str:
 
         lines.append(each(f"  hours, {shown.gpu.name}", time))
     return "\n".join(lines)
+
+
+def _options(plan: Plan) -> str:
+    """Training lengths at equal tokens; the one that `train_length: auto` takes has a star."""
+    if plan.choice is None or plan.options_gpu is None:
+        return ""
+    chosen, why = plan.choice
+    head = f"{'GiB':>9}{'hours':>9}{'time':>7}   expected perplexity at the target"
+    lines = [f"{f'train_length, {plan.options_gpu.name}':<{_NAME + 6}}{head}"]
+    for one in plan.options:
+        expected = "not measured" if one.behind is None else describe_distance(one.behind)
+        expected += f" ({one.evidence})" if one.evidence else ""
+        name = describe_length(one.length, plan.recipe.target_length)
+        mark = "*" if one.length == chosen else " "
+        gib, hours = f"{one.memory.gib:>9.1f}", f"{_hours(one.hours):>9}"
+        lines.append(f"{f'{mark} {name}':<{_NAME + 6}}{gib}{hours}{one.cost:>7.2f}   {expected}")
+    return "\n".join([*lines, f"at equal tokens; train_length=auto takes {why}"])
 
 
 def _gpus(plan: Plan) -> str:

@@ -54,18 +54,25 @@ class Job:
     checkpointing: bool
     chunked: bool  # the loss is computed in slices
     attention: Literal["eager", "sdpa", "flash"]
-    importance: bool  # an additive (B, 1, L, L) mask
+    importance: bool  # importance weights, which cost the time of keys that are masked as well
     optimizer: str
     engine: Literal["ddp", "fsdp2", "zero3", "zero3-offload"]
     num_gpus: int
     on_cpu: bool = False
     distilled_fraction: float = 0.0  # of the tokens of an example that the teacher reads
     taught_share: float = 1.0  # of the examples that it reads
+    offload: bool = False  # what checkpointing saves is in the memory of the CPU
+    flex: bool = False  # importance weights by flex_attention, where it can train
 
     @property
     def tokens(self) -> int:
         """B x L"""
         return self.batch_size * self.length
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether importance weights are an additive (B, 1, L, L) mask."""
+        return self.importance and not (self.flex and not self.on_cpu)
 
     @property
     def tokens_per_step(self) -> int:
@@ -170,7 +177,7 @@ def make_job(
     engine: Any = "ddp" if recipe.engine == "auto" else recipe.engine
     batch_size = micro_batch(settings)
     distilled = 0.0
-    if distillation_weight(recipe)[0]:
+    if distillation_weight(recipe, original_length=info.original_length)[0]:
         distilled = _first_chunk_fraction(sampler, batch_size, info.original_length)
     return Job(
         architecture=architecture,
@@ -181,18 +188,31 @@ def make_job(
         global_batch_size=settings.global_batch_size,
         bf16=_uses_bf16(recipe, gpu),
         lora=recipe.lora,
-        checkpointing=settings.gradient_checkpointing,
+        checkpointing=bool(settings.gradient_checkpointing),
+        offload=settings.gradient_checkpointing == "offload",
         chunked=is_chunked(settings.loss, batch_size, length, info.vocab_size)
         or (settings.loss == "auto" and distilled > 0),
         attention="eager" if asked == "eager" else "sdpa" if recipe.load.takes_mask else "flash",
-        importance=recipe.positions.key_weights != "none" and asked != "flex_attention",
+        importance=recipe.positions.key_weights != "none",
         optimizer=str(recipe.trainer.get("optim", "adamw_torch_fused")),
         engine=engine,
         num_gpus=num_gpus,
         on_cpu=gpu is not None and gpu.is_cpu,
         distilled_fraction=distilled,
         taught_share=1 / recipe.distillation.every,
+        flex=asked == "flex_attention"
+        or (asked == "auto" and _takes_flex(info, architecture, gpu)),
     )
+
+
+def _takes_flex(info: ModelInfo, a: Architecture, gpu: Gpu | None) -> bool:
+    """Whether `auto` computes importance weights with flex_attention (models/attention/flex.py).
+
+    NVIDIA's GPUs from Ampere on, and attention that is the usual one. AMD's and Apple's are MI, M.
+    """
+    able = gpu is None or (gpu.bf16 and not gpu.is_cpu and not gpu.name.startswith("M"))
+    plain = a.head_dim == a.value_dim and a.head_dim in (16, 32, 64, 128, 256) and not a.softcap
+    return able and plain and not info.recurrent and a.family != "gpt_oss"
 
 
 @functools.lru_cache(maxsize=64)

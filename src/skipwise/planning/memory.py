@@ -82,19 +82,24 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
 
 
 def host_bytes(job: Job) -> float:
-    """CPU memory of a node under zero3-offload, for all its GPUs.
+    """CPU memory of a node that offloading takes, for all its GPUs.
 
-    All weights and a teacher's layers in bf16; and for trainable parameters the weights, gradients
-    and two AdamW states in float32, because DeepSpeed's own CPU AdamW runs there.
+    With offloaded activations the inputs of all layers. Under zero3-offload all weights and a
+    teacher's layers in bf16; and for trainable parameters the weights, gradients and two AdamW
+    states in float32, because DeepSpeed's own CPU AdamW runs there.
     """
+    saved = 0.0
+    if job.offload and not job.on_cpu:
+        kept = dataclasses.replace(job, offload=False)
+        saved = job.num_gpus * sum(x.total for x in allocations.checkpoints(kept, job.tokens))
     if job.engine != "zero3-offload":
-        return 0.0
+        return saved
     width = 2.0 if job.bf16 else 4.0
     a = job.architecture
     numbers = a.num_parameters
     if job.distilled_fraction:
         numbers += a.num_parameters - a.embedding - a.head - a.final
-    return numbers * width + job.trainable_parameters * (4.0 + 4.0 + 8.0)
+    return saved + numbers * width + job.trainable_parameters * (4.0 + 4.0 + 8.0)
 
 
 def _phases(job: Job) -> dict[str, list[Allocation]]:

@@ -17,7 +17,7 @@ from skipwise.planning.job import make_job
 from skipwise.planning.memory import GIB, predict_memory
 
 _ENOUGH = 32_768  # tokens in a pass that keep any device busy
-_MARGIN = 0.90  # fraction of the memory to fill: docs/scaling.md has the plan's accuracy
+MARGIN = 0.90  # fraction of the memory to fill: docs/scaling.md has the plan's accuracy
 
 
 def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
@@ -43,7 +43,7 @@ def largest_micro_batch(
         sized = with_micro_batch(recipe, size)
         job = make_job(sized, info, architecture, num_gpus=num_gpus, gpu=gpu)
         needed = predict_memory(job, runtime=runtime).total
-        if needed > _MARGIN * gpu.memory_gib * GIB or job.tokens > _ENOUGH:
+        if needed > MARGIN * gpu.memory_gib * GIB or job.tokens > _ENOUGH:
             break
         best = size
     return best

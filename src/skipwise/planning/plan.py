@@ -13,11 +13,19 @@ from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
 from skipwise.planning import flops
 from skipwise.planning.architecture import Architecture
-from skipwise.planning.gpus import UTILISATION, Gpu, common_gpus
+from skipwise.planning.gpus import UTILISATION, Gpu, common_gpus, find_gpu
 from skipwise.planning.job import KNOWN_OPTIMIZERS, Job, make_job, make_jobs, read_model
 from skipwise.planning.memory import GIB, Memory, fits, predict_memory
 from skipwise.planning.micro_batch import largest_micro_batch, with_micro_batch
 from skipwise.planning.remedies import first_change
+from skipwise.planning.train_lengths import (
+    LengthOption,
+    choose_length,
+    length_options,
+    with_train_length,
+)
+
+_USUAL = "A100-80GB"  # the GPU of figures that are of one, where none is named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,9 @@ class Plan:
     full_length: TrainingCost | None  # the full-length stage, if the recipe has one
     gpus: tuple[GpuFit, ...]
     lengths: tuple[int, ...]  # context lengths of the evaluation
+    options: tuple[LengthOption, ...]  # training lengths; none for baselines
+    options_gpu: Gpu | None  # that they are planned for
+    choice: tuple[int, str] | None  # the length that `train_length: auto` takes, and why
     notes: tuple[str, ...]
 
 
@@ -91,6 +102,13 @@ def make_plan(
         raise SkipwiseError(f"--gpus is {num_gpus}: give 1 or more")
     info, architecture = read_model(recipe)
     recipe = resolve_auto(recipe)
+    options, options_gpu, choice = [], gpu or find_gpu(_USUAL), None
+    if recipe.method == "pose":
+        options = length_options(recipe, info, architecture, options_gpu, num_gpus)
+        chosen, why = choose_length(options)
+        choice = chosen.length, why
+        if recipe.train_length == "auto":
+            recipe = with_train_length(recipe, chosen.length, info.original_length, num_gpus)
     shape = recipe, info, architecture
     job, last = _sized_jobs(*shape, num_gpus, gpu)
     memory = predict_memory(job)
@@ -119,6 +137,9 @@ def make_plan(
         full_length=None if last is None else _cost("full-length stage", last),
         gpus=tuple(rows),
         lengths=recipes.context_lengths(recipe, info.original_length),
+        options=tuple(options),
+        options_gpu=options_gpu if options else None,
+        choice=choice,
         notes=_notes(recipe, architecture, job),
     )
 
@@ -226,6 +247,19 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
                 "memory": cost.memory.total,
             }
             for cost in (*plan.costs, *([plan.full_length] if plan.full_length else []))
+        ],
+        "train_lengths": [
+            {
+                "train_length": option.length,
+                "memory": option.memory.total,
+                "hours": option.hours,
+                "relative_time": option.cost,
+                "behind_full_length": option.behind,
+                "evidence": option.evidence,
+                "obstacle": option.obstacle,
+                "auto": plan.choice is not None and option.length == plan.choice[0],
+            }
+            for option in plan.options
         ],
         "num_steps": job.num_steps,
         "num_tokens": job.num_steps * job.tokens_per_step,

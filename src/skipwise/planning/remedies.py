@@ -15,6 +15,7 @@ from typing import Any
 from skipwise.config.distillation import distillation_weight, shards
 from skipwise.config.lengths import format_length
 from skipwise.config.recipe import SHARDED_ENGINES, FullLengthSettings, LoRASettings, Recipe
+from skipwise.config.samplers import example_length
 from skipwise.errors import SkipwiseError
 from skipwise.models.model_info import ModelInfo
 from skipwise.planning.architecture import Architecture
@@ -24,6 +25,7 @@ from skipwise.planning.memory import predict_memory
 
 _MOST_GPUS = 8  # in one machine
 _SHORTEST = 1024  # tokens; shorter examples teach little
+_UNKNOWN = 2048  # what to try where the original length is not known
 
 _Change = tuple[str, Recipe, int]  # (what to type, the changed recipe, number of GPUs)
 _Remedy = Callable[[Recipe, int], "_Change | None"]  # None if it does not apply
@@ -35,7 +37,7 @@ def next_change(recipe: Recipe, num_processes: int = 1) -> str | None:
     Args:
         num_processes: of the run; the remedy never asks for more.
     """
-    for remedy in (*_REMEDIES, _shorter_examples(None)):
+    for remedy in (*_REMEDIES, _shorter_examples):
         change = remedy(recipe, num_processes)
         if change is not None and change[2] <= num_processes:
             return change[0]
@@ -66,7 +68,8 @@ def first_change(
 
     if fits(recipe, num_gpus):
         return ""
-    remedies = (*_REMEDIES, *[_shorter_examples(info.original_length)] * 4)
+    recipe = dataclasses.replace(recipe, original_length=info.original_length)
+    remedies = (*_REMEDIES, *[_shorter_examples] * 4)
     for remedy in remedies:  # try each alone
         change = remedy(recipe, num_gpus)
         if change and fits(*change[1:]):
@@ -132,6 +135,14 @@ def _copies_base(recipe: Recipe) -> bool:
     return needs_copy and distillation_weight(recipe)[0] > 0
 
 
+def _can_offload_activations(recipe: Recipe) -> bool:
+    """Saved activations grow with the examples; for short ones other remedies save more."""
+    long = recipe.method == "full" or recipe.full_length.fraction > 0
+    length, L = recipe.train_length, recipe.original_length
+    longer = isinstance(length, int) and L is not None and length > L
+    return recipe.training.gradient_checkpointing is True and (long or longer)
+
+
 def _trains_lora_embeddings(recipe: Recipe) -> bool:
     return recipe.lora is not None and recipe.lora.train_embeddings
 
@@ -185,25 +196,21 @@ def _no_full_length(recipe: Recipe, num_gpus: int) -> _Change | None:
     return "full_length={}", dataclasses.replace(recipe, full_length=FullLengthSettings()), num_gpus
 
 
-def _shorter_examples(original_length: int | None) -> _Remedy:
+def _shorter_examples(recipe: Recipe, num_gpus: int) -> _Change | None:
     """Halve the length of the examples, or replace full-length training by PoSE."""
-
-    def remedy(recipe: Recipe, num_gpus: int) -> _Change | None:
-        if recipe.method == "full":
-            return "method=pose", dataclasses.replace(recipe, method="pose"), num_gpus
-        length = recipe.train_length or recipe.original_length or original_length
-        if length is not None and length // 2 < _SHORTEST:
-            return None
-        half = 2048 if length is None else length // 2
-        changed = dataclasses.replace(recipe, train_length=half)
-        return f"train_length={format_length(half)}", changed, num_gpus
-
-    return remedy
+    if recipe.method == "full":
+        return "method=pose", dataclasses.replace(recipe, method="pose"), num_gpus
+    length = example_length(recipe, recipe.original_length or 2 * _UNKNOWN)
+    if length // 2 < _SHORTEST:
+        return None
+    changed = dataclasses.replace(recipe, train_length=length // 2)
+    return f"train_length={format_length(length // 2)}", changed, num_gpus
 
 
 _REMEDIES: tuple[_Remedy, ...] = (
     _set("training.micro_batch_size", 1, lambda r: r.training.micro_batch_size not in (1, "auto")),
     _set("training.gradient_checkpointing", True, lambda r: not r.training.gradient_checkpointing),
+    _set("training.gradient_checkpointing", "offload", _can_offload_activations),
     _set("training.loss", "chunked", lambda r: r.training.loss == "full"),
     _set("distillation.weight", 0, _copies_base),
     lambda recipe, num_gpus: _shard_over(num_gpus)(recipe, num_gpus),  # over those of the run

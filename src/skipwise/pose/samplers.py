@@ -7,7 +7,8 @@ attributes of `Sampler`, listed in `SAMPLERS` at the end.
 
 Shapes:  L = train_length,  T = target_length,  N = num_chunks,  L_x = tokens in the document
 Source:  PoSE, Zhu et al. 2024, arXiv 2309.10400, section 3.2; RandPos, Ruoss et al. 2023,
-         arXiv 2305.16843; CREAM, Wu et al. 2024, arXiv 2406.07138, section 3
+         arXiv 2305.16843; CREAM, Wu et al. 2024, arXiv 2406.07138, section 3; EndPrompt, arXiv
+         2605.14589
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Example:
     lengths: np.ndarray  # (N,) tokens in each chunk, sum L
     position_starts: np.ndarray  # (N,) position of each chunk's first token, increasing
     text_starts: np.ndarray  # (N,) index in the document of each chunk's first token
+    ending: tuple[int, ...] = ()  # token ids in place of the text's last ones
 
     @classmethod
     def contiguous(cls, num_tokens: int, text_start: int = 0) -> Example:
@@ -72,6 +74,8 @@ class Example:
                 at += length
         else:
             input_ids = tokens[_expand(self.lengths, self.text_starts)].astype(np.int64)
+        if self.ending and tokens.dtype != np.bool_:  # else which tokens of a text are masked
+            input_ids[-len(self.ending) :] = self.ending
         labels = input_ids.copy()
         if jumps.any():
             labels[_offsets(self.lengths)[jumps]] = IGNORE_INDEX
@@ -292,7 +296,49 @@ class CREAM:
         return Example(lengths=lengths, position_starts=positions, text_starts=text_starts)
 
 
-SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in (PoSE, FullLength, RandPos, CREAM)}
+@dataclass(frozen=True, kw_only=True)
+class EndPrompt:
+    """Baseline: L - c tokens of text from position 0 on, and a prompt of c at the window's end.
+
+    The prompt is the same in all examples, 18 to 20 tokens. No label is masked. As published it
+    goes with linear scaling by ceil(T / L), 20 warm-up steps and a constant learning rate of 2e-5.
+    Where no prompt is given, the text goes on in its place.
+    """
+
+    name: ClassVar[str] = "endprompt"
+    has_chunks: ClassVar[bool] = True
+    is_baseline: ClassVar[bool] = True
+
+    train_length: int
+    target_length: int
+    prompt: tuple[int, ...] = ()  # its token ids
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.train_length, self.target_length)
+        if self.train_length <= self.num_prompt_tokens:
+            raise SkipwiseError(
+                f"train_length is {self.train_length}: EndPrompt needs more than the "
+                f"{self.num_prompt_tokens} tokens of its prompt"
+            )
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt) or 20
+
+    def sample(self, rng: np.random.Generator, num_tokens: int) -> Example:
+        L, c = self.train_length, self.num_prompt_tokens
+        _check_document(num_tokens, L)
+        start = int(rng.integers(num_tokens - L + 1))
+        return Example(
+            lengths=np.array([L - c, c]),
+            position_starts=np.array([0, self.target_length - c]),
+            text_starts=np.array([start, start + L - c]),
+            ending=self.prompt,
+        )
+
+
+_ALL = (PoSE, FullLength, RandPos, CREAM, EndPrompt)
+SAMPLERS: dict[str, type[Sampler]] = {cls.name: cls for cls in _ALL}
 
 
 def _expand(lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -218,9 +218,7 @@ def resolve_micro_batch(
         return prepared, [settings.micro_batch_size]
     own = run.metadata().get("batch", {}).get("micro_batch_size") or trained_micro_batch(run)
     own, room = of_main_process((own, device_memory()))
-    device = Gpu(
-        name="", memory_gib=room, tflops=None, bf16=dtype == torch.bfloat16, is_cpu=on_cpu()
-    )
+    device = this_device(dtype, room)
     sizes = micro_batches(settings, world_size())
     if own is not None:
         sizes = [size for size in reversed(sizes) if size <= own] or [1]
@@ -242,6 +240,12 @@ def take_less(run: RunFolder, size: int) -> SkipwiseError:
         f"out of memory with training.micro_batch_size {size}, which auto had chosen\n"
         f"type the same command again: it takes {size // 2}"
     )
+
+
+def this_device(dtype: torch.dtype, memory_gib: float) -> Gpu:
+    """The device of this process, to plan for."""
+    bf16 = dtype == torch.bfloat16
+    return Gpu(name="", memory_gib=memory_gib, tflops=None, bf16=bf16, is_cpu=on_cpu())
 
 
 def device_memory() -> float:

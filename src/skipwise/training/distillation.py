@@ -41,7 +41,8 @@ def make_distillation(
         SkipwiseError: the recipe's distillation is not supported, or the teacher cannot be built.
     """
     recipe = prepared.recipe
-    weight, reason = distillation_weight(recipe, engine=engine, lacks=full_loss_reason(model))
+    L, lacks = prepared.info.original_length, full_loss_reason(model)
+    weight, reason = distillation_weight(recipe, original_length=L, engine=engine, lacks=lacks)
     if not weight:
         none = Check(name=_CHECK, passed=True, detail=f"none: {reason}")
         return None, data, [none] if reason else []
@@ -53,7 +54,6 @@ def make_distillation(
         teacher = load_teacher(source, config, prepared.load, dtype, model)
     else:
         teacher = teacher_sharing_weights(model, config)
-    L = prepared.info.original_length
     every, batch = recipe.distillation.every, recipe.training.global_batch_size
     weights = recipe.positions.key_weights
     collator = ExampleCollator(weights, base_length=L, every=every, global_batch_size=batch)

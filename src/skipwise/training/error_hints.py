@@ -7,6 +7,7 @@ by their text. The traceback is kept as the cause of the new error.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def explain_error(error: BaseException, recipe: Recipe, run: RunFolder) -> Skipw
         fix = f"free space and run the command again; it resumes from {resume_point(run)}"
         return SkipwiseError(f"the disk of {run.path} is full\n{fix}")
     if is_out_of_memory(error):
-        return out_of_memory(recipe)
+        return out_of_memory(recipe, run)
     if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
         return system_error(error)  # its text is a path, which could match by accident
     text = f"{type(error).__name__}: {error}"
@@ -95,9 +96,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or is_no_memory(error)
 
 
-def out_of_memory(recipe: Recipe) -> SkipwiseError:
+def out_of_memory(recipe: Recipe, run: RunFolder) -> SkipwiseError:
     """The next setting to change, in the order of `skipwise plan`."""
-    change = next_change(recipe, world_size())
+    L = recipe.original_length or run.metadata().get("original_length")
+    change = next_change(replace(recipe, original_length=L), world_size())
     fix = f"try {change}" if change else "use a GPU with more memory, or more GPUs"
     return SkipwiseError(
         f"{'the GPU' if torch.cuda.is_available() else 'this machine'} is out of memory at "

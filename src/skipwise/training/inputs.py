@@ -15,7 +15,6 @@ import numpy as np
 from skipwise.config.machine import is_main_process
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
-from skipwise.config.samplers import make_sampler
 from skipwise.config.stages import first_stage
 from skipwise.data.chat import spans_of
 from skipwise.data.collator import ExampleCollator
@@ -138,7 +137,7 @@ def load_training_data(
     """
     recipe = prepared.recipe
     settings = recipe.data
-    sampler = make_sampler(recipe, prepared.info.original_length)
+    sampler = prepared.sampler()
     sources = find_sources(recipe)
     on_bad_record, num_proc = settings.on_bad_record, settings.num_proc
     read = partial(tokenize_source, on_bad_record=on_bad_record, num_proc=num_proc)
@@ -188,7 +187,7 @@ def load_training_data(
 def dummy_data(prepared: PreparedModel) -> TrainingData:
     """Examples of random token ids, to check a model without text."""
     recipe = prepared.recipe
-    sampler = make_sampler(recipe, prepared.info.original_length)
+    sampler = prepared.sampler()
     rng = np.random.default_rng(recipe.seed)
     size = min(prepared.info.vocab_size, len(prepared.tokenizer))
     tokens = rng.integers(0, size, recipe.target_length).astype(np.uint32)

@@ -28,7 +28,13 @@ from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import Check, RunStopped, SkipwiseError, require
-from skipwise.models.load import attention_for, check_kernel, has_persistent_buffers, load_model
+from skipwise.models.load import (
+    attention_for,
+    check_kernel,
+    enable_checkpointing,
+    has_persistent_buffers,
+    load_model,
+)
 from skipwise.models.lora import add_lora, load_adapter, num_parameters, quantization_for
 from skipwise.models.prepared import PreparedModel
 from skipwise.planning.job import make_job, read_model
@@ -146,7 +152,7 @@ class Preflight:
                     if sizes[0] > 1 or slow:
                         break
             if not times:
-                raise out_of_memory(recipe)
+                raise out_of_memory(recipe, run)
             best = min(times, key=lambda size: times[size])
             known = {"micro_batch_size": best, "tried": times, "place": where}
             run.update(batch=known)
@@ -359,7 +365,7 @@ def _prepare_for_training(model: Any, recipe: Recipe, engine: Engine, offset: St
         if checkpointing:
             peft_model.enable_input_require_grads()
     if checkpointing:
-        enable_checkpointing(peft_model)
+        enable_checkpointing(peft_model, checkpointing)
     return peft_model
 
 
@@ -487,12 +493,3 @@ def cuts_loss(recipe: Recipe, train_length: int, vocab_size: int) -> bool:
             )
         return False
     return is_chunked(settings.loss, micro_batch(settings), train_length, vocab_size)
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Gradient checkpointing under the name that this transformers has for it."""
-    new = getattr(model, "activation_checkpointing_enable", None)
-    try:
-        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    except ValueError as error:
-        raise SkipwiseError(f"{error}\ntype training.gradient_checkpointing=false") from error

@@ -30,7 +30,8 @@ def make_recipe(overrides: list[str] | None = None) -> Recipe:
     folder = cache_folder() / "quickstart"
     model = folder / "skipwise-tiny"
     recipe_file = Path(__file__).with_name("recipe.yaml")
-    length = load_recipe(recipe_file, [f"model={MODEL}", *(overrides or [])]).train_length or 256
+    asked = load_recipe(recipe_file, [f"model={MODEL}", *(overrides or [])]).train_length
+    length = asked if isinstance(asked, int) else 256
     texts = folder / f"stdlib-{'.'.join(map(str, sys.version_info[:3]))}-{length}"
     weights = {"source.jsonl": 1, "passkeys.jsonl": 2}
     sources = [f"{{path: {_with_tilde(texts / k)}, weight: {w}}}" for k, w in weights.items()]
