@@ -104,8 +104,8 @@ def test_the_base_teaches_what_it_can_read():
             "labels": e.position_ids(),
             "position_ids": e.position_ids(),
         }
-        | {"example": e}
-        for e in examples
+        | {"example": e, "number": k}
+        for k, e in enumerate(examples)
     ]
     taught = ExampleCollator(base_length=L)(items)["first_lengths"].tolist()
     firsts = [int(e.lengths[0]) for e in examples]

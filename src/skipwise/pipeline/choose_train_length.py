@@ -50,7 +50,7 @@ def choose_train_length(
     asked = prepared.recipe.train_length == "auto" and prepared.recipe.method != "none"
     if asked and _ENTRY not in run.metadata():
         entry = _choose(prepared, None if dummy else run, num_processes)
-        run.update(**{_ENTRY: entry})
+        run.update(any_rank=False, **{_ENTRY: entry})
         if is_main_process():
             print(f"  train_length: {entry['detail']}", file=sys.stderr, flush=True)
     return with_chosen_length(prepared, run)

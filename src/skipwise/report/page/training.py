@@ -74,7 +74,8 @@ def positions_section(run: dict[str, Any], png_folder: Path | None) -> Section:
     pairs = zip(positions.get("distances") or [], positions.get("coverage") or [], strict=False)
     coverage = [(d, share) for d, share in pairs if share is not None]
     if not (examples and coverage and L and T):
-        (png_folder / "positions.png").unlink(missing_ok=True)
+        if png_folder is not None:
+            (png_folder / "positions.png").unlink(missing_ok=True)
         return Section(title, _untrained(run))
     drawn = figure(
         png_folder,
