@@ -276,7 +276,8 @@ def recipe_of(name: str, overrides: list[str], size: Size, args: Any) -> Recipe 
     if name == "none":
         tree["method"] = "none"
     if name.startswith("full-length"):
-        tree |= {"method": "full", "target_length": args.full_length}
+        full_length = {"target_length": args.full_length, "train_length": None}
+        tree |= {"method": "full", **full_length}
         tree["training"]["global_batch_size"] = args.batch * size.length // args.full_length
     top = {field.name for field in dataclasses.fields(Recipe)}
     full = []

@@ -16,6 +16,7 @@ Memory: 8 bytes per document (its offset), memory-mapped; twice that while a sto
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -132,6 +133,12 @@ def _spans(path: Path) -> np.ndarray:
     return np.memmap(path, np.int64, "r") if path.stat().st_size else np.zeros(0, np.int64)
 
 
+@functools.lru_cache
+def _tell_damaged(folder: Path) -> None:
+    if is_main_process():
+        print(f"{folder} is damaged, and is made again", file=sys.stderr, flush=True)
+
+
 def is_complete(folder: Path) -> bool:
     """Whether a store is there, and is what was written. Says so where it is not."""
     if not (folder / "meta.json").exists():
@@ -142,8 +149,8 @@ def is_complete(folder: Path) -> bool:
         same = same and known_digests({name: folder / name for name in _FILES}) == meta["files"]
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         same = False
-    if not same and is_main_process():
-        print(f"{folder} is damaged, and is made again", file=sys.stderr, flush=True)
+    if not same:
+        _tell_damaged(folder)
     return same
 
 

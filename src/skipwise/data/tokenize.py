@@ -42,7 +42,7 @@ from skipwise.data.token_cache import StoreProgress, TokenStore, TokenWriter, is
 from skipwise.errors import SkipwiseError, system_errors
 from skipwise.models.separator import Separator, own_separator, special_ids
 
-_FORMAT = 3  # version of the cache format; increase it when the files change
+_FORMAT = 4  # version of the cache format; increase it when the files change
 _PIECE = 1 << 20  # most characters of one input to the tokenizer; longer texts are split
 _BATCH = 1 << 22  # characters per call of the tokenizer
 _LARGE = 1 << 28  # bytes of text above which a process pool is faster
