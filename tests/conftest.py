@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 _STATE = tempfile.TemporaryDirectory(prefix="skipwise-state-")  # for keys of signatures
 os.environ["XDG_STATE_HOME"] = _STATE.name
+if sys.platform != "win32":  # tests send it, also under nohup, which ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers beside each other, so one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -138,7 +138,7 @@ def test_the_keys_of_results_saved_earlier_stay_valid():
         ["vt", 128, 20, text],
         ["boolq", 7, harness_identity(None)],
     ]
-    keys = [unit.key for unit in _units(tasks, model, texts, [64, 128], settings)]
+    keys = [unit.key for unit in _units(tasks, model, texts, [64, 128], settings, None)]
     for key, facts in zip(keys, decided_by, strict=True):
         whole = json.dumps([1, "weights", 3, *facts])
         assert key == hashlib.sha1(whole.encode()).hexdigest()[:12], facts

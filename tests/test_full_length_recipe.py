@@ -121,4 +121,4 @@ def test_the_plan_shows_both_parts(tmp_path, capsys):
     a100 = make_plan(
         made(*settings, "full_length.fraction=0.1"), num_gpus=8, gpu=find_gpu("A100-80GB")
     )
-    assert a100.gpus[0].change == "--lora"
+    assert a100.gpus[0].change == "training.gradient_checkpointing=offload"

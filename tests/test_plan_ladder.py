@@ -63,7 +63,7 @@ def test_the_next_change_is_the_next_rung_of_the_ladder(folder, settings, proces
         ["training.micro_batch_size=8", "training.gradient_checkpointing=false"],
         ["training.micro_batch_size=8", "lora={}"],
         ["training.loss=full", "training.micro_batch_size=4", "lora={}"],
-        ["train_length=32k", "training.gradient_checkpointing=false", "lora={}"],
+        ["train_length=16k", "training.gradient_checkpointing=false", "lora={}"],
         ["training.micro_batch_size=4", "positions.key_weights=importance", "lora={}"],
         [],
     ],

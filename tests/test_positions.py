@@ -50,7 +50,7 @@ def test_endprompt_puts_the_same_prompt_at_the_end_of_the_window():
     prompt = (901, 902, 903)
     sampler = EndPrompt(train_length=L, target_length=T, prompt=prompt)
     starts = set()
-    for k in range(100):
+    for k in range(400):
         example = draw(sampler, k, 40)
         start = int(example.text_starts[0])
         input_ids, labels = example.take(np.arange(40))

@@ -68,7 +68,7 @@ def test_passkey_documents_have_exactly_the_training_length_and_their_answer(tok
 
 
 def test_the_recipe_keeps_evaluation_modules_out_of_training(monkeypatch):
-    monkeypatch.setattr("skipwise.pipeline.quickstart._NUM_PASSKEYS", 3)
+    monkeypatch.setattr("skipwise.pipeline.quickstart._PASSKEY_TOKENS", 3 * 512)
     recipe = make_recipe(["training.num_steps=7"])
     assert recipe.training.num_steps == 7 and recipe.target_length == 2048
 

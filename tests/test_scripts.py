@@ -34,6 +34,7 @@ SMALLEST = {
     "benchmarks/old_transformers.py": ("--smoke", "old_transformers"),
     "benchmarks/plan_accuracy.py": ("--smoke", "plan_accuracy"),
     "benchmarks/step_overhead.py": ("--smoke", "step_overhead"),
+    "benchmarks/torture.py": ("--smoke", "torture"),
     "research/gpu/method_cost.py": ("--smoke", "method_cost"),
     "research/gpu/real_size.py": ("--smoke --out {}/real_size", "real_size"),
     "research/gpu/sharded_teacher.py": ("--smoke", "sharded_teacher"),
@@ -70,7 +71,9 @@ NOT_HERE = {
 NOT_FORKED = {"benchmarks/extend_parts.py", "benchmarks/plan_accuracy.py"}
 SLOW = {
     *NOT_FORKED,
+    "benchmarks/hybrid_layers.py",
     "benchmarks/kill_and_resume.py",
+    "benchmarks/torture.py",
     "research/gpu/real_size.py",
     "research/real_model/run.py",
     "research/study/compare.py",

@@ -69,7 +69,7 @@ def test_examples_of_M_tokens_are_trained_at_equal_tokens_and_taught_what_the_ba
             example = sampler.sample(np.random.default_rng(0), setting.target)
             taught = train._taught(example, setting)
             assert taught.sum() == example.lengths[0] and len(taught) == M
-    assert len({s.key for s in settings.dial()}) == len(settings.dial()) == 3 * (3 + 4 + 2 + 6)
+    assert len({s.key for s in settings.dial()}) == len(settings.dial()) == 3 * (8 + 9)
 
 
 def test_a_key_stays_when_a_setting_is_added_and_tells_it_when_it_is_used():

@@ -255,8 +255,8 @@ class EvalSettings:
     """What is measured before and after training, and on how many samples."""
 
     tasks: Annotated[tuple[str, ...], NOT_EMPTY] = ("perplexity", "passkey", "needle", "ruler")
-    """Tasks: these four, babilong, needle_nonliteral, copy_far, mrcr, graphwalks, icl, a single task
-    of a group, short-benchmarks, or any lm-eval task."""
+    """Tasks: these four, babilong, needle_nonliteral, copy_far, mrcr, graphwalks, icl, one task of
+    a group, short-benchmarks, or any lm-eval task."""
     context_lengths: Annotated[tuple[int, ...], Range(16, MAX_LENGTH)] = ()
     """Lengths in tokens. The default is original_length, its doublings, and target_length."""
     untrained: bool = True

@@ -185,7 +185,8 @@ def _options(plan: Plan) -> str:
         mark = "*" if one.length == chosen else " "
         gib, hours = f"{one.memory.gib:>9.1f}", f"{_hours(one.hours):>9}"
         lines.append(f"{f'{mark} {name}':<{_NAME + 6}}{gib}{hours}{one.cost:>7.2f}   {expected}")
-    return "\n".join([*lines, f"at equal tokens; train_length=auto takes {why}"])
+    taken, *others = why.split("; ")
+    return "\n".join([*lines, f"at equal tokens; train_length=auto takes {taken}", *others])
 
 
 def _gpus(plan: Plan) -> str:

@@ -31,13 +31,15 @@ _Change = tuple[str, Recipe, int]  # (what to type, the changed recipe, number o
 _Remedy = Callable[[Recipe, int], "_Change | None"]  # None if it does not apply
 
 
-def next_change(recipe: Recipe, num_processes: int = 1) -> str | None:
+def next_change(recipe: Recipe, num_processes: int = 1, *, has_gpu: bool = True) -> str | None:
     """The next setting to type for a run that is out of memory, or None if none is left.
 
     Args:
         num_processes: of the run; the remedy never asks for more.
+        has_gpu: without one there is nothing to offload from.
     """
-    for remedy in (*_REMEDIES, _shorter_examples):
+    remedies = [one for one in _REMEDIES if has_gpu or one is not _OFFLOAD_ACTIVATIONS]
+    for remedy in (*remedies, _shorter_examples):
         change = remedy(recipe, num_processes)
         if change is not None and change[2] <= num_processes:
             return change[0]
@@ -207,10 +209,11 @@ def _shorter_examples(recipe: Recipe, num_gpus: int) -> _Change | None:
     return f"train_length={format_length(length // 2)}", changed, num_gpus
 
 
+_OFFLOAD_ACTIVATIONS = _set("training.gradient_checkpointing", "offload", _can_offload_activations)
 _REMEDIES: tuple[_Remedy, ...] = (
     _set("training.micro_batch_size", 1, lambda r: r.training.micro_batch_size not in (1, "auto")),
     _set("training.gradient_checkpointing", True, lambda r: not r.training.gradient_checkpointing),
-    _set("training.gradient_checkpointing", "offload", _can_offload_activations),
+    _OFFLOAD_ACTIVATIONS,
     _set("training.loss", "chunked", lambda r: r.training.loss == "full"),
     _set("distillation.weight", 0, _copies_base),
     lambda recipe, num_gpus: _shard_over(num_gpus)(recipe, num_gpus),  # over those of the run

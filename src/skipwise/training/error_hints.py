@@ -99,7 +99,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(recipe: Recipe, run: RunFolder) -> SkipwiseError:
     """The next setting to change, in the order of `skipwise plan`."""
     L = recipe.original_length or run.metadata().get("original_length")
-    change = next_change(replace(recipe, original_length=L), world_size())
+    known = replace(recipe, original_length=L)
+    change = next_change(known, world_size(), has_gpu=torch.cuda.is_available())
     fix = f"try {change}" if change else "use a GPU with more memory, or more GPUs"
     return SkipwiseError(
         f"{'the GPU' if torch.cuda.is_available() else 'this machine'} is out of memory at "

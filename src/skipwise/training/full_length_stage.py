@@ -184,7 +184,7 @@ def train_full_length(stage: FullLengthStage, run: RunFolder) -> None:
     def write_down(taken: dict[str, Any]) -> None:  # its seconds are those of the whole curve
         earlier = run.metadata().get("training", {}).get("seconds") or 0.0
         taken = {**taken, "seconds": round(taken["seconds"] - earlier, 3)}
-        run.update_entry("finish", **full_length_metadata(stage), **taken)
+        run.update_entry("finish", **{**full_length_metadata(stage), **taken})
 
     offset = dataclasses.replace(stage.offset, checkpoint=checkpoint)
     training = set_up(stage.prepared, stage.data, stage.run, offset)
