@@ -23,6 +23,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers beside each other, so one thr
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# Files that take longest come first, so that no worker is left alone with one at the end.
+_LONGEST = ("test_scripts", "test_engines", "test_extend", "test_report_page", "test_families")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 def pytest_collection_finish() -> None:
     """What the imports made stays: accelerate collects garbage often, half a second each time."""
     gc.collect()
