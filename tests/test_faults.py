@@ -51,7 +51,7 @@ def test_another_end_would_be_seen(bench, straight):
 def test_a_chain_of_faults_ends_as_the_undisturbed_run(bench, straight, kind):
     expected, operations = straight
     rng, out, hits = random.Random(kind), bench.folder / kind, []
-    for _ in range(5):
+    for _ in range(2):
         code, said, _, hit = bench.run(out, f"{kind}:{rng.randint(1, operations // 4)}")
         assert code == (-9 if kind == "kill" else 2) and hit, (hit, said)
         assert kind == "kill" or is_clear(code, said), (hit, said)

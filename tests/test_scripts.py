@@ -39,7 +39,10 @@ SMALLEST = {
     "research/gpu/real_size.py": ("--smoke --out {}/real_size", "real_size"),
     "research/gpu/sharded_teacher.py": ("--smoke", "sharded_teacher"),
     "research/gpu/weighted_attention.py": ("--smoke", "weighted_attention"),
-    "research/real_model/run.py": ("--smoke --out {}/real_model", "real_model"),
+    "research/real_model/run.py": (
+        "--smoke --out {}/real_model --tasks perplexity chat next-passage",
+        "real_model",
+    ),
     "research/study/compare.py": ("--smoke --out {}/compare", "compare_distillation_every"),
     "research/study/dial.py": ("--smoke --out {}/dial", "study_dial"),
     "research/study/efficiency.py": ("--smoke", "study_efficiency"),
