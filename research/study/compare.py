@@ -37,8 +37,9 @@ def run(folder: Path, keys: list[str]) -> dict:
 
     def mean(task: str, length: int) -> float:
         found = [r for r in rows if (r["task"], r["context_length"]) == (task, length)]
-        values = [r["value"] for r in found if r["metric"] != "bits_per_byte"]
-        return float(np.average(values, weights=[r["num_samples"] for r in found][: len(values)]))
+        found = [r for r in found if r["metric"] in ("perplexity", "exact_match")]
+        counts = [r["num_samples"] for r in found]
+        return float(np.average([r["value"] for r in found], weights=counts))
 
     times = json.loads((folder / "run.json").read_text())
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -222,6 +222,8 @@ class TokenWriter:
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         np.save(self.part / "offsets.npy", offsets)
+        for part in self.part.glob("*.part"):  # of a process that was killed
+            part.unlink()
         files = digests({name: self.part / name for name in _FILES})
         meta = {
             "dtype": self.dtype.name,

@@ -78,12 +78,13 @@ def chosen_temperature(
     finished = trained_checkpoint(run, prepared.recipe)
     found = run.metadata().get("temperature")
     known = known_decisions(run)[1].get("temperature", found)
-    if found and known and found["value"] != known["value"]:
+    searched = found is not None and not found["detail"].startswith(_NOT_NOW)
+    if found and searched and known and found["value"] != known["value"]:
         raise SkipwiseError(
             f"{run.path / 'run.json'} says temperature {found['value']}, and {known['value']} was "
             "found after training\nremove run.json: what decided the run is in its checkpoints"
         )
-    if found is None or found["detail"].startswith(_NOT_NOW):
+    if not searched:
         if prepared.recipe.method != "none":
             require_trained(run, checkpoint)
         prepared = with_chosen_separator(prepared, run)
