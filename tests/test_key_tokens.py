@@ -115,6 +115,7 @@ def test_without_a_gain_of_the_evaluator_beyond_error_there_is_no_share():
     assert gain_row(np.full(4, 9.0), 16, four, np.arange(4))["value"] is None  # no interval
 
 
+@pytest.mark.extended
 def test_the_evaluator_reads_each_target_with_half_to_all_of_its_context(model, documents):
     found = find_reference(model, documents, [64, 512], (16, 64), name="e", num_windows=6)
     windows, _, labels = _windows(documents, 512, 32, 6)
@@ -192,6 +193,7 @@ def test_the_base_gains_all_at_its_window_and_chooses_once_for_all(model, tokeni
     assert loads[2:] == ["evaluator", "other"]  # another text, another choice
 
 
+@pytest.mark.extended
 def test_another_evaluator_measures_again_and_none_leaves_perplexity(model, tokenizer, documents):
     loads = []
     subject = eval_model_of(model, tokenizer, loads)

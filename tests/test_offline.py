@@ -51,7 +51,10 @@ def test_a_hub_model_fails_in_two_lines_within_five_seconds(verb, online, refuse
     assert said[1] == f"no connection to {refused}"
 
 
-@pytest.mark.parametrize("verb", ["check", "plan", "extend", "train"])
+@pytest.mark.parametrize(
+    "verb",
+    ["plan", "extend", *(pytest.param(v, marks=pytest.mark.extended) for v in ("check", "train"))],
+)
 def test_a_hub_model_is_asked_for_before_the_slow_imports(verb):
     program = (
         "import sys; from skipwise.cli import main; "

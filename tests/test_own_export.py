@@ -320,6 +320,7 @@ def recipe_of(tiny):
     return parse_recipe({**tree, "eval": {"tasks": ["passkey"], "passkey_samples": 1}})
 
 
+@pytest.mark.extended
 def test_extend_fails_on_its_own_verdict_and_goes_on_once_the_config_is_right(
     tiny, tmp_path, monkeypatch
 ):

@@ -71,16 +71,24 @@ NOT_HERE = {
     ),
 }
 # They start processes after torch has used its threads, which a forked child cannot.
-NOT_FORKED = {"benchmarks/extend_parts.py", "benchmarks/plan_accuracy.py"}
+NOT_FORKED = {
+    "benchmarks/evaluation_memory.py",
+    "benchmarks/extend_parts.py",
+    "benchmarks/plan_accuracy.py",
+}
 SLOW = {
     *NOT_FORKED,
+    "benchmarks/evaluation_speed.py",
     "benchmarks/hybrid_layers.py",
     "benchmarks/kill_and_resume.py",
+    "benchmarks/large_corpus.py",
+    "benchmarks/old_transformers.py",
     "benchmarks/torture.py",
     "research/gpu/real_size.py",
     "research/real_model/run.py",
     "research/study/compare.py",
     "research/study/dial.py",
+    "research/study/efficiency.py",
     "research/study/run.py",
     "research/study/temperatures.py",
 }

@@ -128,6 +128,7 @@ def test_an_oracle_scores_everything_and_a_mute_model_nothing(value, tokenizer, 
     assert len(relative) == (1 if value else 0)  # no share of nothing
 
 
+@pytest.mark.extended
 def test_random_answers_score_the_stated_floors(tokenizer, documents):
     rng, model = np.random.default_rng(0), Oracle()
     begin = len(token_ids(tokenizer, ""))
