@@ -75,6 +75,7 @@ NOT_FORKED = {
     "benchmarks/evaluation_memory.py",
     "benchmarks/extend_parts.py",
     "benchmarks/plan_accuracy.py",
+    "benchmarks/torture.py",
 }
 SLOW = {
     *NOT_FORKED,
@@ -83,7 +84,6 @@ SLOW = {
     "benchmarks/kill_and_resume.py",
     "benchmarks/large_corpus.py",
     "benchmarks/old_transformers.py",
-    "benchmarks/torture.py",
     "research/gpu/real_size.py",
     "research/real_model/run.py",
     "research/study/compare.py",

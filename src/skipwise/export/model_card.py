@@ -306,7 +306,10 @@ def _training_summary(recipe: Any, metadata: dict[str, Any]) -> str:
     value = metadata.get("temperature", {}).get("value", 1)
     temperature = [f"- attention temperature {value:g}, in the query weights"] if value != 1 else []
     if not training:
-        return "\n\n".join(["Rescaled without training.", *temperature])
+        known = "Rescaled without training."
+        if recipe.method != "none":
+            known = f"Trained by method `{recipe.method}`; the run's record of it was lost."
+        return "\n\n".join([known, *temperature])
     mode = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}[training["mode"]]
     lines = [
         f"- method `{recipe.method}`, {mode}, {training['num_steps']:,} steps of "

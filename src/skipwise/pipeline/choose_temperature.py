@@ -84,7 +84,7 @@ def chosen_temperature(
             f"{run.path / 'run.json'} says temperature {found['value']}, and {known['value']} was "
             "found after training\nremove run.json: what decided the run is in its checkpoints"
         )
-    if not searched:
+    if found is None or not searched:
         if prepared.recipe.method != "none":
             require_trained(run, checkpoint)
         prepared = with_chosen_separator(prepared, run)

@@ -149,9 +149,9 @@ def last_checkpoint(run: RunFolder) -> Path | None:
     )
 
 
-def trained_micro_batch(*runs: RunFolder) -> int | None:
-    """The micro batch of the last checkpoint, of the first folder that has one; else None."""
-    last = next(filter(None, map(last_checkpoint, runs)), None)
+def trained_micro_batch(run: RunFolder) -> int | None:
+    """The micro batch of the last checkpoint, if there is one."""
+    last = last_checkpoint(run)
     return (_read_mark(last) or {}).get("micro_batch_size") if last else None
 
 
@@ -290,8 +290,9 @@ def resume_decisions(prepared: PreparedModel, run: RunFolder) -> None:
         run.update(**lost)
     run.update_entry("identity", base=base)
     micro_batch = metadata.get("batch", {}).get("micro_batch_size")
-    if name and micro_batch not in (None, size := trained_micro_batch(run.finish, run)):
-        print(f"micro batch {micro_batch}; {name} was trained with {size}", file=sys.stderr)
+    size = trained_micro_batch(run)  # the stage at full length has its own
+    if last := size and micro_batch not in (None, size) and last_checkpoint(run):
+        print(f"micro batch {micro_batch}; {last.name} was trained with {size}", file=sys.stderr)
 
 
 def check_decisions(run: RunFolder) -> None:
