@@ -17,8 +17,7 @@ from skipwise.models.load import compute_dtype
 from skipwise.planning import find_gpu, make_plan, predict_memory
 from skipwise.planning.gpus import GPUS, common_gpus
 from skipwise.planning.job import make_job, read_model
-from skipwise.planning.memory import GIB
-from skipwise.planning.micro_batch import largest_micro_batch, with_micro_batch
+from skipwise.planning.memory import GIB, largest_micro_batch, with_micro_batch
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from skipwise.config.run_folder import RunFolder, open_run, write_text
 from skipwise.errors import SkipwiseError
 from skipwise.models.identity import base_identity, difference
 from skipwise.models.prepared import prepare_model
+from skipwise.pipeline import choose_train_length
 from skipwise.pipeline.stages import prepare_training, train_run
 from skipwise.training import checkpoints
 from skipwise.training.checkpoints import add_decision, known_decisions, resume_decisions
@@ -150,6 +151,24 @@ def test_a_lost_run_json_changes_nothing(copied, stopped, capsys):
     for name in ("adapter_model.safetensors", "optimizer.pt"):
         files = [r.checkpoints / f"checkpoint-{STEPS}" / name for r in (run, straight)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
+
+
+def test_the_training_length_that_auto_chose_is_in_the_checkpoint(
+    tiny, text_folder, tmp_path, monkeypatch
+):
+    """Where run.json is lost, another machine would choose another length in the middle."""
+    recipe = make_recipe(tiny, text_folder, "train_length=auto")
+    found = {"train_length": 128, "num_gpus": 1, "detail": "128 tokens"}
+    monkeypatch.setattr(choose_train_length, "_choose", lambda *_: found)
+    run = train(tmp_path / "run", recipe)
+    assert run.metadata()["train_length"] == 128
+    found.update(train_length=64)
+    (run.path / "run.json").unlink()
+    train(run.path, recipe)
+    assert run.metadata()["train_length_choice"]["train_length"] == 128
+    run.update(train_length_choice=found)
+    with pytest.raises(SkipwiseError, match=r"train_length_choice .*64.* trained with .*128"):
+        train(run.path, recipe)
 
 
 EDITS = {

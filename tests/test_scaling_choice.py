@@ -16,7 +16,7 @@ from skipwise.models import load
 from skipwise.models.prepared import prepare_model
 from skipwise.pipeline import choose_scaling as scaling_module
 from skipwise.pipeline.choose_scaling import choose_scaling, with_chosen_scaling
-from skipwise.pipeline.search_budget import Search
+from skipwise.pipeline.search import Search
 from skipwise.pipeline.stages import export_again
 from skipwise.training.checkpoints import mark_complete
 

@@ -8,8 +8,8 @@ import torch
 
 from skipwise.config.parse import parse_recipe
 from skipwise.models.prepared import prepare_model
-from skipwise.pipeline import choose_scaling, choose_temperature, search_budget
-from skipwise.pipeline.search_budget import Search, fit_search, flops_per_second
+from skipwise.pipeline import choose_scaling, choose_temperature, search
+from skipwise.pipeline.search import Search, fit_search, flops_per_second
 from skipwise.planning.architecture import read_architecture
 from skipwise.planning.flops import forward_flops
 
@@ -89,7 +89,7 @@ def test_a_longer_training_never_measures_less(large):
 
 def test_what_no_reduction_makes_cheap_enough_is_not_measured(large, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(search_budget.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(search.os, "cpu_count", lambda: 2)
     assert flops_per_second() * 120 < cost((4096, 8192), 2, 2, 3, 1.25)
     for steps, candidates in ((20, None), (30, 2), (40, 3), (50, 4)):
         found = fit_search(large(steps), CONTEXTS, 8, num_candidates=4, passes=3, trials=1.25)
@@ -99,7 +99,7 @@ def test_what_no_reduction_makes_cheap_enough_is_not_measured(large, monkeypatch
 
 
 def test_a_tiny_models_searches_are_whole_on_one_core(tiny, monkeypatch):
-    monkeypatch.setattr(search_budget.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(search.os, "cpu_count", lambda: 1)
     tree = {"model": str(tiny), "target_length": 256, "method": "none"}
     prepared = prepare_model(parse_recipe(tree))
     assert flops_per_second() == 5e10
@@ -119,8 +119,8 @@ def test_the_searches_measure_what_the_budget_leaves(tiny, text_folder, tmp_path
         asked.append((tuple(contexts), num_windows))
         return [{"value": 9.0 - len(asked) / 100} for _ in contexts]
 
-    monkeypatch.setattr(search_budget, "flops_per_second", lambda: 0.0)
-    monkeypatch.setattr(search_budget, "_SHARE", 1e-3)
+    monkeypatch.setattr(search, "flops_per_second", lambda: 0.0)
+    monkeypatch.setattr(search, "_SHARE", 1e-3)
     monkeypatch.setattr(choose_scaling, "perplexity", perplexity)
     monkeypatch.setattr(choose_temperature, "perplexity", perplexity)
     entry = choose_scaling._measure(prepared)
@@ -128,12 +128,12 @@ def test_the_searches_measure_what_the_budget_leaves(tiny, text_folder, tmp_path
     assert {"context_lengths": (64, 256), "num_windows": 4}.items() <= entry.items()
     assert "; 4 windows of up to 256 tokens" in entry["detail"]
     asked.clear()
-    monkeypatch.setattr(search_budget, "_SHARE", 1e-3 * 6 / 9)  # it measures 6 of the grid's 9
+    monkeypatch.setattr(search, "_SHARE", 1e-3 * 6 / 9)  # it measures 6 of the grid's 9
     entry = choose_temperature._search_of_run(prepared, run, None, None)
     assert set(asked) == {((64, 128), 16)}
     assert {"context_lengths": [64, 128], "num_windows": 16}.items() <= entry.items()
     assert "; 16 windows of up to 128 tokens" in entry["detail"]
-    monkeypatch.setattr(search_budget, "_SHARE", 0.0)
+    monkeypatch.setattr(search, "_SHARE", 0.0)
     assert "not measured: it costs more than 3 %" in choose_scaling._measure(prepared)["detail"]
     entry = choose_temperature._search_of_run(prepared, run, None, None)
-    assert entry == {"value": 1.0, "detail": f"not searched, because {search_budget.TOO_MUCH}"}
+    assert entry == {"value": 1.0, "detail": f"not searched, because {search.TOO_MUCH}"}

@@ -23,7 +23,7 @@ def test_the_root_has_few_modules_and_one_folder_for_each_step():
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_a_folder_is_taken_in_at_a_glance(folder):
-    assert len(entries(folder)) <= (15 if folder != PACKAGE else 18)
+    assert len(entries(folder)) <= (14 if folder != PACKAGE else 18)
 
 
 def test_files_and_functions_are_short():
@@ -42,8 +42,8 @@ def test_every_module_says_what_it_does():
         assert not text.strip() or ast.get_docstring(ast.parse(text)), path
 
 
-def test_the_package_has_at_most_30900_lines():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES) <= 30_900
+def test_the_package_has_at_most_30650_lines():
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES) <= 30_650
 
 
 def test_a_test_that_needs_an_extra_runs_in_test_all_alone():

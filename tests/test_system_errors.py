@@ -456,3 +456,10 @@ def test_signals_are_as_before_after_a_command(monkeypatch):
     before = [signal.getsignal(number) for number in numbers]
     assert main(["recipes"]) == 0
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize("name", ["out of memory.txt", "no space left.txt"])
+def test_words_in_a_path_are_not_the_reason(name):
+    error = FileNotFoundError(errno.ENOENT, "No such file or directory", name)
+    assert not is_no_memory(error) and not is_no_space(error)
+    assert f"{name}: no such file or directory" in str(system_error(error))

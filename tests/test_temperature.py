@@ -30,7 +30,7 @@ from skipwise.pipeline.choose_temperature import (
 )
 from skipwise.pipeline.extend import extend
 from skipwise.pipeline.quickstart import MODEL, corpus
-from skipwise.pipeline.search_text import longer_length
+from skipwise.pipeline.search import longer_length
 
 REFUSED = {"nanochat": "q_norm follows the projection and has no weight"}
 FULL = {"layer_types": ["full_attention"] * 2, "sliding_window": 256}

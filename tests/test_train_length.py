@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_plan import MISTRAL
 from test_train import make_recipe, run_training
 from transformers import PreTrainedModel
 
@@ -38,18 +39,6 @@ from skipwise.training.inputs import load_training_data
 
 L, T = 8192, 65536
 BASE = {"model": "m", "target_length": T}
-MISTRAL = {
-    "model_type": "mistral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "max_position_embeddings": L,
-    "torch_dtype": "bfloat16",
-    "sliding_window": None,
-}
 H200 = find_gpu("H200")
 
 

@@ -170,7 +170,7 @@ def recipes_verb(args: argparse.Namespace) -> None:
 def plan_verb(args: argparse.Namespace) -> None:
     from skipwise.config.recipe import context_lengths
     from skipwise.planning import find_gpu, format_measured, format_plan, make_plan, plan_to_dict
-    from skipwise.planning.micro_batch import with_micro_batch
+    from skipwise.planning.memory import with_micro_batch
 
     recipe = _load_recipe(args)
     context_lengths(recipe, recipe.target_length)

@@ -78,14 +78,17 @@ def first_line(error: BaseException) -> str:
 
 def is_no_space(error: BaseException) -> bool:
     """Whether a disk is full, in the system's words or in those of a library."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or bool(_NO_SPACE.search(str(error)))
+    number = getattr(error, "errno", None)
+    if number is not None:  # its words have a path, which could match by accident
+        return number in (errno.ENOSPC, errno.EDQUOT)
+    return bool(_NO_SPACE.search(str(error)))
 
 
 def is_no_memory(error: BaseException) -> bool:
     """Whether memory, of the machine or of the GPU, is used up."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return True
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or number is not None:
+        return isinstance(error, MemoryError) or number == errno.ENOMEM
     return not isinstance(error, SkipwiseError) and bool(_NO_MEMORY.search(str(error)))
 
 

@@ -237,7 +237,7 @@ class DistillationSettings:
     methods or where it is not possible, with the reason. Measured: research/study."""
     every: Annotated[int, Range(1, 1000)] = 1
     """One in this many examples learns from the base, with as many times the weight. 4 takes a
-    quarter of the step's time off and costs 1 % of perplexity. Measured: docs/method.md."""
+    sixth of the step's time off and costs 1 % of perplexity. Measured: docs/method.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,7 @@ _TYPES = {  # of the keys of run.json that are read again
     **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
     **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
     **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
+    "train_length_choice": dict,
 }
 
 

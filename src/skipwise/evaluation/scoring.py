@@ -35,6 +35,15 @@ class Trial:
     depth: float | None = None  # where the needle is, 0 .. 1
     haystack: int = 0  # trials of one haystack share its tokens
 
+    @classmethod
+    def of_answer(
+        cls, prompt: list[int], full: list[int], depth: float | None = None, haystack: int = 0
+    ) -> Trial:
+        """Of an exact answer: the tokens without it and with it."""
+        depth = None if depth is None else round(depth, 3)
+        num = len(full) - len(prompt)
+        return cls(input_ids=full, num_answer=num, depth=depth, haystack=haystack)
+
     @property
     def prompt(self) -> list[int]:
         return self.input_ids[: len(self.input_ids) - self.num_answer]

@@ -30,8 +30,7 @@ from skipwise.models.attention.temperature import QueryWeights
 from skipwise.models.load import compute_dtype, free_memory, load_for_evaluation
 from skipwise.models.prepared import PreparedModel, rescale
 from skipwise.models.scaled_config import auto_scalings
-from skipwise.pipeline.search_budget import TOO_MUCH, Search, fit_search
-from skipwise.pipeline.search_text import longer_length, search_text
+from skipwise.pipeline.search import TOO_MUCH, Search, fit_search, longer_length, search_text
 from skipwise.pose.rope import Unscaled
 from skipwise.training.checkpoints import last_checkpoint
 from skipwise.training.error_hints import is_out_of_memory

@@ -30,7 +30,7 @@ from skipwise.evaluation.prefill import logits_in_slices
 from skipwise.models.load import compute_dtype, free_memory, load_for_evaluation
 from skipwise.models.prepared import PreparedModel
 from skipwise.models.separator import Separator, candidates, describe, separator_of
-from skipwise.pipeline.search_budget import TOO_MUCH, fit_search
+from skipwise.pipeline.search import TOO_MUCH, fit_search
 from skipwise.training.checkpoints import last_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import find_sources

@@ -30,8 +30,13 @@ from skipwise.models.attention.temperature import QueryWeights, check_foldable
 from skipwise.models.load import free_memory
 from skipwise.models.prepared import PreparedModel
 from skipwise.pipeline.choose_separator import with_chosen_separator
-from skipwise.pipeline.search_budget import TOO_MUCH, fit_search
-from skipwise.pipeline.search_text import longer_length, num_windows, search_text
+from skipwise.pipeline.search import (
+    TOO_MUCH,
+    fit_search,
+    longer_length,
+    num_windows,
+    search_text,
+)
 from skipwise.training.checkpoints import add_decision, known_decisions, trained_checkpoint
 from skipwise.training.error_hints import is_out_of_memory
 from skipwise.training.inputs import TrainingData, text_changed

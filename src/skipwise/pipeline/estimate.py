@@ -16,7 +16,7 @@ from skipwise.config.run_folder import RunFolder
 from skipwise.evaluation.evaluator import find_tasks
 from skipwise.planning.flops import step_flops
 from skipwise.planning.job import Job, make_jobs, read_model
-from skipwise.planning.micro_batch import with_micro_batch
+from skipwise.planning.memory import with_micro_batch
 
 
 def estimate_run(recipe: Recipe, run: RunFolder, num_processes: int = 0) -> None:

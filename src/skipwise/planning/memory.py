@@ -16,10 +16,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from skipwise.config.batch import micro_batches
+from skipwise.config.recipe import Recipe
+from skipwise.config.stages import first_stage
+from skipwise.models.model_info import ModelInfo
 from skipwise.planning import allocations
 from skipwise.planning.allocations import Allocation
+from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import Gpu
-from skipwise.planning.job import Job
+from skipwise.planning.job import Job, make_job
 
 GIB = 2**30
 # Resident memory of a process after a step of a tiny model: Python, torch 2.13 for CPU,
@@ -33,6 +38,8 @@ GPU_FRAGMENTATION = 0.03  # the caching allocator's loss to rounding
 _LARGEST_HEAP_BLOCK = 32 << 20
 _HOLES = 0.5  # holes per temporary block, each as large as a block
 _LOADED = ("weights", "teacher")
+MARGIN = 0.90  # fraction of the memory that `auto` fills: docs/scaling.md has the plan's accuracy
+_ENOUGH = 32_768  # tokens in a pass that keep any device busy
 _LASTING = (*_LOADED, "optimizer")
 _LOGITS = "logits and loss"
 _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
@@ -241,3 +248,34 @@ def _on_cpu(job: Job, found: dict[str, list[Allocation]], runtime: float) -> Mem
 
 def _with_holes(items: list[Allocation]) -> float:
     return sum(i.total * (1 if i.kind in _LASTING else 1 + _HOLES) for i in items)
+
+
+def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
+    training = dataclasses.replace(recipe.training, micro_batch_size=size)
+    return dataclasses.replace(recipe, training=training)
+
+
+def largest_micro_batch(
+    recipe: Recipe,
+    info: ModelInfo,
+    architecture: Architecture,
+    gpu: Gpu,
+    num_gpus: int = 1,
+    runtime: float | None = None,
+) -> int:
+    """The largest size for `auto` that fits with a margin, at least 1; else the recipe's size.
+
+    Training tries real passes of the sizes up to it and takes the fastest (training/setup.py).
+
+    Args:
+        runtime: see `predict_memory`.
+    """
+    recipe, (best, *more) = first_stage(recipe), micro_batches(recipe.training, num_gpus)
+    for size in more:
+        sized = with_micro_batch(recipe, size)
+        job = make_job(sized, info, architecture, num_gpus=num_gpus, gpu=gpu)
+        needed = predict_memory(job, runtime=runtime).total
+        if needed > MARGIN * gpu.memory_gib * GIB or job.tokens > _ENOUGH:
+            break
+        best = size
+    return best

@@ -15,8 +15,14 @@ from skipwise.planning import flops
 from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import UTILISATION, Gpu, common_gpus, find_gpu
 from skipwise.planning.job import KNOWN_OPTIMIZERS, Job, make_job, make_jobs, read_model
-from skipwise.planning.memory import GIB, Memory, fits, predict_memory
-from skipwise.planning.micro_batch import largest_micro_batch, with_micro_batch
+from skipwise.planning.memory import (
+    GIB,
+    Memory,
+    fits,
+    largest_micro_batch,
+    predict_memory,
+    with_micro_batch,
+)
 from skipwise.planning.remedies import first_change
 from skipwise.planning.train_lengths import (
     LengthOption,

@@ -33,8 +33,13 @@ from skipwise.planning import flops
 from skipwise.planning.architecture import Architecture
 from skipwise.planning.gpus import Gpu
 from skipwise.planning.job import Job, make_job
-from skipwise.planning.memory import Memory, predict_memory
-from skipwise.planning.micro_batch import MARGIN, largest_micro_batch, with_micro_batch
+from skipwise.planning.memory import (
+    MARGIN,
+    Memory,
+    largest_micro_batch,
+    predict_memory,
+    with_micro_batch,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,7 @@ from skipwise.models.lora import quantization_for
 from skipwise.models.prepared import PreparedModel
 from skipwise.planning.gpus import Gpu
 from skipwise.planning.job import read_model
-from skipwise.planning.memory import GIB
-from skipwise.planning.micro_batch import largest_micro_batch, with_micro_batch
+from skipwise.planning.memory import GIB, largest_micro_batch, with_micro_batch
 from skipwise.training.checkpoints import trained_micro_batch
 from skipwise.training.distributed.engines import (
     check_deepspeed,

@@ -6,9 +6,9 @@ without it was interrupted, and is removed before training resumes; one that dif
 is damaged, is set aside, and the checkpoint before it is used. Old checkpoints are removed, in the
 order of their steps, only after a new one is complete.
 
-`complete` also says what decided the run: the base, the text, the scaling, the separator, the micro
-batch and the temperature. run.json has the same. What it lost is taken from here; where it says
-something else, the run does not go on.
+`complete` also says what decided the run: the base, the text, the training length, the scaling, the
+separator, the micro batch and the temperature. run.json has the same. What it lost is taken from
+here; where it says something else, the run does not go on.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _TRUST = "SKIPWISE_TRUST_CHECKPOINTS"
 _SAFE_ENGINES = ("one process", "ddp", "fsdp2")  # torch loads their files with weights_only
 _ENGINE_KEYS = ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config")
 _SEPARATOR = ("name", "begin", "end", "between")
+_LENGTH = ("train_length", "num_gpus")
 _known: dict[tuple[Any, ...], str] = {}  # damage by folder and the sizes and times of its files
 
 
@@ -241,10 +242,12 @@ def decisions(run: RunFolder) -> dict[str, Any]:
     """What has decided a run, as run.json has it."""
     metadata = (run.parent or run).metadata()
     separator, data = metadata.get("separator", {}), metadata.get("data", {})
+    length = metadata.get("train_length_choice", {})
     found = {
         "identity": metadata.get("identity", {}),
         "rope": metadata.get("rope", {}),
         "rope_choice": {k: v for k, v in metadata.get("rope_choice", {}).items() if k == "type"},
+        "train_length_choice": {k: length[k] for k in _LENGTH if k in length},
         "separator": {k: separator[k] for k in _SEPARATOR if k in separator},
         "data": {k: data[k] for k in ("digest", "digests") if k in data},
     }
@@ -284,7 +287,7 @@ def resume_decisions(prepared: PreparedModel, run: RunFolder) -> None:
     lost = {key: value for key, value in decided.items() if key not in metadata}
     if is_main_process() and lost:
         print(f"run.json has lost {', '.join(lost)}: taken from {name}", file=sys.stderr)
-        for key in ("rope_choice", "separator", "temperature"):
+        for key in ("rope_choice", "separator", "temperature", "train_length_choice"):
             if key in lost:
                 lost[key] = {"detail": f"as {name} says", "perplexity": {}, **lost[key]}
         run.update(**lost)
@@ -303,7 +306,7 @@ def check_decisions(run: RunFolder) -> None:
     """
     name, decided = known_decisions(run)
     now = decisions(run)
-    for key in ("rope_choice", "rope", "separator", "data"):
+    for key in ("train_length_choice", "rope_choice", "rope", "separator", "data"):
         if key in decided and now.get(key, {}) != decided[key]:
             raise SkipwiseError(
                 f"{run.path / 'run.json'} says {key} {_brief(now.get(key))}, and {name} was "

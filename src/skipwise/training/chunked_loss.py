@@ -42,7 +42,7 @@ class Distillation:
 
     teacher: Any  # the base model (teacher.py), in eval mode, not a submodule of the model
     weight: float  # of the divergence per distilled token, relative to the loss per label
-    sharded: bool = False  # all processes run the teacher together
+    together: bool = False  # the teacher is sharded, and some passes of a step have none taught
     _kl: list[torch.Tensor] = field(default_factory=list)  # sums over distilled tokens
     _counts: list[torch.Tensor] = field(default_factory=list)
 
@@ -63,15 +63,13 @@ class Distillation:
 
         A process without one runs a sharded teacher for its first example, because the others wait.
         """
-        taught = first_lengths > 0
-        needed = taught.any()
-        if self.sharded:
-            count = needed.float()
+        taught = first_lengths.nonzero()[:, 0]
+        if self.together:
+            count = torch.tensor([len(taught)], device=first_lengths.device)
             torch.distributed.all_reduce(count)
-            needed = count > 0
-        if not needed:
-            return None
-        return taught.nonzero()[:, 0] if taught.any() else torch.zeros_like(first_lengths[:1])
+            if count.item() and not len(taught):
+                return torch.zeros_like(first_lengths[:1])
+        return taught if len(taught) else None
 
     def logits(self, output: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         """The function from a slice of the states in `run_teacher`'s output to logits (B, C, V)."""

@@ -58,7 +58,8 @@ def make_distillation(
     weights = recipe.positions.key_weights
     collator = ExampleCollator(weights, base_length=L, every=every, global_batch_size=batch)
     data = dataclasses.replace(data, collator=collator)
-    taught = Distillation(teacher=teacher, weight=weight * every, sharded=shards(engine))
+    together = shards(engine) and every > 1
+    taught = Distillation(teacher=teacher, weight=weight * every, together=together)
     return taught, data, []
 
 

@@ -15,7 +15,7 @@ Source: Kuratov et al. 2024, arXiv 2406.10149, section 2; the first three tasks 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,31 +171,16 @@ def make_trials(
             chosen = sorted(rng.permutation(len(asked))[:_PER_HAYSTACK].tolist())
             asked = [asked[i] for i in chosen[: num_samples - len(trials)]]
             needles = list(zip(sorted(rng.random(count).tolist()), world.facts, strict=True))
-            text = _prompts(words, start, needles, asked)
+            texts = [question.text for question in asked]
+            text = prompts.questions_in_text(INTRO, words, start, needles, texts)
             found = fill_prompts(tokenizer, text, [q.answer for q in asked], length, guess)
             if found is None and count == fewest:
                 return []
             count = max(fewest, count // 2)  # as many as a short context has room for
         guess = found[0]
-        trials += [
-            Trial(input_ids=full, num_answer=len(full) - len(ids), haystack=haystack)
-            for ids, full in found[1]
-        ]
+        trials += [Trial.of_answer(ids, full, haystack=haystack) for ids, full in found[1]]
         haystack += 1
     return trials
-
-
-def _prompts(
-    words: Sequence[str],
-    start: int,
-    needles: Sequence[tuple[float, str]],
-    asked: Sequence[Question],
-) -> Callable[[int], list[str]]:
-    def text(units: int) -> list[str]:
-        shown = prompts.insert_needles(prompts.words_from(words, start, units), needles).rstrip()
-        return [f"{INTRO}\n{shown}\n{question.text}" for question in asked]
-
-    return text
 
 
 def _measure(kind: str, inputs: TaskInputs) -> Rows:

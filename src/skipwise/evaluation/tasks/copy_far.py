@@ -73,10 +73,7 @@ def make_trials(
         guess, pair = found
         for made, part in zip((trials, controls), pair, strict=True):
             number = 2 * haystack + (made is controls)
-            made += [
-                Trial(input_ids=full, num_answer=len(full) - len(ids), haystack=number)
-                for ids, full in part
-            ]
+            made += [Trial.of_answer(ids, full, haystack=number) for ids, full in part]
     return (trials, controls) if len(trials) == num_samples else ([], [])
 
 

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.evaluation.scoring import Trial, answer_texts
+from skipwise.evaluation.scoring import Trial
 from skipwise.evaluation.tasks import prompts
-from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
+from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row, text_scores
 from skipwise.report.rows import Rows
 
 Edge = tuple[str, str]
@@ -174,9 +174,7 @@ def _measure(name: str, inputs: TaskInputs) -> Rows:
     )
     if not items:
         return []
-    trials = [item.trial for item in items]
-    said = answer_texts(inputs.model, inputs.tokenizer, trials, settings.batch_tokens, inputs.tick)
-    scores = [item.score(text) for item, text in zip(items, said, strict=True)]
+    scores = text_scores(inputs, items)
     floor = round(sum(item.floor for item in items) / len(items), 4)
     return [{**mean_row(name, "f1", inputs.length, scores), "group": "graphwalks", "floor": floor}]
 

@@ -1,7 +1,7 @@
 """Many-shot classification: learn a rule from as many examples as fit into the context.
 
 Each line is a made-up word with a sign at its end, and a letter: `robi% G`. The sign decides the
-letter, 16 signs for 8 letters, drawn anew in each context, so only the examples (shots) tell the
+letter, 16 signs for 8 letters, drawn again in each context, so only the examples (shots) tell the
 rule. Eight words are asked for after the same shots, one at a time; none of them is a shot. Signs
 have unequal frequencies, but each is asked equally often: some of them come for the first time
 after many shots, and a model that uses more of the context knows more of them.

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.evaluation.scoring import Trial, answer_texts
+from skipwise.evaluation.scoring import Trial
 from skipwise.evaluation.tasks import prompts
-from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row
+from skipwise.evaluation.tasks.task import Task, TaskInputs, mean_row, text_scores
 from skipwise.report.rows import Rows
 
 NUM_WORDS = 16  # of an answer, after its opening
@@ -149,7 +149,8 @@ def _near_misses(form: str, topic: str, order: int, num_words: int) -> list[str]
     turns = []
     for start in range(0, num_words, NUM_WORDS):
         same_topic, pick = rng.integers(2), int(rng.integers(len(forms) * len(topics)))
-        about = (forms[pick % len(forms)], topic) if same_topic else (form, topics[pick // 11])
+        topic_at, form_at = divmod(pick, len(forms))
+        about = (forms[form_at], topic) if same_topic else (form, topics[topic_at])
         turns.append(_turn(*about, _body(rng, num_words - start)))
     return turns
 
@@ -178,9 +179,7 @@ def _measure(num_needles: int, inputs: TaskInputs) -> Rows:
     )
     if not items:
         return []
-    trials = [item.trial for item in items]
-    said = answer_texts(inputs.model, inputs.tokenizer, trials, settings.batch_tokens, inputs.tick)
-    scores = [item.score(text) for item, text in zip(items, said, strict=True)]
+    scores = text_scores(inputs, items)
     row = mean_row(f"mrcr_{num_needles}", "ratio", inputs.length, scores)
     return [{**row, "group": "mrcr", "floor": FLOORS[num_needles]}]
 

@@ -18,7 +18,7 @@ Source: Modarressi et al. 2025, arXiv 2502.05167, sections 3 and 4.3.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -139,19 +139,15 @@ def make_trials(
         names, lines, asked = _people(rng)
         needles = list(zip(depths.tolist(), lines, strict=True))
         order = rng.permutation(NUM_PEOPLE)[: num_samples - len(trials)].tolist()
-        text = _prompts(words, start, needles, [asked[i] for i in order])
+        texts = [asked[i] for i in order]
+        text = prompts.questions_in_text(INTRO, words, start, needles, texts)
         keys = [names[i] for i in order]
         found = fill_prompts(tokenizer, text, keys, length, guess)
         if found is None:
             return []
         guess = found[0]
         trials += [
-            Trial(
-                input_ids=full,
-                num_answer=len(full) - len(ids),
-                depth=round(float(depths[i]), 3),
-                haystack=haystack,
-            )
+            Trial.of_answer(ids, full, float(depths[i]), haystack)
             for i, (ids, full) in zip(order, found[1], strict=True)
         ]
         haystack += 1
@@ -170,16 +166,6 @@ def _people(rng: np.random.Generator) -> tuple[list[str], list[str], list[str]]:
         asked = [question(row[1 + int(rng.integers(2))]) for row in chosen]
         if not any(shared_words(line, one) for line in lines for one in asked):
             return names, lines, asked
-
-
-def _prompts(
-    words: Sequence[str], start: int, needles: Sequence[tuple[float, str]], asked: Sequence[str]
-) -> Callable[[int], list[str]]:
-    def text(units: int) -> list[str]:
-        shown = prompts.insert_needles(prompts.words_from(words, start, units), needles).rstrip()
-        return [f"{INTRO}\n{shown}\n{one}" for one in asked]
-
-    return text
 
 
 def _results(inputs: TaskInputs, length: int, tick: Tick | None = None) -> list[bool]:

@@ -94,7 +94,7 @@ def passkey_trials(
         if found is None:
             return []
         guess = found[0]
-        trials += [_trial(asked, full, depth) for asked, full in found[1]]
+        trials += [Trial.of_answer(asked, full, depth) for asked, full in found[1]]
     return trials
 
 
@@ -152,7 +152,7 @@ def needle_trials(
                 )
             guess = found[0]
             trials += [
-                _trial(asked, full, depth, haystack)
+                Trial.of_answer(asked, full, depth, haystack)
                 for (asked, full), depth in zip(found[1], here, strict=True)
             ]
     return sorted(trials, key=lambda trial: (trial.haystack, trial.depth))
@@ -221,15 +221,6 @@ def fill_prompts(
             return units, list(zip(asked, full, strict=True))
         units -= 1
     return None
-
-
-def _trial(asked: list[int], full: list[int], depth: float, haystack: int = 0) -> Trial:
-    return Trial(
-        input_ids=full,
-        num_answer=len(full) - len(asked),
-        depth=round(depth, 3),
-        haystack=haystack,
-    )
 
 
 def _needle(passkey: str, name: str = "") -> str:

@@ -119,6 +119,27 @@ def words_from(words: Sequence[str], start: int, count: int) -> list[str]:
     return [*words[start : start + count], *words[: max(0, start + count - len(words))]]
 
 
+def questions_in_text(
+    intro: str,
+    words: Sequence[str],
+    start: int,
+    needles: Sequence[tuple[float, str]],
+    questions: Sequence[str],
+) -> Callable[[int], list[str]]:
+    """The function from a number of words to a prompt for each question.
+
+    Args:
+        words: of the text; it begins at `start`.
+        needles: (depth, line) in it.
+    """
+
+    def text(units: int) -> list[str]:
+        shown = insert_needles(words_from(words, start, units), needles).rstrip()
+        return [f"{intro}\n{shown}\n{question}" for question in questions]
+
+    return text
+
+
 def insert_needles(units: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
     """The units joined, with each needle on its own line at its depth of 0 .. 1."""
     parts, start = [], 0

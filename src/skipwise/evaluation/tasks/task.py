@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from skipwise.config.recipe import EvalSettings
-from skipwise.evaluation.scoring import Tick
+from skipwise.evaluation.scoring import Tick, answer_texts
 from skipwise.evaluation.tasks.key_tokens import Reference
 from skipwise.report.intervals import mean_interval
 from skipwise.report.rows import Row, Rows
@@ -67,6 +67,14 @@ class Task:
         """The keys of a row that tell the report how to show it."""
         keys = ("title", "about", "higher_is_better", "is_share")
         return {key: value for key in keys if (value := getattr(self, key)) not in ("", None)}
+
+
+def text_scores(inputs: TaskInputs, items: Sequence[Any]) -> list[float]:
+    """The score of the text that is generated for each item: `item.trial`, `item.score(text)`."""
+    trials = [item.trial for item in items]
+    batch_tokens = inputs.settings.batch_tokens
+    said = answer_texts(inputs.model, inputs.tokenizer, trials, batch_tokens, inputs.tick)
+    return [item.score(text) for item, text in zip(items, said, strict=True)]
 
 
 def mean_row(task: str, metric: str, length: int, scores: Sequence[float]) -> Row:
