@@ -14,7 +14,7 @@ rotating order, so that noise of the machine meets all of them:
 
 A step is one micro-batch: forward, backward, gradient clipping, update. The result has the median
 of the ratios to the plain step of the same round, and their quartiles. Bars: pose and pose_weighted
-at most 1.01, default 1.15 (not met). The bundled model is used unless --width is given, then a random Llama.
+at most 1.01, default 1.15 (not met). The bundled model is used, or with --width a random Llama.
 """
 
 import tempfile

@@ -329,6 +329,16 @@ def test_a_damaged_token_store_is_made_again(store, name, harm, capsys):
     assert store().tokens.tolist() == expected[0] and not capsys.readouterr().err
 
 
+def test_a_store_whose_list_says_something_else_is_made_again(store, capsys):
+    first = store()
+    file = Path(first.folder) / "meta.json"
+    before = file.read_text()
+    file.write_text(json.dumps({**json.loads(before), "num_bad_records": 7}))
+    assert store().num_bad_records == first.num_bad_records == 0
+    assert "is damaged, and is made again" in capsys.readouterr().err
+    assert file.read_text() == before
+
+
 @pytest.mark.parametrize("number", ["EIO", "EMFILE", "ENOMEM", "ESTALE"])
 def test_a_file_that_cannot_be_read_for_now_is_not_left_out_of_the_text(
     store, text_folder, monkeypatch, number
