@@ -110,7 +110,7 @@ def test_every_trained_arm_sees_the_same_tokens_and_its_recipe_is_one(name):
 def test_a_measurement_is_done_again_when_its_own_settings_change(driver, monkeypatch):
     [base] = [arm for arm in run.arms_of(driver.scale) if arm.name == "base"]
     asked = []
-    monkeypatch.setattr(run, "run_skipwise", lambda c, *_: (asked.append(c), (0, 1.0, 1.0))[1])
+    monkeypatch.setattr(run, "run_skipwise", lambda c, *_: (asked.append(c), (0, 1.0, 1.0, 1.0))[1])
     for _ in range(2):
         driver.run_all([base], ("perplexity", "passkey"))
     assert [c[3] for c in asked] == ["perplexity", "passkey"]
@@ -135,11 +135,11 @@ def test_a_job_at_its_limit_is_asked_to_stop_and_reported_as_stopped(tmp_path, m
 
     monkeypatch.setattr("skipwise.cli.main", slow)
     started = time.monotonic()
-    code, _, _ = run.run_skipwise(["extend"], tmp_path / "log", 0.5)
+    code, *_ = run.run_skipwise(["extend"], tmp_path / "log", 0.5)
     assert code == 75 and time.monotonic() - started < 10
     monkeypatch.setattr("skipwise.cli.main", lambda c: os.write(1, sys.argv[1].encode()) and 2)
-    code, _, gib = run.run_skipwise(["eval"], tmp_path / "log", 60)
-    assert code == 2 and gib > 0.01 and (tmp_path / "log").read_text() == "eval"
+    code, _, busy, gib = run.run_skipwise(["eval"], tmp_path / "log", 60)
+    assert code == 2 and gib > 0.01 and 0 <= busy < 60 and (tmp_path / "log").read_text() == "eval"
 
 
 def test_the_table_has_a_column_for_each_task_and_length_and_says_what_was_not_run():
@@ -150,13 +150,15 @@ def test_the_table_has_a_column_for_each_task_and_length_and_says_what_was_not_r
     rows = [row("perplexity", 128, 7.25, "perplexity"), row("next-passage", None, 0.75, "acc")]
     rows += [row("passkey", 128, v, depth=d) for v, d in ((1.0, 0.1), (0.5, 0.9))]
     rows = [{**one, "chat": False} for one in rows] + [{**row("passkey", 128, 0.25), "chat": True}]
-    arm = {"arm": "base", "rows": rows, "seconds and GiB": {"train": [90.4, 1.25]}}
+    arm = {"arm": "base", "rows": rows, "costs": {"train": [90.4, 1.25, 170.2]}}
     left = {"defaults: train": "about 60 minutes"}
-    text = run.table({"model": "m", "arms": [arm], "not run": left})
+    figures = {"model": "m", "arms": [arm], "scale": {"name": "gpu"}, "not run": left}
+    assert "| training s |" in run.table(figures) and "| 90 |" in run.table(figures)
+    text = run.table({**figures, "scale": {"name": "cpu"}})
     head, _, base, chat, *_, last = text.splitlines()
-    names = "perplexity 128 | passkey 128 | next-passage | training s | GiB"
+    names = "perplexity 128 | passkey 128 | next-passage | processor s | GiB"
     assert head == f"| m | {names} |"
-    assert base == "| base | 7.25 | 75 % [41, 93] | 75 % [50, 100] | 90 | 1.2 |"
+    assert base == "| base | 7.25 | 75 % [41, 93] | 75 % [50, 100] | 170 | 1.2 |"
     assert chat == "| base, chat template | - | 25 % [50, 100] | - | - | - |"
     assert last == "not run: defaults: train (about 60 minutes)"
 
@@ -173,7 +175,7 @@ def test_ctrl_c_on_the_driver_waits_for_the_job_to_save(tmp_path, monkeypatch):
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        code, _, _ = run.run_skipwise(["extend"], tmp_path / "log", 30)
+        code, *_ = run.run_skipwise(["extend"], tmp_path / "log", 30)
     finally:
         signal.signal(signal.SIGINT, handler)
     assert code == 75 and (tmp_path / "saved").exists()

@@ -308,7 +308,7 @@ class Driver:
             return False
         folder = self.folder(arm)
         folder.mkdir(parents=True, exist_ok=True)
-        code, took, gib = run_skipwise(command, folder / f"{part}.log", left)
+        code, took, busy, gib = run_skipwise(command, folder / f"{part}.log", left)
         if code:
             last = (folder / f"{part}.log").read_text().strip().splitlines()
             self.left_out[name] = (
@@ -321,6 +321,7 @@ class Driver:
         row = {"arm": folder.name, "part": part}
         row |= {} if part == "train" else {"settings": self.settings(arm, part)}
         row |= {"operations": operations, "seconds": round(took, 1), "gib": round(gib, 2)}
+        row["processor seconds"] = round(busy, 1)  # the same on a busy machine, near enough
         with self.times.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"  {took:.0f} s, {gib:.1f} GiB", flush=True)
@@ -336,13 +337,14 @@ class Driver:
                 for row in json.loads(file.read_text()) if file.exists() else []:
                     row = {k: v for k, v in row.items() if k not in ("samples", "documents", "key")}
                     rows.append({**row, "model": arm.name, "chat": name == "eval-chat"})
+            keys = ("seconds", "gib", "processor seconds")
             costs = {
-                r["part"]: [r["seconds"], r["gib"]] for r in self.timed() if r["arm"] == folder.name
+                r["part"]: [r[key] for key in keys] for r in self.timed() if r["arm"] == folder.name
             }
             about = {"arm": arm.name, "key": self.key(arm), "target": arm.target, "keys": arm.keys}
             stored = folder / "run" / "run.json"
             scaling = json.loads(stored.read_text()).get("scaling") if stored.exists() else None
-            found.append({**about, "scaling": scaling, "seconds and GiB": costs, "rows": rows})
+            found.append({**about, "scaling": scaling, "costs": costs, "rows": rows})
         name = Path(self.model).name
         return {
             "model": name,
@@ -352,8 +354,8 @@ class Driver:
         }
 
 
-def run_skipwise(command: list[str], log: Path, seconds: float) -> tuple[int, float, float]:
-    """(exit code, seconds, peak GiB) of the command line in a process of its own.
+def run_skipwise(command: list[str], log: Path, seconds: float) -> tuple[int, float, float, float]:
+    """(exit code, seconds, processor seconds, peak GiB) of the command line in its own process.
 
     At the limit the process is asked to save and stop, as by Ctrl-C.
     """
@@ -387,7 +389,8 @@ def run_skipwise(command: list[str], log: Path, seconds: float) -> tuple[int, fl
         if done:
             code = os.waitstatus_to_exitcode(status)
             code = 75 if stopped else code
-            return code, now - started, usage.ru_maxrss / 2**20
+            busy = usage.ru_utime + usage.ru_stime
+            return code, now - started, busy, usage.ru_maxrss / 2**20
         if not stopped and now - started > seconds:
             os.kill(pid, signal.SIGINT)
             stopped = now
@@ -423,12 +426,12 @@ def table(figures: dict[str, Any]) -> str:
                     f"RULER {format_length(n)}": f"{100 * v:.0f} %" for n, v in one.averages.items()
                 }
                 cells["effective length"] = one.effective_short
-            costs = arm["seconds and GiB"]
+            costs = arm["costs"]
             if not chat and "train" in costs:
-                cells |= {
-                    "training s": f"{costs['train'][0]:.0f}",
-                    "GiB": f"{costs['train'][1]:.1f}",
-                }
+                wall, gib, busy = costs["train"]
+                gpu = figures["scale"]["name"] == "gpu"
+                cells["training s" if gpu else "processor s"] = f"{wall if gpu else busy:.0f}"
+                cells["GiB"] = f"{gib:.1f}"
             if cells:
                 lines.append((arm["arm"] + (", chat template" if chat else ""), cells))
                 columns += [key for key in cells if key not in columns]
