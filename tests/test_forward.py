@@ -115,3 +115,42 @@ def test_a_large_model_is_read_in_large_pieces():
     config = AutoConfig.for_model("llama")  # 7B
     stub = type("Stub", (), {"config": config, "dtype": torch.bfloat16})()
     assert prefill.prefill_chunk_size(stub, 131072) > 2000
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {}, True),
+        ("llama", {"num_key_value_heads": 8}, True),  # Llama 3 8B
+        ("llama", {"num_key_value_heads": 2}, False),  # a cache smaller than one MLP
+        ("llama", {"attn_implementation": "eager"}, False),
+        ("mistral", {"sliding_window": 4096}, False),
+        ("mistral", {"sliding_window": None}, True),
+        ("gemma3_text", {}, False),
+        ("mixtral", {"sliding_window": None}, False),
+        ("gpt_neox", {}, True),
+    ],
+)
+def test_a_long_context_goes_through_at_once_where_that_takes_less_than_its_cache(
+    family, changes, expected
+):
+    config = AutoConfig.for_model(family, **changes)
+    assert prefill._one_pass(config, 4096) is (changes.get("attn_implementation") != "eager")
+    assert prefill._one_pass(config, 32768) is expected
+
+
+@torch.inference_mode()
+def test_a_deep_narrow_model_is_read_at_once_beyond_the_piece(monkeypatch):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6}
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=2, num_key_value_heads=1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    monkeypatch.setattr(prefill, "PREFILL", 24)
+    prefill.reading(model)
+    ids, positions, seen = tokens(2, 90) % 64, torch.arange(60, 89), []
+    model.model.register_forward_pre_hook(
+        lambda module, given, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    have = prefill.logits_at(model, ids, positions)
+    assert seen == [89]
+    assert torch.allclose(have, plain(model, ids, positions), atol=2e-5)

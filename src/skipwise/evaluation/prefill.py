@@ -162,8 +162,8 @@ def logits_in_slices(
         )
         return
     piece = prefill_chunk_size(model, before + end, rows)
-    if before == 0 and end <= PREFILL and not _is_eager(model.config):
-        piece = end  # without a cache attention is purely causal and needs no mask
+    if before == 0 and _one_pass(model.config, end):
+        piece = end
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     most = max(1, _LOGITS // (rows * vocabulary))
     whole = end <= piece and len(positions) <= most
@@ -218,6 +218,30 @@ def prefill_chunk_size(model: Any, total: int, rows: int = 1) -> int:
         pair += 2 * heads * max(4, itemsize)
     room = max(_LEAST_MASK, cache // 20)
     return min(PREFILL, max(_LEAST_PIECE, room // (pair * max(1, total) * rows)))
+
+
+def _one_pass(config: Any, tokens: int) -> bool:
+    """Whether a whole context goes through at once: without a cache attention needs no mask.
+
+    That is faster, and beyond `PREFILL` tokens done where the widest part of a layer (three of the
+    MLP's activations and three of the hidden states) takes no more memory than the cache would.
+    """
+    if _is_eager(config):
+        return False
+    if tokens <= PREFILL:
+        return True
+    text = config.get_text_config(decoder=True)
+    known = text.to_dict()
+    types = set(known.get("layer_types") or ())
+    sliding = types - {"full_attention"} if types else known.get("sliding_window")
+    if sliding or any("experts" in key and value for key, value in known.items()):
+        return False
+    heads, layers = known.get("num_attention_heads"), known.get("num_hidden_layers")
+    hidden, inner = known.get("hidden_size"), known.get("intermediate_size")
+    if not (heads and layers and hidden and inner):
+        return False
+    width = known.get("head_dim") or hidden // heads
+    return 3 * (inner + hidden) <= 2 * layers * width * (known.get("num_key_value_heads") or heads)
 
 
 def _is_eager(config: Any) -> bool:
