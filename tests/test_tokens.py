@@ -23,6 +23,7 @@ from skipwise.data.shards import read_shards
 from skipwise.data.token_cache import TokenWriter
 from skipwise.data.tokenize import encode, tokenize_source
 from skipwise.errors import SkipwiseError
+from skipwise.models.separator import own_separator
 from skipwise.pipeline.quickstart import MODEL
 
 # Small shards and a progress file for each, so that a small corpus is interrupted many times.
@@ -164,6 +165,44 @@ def test_pieces_and_batches_of_any_size_give_the_same_tokens(tmp_path, monkeypat
         for i, text in enumerate(texts):
             # this tokenizer merges nothing over a line end, so cuts there leave no trace
             assert store.document(i).tolist() == tokenizer(text, verbose=False)["input_ids"]
+
+
+@pytest.mark.parametrize("special_tokens", ["control", "text"])
+def test_the_ids_are_those_of_the_tokenizer_whatever_it_was_used_for_before(
+    tmp_path, special_tokens
+):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    spelled = tokenizer.all_special_tokens[0]
+    texts = [
+        "one line",
+        f"a {spelled} in it{spelled}",
+        "x" * 300,
+        "\u00e9\u4e2d",
+        spelled,
+        " a  b ",
+    ]
+    wanted = AutoTokenizer.from_pretrained(MODEL)(
+        texts, add_special_tokens=False, split_special_tokens=special_tokens == "text"
+    )["input_ids"]
+    assert wanted[4] == [tokenizer.convert_tokens_to_ids(spelled)] or special_tokens == "text"
+    tokenizer(texts, truncation=True, max_length=2)
+    tokenizer(texts, padding=True, split_special_tokens=special_tokens != "text")
+    assert [encode(tokenizer, x, special_tokens=special_tokens) for x in texts] == [
+        own_separator(tokenizer).document(np.array(ids)).tolist() for ids in wanted
+    ]
+
+
+def test_a_tokenizer_that_reads_text_in_its_own_way_is_asked(monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+
+    class Shouting(type(tokenizer)):
+        def __call__(self, text, **options):
+            return super().__call__([one.upper() for one in text], **options)
+
+    expected = encode(tokenizer, "SOME TEXT")
+    assert encode(tokenizer, "some text") != expected
+    tokenizer.__class__ = Shouting
+    assert encode(tokenizer, "some text") == expected
 
 
 def test_the_special_token_of_a_start_stands_only_at_the_start_of_a_text_cut_in_pieces(

@@ -306,17 +306,20 @@ def _encode_shard(encoder: _Encoder, shard: Shard) -> _EncodedShard:
     dtype, separator = _dtype(encoder.tokenizer), encoder.separator
     special = special_ids(encoder.tokenizer)
     chat = [spans_of(tokens) for tokens in documents]
-    ids = [np.asarray(tokens, dtype) for tokens in documents]
-    of_text = [tokens for tokens, spans in zip(ids, chat, strict=True) if spans is None]
-    spelled = int(np.isin(np.concatenate([np.zeros(0, dtype), *of_text]), special).sum())
+    of_text = [tokens for tokens, spans in zip(documents, chat, strict=True) if spans is None]
+    spelled = int(np.isin(_joined(of_text, dtype), special).sum())
     around = len(of_text) * int(np.isin(separator.begin + separator.end, special).sum())
     return _EncodedShard(
-        tokens=np.concatenate([np.zeros(0, dtype), *ids]),
-        lengths=np.array([len(tokens) for tokens in ids], np.int64),
+        tokens=_joined(documents, dtype),
+        lengths=np.array([len(tokens) for tokens in documents], np.int64),
         bad=bad,
         num_special=spelled - around,
         chat=chat,
     )
+
+
+def _joined(documents: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return np.concatenate(documents).astype(dtype) if documents else np.zeros(0, dtype)
 
 
 def _encode_batch(encoder: _Encoder, texts: list[str]) -> list[np.ndarray]:
@@ -326,28 +329,52 @@ def _encode_batch(encoder: _Encoder, texts: list[str]) -> list[np.ndarray]:
     if encoder.special_tokens == "text":
         options["split_special_tokens"] = True
     ids = _ids(encoder.tokenizer, list(itertools.chain(*split)), **options)
-    joined = [np.concatenate(list(itertools.islice(ids, len(pieces)))) for pieces in split]
+    joined = (np.concatenate(list(itertools.islice(ids, len(pieces)))) for pieces in split)
+    joined = joined if len(split) < sum(map(len, split)) else ids  # most texts are one piece
     return [encoder.separator.document(text) for text in joined]
 
 
 def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarray]:
     """The ids of each piece, from large but bounded calls of the tokenizer."""
+    options["verbose"] = False
+    backend = _whole_backend(tokenizer)
+    if backend is not None:
+        tokenizer("a", **options)  # truncation, padding and control tokens of the backend
     begin = size = 0
     for i, piece in enumerate(pieces):
         size += len(piece)
         if size >= _BATCH or i + 1 == len(pieces):
-            for ids in tokenizer(pieces[begin : i + 1], verbose=False, **options)["input_ids"]:
-                yield np.asarray(ids, np.uint32)
+            texts = pieces[begin : i + 1]
+            if backend is not None:
+                ids = [x.ids for x in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            else:
+                ids = tokenizer(texts, **options)["input_ids"]
+            flat = np.fromiter(itertools.chain.from_iterable(ids), np.uint32)
+            yield from np.split(flat, np.cumsum([len(one) for one in ids])[:-1])
             begin, size = i + 1, 0
 
 
-def _split(text: str) -> list[str]:
+def _whole_backend(tokenizer: Any) -> Any:
+    """The Rust tokenizer, if the class adds nothing to it but the making of lists and masks.
+
+    Those are dearer than the ids of a short text.
+    """
+    from transformers import PreTrainedTokenizerFast as Plain
+
+    names = ("__call__", "_encode_plus", "_batch_encode_plus")
+    same = all(getattr(type(tokenizer), n, None) is getattr(Plain, n, None) for n in names)
+    return tokenizer.backend_tokenizer if same else None
+
+
+def _split(text: str) -> tuple[str, ...]:
+    if len(text) <= _PIECE:
+        return (text,)
     pieces, start = [], 0
     while len(text) - start > _PIECE:
         end = text.rfind("\n", start + _PIECE // 2, start + _PIECE) + 1 or start + _PIECE
         pieces.append(text[start:end])
         start = end
-    return [*pieces, text[start:]]
+    return (*pieces, text[start:])
 
 
 def _dtype(tokenizer: Any) -> np.dtype:

@@ -27,12 +27,12 @@ class Separator:
 
     def document(self, text: np.ndarray) -> np.ndarray:
         """The tokens of a document; a beginning or end that its text has already is not added."""
-        begin, end = (np.asarray(ids, text.dtype) for ids in (self.begin, self.end))
-        if np.array_equal(text[: len(begin)], begin):
-            begin = begin[:0]
-        if np.array_equal(text[max(0, len(text) - len(end)) :], end):
-            end = end[:0]
-        return np.concatenate([begin, text, end])
+        first, last = text[: len(self.begin)], text[max(0, len(text) - len(self.end)) :]
+        begin = () if tuple(first.tolist()) == self.begin else self.begin
+        end = () if tuple(last.tolist()) == self.end else self.end
+        if not begin and not end:
+            return text
+        return np.concatenate([np.array(begin, text.dtype), text, np.array(end, text.dtype)])
 
 
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
