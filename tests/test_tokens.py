@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from skipwise.data import tokenize
+from skipwise.data import readers, tokenize
 from skipwise.data.readers import parse_sources
 from skipwise.data.shards import read_shards
 from skipwise.data.token_cache import TokenWriter
@@ -529,3 +529,21 @@ def test_where_no_terminal_is_progress_is_a_line_now_and_then(
     shares = [int(line.split(": ")[1].split("%")[0]) for line in lines]
     assert len(shares) >= 5 and shares == sorted(shares) and shares[-1] <= 100
     assert all(" left" in line for line in lines)
+
+
+def test_a_file_is_known_by_where_it_is_whatever_leads_there(tmp_path):
+    real, links = tmp_path / "real", tmp_path / "links"
+    (real / "inner").mkdir(parents=True)
+    links.mkdir()
+    for path in (real / "a.txt", real / "inner" / "b.txt"):
+        path.write_text("some text")
+    (links / "c.txt").symlink_to(real / "a.txt")
+    (links / "folder").symlink_to(real / "inner")
+    (links / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (tmp_path / "door").symlink_to(links)
+    _, found, *_ = readers.fingerprint_fields(source_of(tmp_path / "door"))
+    stats = {path: path.stat() for path in (real / "a.txt", real / "inner" / "b.txt")}
+    expected = {(str(p.resolve()), s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+    gone = (links / "gone.txt").lstat()
+    expected.add((str(tmp_path.resolve() / "nowhere.txt"), gone.st_size, gone.st_mtime_ns))
+    assert set(found) == expected and len(found) == 3

@@ -167,8 +167,21 @@ def fingerprint_fields(source: Source) -> list[Any]:
     common = [_READING, source.text_field, source.max_tokens]
     if not source.is_local:
         return ["hub", source.path, source.config, source.split, source.revision, *common]
-    stats = [(p.resolve(), p.stat() if p.exists() else p.lstat()) for p in list_files(source)]
-    return ["local", [(str(p), s.st_size, s.st_mtime_ns) for p, s in stats], *common]
+    folders: dict[str, str] = {}  # each is resolved once, not with every file in it
+    return ["local", [_identity(str(p), folders) for p in list_files(source)], *common]
+
+
+def _identity(path: str, folders: dict[str, str]) -> tuple[str, int, int]:
+    """(path without links, bytes, time of change) of a file, or of a link to nothing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        found = os.lstat(path)
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    where = os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)
+    return where, found.st_size, found.st_mtime_ns
 
 
 def check_sizes(files: list[Path], sizes: list[int]) -> None:
