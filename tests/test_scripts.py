@@ -33,6 +33,7 @@ SMALLEST = {
     "benchmarks/loss_memory.py": ("--smoke", "loss_memory"),
     "benchmarks/old_transformers.py": ("--smoke", "old_transformers"),
     "benchmarks/plan_accuracy.py": ("--smoke", "plan_accuracy"),
+    "benchmarks/short_documents.py": ("--smoke", "short_documents"),
     "benchmarks/step_overhead.py": ("--smoke", "step_overhead"),
     "benchmarks/torture.py": ("--smoke", "torture"),
     "research/gpu/method_cost.py": ("--smoke", "method_cost"),
