@@ -267,6 +267,22 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(recipe_file, tmp_p
     assert steps == list(range(1, 121)) and weights(out, 120)
 
 
+@pytest.mark.extended
+def test_a_process_that_does_not_answer_ends_the_others_in_lines(recipe_file, tmp_path):
+    """As behind a network that is gone: it is there, and says nothing."""
+    out, options = tmp_path / "run", ("--gpus", 2, *LONG)
+    process = start("train", recipe_file, "--out", out, *options, "trainer.ddp_timeout=10")
+    wait_for(lambda: len(losses(out)) >= 22, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGSTOP)
+    _, err = process.communicate(timeout=90)
+    said = err[err.rindex("another rank does not answer") :]
+    assert process.returncode == 2 and "goes on from checkpoint-" in said, err
+    assert "Traceback" not in err and "process 0 of 2 failed" in said
+    skipwise("train", out, "--gpus", 2)
+    assert [m["step"] for m in read_metrics(RunFolder(out))] == list(range(1, 121))
+
+
 def make(engine, **tree):
     return parse_recipe({"model": "m", "target_length": 256, "engine": engine, **tree})
 

@@ -52,6 +52,10 @@ def test_each_step_down_the_ladder_is_another_setting(run):
 
 KNOWN = [
     ("Watchdog caught collective operation timeout: NCCL", "ddp_timeout"),
+    ("Timed out waiting 15000ms for recv operation to complete", "step 0 (no checkpoint yet)"),
+    ("Application timeout caused pair closure", "one hangs or is out of reach"),
+    ("Connection closed by peer [127.0.0.1]:40000", "the first error of the other ranks"),
+    ("writev [127.0.0.1]:40000: Broken pipe", "see the first error"),
     ("The server socket has failed to listen: Address already in use", "MASTER_PORT"),
     ("NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled system error", "NCCL_DEBUG=INFO"),
     ("CUDA error: device-side assert triggered", "CUDA_LAUNCH_BLOCKING=1"),

@@ -23,10 +23,11 @@ from skipwise.training.checkpoints import resume_point
 
 _KNOWN = (  # (regex, meaning, fix)
     (
-        r"nccl.*(timeout|timed out)|watchdog.*timeout|timed out waiting for|socket timeout"
-        r"|connection (closed|reset) by peer",
-        "timed out waiting for another rank",
-        "see the first error of the other ranks; if there is none, set trainer.ddp_timeout=7200",
+        r"nccl.*(timeout|timed out)|watchdog.*timeout|timed out waiting|(socket|read) timeout"
+        r"|application timeout|connection (closed|reset) by peer|writev.*broken pipe",
+        "another rank does not answer",
+        "see the first error of the other ranks; if there is none, one hangs or is out of reach: "
+        "the same command goes on from {resume}; set trainer.ddp_timeout=7200 to wait longer",
     ),
     (
         r"address already in use|eaddrinuse",
@@ -87,6 +88,7 @@ def explain_error(error: BaseException, recipe: Recipe, run: RunFolder) -> Skipw
     for pattern, meaning, fix in _KNOWN:
         if re.search(pattern, text, re.IGNORECASE):
             line = _matching_line(str(error), pattern)
+            fix = fix.format(resume=resume_point(run))
             return SkipwiseError(f"{meaning} ({line})\n{fix}")
     return system_error(error)
 
