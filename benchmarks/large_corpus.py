@@ -96,7 +96,7 @@ def measure(folder, cache, num_proc, examples):
                 num_held_out="auto",
             )
         )
-        _, figures["count_copies"] = stage(lambda: corpus.count_copies(corpus.held_out))
+        _, figures["count_leaks"] = stage(lambda: corpus.count_leaks(corpus.held_out))
 
         def read():
             sampler = PoSE(train_length=L, target_length=T)

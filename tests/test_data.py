@@ -248,7 +248,7 @@ def test_documents_that_share_a_licence_and_differ_later_are_held_out_and_traine
     corpus = corpus_of(text_store(documents), num_held_out="auto")
     assert len(corpus.held_out) == min(16, num_documents // 5)
     assert corpus.num_documents == num_documents - len(corpus.held_out)
-    assert corpus.count_overlaps(corpus.held_out) == (0, 0)
+    assert overlaps(corpus, corpus.held_out) == (0, 0)
 
 
 def test_copies_and_overlapping_documents_of_evaluation_text_are_not_trained_on():
@@ -282,8 +282,8 @@ def test_a_document_shared_at_least_576_tokens_at_any_place_is_found():
     for place in (0, 1, 63, 511, 2000, 5000):
         documents = [np.insert(other, place, book[300 : 300 + 576]), book[:64], other]
         corpus = corpus_of(text_store(documents))
-        assert corpus.count_overlaps([book]) == (1, 1)  # the short one is part of the book
-        assert corpus.count_overlaps([other]) == (2, 0)
+        assert overlaps(corpus, [book]) == (1, 1)  # the short one is part of the book
+        assert overlaps(corpus, [other]) == (2, 0)
 
 
 def test_what_is_no_evaluation_text_says_its_true_reason():
@@ -368,29 +368,39 @@ def test_held_out_documents_do_not_depend_on_their_order():
     assert held[0] == held[1] and len(held[0]) == 16
 
 
+def overlaps(corpus, documents):
+    """How many documents are copies of one of these, and how many share a passage with one."""
+    same, near, others = corpus.count_leaks(documents)
+    return same + near, others
+
+
+def copies(corpus, documents):
+    return overlaps(corpus, documents)[0]
+
+
 def test_a_copy_is_told_by_most_of_a_document():
     long = np.arange(1000)
     store = store_of(1000, 700, 512, 511, 30)
     corpus = corpus_of(store)
-    assert corpus.count_copies([]) == 0
-    assert corpus.count_copies([long]) == 1
-    assert corpus.count_copies([np.concatenate([long[:600], 9000 + long[:400]])]) == 1
-    assert corpus.count_overlaps([np.concatenate([long[:300], 9000 + long[:700]])]) == (0, 1)
+    assert copies(corpus, []) == 0
+    assert copies(corpus, [long]) == 1
+    assert copies(corpus, [np.concatenate([long[:600], 9000 + long[:400]])]) == 1
+    assert overlaps(corpus, [np.concatenate([long[:300], 9000 + long[:700]])]) == (0, 1)
     short = 4000 + np.arange(30)
-    assert corpus.count_copies([short.astype(np.uint16)]) == 1
-    assert corpus.count_copies([short[:29], np.append(short, 1)]) == 0
+    assert copies(corpus, [short.astype(np.uint16)]) == 1
+    assert copies(corpus, [short[:29], np.append(short, 1)]) == 0
     swapped = short[[1, 0, *range(2, 30)]]
-    assert corpus.count_copies([swapped]) == 0
-    assert corpus.count_copies([short, long, short]) == 2
+    assert copies(corpus, [swapped]) == 0
+    assert copies(corpus, [short, long, short]) == 2
 
 
 def test_documents_are_compared_in_parts_where_they_are_many(monkeypatch):
     corpus = corpus_of(store_of(*[300] * 40))
     documents = [1000 * i + np.arange(300) for i in range(0, 40, 3)]
-    whole = corpus.count_overlaps(documents)
+    whole = overlaps(corpus, documents)
     monkeypatch.setattr("skipwise.data.corpus._TOKENS", 500)
     monkeypatch.setattr("skipwise.data.corpus._ROWS", 7)
-    assert corpus.count_overlaps(documents) == whole == (14, 0)
+    assert overlaps(corpus, documents) == whole == (14, 0)
     assert len(corpus_of(store_of(*[300] * 40), num_held_out=4).held_out) == 4
 
 

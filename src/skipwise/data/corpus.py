@@ -134,32 +134,19 @@ class Corpus:
         store = self.stores[int(self.store_ids[group][row])]
         return store.read(start, start + int(self.lengths[group][row]))
 
-    def count_copies(self, documents: list[np.ndarray]) -> int:
-        """How many documents share most of their text with one of these."""
-        return self.count_overlaps(documents)[0]
-
-    def count_overlaps(self, documents: list[np.ndarray]) -> tuple[int, int]:
-        """How many documents are copies of one of these, and how many share a passage with one."""
-        copies, others, _ = self._overlaps(documents)
-        return len(copies), len(others)
-
     def count_leaks(self, documents: list[np.ndarray]) -> tuple[int, int, int]:
         """How many documents are one of these, share most of their text, or share a passage.
 
         The first share most of their text, and begin with the same 512 tokens.
         """
-        copies, others, table = self._overlaps(documents)
-        begins = {_begin(tokens) for tokens in documents}
-        same = sum(_begin(table.read(row)) in begins for row in copies)
-        return same, len(copies) - same, len(others)
-
-    def _overlaps(self, documents: list[np.ndarray]) -> tuple[set[int], set[int], _Table]:
-        """Rows of copies, other rows that share a passage, and the table of the rows."""
         columns = map(np.concatenate, (self.store_ids, self.starts, self.lengths))
         table = _Table(self.stores, *columns)
         found = table.overlaps(documents)
         copies = {int(row) for rows, _ in found for row in rows}
-        return copies, {int(row) for _, rows in found for row in rows} - copies, table
+        others = {int(row) for _, rows in found for row in rows} - copies
+        begins = {_begin(tokens) for tokens in documents}
+        same = sum(_begin(table.read(row)) in begins for row in copies)
+        return same, len(copies) - same, len(others)
 
 
 def build_corpus(
