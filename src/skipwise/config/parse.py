@@ -278,7 +278,7 @@ def _build(cls: type, tree: Any, where: str) -> Any:
     """Make a dataclass from a mapping; unknown keys and wrong types are errors."""
     if not isinstance(tree, dict):
         raise SkipwiseError(f"{where or 'the recipe'} is {shown(tree)}: it must map keys to values")
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     unknown = [key for key in tree if key not in hints]
     if unknown:
         key = unknown[0] if isinstance(unknown[0], str) else shown(unknown[0])
@@ -297,6 +297,10 @@ def _build(cls: type, tree: Any, where: str) -> Any:
 
 
 @cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:

@@ -110,7 +110,9 @@ def _cost(run: dict[str, Any]) -> str:
         ("Full length, as many tokens", tokens, tokens * (T + 1) // 2),
     )
     counts = [(n, short_count(t) if t >= 1e8 else f"{t:,}", pairs) for n, t, pairs in lines]
-    cells = [[n, t, short_count(p), f"{_ratio(p / lines[0][2])}×"] for n, t, p in counts]
+    ratios = [p / lines[0][2] for *_, p in counts]
+    shown = [f"{ratio:,.0f}×" if ratio >= 100 else f"{ratio:.3g}×" for ratio in ratios]
+    cells = [[n, t, short_count(p), one] for (n, t, p), one in zip(counts, shown, strict=True)]
     said = [f"{_spent(training, num * L)}."]
     if long:
         share = percent(finish["share"])
@@ -219,10 +221,6 @@ def training_tiles(run: dict[str, Any]) -> list[tuple[str, str]]:
     if training.get("peak_memory_gib"):
         tiles.append((f"{training['peak_memory_gib']:.2f} GiB", "peak memory of training"))
     return tiles
-
-
-def _ratio(ratio: float) -> str:
-    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
 def _untrained(run: dict[str, Any]) -> str:
