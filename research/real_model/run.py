@@ -463,6 +463,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--tasks", nargs="+", choices=TIERS, default=list(TIERS))
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
+    parser.add_argument("--figure", type=Path, help="draw perplexity by context, of four arms")
     args = parser.parse_args()
     scale = SCALES["smoke" if args.smoke else "gpu" if args.gpu else "cpu"]
     minutes = args.minutes or (8 if args.gpu else 60 * args.hours)
@@ -494,6 +495,13 @@ def main() -> None:
     figures = driver.figures(arms_of(scale))
     write_result("real_model", figures, folder=SMOKE if args.smoke else RESULTS, show=False)
     print(table(figures))
+    if args.figure:
+        from skipwise.report.figures.curves import plot_perplexity
+
+        rows = [row for arm in figures["arms"] for row in arm["rows"] if not row["chat"]]
+        drawn = plot_perplexity(rows, max(n for n in scale.lengths if n < scale.targets[0]))
+        if drawn is not None:
+            drawn.savefig(args.figure, dpi=110)
     if args.smoke and driver.left_out:
         sys.exit(f"error: {driver.left_out}")
 
