@@ -43,7 +43,7 @@ study: $(STAMP) # hours on two cores; type it again to go on
 	$(BIN)/python research/study/efficiency.py
 	$(BIN)/python research/study/figures.py
 
-study-smoke: $(STAMP) # six minutes on two cores: every table in small, into runs/study-smoke
+study-smoke: $(STAMP) # six minutes on two cores: every group of settings in small, into runs/study-smoke
 	$(BIN)/python research/study/run.py --smoke
 
 real-model: $(STAMP) # three hours on two cores; type it again to go on

@@ -24,19 +24,16 @@ from skipwise.pose.samplers import PoSE  # noqa: E402
 
 def test_the_page_shows_the_newest_results():
     page = figures.PAGE.read_text(encoding="utf-8")
-    assert figures.filled(page) == page
-    for name in figures.tables():
-        assert page.count(f"<!-- {name} -->") == 1
+    assert figures.filled(page, figures.main_table(Rows())) == page
 
 
-def test_a_table_is_filled_alone_and_a_missing_one_is_an_error(monkeypatch):
-    monkeypatch.setattr(figures, "tables", lambda: {"a": "| 1 |", "b": "| 2 |"})
-    page = "x\n<!-- a -->\n<!-- end -->\n\n## kept\n\n<!-- b -->\nold\n<!-- end -->\ny\n"
-    once = figures.filled(page)
-    assert "## kept" in once and "| 1 |" in once and "| 2 |" in once and "old" not in once
-    assert figures.filled(once) == once
-    with pytest.raises(AssertionError, match="blocks for b"):
-        figures.filled("<!-- a -->\n<!-- end -->\n")
+def test_the_table_is_filled_alone_and_a_missing_one_is_an_error():
+    page = "x\n<!-- table -->\nold\n<!-- end -->\n\n## kept\n"
+    once = figures.filled(page, "| 1 |")
+    assert once == "x\n<!-- table -->\n\n| 1 |\n\n<!-- end -->\n\n## kept\n"
+    assert figures.filled(once, "| 1 |") == once
+    with pytest.raises(AssertionError, match="0 blocks"):
+        figures.filled("x\n<!-- end -->\n", "| 1 |")
 
 
 def test_the_plan_expects_what_the_study_measured():

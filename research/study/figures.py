@@ -1,8 +1,8 @@
-"""Write the study's tables and plots, from the newest results, into README.md and figures/.
+"""Write the study's table and plots, from the newest results, into README.md and figures/.
 
 python research/study/figures.py [--check]
 
-A table replaces the text between `<!-- NAME -->` and `<!-- end -->`. With --check the plots are
+The table replaces the text between `<!-- table -->` and `<!-- end -->`. With --check the plots are
 drawn in a scratch folder, and a page that would change or a plot too many or too few is an error.
 """
 
@@ -16,38 +16,84 @@ from pathlib import Path
 
 from plots import write_plots
 from rows import Rows
-from tables import tables
+from settings import DISTILLED, FULL, NONE, OURS, PAPER, TARGETS, L, Setting, at, made
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
+NOT_MEASURED = "not measured"
+BLOCK = re.compile(r"<!-- table -->\n((?!<!-- ).*\n)*<!-- end -->")
+HEAD = (
+    "| f | paper, YaRN | at its best rate | without distillation | defaults | full length | "
+    "defaults over paper at its best | behind full length | "
+    "passkeys: paper, best rate, defaults, full | at 256: base, defaults |",
+    "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+)
 
 
-def filled(text: str) -> str:
-    """The page with every table's block filled again; a table without a block is an error."""
-    for name, new in tables().items():
-        block = re.compile(rf"<!-- {name} -->\n((?!<!-- ).*\n)*<!-- end -->")
-        text, count = block.subn(f"<!-- {name} -->\n\n{new}\n\n<!-- end -->", text)
-        assert count == 1, f"{count} blocks for {name}"
+def filled(text: str, table: str) -> str:
+    """The page with its table filled again; a page without the block is an error."""
+    text, count = BLOCK.subn(f"<!-- table -->\n\n{table}\n\n<!-- end -->", text)
+    assert count == 1, f"{count} blocks for the table"
     return text
+
+
+def main_table(rows: Rows) -> str:
+    """By f: the published settings, the defaults and full length at equal tokens."""
+    return "\n".join([*HEAD, *(_line(rows, T) for T in TARGETS)])
+
+
+def _line(rows: Rows, T: int) -> str:
+    paper, best, defaults, full = at(PAPER, T), _best_rate(rows, T), at(DISTILLED, T), at(FULL, T)
+    cells, values = [f"{T // L}"], []
+    for setting in (paper, best, at(OURS, T), defaults, full):
+        values.append(rows.mean(setting, T, tempered=_is_tempered(setting)))
+        cells.append(f"{_cell(rows, setting, 'perplexity', T)} ({len(rows.of(setting))})")
+    _, lowest, _, ours, longest = values
+    for other in (lowest, longest):
+        cells.append(f"{100 * (ours / other - 1):+.1f} %" if ours and other else NOT_MEASURED)
+    keys = [_cell(rows, setting, "passkey", T) for setting in (paper, best, defaults, full)]
+    base = at(made(NONE, rope_off=True), T)
+    short = [_cell(rows, setting, "perplexity", L) for setting in (base, defaults)]
+    return "| " + " | ".join([*cells, " / ".join(keys), " / ".join(short)]) + " |"
+
+
+def _is_tempered(setting: Setting) -> bool:
+    """The temperature is searched for our settings; others are shown as trained."""
+    return setting.strength > 0
+
+
+def _cell(rows: Rows, setting: Setting, task: str, length: int) -> str:
+    value = rows.mean(setting, length, task=task, tempered=_is_tempered(setting))
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:.2f}" if task == "perplexity" else f"{100 * value:.0f}"
+
+
+def _best_rate(rows: Rows, T: int) -> Setting:
+    """The published settings at the learning rate, of those tried, with the lowest perplexity."""
+    rates = {r["setting"]["learning_rate"] for r in rows.rows if r["setting"]["target"] == T}
+    tried = [at(PAPER, T, learning_rate=rate) for rate in sorted(rates)]
+    means = {s: mean for s in tried if (mean := rows.mean(s, T)) is not None}
+    return min(means, key=means.__getitem__, default=at(PAPER, T))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    old = PAGE.read_text(encoding="utf-8")
-    new = filled(old)
+    rows, old = Rows(), PAGE.read_text(encoding="utf-8")
+    new = filled(old, main_table(rows))
     if args.check:
-        sys.exit(", ".join(outdated(old, new)) or 0)
+        sys.exit(", ".join(outdated(rows, old, new)) or 0)
     PAGE.write_text(new, encoding="utf-8")
-    write_plots(Rows(), HERE / "figures")
+    write_plots(rows, HERE / "figures")
 
 
-def outdated(old: str, new: str) -> list[str]:
+def outdated(rows: Rows, old: str, new: str) -> list[str]:
     """What does not show the newest results: of a plot, that it is missing or was left behind."""
     found = [] if old == new else [f"{PAGE.name} does not show the newest results"]
     with tempfile.TemporaryDirectory() as scratch:
-        write_plots(Rows(), Path(scratch))
+        write_plots(rows, Path(scratch))
         drawn = {path.name for path in Path(scratch).iterdir()}
     shown = {path.name for path in (HERE / "figures").iterdir()}
     return found + [f"figures/{name} is not what plots.py draws" for name in sorted(drawn ^ shown)]

@@ -1,4 +1,4 @@
-"""The study's rows as they were measured, and lines of tables made of them."""
+"""The study's rows as they were measured, and their means over seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from settings import L, Setting
 
 RESULTS = Path(__file__).parents[1] / "results"
 WINDOWS = 64  # of the rows that are shown
-NOT_MEASURED = "not measured"
 
 
 def newest(name: str) -> dict[str, Any] | None:
@@ -38,32 +37,15 @@ class Rows:
         """Every row of a setting, those measured again among them."""
         return self.by_mark.get(_mark(dataclasses.asdict(setting)), [])
 
-    def line(self, name: str, setting: Setting, *, tempered: bool = False) -> str:
-        """A row of a table: seeds, perplexity and passkeys at every length."""
-        rows, lengths = self.of(setting), lengths_of(setting.target)
-        if not rows:
-            cells = [NOT_MEASURED, *[""] * (2 * len(lengths))]
-        else:
-            cells = [str(len(rows))]
-            for task in ("perplexity", "passkey"):
-                for length in lengths:
-                    values = [taken(r, tempered)[task].get(str(length)) for r in rows]
-                    cells.append(_shown(task, [v for v in values if v is not None]))
-        return f"| {name} | {' | '.join(cells)} |"
-
-    def both(self, setting: Setting, *, tempered: bool = True) -> list[str]:
-        """Perplexity at L and at T, passkeys at T; nothing where it was not measured."""
-        found = [taken(row, tempered) for row in self.of(setting)]
-        asked = (("perplexity", L), ("perplexity", setting.target), ("passkey", setting.target))
-        return [_shown(task, [one[task][str(n)] for one in found]) for task, n in asked]
-
-    def mean(self, setting: Setting, length: int, *, tempered: bool = False) -> float | None:
-        values = [taken(r, tempered)["perplexity"][str(length)] for r in self.of(setting)]
+    def mean(
+        self, setting: Setting, length: int, *, task: str = "perplexity", tempered: bool = False
+    ) -> float | None:
+        values = [taken(r, tempered)[task][str(length)] for r in self.of(setting)]
         return statistics.mean(values) if values else None
 
 
 def _mark(values: dict[str, Any]) -> str:
-    """What rows of one table line have in common: all of a setting but seed and questions."""
+    """What rows of one mean have in common: all of a setting but seed and questions."""
     kept = {k: v for k, v in values.items() if k not in ("seed", "tasks", "curve")}
     return json.dumps({**vars(Setting()), **kept}, sort_keys=True, default=str)
 
@@ -76,27 +58,8 @@ def taken(row: dict[str, Any], tempered: bool) -> dict[str, Any]:
     return row["tempered"] if tempered and "tempered" in row else row
 
 
-def _shown(task: str, values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = statistics.mean(values)
-    return f"{mean:.2f}" if task == "perplexity" else f"{100 * mean:.0f}"
-
-
 def lengths_of(target: int) -> list[int]:
     found = [L]
     while found[-1] < target:
         found.append(2 * found[-1])
     return found
-
-
-def head(first: str, target: int) -> list[str]:
-    lengths = [f"{n:,}" for n in lengths_of(target)]
-    passkeys = [f"key {n}" for n in lengths]
-    titles = [first, "seeds", *lengths, *passkeys]
-    return ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
-
-
-def table(rows: Rows, first: str, target: int, lines: list[tuple[str, Setting, bool]]) -> str:
-    made_lines = [rows.line(name, s, tempered=tempered) for name, s, tempered in lines]
-    return "\n".join([*head(first, target), *made_lines])

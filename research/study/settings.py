@@ -1,4 +1,4 @@
-"""What the study trains: settings, grouped into tables and wider sweeps.
+"""What the study trains: settings in groups, and wider sweeps.
 
 Letters: L = 256, the base's context; T = target; f = T / L; N = num_chunks
 """
