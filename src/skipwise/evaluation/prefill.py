@@ -162,7 +162,7 @@ def logits_in_slices(
         )
         return
     piece = prefill_chunk_size(model, before + end, rows)
-    if before == 0 and _one_pass(model.config, end):
+    if before == 0 and _one_pass(model, end):
         piece = end
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     most = max(1, _LOGITS // (rows * vocabulary))
@@ -220,21 +220,20 @@ def prefill_chunk_size(model: Any, total: int, rows: int = 1) -> int:
     return min(PREFILL, max(_LEAST_PIECE, room // (pair * max(1, total) * rows)))
 
 
-def _one_pass(config: Any, tokens: int) -> bool:
+def _one_pass(model: Any, tokens: int) -> bool:
     """Whether a whole context goes through at once: without a cache attention needs no mask.
 
     That is faster, and beyond `PREFILL` tokens done where the widest part of a layer (three of the
     MLP's activations and three of the hidden states) takes no more memory than the cache would.
+    Other devices than these may hold all scores of a head at once.
     """
-    if _is_eager(config):
-        return False
-    if tokens <= PREFILL:
-        return True
-    text = config.get_text_config(decoder=True)
-    known = text.to_dict()
+    if tokens <= PREFILL or _is_eager(model.config):
+        return not _is_eager(model.config)
+    known = model.config.get_text_config(decoder=True).to_dict()
     types = set(known.get("layer_types") or ())
     sliding = types - {"full_attention"} if types else known.get("sliding_window")
-    if sliding or any("experts" in key and value for key, value in known.items()):
+    sparse = any("experts" in key and value for key, value in known.items())
+    if sliding or sparse or model.device.type not in ("cpu", "cuda"):
         return False
     heads, layers = known.get("num_attention_heads"), known.get("num_hidden_layers")
     hidden, inner = known.get("hidden_size"), known.get("intermediate_size")
