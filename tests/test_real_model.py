@@ -147,7 +147,10 @@ def test_the_table_has_a_column_for_each_task_and_length_and_says_what_was_not_r
         common = {"model": "base", "task": task, "metric": metric, "context_length": length}
         return {**common, "value": value, "low": 0.5, "high": 1.0, "num_samples": 4, **more}
 
-    rows = [row("perplexity", 128, 7.25, "perplexity"), row("next-passage", None, 0.75, "acc")]
+    rows = [row("perplexity", 64, 1186.64, "perplexity")]
+    rows += [row("perplexity", 128, 7.25, "perplexity", **{"over base": [-2.91, -5.3, -0.5]})]
+    rows += [row("perplexity", 256, 7.5, "perplexity", **{"over base": [3.0, None, None]})]
+    rows += [row("next-passage", None, 0.75, "acc")]
     rows += [row("passkey", 128, v, depth=d) for v, d in ((1.0, 0.1), (0.5, 0.9))]
     rows = [{**one, "chat": False} for one in rows] + [{**row("passkey", 128, 0.25), "chat": True}]
     arm = {"arm": "base", "rows": rows, "costs": {"train": [90.4, 1.25, 170.2]}}
@@ -156,10 +159,13 @@ def test_the_table_has_a_column_for_each_task_and_length_and_says_what_was_not_r
     assert "| training s |" in run.table(figures) and "| 90 |" in run.table(figures)
     text = run.table({**figures, "scale": {"name": "cpu"}})
     head, _, base, chat, *_, last = text.splitlines()
-    names = "perplexity 128 | passkey 128 | next-passage | processor s | GiB"
-    assert head == f"| m | {names} |"
-    assert base == "| base | 7.25 | 75 % [41, 93] | 75 % [50, 100] | 170 | 1.2 |"
-    assert chat == "| base, chat template | - | 25 % [50, 100] | - | - | - |"
+    names = [f"perplexity {n}" for n in (64, 128, 256)]
+    names += ["passkey 128", "next-passage", "processor s", "GiB"]
+    assert head == f"| m | {' | '.join(names)} |"
+    cells = ["base", "1,186.64", "7.25 (-2.9 % [-5.3, -0.5])", "7.50 (+3.0 %)"]
+    cells += ["75 % [41, 93]", "75 % [50, 100]", "170", "1.2"]
+    assert base == f"| {' | '.join(cells)} |"
+    assert chat == "| base, chat template | - | - | - | 25 % [50, 100] | - | - | - |"
     assert last == "not run: defaults: train (about 60 minutes)"
 
 

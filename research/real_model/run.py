@@ -78,7 +78,7 @@ SCALES = {
         batch=8,
         learning_rate=1e-4,
         windows=6,
-        trials=20,
+        trials=10,
         ruler=5,
         questions=100,
         flops=1.2e11,
@@ -265,7 +265,7 @@ class Driver:
         """(operations, seconds) of a job: 2 N a token forward, 8 N in training, and attention."""
         from skipwise.report.rows import RULER_TASKS
 
-        n, width = self.size()
+        n, width, _ = self.size()
         s = self.scale
         if part == "train":
             tokens, length, passes = arm.tokens, arm.length, 4
@@ -285,14 +285,15 @@ class Driver:
         rate = sum(r["operations"] for r in same) / max(1e-9, sum(r["seconds"] for r in same))
         return operations, 20 + operations / (rate or s.flops)
 
-    def size(self) -> tuple[float, float]:
-        """(parameters, layers x width) of the model."""
+    def size(self) -> tuple[float, float, int]:
+        """(parameters, layers x width, window) of the model."""
         from skipwise.config.parse import parse_recipe
         from skipwise.planning.job import read_model
 
         tree = {"model": self.model, "target_length": 1 << 24}
-        _, a = read_model(parse_recipe(tree))
-        return float(a.num_parameters), float(a.num_layers * a.num_heads * a.head_dim)
+        info, a = read_model(parse_recipe(tree))
+        width = a.num_layers * a.num_heads * a.head_dim
+        return float(a.num_parameters), float(width), info.original_length
 
     def job(self, arm: Arm, part: str, command: list[str]) -> bool:
         """Whether the job is done, now or before."""
@@ -328,13 +329,24 @@ class Driver:
         return True
 
     def figures(self, arms: list[Arm]) -> dict[str, Any]:
-        """All rows and costs of the arms; what is not there says why."""
-        found = []
+        """All rows and costs of the arms; what is not there says why.
+
+        Perplexity has its paired difference to the base's, in percent: at the same context, or at
+        the base's window where the context is longer.
+        """
+        from skipwise.report.differences import difference
+
+        found, base, window = [], {}, self.size()[2]
         for arm in arms:
             folder, rows = self.folder(arm), []
             for name in ("eval", "eval-chat"):
                 file = folder / name / "results.json"
                 for row in json.loads(file.read_text()) if file.exists() else []:
+                    if row["metric"] == "perplexity":
+                        length = row["context_length"]
+                        base |= {} if arm.keys else {length: row}
+                        less = difference(row, base.get(min(length, window))) if arm.keys else None
+                        row["over base"] = less and [less.value, less.low, less.high]
                     row = {k: v for k, v in row.items() if k not in ("samples", "documents", "key")}
                     rows.append({**row, "model": arm.name, "chat": name == "eval-chat"})
             keys = ("seconds", "gib", "processor seconds")
@@ -417,7 +429,11 @@ def table(figures: dict[str, Any]) -> str:
                 if row["metric"] in ("bits_per_byte", "acc_norm") or value is None or is_ruler(row):
                     continue
                 share = row["task"] != "perplexity"
-                cell = f"{100 * value:.0f} %" if share else f"{value:.2f}"
+                cell = f"{100 * value:.0f} %" if share else f"{value:,.2f}"
+                if row.get("over base"):
+                    less, *bounds = row["over base"]
+                    band = "" if None in bounds else " [{:+.1f}, {:+.1f}]".format(*bounds)
+                    cell += f" ({less:+.1f} %{band})"
                 if share and row.get("low") is not None:
                     cell += f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
                 cells[f"{row['task']} {format_length(length) if length else ''}".strip()] = cell
@@ -499,7 +515,7 @@ def main() -> None:
         from skipwise.report.figures.curves import plot_perplexity
 
         rows = [row for arm in figures["arms"] for row in arm["rows"] if not row["chat"]]
-        drawn = plot_perplexity(rows, max(n for n in scale.lengths if n < scale.targets[0]))
+        drawn = plot_perplexity(rows, driver.size()[2])
         if drawn is not None:
             drawn.savefig(args.figure, dpi=110)
     if args.smoke and driver.left_out:
