@@ -33,9 +33,9 @@ def anchors(page):
     return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
 
 
-def snippet(index, model, books, out, **changes):
-    """A Python block of README.md with small lengths and folders of the test."""
-    code = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[index]
+def snippet(page, model, books, out, **changes):
+    """The first Python block of a page with small lengths and folders of the test."""
+    code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0]
     places = {"MODEL": repr(str(model)), "BOOKS": repr(str(books)), "OUT": repr(str(out))}
     for written, small in SMALL.items():
         code = code.replace(written, places.get(small, small))
@@ -73,19 +73,19 @@ def test_the_readme_is_a_front_page():
 
 def test_the_loop_of_the_readme_trains_the_scaled_model(tiny, books, tmp_path):
     names: dict[str, typing.Any] = {}
-    exec(snippet(0, tiny, books, tmp_path / "model"), names)
+    exec(snippet(README, tiny, books, tmp_path / "model"), names)
     assert names["k"] == 1 and names["loss"].isfinite()
     assert names["model"].config.rope_parameters["rope_type"] == "yarn"
     assert names["position_ids"].max() >= 64  # the base's window
     assert differing(names["model"], tiny)
 
 
-def test_the_trainer_of_the_readme_checks_trains_and_saves_the_scaled_model(
+def test_the_trainer_of_the_docs_checks_trains_and_saves_the_scaled_model(
     tiny, books, tmp_path, capsys
 ):
     out: Path = tmp_path / "model"
     names: dict[str, typing.Any] = {}
-    exec(snippet(1, tiny, books, out, max_steps=2), names)
+    exec(snippet(ROOT / "docs" / "training-loops.md", tiny, books, out, max_steps=2), names)
     said = capsys.readouterr().out
     assert "ok   chunks see each other" in said and "FAIL" not in said
     assert names["trainer"].state.global_step == 2

@@ -185,3 +185,18 @@ def test_ctrl_c_on_the_driver_waits_for_the_job_to_save(tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert code == 75 and (tmp_path / "saved").exists()
+
+
+def is_of_a_cpu(figures: dict[str, Any]) -> bool:
+    return figures["scale"]["name"] == "cpu"
+
+
+def test_the_page_and_the_readme_show_the_newest_results():
+    files = sorted((FOLDER / "results").glob("real_model_*.json"))
+    *_, figures = [x for x in map(json.loads, map(Path.read_text, files)) if is_of_a_cpu(x)]
+    table = run.table({**figures, "not run": {}})
+    root = FOLDER.parents[1]
+    assert table in (root / "docs" / "real-model.md").read_text(encoding="utf-8")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for line in table.splitlines()[2:]:
+        assert " | ".join(line.split(" | ")[1:4]) in readme, line

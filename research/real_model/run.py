@@ -350,9 +350,9 @@ class Driver:
                     row = {k: v for k, v in row.items() if k not in ("samples", "documents", "key")}
                     rows.append({**row, "model": arm.name, "chat": name == "eval-chat"})
             keys = ("seconds", "gib", "processor seconds")
-            costs = {
-                r["part"]: [r[key] for key in keys] for r in self.timed() if r["arm"] == folder.name
-            }
+            own = [row for row in self.timed() if row["arm"] == folder.name]
+            own.sort(key=lambda row: row["seconds"])  # a part that was read again took less
+            costs = {row["part"]: [row[key] for key in keys] for row in own}
             about = {"arm": arm.name, "key": self.key(arm), "target": arm.target, "keys": arm.keys}
             stored = folder / "run" / "run.json"
             scaling = json.loads(stored.read_text()).get("scaling") if stored.exists() else None
