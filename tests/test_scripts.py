@@ -41,7 +41,7 @@ SMALLEST = {
     "research/gpu/sharded_teacher.py": ("--smoke", "sharded_teacher"),
     "research/gpu/weighted_attention.py": ("--smoke", "weighted_attention"),
     "research/real_model/run.py": (
-        "--smoke --out {}/real_model --tasks perplexity chat next-passage --figure {}/a.svg",
+        "--smoke --out {0}/real_model --tasks perplexity chat next-passage --figure {0}/a.svg",
         "real_model",
     ),
     "research/study/compare.py": ("--smoke --out {}/compare", "compare_distillation_every"),
