@@ -79,7 +79,9 @@ class Chain:
 
     def complain(self, what, hit, code, said):
         end = " | ".join(said.strip().splitlines()[-4:])[-600:]
-        text = f"{self.kind}: {what} ({hit}, exit code {code}): {end}"
+        text = f"{self.kind}: {what} ({hit}, exit code {code}): {end}".replace(
+            f"{self.bench.folder}/", ""
+        )
         print(text, file=sys.stderr, flush=True)
         self.found["complaints"].append(text)
 

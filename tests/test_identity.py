@@ -12,6 +12,7 @@ from test_checkpoints import STEPS, make_recipe, train_into, weights
 
 from skipwise.config.parse import dump_recipe
 from skipwise.config.run_folder import RunFolder, open_run, write_text
+from skipwise.data import token_cache
 from skipwise.errors import SkipwiseError
 from skipwise.models.identity import base_identity, difference
 from skipwise.models.prepared import prepare_model
@@ -327,6 +328,18 @@ def test_a_damaged_token_store_is_made_again(store, name, harm, capsys):
     said = capsys.readouterr().err
     assert ("is damaged, and is made again" in said) == (name != "meta.json" or harm != "gone")
     assert store().tokens.tolist() == expected[0] and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["offsets.npy", "meta.json"])
+def test_a_store_that_is_damaged_between_its_check_and_its_use_is_told_in_a_line(store, name):
+    expected = store().tokens.tolist()
+    folder = Path(store().folder)
+    content = bytearray((folder / name).read_bytes())
+    content[20] = 0  # in the header
+    (folder / name).write_bytes(content)
+    with pytest.raises(SkipwiseError, match=r"is damaged: type the same command again"):
+        token_cache.open_store(folder)
+    assert store().tokens.tolist() == expected
 
 
 def test_a_store_whose_list_says_something_else_is_made_again(store, capsys):

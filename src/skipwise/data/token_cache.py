@@ -35,6 +35,7 @@ from skipwise.config.machine import is_main_process
 from skipwise.config.run_folder import write_json
 from skipwise.data.chat import ChatSpans
 from skipwise.data.shards import Cursor
+from skipwise.errors import SkipwiseError
 from skipwise.models.identity import digests, known_digests
 
 try:
@@ -106,8 +107,11 @@ class TokenStore:
 
 def open_store(folder: Path) -> TokenStore:
     """Memory-map a complete store."""
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+    except ValueError as error:  # since it was compared
+        raise SkipwiseError(f"{folder} is damaged: type the same command again") from error
     dtype = np.dtype(meta["dtype"])
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", dtype, "r") if offsets[-1] else np.zeros(0, dtype),

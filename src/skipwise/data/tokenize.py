@@ -355,10 +355,7 @@ def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarr
 
 
 def _whole_backend(tokenizer: Any) -> Any:
-    """The Rust tokenizer, if the class adds nothing to it but the making of lists and masks.
-
-    Those are dearer than the ids of a short text.
-    """
+    """The Rust tokenizer, if the class adds nothing to it but masks, dearer than a short text."""
     from transformers import PreTrainedTokenizerFast as Plain
 
     names = ("__call__", "_encode_plus", "_batch_encode_plus")
