@@ -34,7 +34,7 @@ test-gguf: $(STAMP) # builds llama.cpp once, about ten minutes on two cores
 	$(BIN)/python tools/fetch_converter.py
 	LLAMA_CPP_TESTS=1 $(BIN)/python -m pytest tests/test_gguf.py tests/test_gguf_llama_cpp.py
 
-torture: $(STAMP) # two hours on two cores: kills, full disks, damaged files; benchmarks/results/
+torture: $(STAMP) # about twenty minutes: kills, full disks, damaged files; benchmarks/results/
 	$(BIN)/python benchmarks/torture.py
 
 study: $(STAMP) # hours on two cores; type it again to go on
