@@ -77,6 +77,11 @@ def test_a_known_failure_says_what_to_type(run, words, mend):
     assert len(str(said).splitlines()) == 2
 
 
+def test_a_hub_that_is_slow_is_no_rank_that_does_not_answer(run):
+    error = RuntimeError("HTTPSConnectionPool: Read timed out. (read timeout=10)")
+    assert "another rank" not in str(explain_error(error, make(), run))
+
+
 def test_a_full_disk_says_where_it_goes_on(run):
     said = str(explain_error(OSError(errno.ENOSPC, "No space left on device"), make(), run))
     assert "is full" in said and "step 0 (no checkpoint yet)" in said

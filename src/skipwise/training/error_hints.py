@@ -23,7 +23,7 @@ from skipwise.training.checkpoints import resume_point
 
 _KNOWN = (  # (regex, meaning, fix)
     (
-        r"nccl.*(timeout|timed out)|watchdog.*timeout|timed out waiting|(socket|read) timeout"
+        r"nccl.*(timeout|timed out)|watchdog.*timeout|timed out waiting|socket timeout"
         r"|application timeout|connection (closed|reset) by peer|writev.*broken pipe",
         "another rank does not answer",
         "see the first error of the other ranks; if there is none, one hangs or is out of reach: "
