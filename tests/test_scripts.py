@@ -30,6 +30,7 @@ SMALLEST = {
     "benchmarks/input_pipeline.py": ("--smoke", "input_pipeline"),
     "benchmarks/kill_and_resume.py": ("--smoke", "kill_and_resume"),
     "benchmarks/large_corpus.py": ("--smoke", "large_corpus"),
+    "benchmarks/long_pass.py": ("--smoke", "long_pass"),
     "benchmarks/loss_memory.py": ("--smoke", "loss_memory"),
     "benchmarks/old_transformers.py": ("--smoke", "old_transformers"),
     "benchmarks/plan_accuracy.py": ("--smoke", "plan_accuracy"),
