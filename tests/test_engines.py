@@ -235,7 +235,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-LONG = ("training.num_steps=120", "training.save_steps=20")  # long enough to be stopped in
+LONG = ("training.num_steps=48", "training.save_steps=8")  # long enough to be stopped in
 
 
 @pytest.mark.extended
@@ -247,10 +247,10 @@ def test_a_signal_to_the_launcher_saves_in_every_process(recipe_file, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75 and "saved" in err, err
     stopped = last_checkpoint(RunFolder(out))
-    assert stopped is not None and int(stopped.name.split("-")[1]) < 120
+    assert stopped is not None and int(stopped.name.split("-")[1]) < 48
     skipwise("train", out)  # the recipe says fsdp2, so a process is started for it
     steps = [m["step"] for m in read_metrics(RunFolder(out))]
-    assert steps == list(range(1, 121)) and weights(out, 120)
+    assert steps == list(range(1, 49)) and weights(out, 48)
 
 
 @pytest.mark.extended
@@ -264,7 +264,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(recipe_file, tmp_p
     assert process.returncode == 2 and "was killed (signal 9)" in err and "--gpus" in err, err
     skipwise("train", out, "--gpus", 2)
     steps = [m["step"] for m in read_metrics(RunFolder(out))]
-    assert steps == list(range(1, 121)) and weights(out, 120)
+    assert steps == list(range(1, 49)) and weights(out, 48)
 
 
 @pytest.mark.extended
@@ -272,7 +272,7 @@ def test_a_process_that_does_not_answer_ends_the_others_in_lines(recipe_file, tm
     """As behind a network that is gone: it is there, and says nothing."""
     out, options = tmp_path / "run", ("--gpus", 2, *LONG)
     process = start("train", recipe_file, "--out", out, *options, "trainer.ddp_timeout=10")
-    wait_for(lambda: len(losses(out)) >= 22, process)
+    wait_for(lambda: len(losses(out)) >= 10, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGSTOP)
     _, err = process.communicate(timeout=90)
@@ -280,7 +280,7 @@ def test_a_process_that_does_not_answer_ends_the_others_in_lines(recipe_file, tm
     assert process.returncode == 2 and "goes on from checkpoint-" in said, err
     assert "Traceback" not in err and "process 0 of 2 failed" in said
     skipwise("train", out, "--gpus", 2)
-    assert [m["step"] for m in read_metrics(RunFolder(out))] == list(range(1, 121))
+    assert [m["step"] for m in read_metrics(RunFolder(out))] == list(range(1, 49))
 
 
 def make(engine, **tree):

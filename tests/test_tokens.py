@@ -23,7 +23,6 @@ from skipwise.data.shards import read_shards
 from skipwise.data.token_cache import TokenWriter
 from skipwise.data.tokenize import encode, tokenize_source
 from skipwise.errors import SkipwiseError
-from skipwise.models.separator import own_separator
 from skipwise.pipeline.quickstart import MODEL
 
 # Small shards and a progress file for each, so that a small corpus is interrupted many times.
@@ -154,70 +153,6 @@ def test_tokens_are_cached_until_the_text_or_the_tokenizer_changes(tmp_path):
     assert len(folders()) == 3
 
 
-def test_pieces_and_batches_of_any_size_give_the_same_tokens(tmp_path, monkeypatch, tokenizer):
-    texts = ["".join(f"line {i}\n" for i in range(n)) for n in (3, 50, 7, 1, 200)]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    for piece, batch in ((40, 1 << 22), (40, 60), (1 << 20, 1)):
-        monkeypatch.setattr(tokenize, "_PIECE", piece)
-        monkeypatch.setattr(tokenize, "_BATCH", batch)
-        cache = tmp_path / f"{piece}-{batch}"
-        store = tokenize_source(source_of(tmp_path / "x.jsonl"), tokenizer, cache=cache)
-        for i, text in enumerate(texts):
-            # this tokenizer merges nothing over a line end, so cuts there leave no trace
-            assert store.document(i).tolist() == tokenizer(text, verbose=False)["input_ids"]
-
-
-@pytest.mark.parametrize("special_tokens", ["control", "text"])
-def test_the_ids_are_those_of_the_tokenizer_whatever_it_was_used_for_before(
-    tmp_path, special_tokens
-):
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    spelled = tokenizer.all_special_tokens[0]
-    texts = [
-        "one line",
-        f"a {spelled} in it{spelled}",
-        "x" * 300,
-        "\u00e9\u4e2d",
-        spelled,
-        " a  b ",
-    ]
-    wanted = AutoTokenizer.from_pretrained(MODEL)(
-        texts, add_special_tokens=False, split_special_tokens=special_tokens == "text"
-    )["input_ids"]
-    assert wanted[4] == [tokenizer.convert_tokens_to_ids(spelled)] or special_tokens == "text"
-    tokenizer(texts, truncation=True, max_length=2)
-    tokenizer(texts, padding=True, split_special_tokens=special_tokens != "text")
-    assert [encode(tokenizer, x, special_tokens=special_tokens) for x in texts] == [
-        own_separator(tokenizer).document(np.array(ids)).tolist() for ids in wanted
-    ]
-
-
-def test_a_tokenizer_that_reads_text_in_its_own_way_is_asked(monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-
-    class Shouting(type(tokenizer)):
-        def __call__(self, text, **options):
-            return super().__call__([one.upper() for one in text], **options)
-
-    expected = encode(tokenizer, "SOME TEXT")
-    assert encode(tokenizer, "some text") != expected
-    tokenizer.__class__ = Shouting
-    assert encode(tokenizer, "some text") == expected
-
-
-def test_the_special_token_of_a_start_stands_only_at_the_start_of_a_text_cut_in_pieces(
-    monkeypatch, tokenizer
-):
-    class Starting:
-        def __call__(self, pieces, add_special_tokens=True, verbose=True):
-            ids = tokenizer(pieces, verbose=False)["input_ids"]
-            return {"input_ids": [[1, *i] if add_special_tokens else i for i in ids]}
-
-    monkeypatch.setattr(tokenize, "_PIECE", 40)
-    text = "".join(f"line {i}\n" for i in range(50))
-    assert encode(Starting(), text) == [1, *tokenizer(text, verbose=False)["input_ids"]]
-
-
 def test_processes_chunks_and_files_read_in_them_change_no_byte(
     tmp_path, small_chunks, mixed, tokenizer, monkeypatch
 ):
@@ -244,7 +179,7 @@ def test_wherever_it_is_interrupted_the_resumed_cache_is_the_uninterrupted_one(
     whole = files_of(tmp_path / "whole")
     total = len(list(read_shards(source)))
     assert total > 30
-    for after in range(total):
+    for after in sorted({1, total - 1, *range(0, total, 3)}):
         cache = tmp_path / f"cut{after}"
         with monkeypatch.context() as patch:
             interrupted(patch, after)
@@ -266,7 +201,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(
     cache = tmp_path / "killed"
     rng = random.Random(num_proc)
     reached = []
-    for _ in range(3):
+    for _ in range(2):
         wanted = num_saved(cache) + rng.randrange(20, store.num_documents // 4)
         process = start(tmp_path, mixed, cache, num_proc, 0.03)
         while num_saved(cache) < wanted and process.poll() is None:
@@ -275,7 +210,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(
         process.send_signal(signal.SIGKILL)
         process.wait()
         reached.append(num_saved(cache))
-    assert reached == sorted(reached) and reached[0] > 0 and reached[2] < store.num_documents
+    assert reached == sorted(reached) and reached[0] > 0 and reached[1] < store.num_documents
     assert start(tmp_path, mixed, cache, num_proc, 0).wait() == 0
     assert files_of(cache) == files_of(tmp_path / "whole")
     workers = {int(pid) for pid in (tmp_path / "killed.log").read_text().split()}

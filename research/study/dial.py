@@ -1,6 +1,6 @@
 """The training length M between PoSE and full length: what each M costs and gives at equal tokens.
 
-python research/study/dial.py [--targets 2048 --seeds 0] [--minutes 60]
+python research/study/dial.py [--targets 2048 --seeds 0] [--workers 2] [--minutes 60]
 python research/study/dial.py --evidence      writes what `skipwise plan` says of it; trains nothing
 
 M = L/2 .. T at f = 8 and 32: `dial` in settings.py. Each setting is trained and measured by run.py
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=int, help="only these T")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/dial"))
+    parser.add_argument("--workers", type=int, default=1, help="settings at a time")
     parser.add_argument("--minutes", type=float, default=1e9, help="start none after so long")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--trials", type=int, default=100)
@@ -58,22 +60,30 @@ def main() -> None:
         prepare(args.out, [L << i for i in range(3 if args.smoke else 6)], smoke=args.smoke)
     end, file = time.monotonic() + 60 * args.minutes, args.out / "rows.jsonl"
     done = {row["key"] for row in read_rows([file])}
-    for setting in settings:
-        left_out = args.targets and setting.target not in args.targets
-        if setting.key in done or left_out or (args.seeds and setting.seed not in args.seeds):
-            continue
-        job = setting, args.out, args.windows, args.trials, end
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            row = pool.apply(work, (job,))
-        if row is not None:
-            with file.open("a") as rows:
-                rows.write(json.dumps(row) + "\n")
-            print(summary(row), flush=True)
+    jobs = [
+        (setting, args.out, args.windows, args.trials, end)
+        for setting in settings
+        if setting.key not in done
+        and (not args.targets or setting.target in args.targets)
+        and (not args.seeds or setting.seed in args.seeds)
+    ]
+    with ThreadPool(args.workers) as threads:
+        for row in threads.imap_unordered(alone, jobs):
+            if row is not None:
+                with file.open("a") as rows:
+                    rows.write(json.dumps(row) + "\n")
+                print(summary(row), flush=True)
     wanted = {setting.key: setting for setting in settings}
     found = [line(row) for row in read_rows([file]) if row["key"] in wanted]
     figures = {"windows": args.windows, "trials": args.trials, "rows": found}
     write_result("study_dial", figures, folder=SMOKE if args.smoke else RESEARCH, show=False)
     print(f"{len(found)} of {len(wanted)} settings")
+
+
+def alone(job: Any) -> dict[str, Any] | None:
+    """A setting's row, from a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, (job,))
 
 
 def line(row: dict[str, Any]) -> dict[str, Any]:

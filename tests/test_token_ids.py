@@ -1,0 +1,83 @@
+"""Token ids are the tokenizer's own, whatever pieces and batches the text is cut in."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from skipwise.data import tokenize
+from skipwise.data.readers import parse_sources
+from skipwise.data.tokenize import encode, tokenize_source
+from skipwise.models.separator import own_separator
+from skipwise.pipeline.quickstart import MODEL
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def test_pieces_and_batches_of_any_size_give_the_same_tokens(tmp_path, monkeypatch, tokenizer):
+    texts = ["".join(f"line {i}\n" for i in range(n)) for n in (3, 50, 7, 1, 200)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (source,) = parse_sources([str(tmp_path / "x.jsonl")])
+    for piece, batch in ((40, 1 << 22), (40, 60), (1 << 20, 1)):
+        monkeypatch.setattr(tokenize, "_PIECE", piece)
+        monkeypatch.setattr(tokenize, "_BATCH", batch)
+        cache = tmp_path / f"{piece}-{batch}"
+        store = tokenize_source(source, tokenizer, cache=cache)
+        for i, text in enumerate(texts):
+            # this tokenizer merges nothing over a line end, so cuts there leave no trace
+            assert store.document(i).tolist() == tokenizer(text, verbose=False)["input_ids"]
+
+
+@pytest.mark.parametrize("special_tokens", ["control", "text"])
+def test_the_ids_are_those_of_the_tokenizer_whatever_it_was_used_for_before(
+    tmp_path, special_tokens
+):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    spelled = tokenizer.all_special_tokens[0]
+    texts = [
+        "one line",
+        f"a {spelled} in it{spelled}",
+        "x" * 300,
+        "\u00e9\u4e2d",
+        spelled,
+        " a  b ",
+    ]
+    wanted = AutoTokenizer.from_pretrained(MODEL)(
+        texts, add_special_tokens=False, split_special_tokens=special_tokens == "text"
+    )["input_ids"]
+    assert wanted[4] == [tokenizer.convert_tokens_to_ids(spelled)] or special_tokens == "text"
+    tokenizer(texts, truncation=True, max_length=2)
+    tokenizer(texts, padding=True, split_special_tokens=special_tokens != "text")
+    assert [encode(tokenizer, x, special_tokens=special_tokens) for x in texts] == [
+        own_separator(tokenizer).document(np.array(ids)).tolist() for ids in wanted
+    ]
+
+
+def test_a_tokenizer_that_reads_text_in_its_own_way_is_asked(monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+
+    class Shouting(type(tokenizer)):
+        def __call__(self, text, **options):
+            return super().__call__([one.upper() for one in text], **options)
+
+    expected = encode(tokenizer, "SOME TEXT")
+    assert encode(tokenizer, "some text") != expected
+    tokenizer.__class__ = Shouting
+    assert encode(tokenizer, "some text") == expected
+
+
+def test_the_special_token_of_a_start_stands_only_at_the_start_of_a_text_cut_in_pieces(
+    monkeypatch, tokenizer
+):
+    class Starting:
+        def __call__(self, pieces, add_special_tokens=True, verbose=True):
+            ids = tokenizer(pieces, verbose=False)["input_ids"]
+            return {"input_ids": [[1, *i] if add_special_tokens else i for i in ids]}
+
+    monkeypatch.setattr(tokenize, "_PIECE", 40)
+    text = "".join(f"line {i}\n" for i in range(50))
+    assert encode(Starting(), text) == [1, *tokenizer(text, verbose=False)["input_ids"]]
