@@ -2,10 +2,11 @@
 
     python benchmarks/torture.py [--kills 200] [--full 100] [--readonly 20] [--damage 40]
 
-A tiny model goes through all phases of `skipwise extend` once undisturbed. Then chains of the same
-command run into the same folder, each of them into a fault at a random file operation
-(tests/helpers/faults.py), until one ends. Every chain must end as the undisturbed run did, bit by
-bit, and every command that could not go on must say so in one to three lines.
+A tiny model goes through all phases of `skipwise extend` once undisturbed, and is once stopped at
+the beginning of each. From each of these places, equally often, a chain of the same command runs
+into faults at random file operations (tests/helpers/faults.py), and then to its end. Every chain
+must end as the undisturbed run did, bit by bit, and every command that could not go on must say so
+in one to three lines.
 """
 
 import random
@@ -20,37 +21,77 @@ from pathlib import Path
 from common import BENCHMARKS, ROOT, SMOKE, make_parser, write_result
 
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-from fault_runs import Bench, differences, is_clear, outcome
+from fault_runs import Bench, copy_state, differences, is_clear, outcome
 
-MOST = 140  # operations between two faults of a chain: a resumed command repeats about 60
+MOST = 120  # operations of a phase that a fault is drawn from
 STAGE = re.compile(r"^\[\d/6\] (.*)$", re.MULTILINE)
 
 
-class Chain:
-    """One kind of fault, again and again, until a command ends."""
+class Places:
+    """A run as it is at the beginning of each phase, to go on from in the same folder."""
 
-    def __init__(self, bench, kind, rng, expected, found):
-        self.bench, self.kind, self.rng, self.expected, self.found = (
-            bench,
-            kind,
-            rng,
-            expected,
-            found,
-        )
+    def __init__(self, bench, stages):
+        self.bench, self.out = bench, bench.folder / "run"
+        # operations of a command that goes on there: before the phase, and from it to the end
+        self.before, self.rest = {}, {}
+        for stage in stages:
+            self.clear()
+            code, said, *_ = bench.run(self.out, f"stage:{stage}")
+            assert code == -9, said
+            for folder in self.folders():
+                copy_state(folder, self.stored(stage, folder))
+            _, _, before, _ = bench.run(self.out, f"stage:{stage}")
+            _, said, operations, _ = bench.run(self.out, "count:0")
+            assert operations > before, said
+            self.before[stage], self.rest[stage] = before, operations - before
 
-    def run(self, out, most_faults):
-        faults = 0
-        while faults < most_faults:
-            code, said, _, hit = self.bench.run(out, f"{self.kind}:{self.rng.randint(1, MOST)}")
+    def folders(self):
+        return self.out, self.out.with_name(f"{self.out.name}-cache")
+
+    def stored(self, stage, folder):
+        return self.bench.folder / f"stage{stage}" / folder.name
+
+    def clear(self):
+        for folder in self.folders():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def restore(self, stage):
+        for folder in self.folders():
+            copy_state(self.stored(stage, folder), folder)
+
+
+class Torture:
+    """Faults of one kind."""
+
+    def __init__(self, places, kind, rng, expected):
+        self.places, self.kind, self.rng, self.expected = places, kind, rng, expected
+        self.bench, self.out = places.bench, places.out
+        self.found = {"faults": 0, "chains": 0, "same end": 0}
+        self.found |= {"phases": Counter(), "complaints": []}
+
+    def run(self, wanted, until):
+        """So many faults, of which each place has its share."""
+        stages = sorted(self.places.before)
+        for i, stage in enumerate(stages):
+            share = wanted * (i + 1) // len(stages)
+            while self.found["faults"] < share and time.monotonic() < until:
+                self.places.restore(stage)
+                self.chain(stage, share - self.found["faults"])
+                name, faults, chains = self.kind, self.found["faults"], self.found["chains"]
+                print(f"{name}: {faults} faults, {chains} chains", file=sys.stderr)
+        return {**self.found, "phases": dict(self.found["phases"])}
+
+    def chain(self, stage, most):
+        for _ in range(most):
+            number = self.rng.randint(1, min(MOST, self.places.rest[stage]))
+            if self.kind not in ("damage", "cut"):  # which count what is read alone
+                number += self.places.before[stage]
+            code, said, _, hit = self.bench.run(self.out, f"{self.kind}:{number}")
             if hit:
-                faults += 1
                 self.note(code, said, hit)
-            if code == 0 and self.kind != "damage":
+            if code == 0 or self.kind in ("damage", "cut"):
                 break
-            if self.kind in ("damage", "cut"):
-                break
-        self.finish(out)
-        return faults
+        self.finish()
 
     def note(self, code, said, hit):
         stages = STAGE.findall(said)
@@ -60,10 +101,10 @@ class Chain:
         if not fine:
             self.complain("not told in lines", hit, code, said)
 
-    def finish(self, out):
+    def finish(self):
         """The same command without a fault; what a message says is to be removed is removed."""
         for _ in range(4):
-            code, said, *_ = self.bench.run(out)
+            code, said, *_ = self.bench.run(self.out)
             if code == 0:
                 break
             named = re.search(r"skipwise: (\S*/(?:run|results)\.json|\S*\.jsonl)", said)
@@ -71,9 +112,9 @@ class Chain:
                 break
             Path(named[1].rstrip(":")).unlink()
         self.found["chains"] += 1
-        wrong = differences(self.expected, outcome(out)) if code == 0 else ["exit code"]
+        wrong = differences(self.expected, outcome(self.out)) if code == 0 else ["exit code"]
         if wrong:
-            self.complain(f"another end: {', '.join(sorted(wrong))}", out.name, code, said)
+            self.complain(f"another end: {', '.join(sorted(wrong))}", self.out.name, code, said)
         else:
             self.found["same end"] += 1
 
@@ -84,18 +125,6 @@ class Chain:
         )
         print(text, file=sys.stderr, flush=True)
         self.found["complaints"].append(text)
-
-
-def torture(bench, kind, wanted, rng, expected, until):
-    found = {"faults": 0, "chains": 0, "same end": 0, "phases": Counter(), "complaints": []}
-    chain = Chain(bench, kind, rng, expected, found)
-    while found["faults"] < wanted and time.monotonic() < until:
-        out = bench.folder / f"{kind}-{found['chains']}"
-        chain.run(out, wanted - found["faults"])
-        for folder in (out, out.with_name(f"{out.name}-cache")):
-            shutil.rmtree(folder, ignore_errors=True)
-        print(f"{kind}: {found['faults']} faults, {found['chains']} chains", file=sys.stderr)
-    return {**found, "phases": dict(found["phases"])}
 
 
 def main():
@@ -120,10 +149,11 @@ def main():
         code, said, operations, _ = bench.run(straight, "count:0")
         assert code == 0, said
         expected, figures = outcome(straight), {"operations": operations}
+        places = Places(bench, (2, 6) if given.smoke else range(1, 7))
         for i, (kind, wanted) in enumerate(counts.items()):
             share = time.monotonic() + (until - time.monotonic()) / (len(counts) - i)
             share = until if given.smoke else share
-            figures[kind] = torture(bench, kind, wanted, rng, expected, share)
+            figures[kind] = Torture(places, kind, rng, expected).run(wanted, share)
     finally:
         bench.close()
         shutil.rmtree(bench.folder, ignore_errors=True)

@@ -7,6 +7,7 @@ truncate, chmod, utime), `os.fsync`, and the beginning and end of `safetensors` 
 
     count     nothing; only count
     kill      SIGKILL
+    stage     SIGKILL at the first operation after standard output, a file, has the line "[N/"
     full      this and every later operation that writes gets ENOSPC
     readonly  the same with EROFS
     damage    a byte in the middle of the file is flipped before it is opened to be read
@@ -91,7 +92,7 @@ class Injector:
         self.count += 1
         stays = self.kind in ("full", "readonly")
         refused = stays and writes and self.count >= self.number
-        if not refused and (stays or self.count != self.number):
+        if not refused and (stays or not self.is_due()):
             return
         self.busy.yes = True
         try:
@@ -102,8 +103,14 @@ class Injector:
         finally:
             self.busy.yes = False
 
+    def is_due(self):
+        if self.kind != "stage":
+            return self.count == self.number
+        with open("/proc/self/fd/1", "rb") as output:
+            return b"\n[%d/" % self.number in b"\n" + output.read()
+
     def act(self, name, refused):
-        if self.kind == "kill":
+        if self.kind in ("kill", "stage"):
             os.kill(os.getpid(), signal.SIGKILL)
         elif refused:
             number = errno.ENOSPC if self.kind == "full" else errno.EROFS
