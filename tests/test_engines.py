@@ -268,6 +268,24 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(recipe_file, tmp_p
 
 
 @pytest.mark.extended
+def test_a_process_killed_while_all_save_loses_no_step_and_no_checkpoint(recipe_file, tmp_path):
+    """The one that writes, as soon as the folder is there: the shards are gathered or written."""
+    out, options = tmp_path / "run", ("--gpus", 2, "--engine", "fsdp2", *LONG)
+    process = start("train", recipe_file, "--out", out, *options)
+    folder = out / "checkpoints" / "checkpoint-16"
+    wait_for(lambda: list(folder.parent.glob(f"*{folder.name}*")), process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "was killed (signal 9)" in err, err
+    kept = last_checkpoint(RunFolder(out))
+    assert kept is not None and kept.name in ("checkpoint-8", "checkpoint-16")
+    skipwise("train", out)
+    assert [m["step"] for m in read_metrics(RunFolder(out))] == list(range(1, 49))
+    assert weights(out, 48)
+
+
+@pytest.mark.extended
 def test_a_process_that_does_not_answer_ends_the_others_in_lines(recipe_file, tmp_path):
     """As behind a network that is gone: it is there, and says nothing."""
     out, options = tmp_path / "run", ("--gpus", 2, *LONG)

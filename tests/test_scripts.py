@@ -51,6 +51,10 @@ SMALLEST = {
     "research/study/figures.py": ("--check", None),
     "research/study/run.py": ("--smoke --tables mixed --out {}/study", None),
     "research/study/temperatures.py": ("--smoke --text {}/study", "temperatures_512_seed0"),
+    "research/tasks/compare_tasks.py": (
+        "--smoke --seeds 0 --out {}/tasks",
+        "compare_tasks",
+    ),
     "research/tiny_model/make_tokenizer.py": ("--smoke {}/tokenizer", None),
     "research/tiny_model/train.py": ("--smoke {}/tiny", None),
 }
@@ -93,6 +97,7 @@ SLOW = {
     "research/study/efficiency.py",
     "research/study/run.py",
     "research/study/temperatures.py",
+    "research/tasks/compare_tasks.py",
 }
 
 
