@@ -192,7 +192,8 @@ class Driver:
             keys = tree[section] if section else tree
             if keys[name] == default:
                 del keys[name]
-        facts = [TRAINING, tree if arm.keys else None, self.digest[0], files_identity(self.model)]
+        model = [[*file[:2], *file[3:]] for file in files_identity(self.model)]  # copies are alike
+        facts = [TRAINING, tree if arm.keys else None, self.digest[0], model]
         encoded = json.dumps(facts, sort_keys=True, default=str).encode()
         return hashlib.sha1(encoded).hexdigest()[:8]
 
@@ -233,7 +234,8 @@ class Driver:
         tasks = [] if part == BENCHMARK else find_tasks(names)
         asked = [(task.name, task.cache_key(settings)) for task in tasks]
         facts = [_VERSION, asked, settings.chat_template, command[command.index("--tasks") :]]
-        return json.dumps([facts, self.digest[1]]).replace(str(self.out), "")
+        text = json.dumps([facts, self.digest[1]])
+        return text.replace(str(self.out), "").replace(str(self.texts), "")
 
     def extend_command(self, arm: Arm) -> list[str]:
         out = self.folder(arm) / "run"
