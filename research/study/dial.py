@@ -21,7 +21,7 @@ from typing import Any
 
 from rows import Rows, newest
 from run import read_rows, summary, work
-from settings import DISTILLED, FULL, TARGETS, L, at, dial, made
+from settings import DISTILLED, FULL, TARGETS, L, Setting, at, dial, made
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from common import RESEARCH, ROOT, SMOKE, make_parser, write_result
@@ -37,6 +37,7 @@ ABOUT = (
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--targets", nargs="+", type=int, help="only these T")
+    parser.add_argument("--lengths", nargs="+", type=int, help="only these M; T is full length")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/dial"))
     parser.add_argument("--workers", type=int, default=1, help="settings at a time")
@@ -65,6 +66,7 @@ def main() -> None:
         for setting in settings
         if setting.key not in done
         and (not args.targets or setting.target in args.targets)
+        and (not args.lengths or _length(setting) in args.lengths)
         and (not args.seeds or setting.seed in args.seeds)
     ]
     with ThreadPool(args.workers) as threads:
@@ -86,13 +88,17 @@ def alone(job: Any) -> dict[str, Any] | None:
         return pool.apply(work, (job,))
 
 
+def _length(setting: Setting) -> int:
+    return setting.target if setting.method == "full" else setting.train_length
+
+
 def line(row: dict[str, Any]) -> dict[str, Any]:
     """What a row says of its training length."""
     setting, best = row["setting"], row.get("tempered", row)
     T = setting["target"]
     return {
         "target_length": T,
-        "train_length": T if setting["method"] == "full" else setting["train_length"],
+        "train_length": _length(made(**setting)),
         "distilled": setting["distil"] > 0,
         "seed": setting["seed"],
         "learning_rate": setting["learning_rate"],
@@ -106,13 +112,17 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def evidence() -> str:
-    """distances.json: of each f the rows of this script, or the study's defaults at M = L."""
+    """distances.json: of each f the rows of this script; what it lacks is the study's."""
     found: list[dict[str, Any]] = []
     study, dialled = Rows(), newest("study_dial")
     for T in TARGETS:
         rows = [r for r in (dialled or {"rows": []})["rows"] if r["target_length"] == T]
         full = {r["seed"]: r["perplexity"][str(T)] for r in rows if r["train_length"] == T}
-        for M in sorted({r["train_length"] for r in rows} - {T}):
+        best = study.mean(at(FULL, T), T)
+        if not full and best:
+            full = dict.fromkeys((r["seed"] for r in rows), best)
+        lengths = sorted({r["train_length"] for r in rows} - {T})
+        for M in lengths:
             mine = [r for r in rows if r["train_length"] == M and r["seed"] in full]
             mine = [r for r in mine if r["distilled"] == (M <= L)]
             over = [r["perplexity"][str(T)] / full[r["seed"]] - 1 for r in mine]
@@ -120,13 +130,10 @@ def evidence() -> str:
                 found.append(
                     _distance(T, M, sum(over) / len(over), len(over), "study_dial", dialled)
                 )
-        if not full:
-            ours, best = (
-                study.mean(at(s, T), T, tempered=s is DISTILLED) for s in (DISTILLED, FULL)
-            )
-            if ours and best:
-                seeds = min(len(study.of(at(s, T))) for s in (DISTILLED, FULL))
-                found.append(_distance(T, L, ours / best - 1, seeds, "study", newest("study")))
+        ours = study.mean(at(DISTILLED, T), T, tempered=True)
+        if L not in lengths and ours and best:
+            seeds = min(len(study.of(at(s, T))) for s in (DISTILLED, FULL))
+            found.append(_distance(T, L, ours / best - 1, seeds, "study", newest("study")))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in found)
     return f'{{\n "about": {json.dumps(ABOUT)},\n "rows": [\n{lines}\n ]\n}}\n'
 
