@@ -147,7 +147,7 @@ def scalings_table(model: Path, scratch: Path) -> Table:
         asked = f"rope.type={name}"
         table.add(
             name,
-            ("yes" if name in SCALINGS else "no", ""),
+            ("yes" if name in SCALINGS and SCALINGS[name].auto_candidate else "no", ""),
             answer(partial(prepare, model, asked)),
             answer(partial(prepare, model, asked, "method=none")),
             _extended_again(exported(model, name, scratch / f"base-{name}")),

@@ -23,10 +23,11 @@ PAGE = HERE / "README.md"
 NOT_MEASURED = "not measured"
 BLOCK = re.compile(r"<!-- table -->\n((?!<!-- ).*\n)*<!-- end -->")
 HEAD = (
-    "| f | paper, YaRN | at its best rate | without distillation | defaults | full length | "
-    "defaults over paper at its best | behind full length | "
-    "passkeys: paper, best rate, defaults, full | at 256: base, defaults |",
-    "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    "| f | paper, YaRN | at its best rate | and with temperature | without distillation | defaults "
+    "| full length | defaults over paper at its best | over it with temperature "
+    "| behind full length | passkeys: paper, best rate, with temperature, defaults, full "
+    "| at 256: base, defaults |",
+    "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 
 
@@ -43,37 +44,38 @@ def main_table(rows: Rows) -> str:
 
 
 def _line(rows: Rows, T: int) -> str:
-    paper, best, defaults, full = at(PAPER, T), _best_rate(rows, T), at(DISTILLED, T), at(FULL, T)
+    ours, defaults, full = ((at(s, T), s is not FULL) for s in (OURS, DISTILLED, FULL))
+    paper = [(at(PAPER, T), False), *((_best_rate(rows, T, t), t) for t in (False, True))]
     cells, values = [f"{T // L}"], []
-    for setting in (paper, best, at(OURS, T), defaults, full):
-        values.append(rows.mean(setting, T, tempered=_is_tempered(setting)))
-        cells.append(f"{_cell(rows, setting, 'perplexity', T)} ({len(rows.of(setting))})")
-    _, lowest, _, ours, longest = values
-    for other in (lowest, longest):
-        cells.append(f"{100 * (ours / other - 1):+.1f} %" if ours and other else NOT_MEASURED)
-    keys = [_cell(rows, setting, "passkey", T) for setting in (paper, best, defaults, full)]
-    base = at(made(NONE, rope_off=True), T)
-    short = [_cell(rows, setting, "perplexity", L) for setting in (base, defaults)]
+    for setting, tempered in (*paper, ours, defaults, full):
+        values.append(rows.mean(setting, T, tempered=tempered))
+        count = len(rows.of(setting))
+        cells.append(f"{_cell(rows, setting, 'perplexity', T, tempered)} ({count})")
+    for other in (values[1], values[2], values[5]):
+        both = values[4] and other
+        cells.append(f"{100 * (values[4] / other - 1):+.1f} %" if both else NOT_MEASURED)
+    keys = [_cell(rows, s, "passkey", T, t) for s, t in (*paper, defaults, full)]
+    base = at(made(NONE, rope_off=True), T), False
+    short = [_cell(rows, s, "perplexity", L, t) for s, t in (base, defaults)]
     return "| " + " | ".join([*cells, " / ".join(keys), " / ".join(short)]) + " |"
 
 
-def _is_tempered(setting: Setting) -> bool:
-    """The temperature is searched for our settings; others are shown as trained."""
-    return setting.strength > 0
-
-
-def _cell(rows: Rows, setting: Setting, task: str, length: int) -> str:
-    value = rows.mean(setting, length, task=task, tempered=_is_tempered(setting))
+def _cell(rows: Rows, setting: Setting, task: str, length: int, tempered: bool) -> str:
+    value = rows.mean(setting, length, task=task, tempered=tempered)
     if value is None:
         return NOT_MEASURED
     return f"{value:.2f}" if task == "perplexity" else f"{100 * value:.0f}"
 
 
-def _best_rate(rows: Rows, T: int) -> Setting:
-    """The published settings at the learning rate, of those tried, with the lowest perplexity."""
+def _best_rate(rows: Rows, T: int, tempered: bool) -> Setting:
+    """The published settings at the learning rate, of those tried, with the lowest perplexity.
+
+    Args:
+        tempered: at the attention temperature that was searched, as for our settings.
+    """
     rates = {r["setting"]["learning_rate"] for r in rows.rows if r["setting"]["target"] == T}
     tried = [at(PAPER, T, learning_rate=rate) for rate in sorted(rates)]
-    means = {s: mean for s in tried if (mean := rows.mean(s, T)) is not None}
+    means = {s: mean for s in tried if (mean := rows.mean(s, T, tempered=tempered)) is not None}
     return min(means, key=means.__getitem__, default=at(PAPER, T))
 
 

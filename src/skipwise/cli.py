@@ -248,8 +248,8 @@ def _add_eval_verb(verbs: Any) -> None:
     sub.add_argument("thing", metavar="MODEL|RUN", help="model folder, hub name or run folder")
     lengths = "4k..32k or 4k,20k (a run: as in its recipe)"
     sub.add_argument("--lengths", metavar="L,L,...", help=lengths)
-    tasks = "perplexity, passkey, needle, ruler or one of its tasks; short-benchmarks or any task "
-    tasks += "of lm-evaluation-harness (perplexity,passkey,needle,ruler)"
+    tasks = "perplexity, passkey, needle, ruler, babilong, needle_nonliteral, copy_far, mrcr, "
+    tasks += "graphwalks, icl, short-benchmarks, any of lm-eval's (perplexity,passkey,needle,ruler)"
     sub.add_argument("--tasks", metavar="T,T,...", help=tasks)
     sub.add_argument("--data", nargs="+", metavar="PATH", help="text for perplexity and haystacks")
     baseline = "also evaluate this model, first (a run: its base model)"
