@@ -204,7 +204,8 @@ def _seeds(scores: dict[str, float]) -> float | None:
 
 def _seconds(task: str, seconds: dict[str, dict[str, float]]) -> float | None:
     name = {"RULER": "ruler"}.get(task, task)
-    known = [s for arm in seconds.values() for key, s in arm.items() if name.startswith(key)]
+    keys = [key for key in TASKS if name.startswith(key)]
+    known = [arm[max(keys, key=len)] for arm in seconds.values()] if keys and seconds else []
     return round(float(np.mean(known)), 1) if known else None
 
 
@@ -226,7 +227,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--results", nargs="+", type=Path, help="results.json of the arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--out", type=Path, default=Path("runs/tasks"))
+    parser.add_argument("--out", type=Path, help="runs/tasks")
     args = parser.parse_args()
     rows: Rows = []
     seconds: dict[str, dict[str, float]] = {}
@@ -237,7 +238,7 @@ def main() -> None:
     else:
         from skipwise.pipeline.quickstart import make_recipe
 
-        out = args.out.resolve()
+        out = (args.out or Path("runs/tasks-smoke" if args.smoke else "runs/tasks")).resolve()
         (out / "eval").mkdir(parents=True, exist_ok=True)
         text = Path(os.path.expanduser(make_recipe().data.eval_sources[0]))
         arms = ("base", "defaults") if args.smoke else ARMS
