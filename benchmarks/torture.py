@@ -158,7 +158,10 @@ def main():
         bench.close()
         shutil.rmtree(bench.folder, ignore_errors=True)
     write_result("torture", figures, folder=SMOKE if given.smoke else BENCHMARKS)
-    if any(figures[kind]["complaints"] for kind in counts):
+    fewer = [kind for kind, wanted in counts.items() if figures[kind]["faults"] < wanted]
+    if fewer:
+        print(f"fewer faults than asked for: {', '.join(fewer)}", file=sys.stderr)
+    if fewer or any(figures[kind]["complaints"] for kind in counts):
         sys.exit(1)
 
 

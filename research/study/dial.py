@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=int, help="only these T")
     parser.add_argument("--lengths", nargs="+", type=int, help="only these M; T is full length")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
-    parser.add_argument("--out", type=Path, default=Path("runs/dial"))
+    parser.add_argument("--out", type=Path, help="runs/dial")
     parser.add_argument("--workers", type=int, default=1, help="settings at a time")
     parser.add_argument("--minutes", type=float, default=1e9, help="start none after so long")
     parser.add_argument("--windows", type=int, default=64)
@@ -49,6 +49,7 @@ def main() -> None:
     if args.evidence:
         EVIDENCE.write_text(evidence(), encoding="utf-8")
         return
+    args.out = args.out or Path("runs/dial-smoke" if args.smoke else "runs/dial")
     settings = dial()
     if args.smoke:
         args.windows, args.trials, lengths = 4, 2, (L // 2, 2 * L)
@@ -112,15 +113,15 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def evidence() -> str:
-    """distances.json: of each f the rows of this script; what it lacks is the study's."""
+    """distances.json: of each f the rows of this script, or the study's defaults at M = L.
+
+    The study's full length has YaRN, this script's Llama 3's scaling: rows of both are not mixed.
+    """
     found: list[dict[str, Any]] = []
     study, dialled = Rows(), newest("study_dial")
     for T in TARGETS:
         rows = [r for r in (dialled or {"rows": []})["rows"] if r["target_length"] == T]
         full = {r["seed"]: r["perplexity"][str(T)] for r in rows if r["train_length"] == T}
-        best = study.mean(at(FULL, T), T)
-        if not full and best:
-            full = dict.fromkeys((r["seed"] for r in rows), best)
         lengths = sorted({r["train_length"] for r in rows} - {T})
         for M in lengths:
             mine = [r for r in rows if r["train_length"] == M and r["seed"] in full]
@@ -130,8 +131,8 @@ def evidence() -> str:
                 found.append(
                     _distance(T, M, sum(over) / len(over), len(over), "study_dial", dialled)
                 )
-        ours = study.mean(at(DISTILLED, T), T, tempered=True)
-        if L not in lengths and ours and best:
+        ours, best = study.mean(at(DISTILLED, T), T, tempered=True), study.mean(at(FULL, T), T)
+        if not full and ours and best:
             seeds = min(len(study.of(at(s, T))) for s in (DISTILLED, FULL))
             found.append(_distance(T, L, ours / best - 1, seeds, "study", newest("study")))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in found)

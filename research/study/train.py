@@ -246,9 +246,9 @@ def _loss(
             arguments |= {"position_ids": plain, "attention_mask": _causal(plain)}
         wanted = teacher(given["input_ids"][:, near], **arguments).logits[:, :-1]
         wanted = wanted.float().log_softmax(-1)
-    mine = logits[:, : L - 1].log_softmax(-1)
+    mine = logits[:, : wanted.shape[1]].log_softmax(-1)  # M - 1 of them where M < L
     apart = kl_div(mine, wanted, log_target=True, reduction="none").sum(-1)
-    taught = given["taught"][:, : L - 1]
+    taught = given["taught"][:, : wanted.shape[1]]
     return loss + setting.distil * (apart * taught).sum() / taught.sum().clamp_min(1.0)
 
 

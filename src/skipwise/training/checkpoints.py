@@ -373,7 +373,9 @@ def check_disk_space(run: RunFolder, num_bytes: int) -> None:
     Raises:
         SkipwiseError: there is too little; says how much is free and how much is needed.
     """
-    fix = f"free space and run the command again; it resumes from {resume_point(run)}"
+    done = complete_checkpoints(run)  # not read: this runs at every save
+    newest = done[-1].name if done else "step 0 (no checkpoint yet)"
+    fix = f"free space and run the command again; it resumes from {newest}"
     machine.check_disk_space(run.path, num_bytes, "a checkpoint", fix)
 
 

@@ -151,8 +151,8 @@ def long_ppl_row(losses: np.ndarray, reference: Reference, owners: np.ndarray) -
     sums = np.where(reference.key, losses, 0.0).sum(1)
     mean = sums.sum() / total
     values = mean + (sums - mean * counts) / counts.mean()  # windows have unequal counts
-    bounds = [_exp(x) for x in clustered_mean(values, owners)]
-    return {**row, **_known(bounds), **_samples(values, owners), "is_share": False}
+    bounds = [exp_loss(x) for x in clustered_mean(values, owners)]
+    return {**row, **known_bounds(bounds), **samples_of(values, owners), "is_share": False}
 
 
 def gain_row(sums: np.ndarray, num_samples: int, reference: Reference, owners: np.ndarray) -> Row:
@@ -173,7 +173,7 @@ def gain_row(sums: np.ndarray, num_samples: int, reference: Reference, owners: n
     values = share + residuals
     bounds = list(clustered_mean(values, owners))
     shown = {"higher_is_better": True, "is_share": False}
-    return {**row, **_known(bounds), **_samples(values, owners), **shown}
+    return {**row, **known_bounds(bounds), **samples_of(values, owners), **shown}
 
 
 def _empty(row: Row) -> Row:
@@ -181,16 +181,16 @@ def _empty(row: Row) -> Row:
     return {**row, "value": None, "low": None, "high": None, **shown}
 
 
-def _known(bounds: list[float]) -> Row:
+def known_bounds(bounds: list[float]) -> Row:
     """Value, low and high as JSON holds them; no interval unless it is known on both sides."""
     value, low, high = (x if math.isfinite(x) else None for x in bounds)
     return {"value": value, "low": low if high is not None else None, "high": high}
 
 
-def _samples(values: np.ndarray, owners: np.ndarray) -> Row:
+def samples_of(values: np.ndarray, owners: np.ndarray) -> Row:
     finite = bool(np.isfinite(values).all())
     return {"samples": values.round(5).tolist(), "documents": owners.tolist()} if finite else {}
 
 
-def _exp(loss: float) -> float:
+def exp_loss(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf

@@ -26,8 +26,11 @@ from skipwise.evaluation.scoring import Tick
 from skipwise.evaluation.tasks.key_tokens import (
     Reference,
     choose_key_tokens,
+    exp_loss,
     gain_row,
+    known_bounds,
     long_ppl_row,
+    samples_of,
 )
 from skipwise.evaluation.tasks.task import Task, TaskInputs
 from skipwise.report.intervals import clustered_mean
@@ -85,13 +88,8 @@ def perplexity(
         losses = mean + (sums - mean * counts) / counts.mean()
         mean, low, high = clustered_mean(losses, owners)
         common = {"task": "perplexity", "context_length": c, "num_samples": num_samples}
-        known = math.isfinite(high)
-        values = {
-            "value": _exp(mean),
-            **{k: _exp(x) if known else None for k, x in (("low", low), ("high", high))},
-        }
-        paired = {"samples": [round(float(x), 5) for x in losses], "documents": owners.tolist()}
-        rows.append({**common, "metric": "perplexity", **values, **paired})
+        values = known_bounds([exp_loss(x) for x in (mean, low, high)])
+        rows.append({**common, "metric": "perplexity", **values, **samples_of(losses, owners)})
         if bytes_per_token:
             bits = math.log(2) * bytes_per_token
             values = {"value": mean / bits, "low": low / bits, "high": high / bits}
@@ -226,12 +224,6 @@ def _bytes(tokenizer: Any, windows: np.ndarray, num_targets: int) -> int:
         )
         total += len(full.encode()) - len(before.encode())
     return total
-
-
-def _exp(loss: float) -> float | None:
-    """Perplexity, or None if it is not finite, which JSON cannot hold."""
-    value = math.exp(loss) if loss < 700 else math.inf
-    return value if math.isfinite(value) else None
 
 
 def _measure(inputs: TaskInputs) -> Rows:
