@@ -122,7 +122,7 @@ def test_the_model_card_and_the_headline_of_a_run_show_it(tiny, tmp_path):
     assert result["metrics"][0]["name"] == "accuracy"
 
 
-def test_the_keys_of_results_saved_earlier_stay_valid():
+def test_the_keys_of_results_saved_earlier_stay_valid(tmp_path):
     settings = EvalSettings(passkey_samples=4, needle_samples=5, num_depths=2, seed=3, limit=7)
     texts = Texts(documents=[np.arange(200)])
     model = EvalModel(label="it", load=lambda: None, tokenizer=None, identity="weights")
@@ -138,6 +138,10 @@ def test_the_keys_of_results_saved_earlier_stay_valid():
         ["vt", 128, 20, text],
         ["boolq", 7, harness_identity(None)],
     ]
+    (tmp_path / "tasks" / "deep").mkdir(parents=True)
+    alone = harness_identity(str(tmp_path / "tasks"))
+    (tmp_path / "tasks" / "deep" / "x.yaml").write_text("task: x")
+    assert alone == harness_identity(None) != harness_identity(str(tmp_path / "tasks"))
     keys = [unit.key for unit in _units(tasks, model, texts, [64, 128], settings, None)]
     for key, facts in zip(keys, decided_by, strict=True):
         whole = json.dumps([1, "weights", 3, *facts])

@@ -71,6 +71,9 @@ def test_what_is_hard_for_both_models_drops_out():
     assert difference(old, new).worse
     apart = perplexity("untrained", T, hard, documents[::-1].copy())
     assert difference(new, apart) is None  # not the same windows
+    known = {**old, "targets": "a"}
+    assert difference({**new, "targets": "a"}, known) == difference(new, known) == change
+    assert difference({**new, "targets": "b"}, known) is None  # of another longest length
 
 
 def test_fewer_than_five_documents_give_no_interval():

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 from pathlib import Path
 
 import pyarrow
@@ -92,6 +93,10 @@ def test_a_hub_data_set_is_streamed_by_name(monkeypatch):
         ({"path": "x", "waight": 2}, "unknown key waight"),
         ({"weight": 2}, "has no path"),
         ({"path": ".", "weight": -1}, "give 0 or more"),
+        ({"path": ".", "weight": math.inf}, "give 0 or more"),
+        ({"path": ".", "weight": True}, "give 0 or more"),
+        ({"path": 5}, "path of the data source {'path': 5} is no text"),
+        ({"path": ".", "split": ["a"]}, "split of the data source .* is no text"),
         ({"path": ".", "max_tokens": 0}, "whole number of 1 or more"),
         ({"path": ".", "max_tokens": 1.5}, "whole number of 1 or more"),
         ({"path": ".", "max_tokens": "many"}, "whole number of 1 or more"),

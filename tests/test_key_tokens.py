@@ -268,3 +268,25 @@ def test_a_loss_that_is_no_number_gives_rows_that_json_can_hold():
         "low": None,
         "high": None,
     }
+
+
+def test_an_evaluator_whose_loss_is_no_number_chooses_nothing(
+    model, tokenizer, documents, monkeypatch, capsys
+):
+    def no_number(model, windows, labels, context, batch_tokens):
+        return np.full(labels.shape, np.nan)
+
+    monkeypatch.setattr("skipwise.evaluation.tasks.perplexity._sliding_losses", no_number)
+    reference = find_reference(model, documents, [32, 64], (8, 64), name="it", num_windows=2)
+    assert not reference.is_finite
+    stored = json.loads(json.dumps(reference.to_json(), allow_nan=False))
+    assert not Reference.from_json(stored).is_finite
+    base = EvalModel(label="before", load=lambda: model, tokenizer=tokenizer, weights="w")
+    evaluator = Evaluator(
+        name="it", load=base.load, weights="w", vocabulary=vocabulary(tokenizer), original_length=64
+    )
+    settings = EvalSettings(tasks=("perplexity",), perplexity_windows=2)
+    texts = Texts(documents=documents)
+    rows = evaluate_model(base, texts, [32, 128], settings, evaluator=evaluator)
+    assert {row["metric"] for row in rows} == {"perplexity", "bits_per_byte"}
+    assert "no LongPPL and no gain" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Several processes on one machine: what their ends mean, without training."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def ending(*codes):
 )
 def test_which_process_failed_first(codes, signals, first):
     assert launch_module._wait(ending(*codes), signals) == first
+
+
+def test_processes_that_the_launcher_ends_have_not_failed(monkeypatch):
+    processes = ending(75)
+    processes += [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])]
+    times = itertools.count(0, 30)
+    monkeypatch.setattr(launch_module.time, "monotonic", lambda: next(times))
+    assert launch_module._wait(processes, []) is None
+    assert [process.returncode for process in processes] == [75, -signal.SIGKILL]
 
 
 def test_a_killed_process_is_the_cause_of_the_others_failure():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from skipwise.errors import SkipwiseError
 from skipwise.evaluation.scoring import exact_match
 from skipwise.evaluation.tasks.passkey import passkey_trials
 from skipwise.pipeline.quickstart import MODEL, corpus, make_recipe
@@ -65,6 +66,13 @@ def test_passkey_documents_have_exactly_the_training_length_and_their_answer(tok
         assert len(tokenizer(text)["input_ids"]) == 256
         key = text.rsplit("The pass key is ", 1)[1][:5]
         assert key.isdigit() and text.count(key) >= 3
+
+
+def test_a_length_without_room_for_a_passkey_is_an_error_that_names_the_smallest(tokenizer):
+    rng, sources = np.random.default_rng(0), ["x = 1\n" * 50]
+    with pytest.raises(SkipwiseError, match=r"train_length=96 has no room.*\ngive 128 or more"):
+        corpus.passkey_document(tokenizer, 96, rng, sources)
+    assert corpus.passkey_document(tokenizer, 128, rng, sources)
 
 
 def test_the_recipe_keeps_evaluation_modules_out_of_training(monkeypatch):

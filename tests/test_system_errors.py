@@ -49,6 +49,7 @@ ERRORS = {
     "arrays": (MemoryError("Unable to allocate 9 TiB for an array"), "9 TiB", "eval.batch_tokens"),
     "cannot map": (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory", "num_proc"),
     "deep": (RecursionError("maximum recursion depth exceeded"), "nested too deep", "remove it"),
+    "user": (RuntimeError("Could not determine home directory."), "no such user", "without ~"),
     "nul": (ValueError("embedded null byte"), "NUL", "another name"),
     "own words": (
         OSError("Can't load the model at x\nfor a reason\nand more"),

@@ -193,10 +193,7 @@ class Driver:
             keys = tree[section] if section else tree
             if keys[name] == default:
                 del keys[name]
-        model = [  # without the times of files: copies are alike
-            [*file[:2], *file[3:]] if len(file) == 4 and isinstance(file, list) else file
-            for file in files_identity(self.model)
-        ]
+        model = files_identity(self.model)
         facts = [TRAINING, tree if arm.keys else None, self.digest[0], model]
         encoded = json.dumps(facts, sort_keys=True, default=str).encode()
         return hashlib.sha1(encoded).hexdigest()[:8]

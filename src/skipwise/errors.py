@@ -126,6 +126,8 @@ def system_error(error: BaseException, path: Any = None, fix: str = "") -> Skipw
         return SkipwiseError(f"{at}damaged: {_short(first_line(error))}\nrestore or remove it")
     if isinstance(error, ValueError) and str(error).startswith("embedded null"):
         return SkipwiseError(f"{at}a name with a NUL character\ngive another name")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of expanduser
+        return SkipwiseError(f"{at}no such user\ngive the path in full, without ~")
     if not isinstance(error, OSError):
         return None
     if error.errno is None or not error.strerror:  # a library's own words

@@ -57,6 +57,13 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def available_memory() -> int:
     """Bytes of memory that new work can take: what is free, within the limit of a container."""
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

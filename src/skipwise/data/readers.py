@@ -14,6 +14,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -108,8 +109,13 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
             what = f"has an unknown key {unknown[0]}" if unknown else "has no path"
             raise SkipwiseError(f"the data source {value!r} {what}: choose from {', '.join(keys)}")
         source = Source(**{"text_field": text_field, **entry})
+        for key, given in dataclasses.asdict(source).items():
+            text = isinstance(given, str) or given is None
+            if not text and key not in ("weight", "max_tokens"):
+                raise SkipwiseError(f"{key} of the data source {value!r} is no text")
         weight = source.weight
-        if weight is not None and (not isinstance(weight, int | float) or weight < 0):
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if weight is not None and not (number and 0 <= weight < math.inf):
             raise SkipwiseError(f"the weight of {source.path} is {weight!r}: give 0 or more")
         if source.max_tokens is not None:
             limit = _positive_integer(source.max_tokens)

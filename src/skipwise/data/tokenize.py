@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.config.machine import cache_folder, check_disk_space
+from skipwise.config.machine import cache_folder, check_disk_space, num_cores
 from skipwise.data import token_cache
 from skipwise.data.chat import Spans, encode_conversation, spans_in_store, spans_of
 from skipwise.data.chat_records import Conversation, ConversationError
@@ -159,7 +159,7 @@ def _tokenize(
     """Append the rest of the source to the writer, and save from time to time."""
     size = sum(map(size_of, list_files(source))) if source.is_local else None
     if num_proc is None:
-        num_proc = _num_cores() if size is not None and size >= _LARGE else 1
+        num_proc = num_cores() if size is not None and size >= _LARGE else 1
     now = writer.progress
     bad = BadRecords(
         policy="stop" if on_bad_record == "stop" else "skip",
@@ -376,9 +376,3 @@ def _split(text: str) -> tuple[str, ...]:
 
 def _dtype(tokenizer: Any) -> np.dtype:
     return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -179,6 +179,9 @@ def _reference(
     key = [*evaluator.key(lengths), lengths, *size.values(), texts.identity()]
     found = evaluator.find(key, choose)
     free_memory()
+    if not found.is_finite:
+        print("no LongPPL and no gain: the evaluator's loss is no number", file=sys.stderr)
+        return None
     return found
 
 

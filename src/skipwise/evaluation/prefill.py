@@ -290,7 +290,7 @@ def reading(model: Any) -> Reading:
         # learned positions and ALiBi may count cache slots, padding included
         rotary = bool(getattr(config, "rope_parameters", None))
         found = Reading(
-            pieces=_agrees(model, _by_pieces),
+            pieces=steps and _agrees(model, _by_pieces),  # an answer is read by steps
             padding=steps and rotary and _agrees(model, _by_padding),
             steps=steps,
         )

@@ -6,12 +6,12 @@ A file is known by its size and SHA-256; of large files, blocks spread over them
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from skipwise.config.machine import num_cores
 from skipwise.models.hf_config import is_local
 
 _BLOCK, _BLOCKS = 1 << 16, 1024  # larger files than 64 MiB are sampled
@@ -31,7 +31,7 @@ def digests(files: dict[str, Path], whole: Iterable[str] = ()) -> dict[str, list
     def describe(name: str) -> list[Any]:
         return [files[name].stat().st_size, _digest(files[name], name not in whole)]
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, num_cores())) as pool:
         return dict(zip(files, pool.map(describe, files), strict=True))
 
 

@@ -11,13 +11,13 @@ Shapes:  c = the longer context of a search: T, or less where the documents are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from skipwise.config.machine import num_cores
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.run import documents_for_search
 from skipwise.models.prepared import PreparedModel
@@ -96,7 +96,7 @@ def fit_search(
 def flops_per_second() -> float:
     """The assumed rate of this process: its GPU, or its CPU."""
     if not torch.cuda.is_available():
-        return min(os.cpu_count() or 1, _MOST_CORES) * _CORE_FLOPS
+        return min(num_cores(), _MOST_CORES) * _CORE_FLOPS
     name = torch.cuda.get_device_name().lower().replace(" ", "")
     known = [gpu.tflops or 0 for gpu in GPUS if gpu.name.lower().split("-")[0] in name]
     return max(known, default=_OTHER_TFLOPS) * 1e12 * UTILISATION

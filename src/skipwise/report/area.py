@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.report.differences import PairedDifference
+from skipwise.report.differences import PairedDifference, same_trials
 from skipwise.report.format import higher_is_better, is_share, listed
 from skipwise.report.intervals import clustered_mean, paired_difference
 from skipwise.report.rows import Row, Rows, by_context, is_ruler, models_of, pooled
@@ -77,7 +77,7 @@ class Area:
         if first is None or second is None:
             return None
         pairs = [(w, row, old) for (w, row), (_, old) in zip(first, second, strict=True)]
-        if not all(_same_trials(row, old) for _, row, old in pairs):
+        if not all(same_trials(row, old) for _, row, old in pairs):
             return None
         if self.metric == "loss":
             losses = [(w, _losses(row) - _losses(old)) for w, row, old in pairs]
@@ -213,9 +213,3 @@ def _loss(parts: Sequence[tuple[float, np.ndarray]], row: Row) -> Interval:
         return float(losses.mean()), None, None
     value, low, high = clustered_mean(losses, np.array(documents))
     return (value, low, high) if math.isfinite(high) else (value, None, None)
-
-
-def _same_trials(row: Row, other: Row) -> bool:
-    same = all(row.get(key) == other.get(key) for key in ("documents", "text"))
-    found = [row.get("samples") or [], other.get("samples") or []]
-    return same and len(found[0]) == len(found[1]) > 0

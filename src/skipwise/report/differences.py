@@ -50,13 +50,9 @@ class PairedDifference:
 
 def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
     """Row minus other; None unless both have the scores of the same trials or windows."""
-    if not row or not other or not row.get("samples") or not other.get("samples"):
+    if not row or not other or not same_trials(row, other):
         return None
     values, others = (np.array(r["samples"], float) for r in (row, other))
-    if len(values) != len(others) or row.get("documents") != other.get("documents"):
-        return None
-    if row.get("text") != other.get("text"):
-        return None
     better = higher_is_better(row)
     if row["task"] == "perplexity":
         bounds = clustered_mean(values - others, np.array(row["documents"]))
@@ -75,6 +71,14 @@ def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
     return PairedDifference(
         task=name, value=value, low=low, high=high, unit=unit, higher_is_better=better
     )
+
+
+def same_trials(row: Row, other: Row) -> bool:
+    """Whether both have scores, one for one of the same trials or of the same target tokens."""
+    same = all(row.get(key) == other.get(key) for key in ("documents", "text"))
+    targets = {row.get("targets"), other.get("targets")} - {None}
+    found = [row.get("samples") or [], other.get("samples") or []]
+    return same and len(targets) < 2 and len(found[0]) == len(found[1]) > 0
 
 
 def differences(rows: Rows, model: str, other: str, length: int) -> list[PairedDifference]:

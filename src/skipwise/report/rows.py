@@ -3,7 +3,8 @@
 Rows:    {"model", "task", "metric", "context_length", ["depth"], "value", "low", "high",
          "num_samples"}; a value that is null or not finite was measured, but cannot be shown.
          "samples" are the scores of its trials, in the order that is the same for every model; of
-         perplexity the losses of its windows, with "documents", the document of each.
+         perplexity the losses of its windows, with "documents", the document of each, and
+         "targets", a digest of the tokens that were predicted.
          A benchmark's row has "kind": "benchmark", no context length, "num_fewshot", "stderr".
          A row may say how it is shown: "title", "about", "higher_is_better", "is_share".
 """

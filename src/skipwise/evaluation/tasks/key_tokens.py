@@ -55,14 +55,21 @@ class Reference:
         }
 
     def to_json(self) -> dict[str, Any]:
+        def known(losses: np.ndarray) -> list[float | None]:  # JSON holds no NaN
+            return [float(x) if math.isfinite(x) else None for x in losses]
+
         return {
             "evaluator": self.evaluator,
             "contexts": list(self.contexts),
             "shape": list(self.key.shape),
             "key": np.flatnonzero(self.key).tolist(),
-            "short": [float(x) for x in self.short],
-            "long": [float(x) for x in self.long],
+            "short": known(self.short),
+            "long": known(self.long),
         }
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.short).all() and np.isfinite(self.long).all())
 
     @staticmethod
     def from_json(found: dict[str, Any]) -> Reference:
@@ -72,8 +79,8 @@ class Reference:
             evaluator=found["evaluator"],
             contexts=tuple(found["contexts"]),
             key=key.reshape(found["shape"]),
-            short=np.array(found["short"]),
-            long=np.array(found["long"]),
+            short=np.array(found["short"], float),
+            long=np.array(found["long"], float),
         )
 
 

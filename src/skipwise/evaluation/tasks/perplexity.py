@@ -12,6 +12,7 @@ Shapes:  c = context length, S = targets of a window, W = windows
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +68,8 @@ def perplexity(
     Returns:
         tidy rows with 95 % intervals over documents, of which there must be 5; no rows where no
         document is long enough for the shortest length. Context lengths beyond the longest
-        document are left out. `samples` of a row are the losses of its windows.
+        document are left out. `samples` of a row are the losses of its windows, `targets` a digest
+        of the tokens that were predicted: other longest lengths have others.
     """
     lengths = fitting_lengths(documents, context_lengths)
     if not lengths or not num_windows:
@@ -80,6 +82,7 @@ def perplexity(
         return []
     all_count = num_samples == labels.size
     bytes_per_token = _bytes(tokenizer, windows, num_targets) / num_samples if all_count else 0
+    targets = hashlib.sha1(labels.tobytes(), usedforsecurity=False).hexdigest()[:12]
     rows = []
     for c in lengths:
         token_losses = _losses(model, windows[:, -c:], labels, batch_tokens, tick)
@@ -89,7 +92,8 @@ def perplexity(
         mean, low, high = clustered_mean(losses, owners)
         common = {"task": "perplexity", "context_length": c, "num_samples": num_samples}
         values = known_bounds([exp_loss(x) for x in (mean, low, high)])
-        rows.append({**common, "metric": "perplexity", **values, **samples_of(losses, owners)})
+        values |= {"targets": targets, **samples_of(losses, owners)}
+        rows.append({**common, "metric": "perplexity", **values})
         if bytes_per_token:
             bits = math.log(2) * bytes_per_token
             values = {"value": mean / bits, "low": low / bits, "high": high / bits}

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from skipwise.config.run_folder import write_text
+from skipwise.errors import SkipwiseError
 from skipwise.evaluation.tasks import passkey
 from skipwise.evaluation.tasks.prompts import fit_to_length
 
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
+_TRIES, _SMALLEST = 100, 128  # of a prompt; tokens that have room for one
 
 
 def modules() -> Iterator[tuple[str, str]]:
@@ -46,8 +48,11 @@ def passkey_document(
     """A passkey prompt with its answer, exactly `length` tokens long.
 
     Half of the prompts use the evaluation's filler, the others lines of the `sources`.
+
+    Raises:
+        SkipwiseError: the length has no room for a question.
     """
-    while True:
+    for _ in range(_TRIES):
         if rng.random() < 0.5:
             filler: tuple[str, ...] = passkey.FILLER
         else:
@@ -67,6 +72,9 @@ def passkey_document(
         cut = tokenizer.decode(_ids(tokenizer, text)[:length])
         if num_fillers and len(_ids(tokenizer, cut)) == length:
             return cut
+    raise SkipwiseError(
+        f"train_length={length} has no room for a passkey question\ngive {_SMALLEST} or more"
+    )
 
 
 def _answered(key: str, num_fillers: int, depth: float, filler: tuple[str, ...]) -> str:

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from skipwise.config.machine import on_signals
+from skipwise.config.machine import num_cores, on_signals
 from skipwise.errors import RunStopped, SkipwiseError
 
 STOPPED = 75  # exit code of a run that was stopped and saved: EX_TEMPFAIL, try again later
@@ -98,7 +98,7 @@ def _environments(num_processes: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    threads = max(1, num_cores() // num_processes)
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -112,7 +112,7 @@ def _environments(num_processes: int) -> list[dict[str, str]]:
 
 def _wait(processes: list[Any], signals: list[int]) -> int | None:
     """Wait for all processes. The rank that failed first, or None."""
-    failed, since = None, None
+    failed, since, killed = None, None, False
     while any(process.poll() is None for process in processes):
         if failed is None:
             failed = _first_failure(processes, signals)
@@ -121,8 +121,9 @@ def _wait(processes: list[Any], signals: list[int]) -> int | None:
         if since is not None and time.monotonic() - since > (_GRACE if failed is not None else 60):
             for process in processes:  # they wait for the one that ended
                 process.kill()
+            killed = True  # by this launcher, which is no failure of theirs
         time.sleep(0.05)
-    return _first_failure(processes, signals) if failed is None else failed
+    return failed if failed is not None or killed else _first_failure(processes, signals)
 
 
 def _first_failure(processes: list[Any], signals: list[int]) -> int | None:
