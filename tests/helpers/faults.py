@@ -17,6 +17,7 @@ truncate, chmod, utime), `os.fsync`, and the beginning and end of `safetensors` 
 import atexit
 import errno
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ class Injector:
         self.hit = ""
 
     def install(self):
+        shutil._use_fd_functions = False  # rmtree names whole paths
         sys.addaudithook(self.hook)
         sync = os.fsync
 

@@ -190,13 +190,6 @@ def _identity(path: str, folders: dict[str, str]) -> tuple[str, int, int]:
     return where, found.st_size, found.st_mtime_ns
 
 
-def check_sizes(files: list[Path], sizes: list[int]) -> None:
-    """Raise a SkipwiseError early for a text file of more than 1 GiB."""
-    for path, size in zip(files, sizes, strict=True):
-        if size > LARGEST and recognize(path).kind == "text":
-            raise too_large(path)
-
-
 def read_file(path: Path, text_field: str) -> Iterator[Outcome]:
     """Read a file at once: a text as one document, or its records if it holds records.
 

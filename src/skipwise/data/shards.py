@@ -22,7 +22,7 @@ from typing import Any
 
 from skipwise.data import readers
 from skipwise.data.chat_records import Conversation
-from skipwise.data.files import BROKEN_FILE, has_records, recognize, size_of
+from skipwise.data.files import BROKEN_FILE, LARGEST, has_records, recognize, size_of, too_large
 from skipwise.data.readers import BadRecord, BadRecords, Outcome, Source
 
 _SHARD = 1 << 22  # bytes: hundreds to thousands of documents, a second of work
@@ -132,7 +132,9 @@ class _ShardBuilder:
 def _file_shards(source: Source, start: Cursor) -> Iterator[Shard]:
     files = readers.list_files(source)
     sizes = [size_of(path) for path in files]
-    readers.check_sizes(files, sizes)
+    for path, size in zip(files, sizes, strict=True):  # early
+        if size > LARGEST and recognize(path).kind == "text":
+            raise too_large(path)
     before = sum(sizes[: start.file])
     builder = _ShardBuilder(source.text_field)
     for i in range(start.file, len(files)):

@@ -69,14 +69,12 @@ def choose_scaling(
         return prepared
     if "rope_choice" not in run.metadata():
         trained = last_checkpoint(run) is not None
-        run.update(rope_choice=_as_trained(prepared) if trained else _measure(prepared, data))
+        name = prepared.scaling.name
+        detail = f"{name}, not measured: training had started with it"
+        as_trained = {"type": name, "detail": detail}
+        run.update(rope_choice=as_trained if trained else _measure(prepared, data))
         print(f"  rope: {run.metadata()['rope_choice']['detail']}", file=sys.stderr, flush=True)
     return with_chosen_scaling(prepared, run)
-
-
-def _as_trained(prepared: PreparedModel) -> dict[str, Any]:
-    name = prepared.scaling.name
-    return {"type": name, "detail": f"{name}, not measured: training had started with it"}
 
 
 def _measure(prepared: PreparedModel, data: TrainingData | None = None) -> dict[str, Any]:

@@ -13,14 +13,13 @@ from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe, context_lengths
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import Check, SkipwiseError, require
-from skipwise.evaluation.evaluator import Texts, evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.evaluation.run import (
     eval_settings,
     evaluation_documents,
     make_eval_model,
     make_evaluator,
 )
-from skipwise.evaluation.tasks.key_tokens import Evaluator
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model, load_for_scoring
 from skipwise.export.model_card import public_name, write_card
@@ -165,24 +164,28 @@ def evaluate_run(prepared: PreparedModel, run: RunFolder, label: str) -> None:
         model, settings = str(run.model), recipe.load.of_own_folder()
     lengths = list(context_lengths(recipe, prepared.info.original_length))
     around, tokenizer = prepared.separator, prepared.tokenizer
-    documents = evaluation_documents(recipe, tokenizer, run, separator=around)
+    of_model = make_eval_model(label, model, settings, lengths, tokenizer, around)
+    _evaluate(prepared, run, of_model, lengths)
+
+
+def _evaluate(
+    prepared: PreparedModel, run: RunFolder, model: EvalModel, lengths: list[int]
+) -> None:
+    """The base chooses LongPPL's key tokens by default."""
+    recipe, tokenizer = prepared.recipe, prepared.tokenizer
+    documents = evaluation_documents(recipe, tokenizer, run, separator=prepared.separator)
+    base = make_eval_model("before", prepared.source, prepared.load, [], tokenizer)
     with run.lock():
         evaluate_model(
-            make_eval_model(label, model, settings, lengths, tokenizer, around),
+            model,
             Texts(documents=documents),
             lengths,
             eval_settings(recipe, run),
             done=run.results(),
             save=run.write_results,
-            evaluator=_evaluator(prepared, run, lengths),
+            evaluator=make_evaluator(recipe, base, tokenizer, lengths, run),
         )
     free_memory()
-
-
-def _evaluator(prepared: PreparedModel, run: RunFolder, lengths: list[int]) -> Evaluator | None:
-    """What chooses LongPPL's key tokens; the base is one by default."""
-    base = make_eval_model("before", prepared.source, prepared.load, [], prepared.tokenizer)
-    return make_evaluator(prepared.recipe, base, prepared.tokenizer, lengths, run)
 
 
 def evaluate_untrained(
@@ -205,23 +208,11 @@ def evaluate_untrained(
 
     lengths = list(context_lengths(recipe, prepared.info.original_length))
     around, tokenizer = prepared.separator, prepared.tokenizer
-    documents = evaluation_documents(recipe, tokenizer, run, separator=around)
     source, settings = prepared.source, prepared.load
     plain = make_eval_model("untrained", source, settings, [], tokenizer, around)
     scaled = [prepared.scaled.to_dict(), temperature]
-    with run.lock():
-        evaluate_model(
-            dataclasses.replace(
-                plain, load=load, identity=[plain.identity, scaled], weights=[plain.weights, scaled]
-            ),
-            Texts(documents=documents),
-            lengths,
-            eval_settings(recipe, run),
-            done=run.results(),
-            save=run.write_results,
-            evaluator=_evaluator(prepared, run, lengths),
-        )
-    free_memory()
+    own = {"identity": [plain.identity, scaled], "weights": [plain.weights, scaled]}
+    _evaluate(prepared, run, dataclasses.replace(plain, load=load, **own), lengths)
 
 
 def train_run(

@@ -48,10 +48,7 @@ def counts_from(rope_parameters: dict[str, Any], max_position_embeddings: int) -
 
 
 def from_rope_parameters(
-    rope_parameters: dict[str, Any],
-    *,
-    max_position_embeddings: int,
-    original_length: int | None = None,
+    rope_parameters: dict[str, Any], *, max_position_embeddings: int
 ) -> Scaling:
     """The scaling of an existing config. ntk is read as `Unscaled` with theta' as theta.
 
@@ -59,7 +56,6 @@ def from_rope_parameters(
         rope_parameters: As in transformers 5, or the older `rope_scaling`.
         max_position_embeddings: Of the config. It is L if the parameters have none, and T in a yarn
             or longrope config without a factor.
-        original_length: L. Defaults to what the config says.
 
     Raises:
         SkipwiseError: parameters per layer type, an unknown type, no factor, an option that is no
@@ -75,7 +71,7 @@ def from_rope_parameters(
             f"{', '.join(known)}"
         )
     stored = rope_parameters.get("original_max_position_embeddings")
-    length = original_length or stored or max_position_embeddings
+    length = stored or max_position_embeddings
     factor = 1.0 if name == "default" else rope_parameters.get("factor")
     if factor is None and known[name].factor_from_lengths:
         factor = max_position_embeddings / length
