@@ -149,6 +149,26 @@ def test_a_candidate_that_was_removed_is_named(tiny, text_folder, tmp_path, monk
     assert "no checkpoint to choose from" in capsys.readouterr().err
 
 
+@pytest.mark.extended
+def test_a_damaged_candidate_is_not_chosen(tiny, text_folder, tmp_path, monkeypatch, capsys):
+    def interrupted(plan, run, folder):
+        raise KeyboardInterrupt
+
+    recipe = make_recipe(tiny, text_folder)
+    monkeypatch.setattr(choose_checkpoint, "_score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extend(recipe, tmp_path / "run")
+    file = tmp_path / "run" / "candidates" / "step-2" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    scores = {"step-4": 0.2, "step-6": 0.1}
+    monkeypatch.setattr(choose_checkpoint, "_score", lambda plan, run, f: scores[f.name])
+    run = extend(recipe, tmp_path / "run")
+    assert run.metadata()["selection"]["chosen"] == 4
+    assert "step-2 is damaged: model.safetensors has changed" in capsys.readouterr().err
+
+
 def test_the_choice_asks_other_questions_than_the_evaluation(tiny, monkeypatch):
     """Else the exported checkpoint is the one that knows the exam."""
     seeds = []

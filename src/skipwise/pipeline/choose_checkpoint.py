@@ -28,7 +28,7 @@ from skipwise.export.hf import load_for_scoring
 from skipwise.models.load import free_memory
 from skipwise.models.prepared import PreparedModel
 from skipwise.report.area import find_areas, main_areas
-from skipwise.training.checkpoints import trained_checkpoint
+from skipwise.training.checkpoints import damage, trained_checkpoint
 
 _TRIALS = 20  # at each length
 _AREA_SAMPLES = {"passkey_samples": 20, "needle_samples": 20, "ruler_samples": 5, "samples": 10}
@@ -87,12 +87,12 @@ def chosen_checkpoint(prepared: PreparedModel, run: RunFolder) -> Path | None:
     higher = recipe.export.checkpoint != "perplexity"
     found = run.metadata().get("selection", {}).get("chosen")
     complete = (f for f in run.candidates.glob("step-*") if f.suffix != ".part")
-    folders = {int(f.name.split("-")[1]): f for f in complete}
+    folders = {int(f.name.split("-")[1]): f for f in complete if not damage(f)}
     if found is not None and found in folders:
         return folders[found]
     if not folders:
         raise SkipwiseError(
-            f"{run.candidates} holds no checkpoint to choose from: it was removed\n"
+            f"{run.candidates} holds no checkpoint to choose from: removed, or damaged\n"
             f"the last one is {finished}: train again with another --out to choose"
         )
     for step in sorted(folders):

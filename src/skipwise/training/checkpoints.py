@@ -352,7 +352,7 @@ def num_processes_of(checkpoint: Path, engine: str) -> int:
 
 
 def keep_candidate(checkpoint: Path, folder: Path) -> None:
-    """Hard-link a checkpoint's weights and configs into a folder that is kept."""
+    """Hard-link a checkpoint's weights and configs into a folder that is kept, with their list."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -363,6 +363,8 @@ def keep_candidate(checkpoint: Path, folder: Path) -> None:
                 os.link(file, part / file.name)
             except OSError:  # a file system without hard links
                 shutil.copyfile(file, part / file.name)
+    listed = digests(_files(part))
+    _write_mark(part, {"step": 0, "engine": "", "num_processes": 1, "files": listed})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
 
