@@ -94,6 +94,7 @@ def test_a_hub_data_set_is_streamed_by_name(monkeypatch):
         ({"weight": 2}, "has no path"),
         ({"path": ".", "weight": -1}, "give 0 or more"),
         ({"path": ".", "weight": math.inf}, "give 0 or more"),
+        ({"path": ".", "weight": 0}, "every data source has the weight 0"),
         ({"path": ".", "weight": True}, "give 0 or more"),
         ({"path": 5}, "path of the data source {'path': 5} is no text"),
         ({"path": ".", "split": ["a"]}, "split of the data source .* is no text"),

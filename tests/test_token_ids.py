@@ -4,10 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from skipwise.data import tokenize
+from skipwise.data.chat import ChatSpans
 from skipwise.data.readers import parse_sources
+from skipwise.data.token_cache import StoreProgress, TokenWriter, open_store
 from skipwise.data.tokenize import encode, tokenize_source
 from skipwise.models.separator import own_separator
 from skipwise.pipeline.quickstart import MODEL
@@ -81,3 +84,25 @@ def test_the_special_token_of_a_start_stands_only_at_the_start_of_a_text_cut_in_
     monkeypatch.setattr(tokenize, "_PIECE", 40)
     text = "".join(f"line {i}\n" for i in range(50))
     assert encode(Starting(), text) == [1, *tokenizer(text, verbose=False)["input_ids"]]
+
+
+def test_ids_beyond_the_number_of_tokens_are_kept_whole(tmp_path):
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 70_000, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    (tmp_path / "x.txt").write_text("a b a")
+    (source,) = parse_sources([str(tmp_path / "x.txt")])
+    store = tokenize_source(source, tokenizer, cache=tmp_path / "cache")
+    assert store.document(0).tolist() == [0, 70_000, 0]
+
+
+def test_the_second_of_two_that_finish_leaves_the_first_ones_store(tmp_path):
+    stores = []
+    for name in ("x.part1", "x.part2"):  # no locks: each process has a part of its own
+        writer = TokenWriter(tmp_path / name, np.dtype(np.uint16))
+        writer.append(np.arange(5), np.array([2, 3]), ChatSpans())
+        writer.save(StoreProgress(num_tokens=5, num_documents=2))
+        writer.finish(tmp_path / "x", "text")
+        stores.append((tmp_path / "x" / "meta.json").stat().st_ino)
+    assert stores[0] == stores[1] and not list(tmp_path.glob("*.part*"))
+    assert open_store(tmp_path / "x").document(1).tolist() == [2, 3, 4]

@@ -216,7 +216,7 @@ class Driver:
         return (folder / part).exists() and any(row["settings"] == wanted for row in rows)
 
     def timed(self) -> list[dict[str, Any]]:
-        """Every job that ended well."""
+        """Every job that ended well, and with no operations those that were stopped."""
         return (
             [json.loads(x) for x in self.times.read_text().splitlines()]
             if self.times.exists()
@@ -273,7 +273,7 @@ class Driver:
         if part == "train":
             tokens, length, passes = arm.tokens, arm.length, 4
         else:
-            lengths = [*s.lengths, arm.target]
+            lengths = sorted({*s.lengths, arm.target})
             count = {
                 "perplexity": s.windows,
                 "ruler": len(RULER_TASKS) * s.ruler,
@@ -284,7 +284,8 @@ class Driver:
             each = 4 * s.questions if part == BENCHMARK else each
             tokens, length, passes = each * sum(lengths), max(lengths), 1
         operations = passes * tokens * (2 * n + 2 * width * length)
-        same = [row for row in self.timed() if (row["part"] == "train") == (part == "train")]
+        rows = [row for row in self.timed() if row["operations"]]
+        same = [row for row in rows if (row["part"] == "train") == (part == "train")]
         rate = sum(r["operations"] for r in same) / max(1e-9, sum(r["seconds"] for r in same))
         return operations, 20 + operations / (rate or s.flops)
 
@@ -319,17 +320,19 @@ class Driver:
                 "stopped; it goes on" if code == 75 else f"exit code {code}: {last[-1:]}"
             )
             print(f"  {self.left_out[name]}", flush=True)
-            self.end = 0.0 if code == 75 else self.end
-            return False
-        (folder / part).touch()
+            if code != 75:
+                return False
+            self.end, operations, part = 0.0, 0.0, f"{part}, stopped"
+        else:
+            (folder / part).touch()
         row = {"arm": folder.name, "part": part}
-        row |= {} if part == "train" else {"settings": self.settings(arm, part)}
+        row |= {"settings": self.settings(arm, part)} if part in TIERS else {}
         row |= {"operations": operations, "seconds": round(took, 1), "gib": round(gib, 2)}
         row["processor seconds"] = round(busy, 1)  # the same on a busy machine, near enough
         with self.times.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"  {took:.0f} s, {gib:.1f} GiB", flush=True)
-        return True
+        return not code
 
     def figures(self, arms: list[Arm]) -> dict[str, Any]:
         """All rows and costs of the arms; what is not there says why.
@@ -356,6 +359,12 @@ class Driver:
             own = [row for row in self.timed() if row["arm"] == folder.name]
             own.sort(key=lambda row: row["seconds"])  # a part that was read again took less
             costs = {row["part"]: [row[key] for key in keys] for row in own}
+            for part in [part for part in costs if part in ("train", *TIERS)]:
+                pieces = [row for row in own if row["part"] == f"{part}, stopped"]
+                both = [costs[part], *([row[key] for key in keys] for row in pieces)]
+                seconds, gib, busy = zip(*both, strict=True)
+                costs[part] = [sum(seconds), max(gib), sum(busy)]
+                costs.pop(f"{part}, stopped", None)
             about = {"arm": arm.name, "key": self.key(arm), "target": arm.target, "keys": arm.keys}
             stored = folder / "run" / "run.json"
             scaling = json.loads(stored.read_text()).get("scaling") if stored.exists() else None

@@ -15,6 +15,8 @@ import json
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -84,9 +86,14 @@ def main() -> None:
 
 
 def alone(job: Any) -> dict[str, Any] | None:
-    """A setting's row, from a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, (job,))
+    """A setting's row, from a process of its own; none if that was killed."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(work, job).result()
+        except BrokenProcessPool:
+            print(f"{job[0]} was killed, most often for memory", flush=True)
+            return None
 
 
 def _length(setting: Setting) -> int:

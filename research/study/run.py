@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,7 @@ def main() -> None:
 
         prepare(args.text, [L << i for i in range(2 if args.smoke else 7)], smoke=args.smoke)
     rows = args.out / "rows.jsonl"
-    done = (
-        {json.loads(line)["key"] for line in rows.read_text().splitlines()}
-        if rows.exists()
-        else set()
-    )
+    done = {row["key"] for row in read_rows([rows])}
     names = [n for n in args.tables if not (args.smoke and n in SWEEPS)]
     wanted = [s for name in names for s in TABLES[name]()]
     if args.smoke:
@@ -77,9 +74,11 @@ def measured_rows(jobs: list[Any], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 1:
         yield from (row for row in map(work, jobs) if row is not None)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        found = pool.imap_unordered(work, jobs, chunksize=1)
-        yield from (row for row in found if row is not None)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:  # one that is killed ends it
+        for done in as_completed([pool.submit(work, job) for job in jobs]):
+            if (row := done.result()) is not None:
+                yield row
 
 
 def collect(files: list[Path]) -> None:

@@ -137,6 +137,8 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
             fix = "to read hub datasets: pip install 'skipwise[hub]'"
             raise SkipwiseError(f"{source.path} is not a local file or folder\n{fix}")
         sources.append(source)
+    if sources and all(source.weight == 0 for source in sources):
+        raise SkipwiseError("every data source has the weight 0: give one of them more")
     return sources
 
 

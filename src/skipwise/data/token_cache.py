@@ -240,6 +240,9 @@ class TokenWriter:
             "files": files,
         }
         write_json(self.part / "meta.json", {**meta, "digest": _digest(meta)})
+        if is_complete(folder):  # by another process, on a file system without locks
+            shutil.rmtree(self.part)
+            return
         if folder.exists():  # a damaged one
             shutil.rmtree(folder)
         os.replace(self.part, folder)

@@ -375,4 +375,5 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _dtype(tokenizer: Any) -> np.dtype:
-    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    largest = max(tokenizer.get_vocab().values(), default=0)  # ids can have gaps
+    return np.dtype(np.uint16 if largest < 1 << 16 else np.uint32)

@@ -68,21 +68,17 @@ def hours(job: Job, gpu: Gpu) -> float | None:
     return None if seconds is None else job.num_steps * seconds / 3600
 
 
-def cache_bytes(architecture: Architecture, tokens: int, width: int = 2) -> int:
-    """Bytes of the KV cache of one context; sliding layers keep only their window.
-
-    Args:
-        width: bytes per number.
-    """
+def cache_bytes(architecture: Architecture, tokens: int) -> int:
+    """Bytes of the KV cache of one context in 16 bits; sliding layers keep only their window."""
     a = architecture
     near = min(tokens, a.sliding_window or tokens)
     full = a.num_layers - a.sliding_layers
-    return a.kv_width * width * (full * tokens + a.sliding_layers * near)
+    return a.kv_width * 2 * (full * tokens + a.sliding_layers * near)
 
 
-def evaluation_bytes(architecture: Architecture, tokens: int, width: int = 2) -> float:
+def evaluation_bytes(architecture: Architecture, tokens: int) -> float:
     """Peak GPU memory to evaluate one context: weights, cache, a slice of logits, a mask."""
     a = architecture
-    logits = min(EVALUATION_LOGITS, tokens * a.vocab_size) * (width + 4.0)
-    cache = cache_bytes(a, tokens, width)
-    return a.num_parameters * width + cache * (1 + _EVALUATION_MASK) + logits + GPU_RUNTIME
+    logits = min(EVALUATION_LOGITS, tokens * a.vocab_size) * (2 + 4.0)  # and in float32
+    cache = cache_bytes(a, tokens)
+    return a.num_parameters * 2.0 + cache * (1 + _EVALUATION_MASK) + logits + GPU_RUNTIME
