@@ -205,7 +205,7 @@ class TrainingSettings:
     """Examples per device and forward pass; the rest of the batch is accumulated. `auto` is the
     fastest up to the largest that fits: timed before training, and kept by the run."""
     learning_rate: Annotated[float, RATE] = 2e-5
-    """Peak learning rate. PoSE, section 4.1."""
+    """Peak learning rate. PoSE, section 4.1. LoRA takes a higher one: 1e-4 in the recipes."""
     warmup_steps: Annotated[int, Range(0, 100_000_000)] = 10
     """Steps of linear warm-up. PoSE, section 4.1."""
     lr_scheduler: str = "linear"
