@@ -153,6 +153,7 @@ def compare(rows: Rows, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
     scores, halves = scores_of(rows), [scores_of(half(rows, i)) for i in (0, 1)]
     areas = {area.name: area for area in find_areas(rows)[0]}
     names = list(dict.fromkeys(row["model"] for row in rows))
+    scores = {task: own for task, own in scores.items() if len(own) == len(names)}  # all arms
     pairs = list(itertools.combinations(names, 2))
     apart = {task: [p for p in pairs if _apart(areas[task], p)] for task in scores}
     telling = [task for task in scores if apart[task]]

@@ -165,9 +165,9 @@ def remove_incomplete(run: RunFolder) -> None:
         if not (folder / _COMPLETE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         elif damage(folder):
-            aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
+            for before in run.checkpoints.glob("damaged-*"):  # one is enough to look at
+                shutil.rmtree(before, ignore_errors=True)
+            os.replace(folder, folder.with_name(f"damaged-{folder.name}"))
 
 
 def remove_old(run: RunFolder, num_kept: int) -> None:
