@@ -70,6 +70,11 @@ NOT_HERE = {
         "{} --wheel none.whl",
         "error: none.whl: no such",
     ),
+    "research/real_model/serve_gguf.py": (
+        "llama.cpp and a model",
+        "{}",
+        "error: .* holds no exported model",
+    ),
     "research/real_model/texts.py": (
         "documentation packages",
         "{} --packages no-such-package --held-out no-such-package-either",
