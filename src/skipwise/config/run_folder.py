@@ -38,16 +38,10 @@ from skipwise.config.parse import describe_changes, dump_recipe, load_run_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.config.trust import consent_to_code
 from skipwise.errors import READ_ONLY, SkipwiseError
+from skipwise.report.load import row_fault, run_fault
 
 _OLD_PART = 60.0  # seconds after which the part of a process that is gone is removed
 _LEFTOVERS = re.compile(r"\.(run|train)?\.?lock|(recipe\.yaml|run\.json)(\.\d+)?\.part")
-_TYPES = {  # of the keys of run.json that are read again
-    **dict.fromkeys(("checks", "files", "card_files", "reproduce"), list),
-    **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
-    **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
-    **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
-    "train_length_choice": dict,
-}
 
 
 class RunFolder:
@@ -100,9 +94,8 @@ class RunFolder:
         found = read_json(file, {}, fix)
         if not isinstance(found, dict):
             raise SkipwiseError(f"{file} is not a JSON object\n{fix}")
-        for key, value in found.items():
-            if value is not None and not isinstance(value, _TYPES.get(key, object)):
-                raise SkipwiseError(f"{file} has {key}: {str(value)[:60]!r}\n{fix}")
+        if key := run_fault(found):
+            raise SkipwiseError(f"{file} has {key}: {str(found[key])[:60]!r}\n{fix}")
         return found
 
     def update(self, *, any_rank: bool = False, **metadata: Any) -> None:
@@ -122,10 +115,7 @@ class RunFolder:
     def results(self) -> list[dict[str, Any]]:
         file = self.path / "results.json"
         rows = read_json(file, [], "remove it, and its contents will be measured again")
-        valid = isinstance(rows, list) and all(
-            isinstance(row, dict) and {"model", "task", "metric"} <= set(row) for row in rows
-        )
-        if not valid:
+        if not isinstance(rows, list) or any(map(row_fault, rows)):
             raise SkipwiseError(
                 f"{file} has no result rows\nremove it, and its contents will be measured again"
             )

@@ -57,14 +57,14 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
         raise SkipwiseError(f"{repo_id!r} is not a valid Hub name: use USER/NAME")
     if not run.metadata().get("exported") or not run.model.is_dir():
         raise SkipwiseError(f"{run.path} is not exported\nrun skipwise export {run.path}")
-    failed = [c["name"] for c in run.metadata().get("checks", []) if not c["passed"]]
+    failed = [c["name"] for c in (run.metadata().get("checks") or []) if not c["passed"]]
     if failed:
         raise SkipwiseError(
             f"{run.path}: the check {failed[0]!r} failed, so the model is not published\n"
             f"see {run.report / 'index.html'}"
         )
     metadata, files, left_out = run.metadata(), [], []
-    exported = {*metadata.get("files", []), *metadata.get("card_files", ["README.md"])}
+    exported = {*(metadata.get("files") or []), *(metadata.get("card_files") or ["README.md"])}
     for file in sorted(run.model.rglob("*")):
         name = file.relative_to(run.model).as_posix()
         written = name in exported or "files" not in metadata  # exported by an older version

@@ -10,6 +10,8 @@ import copy
 import gc
 import inspect
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,11 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.errors import Check, SkipwiseError, first_line, is_no_memory
 from skipwise.models.attention.masks import FLEX
 from skipwise.models.hf_config import READ_BIN, is_local
+
+_OF_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+# Buffers of older versions, other modalities, and layers that predict a second token
+_UNUSED = re.compile(r"inv_freq|masked_bias|attn\.bias$|vision|visual|audio|image|talker")
+_SECOND = re.compile(r"mtp|eh_proj|enorm|hnorm|shared_head")
 
 
 def load_tokenizer(model: str, settings: ModelSettings) -> Any:
@@ -88,7 +95,29 @@ def load_model(
     missing = sorted(info["missing_keys"])
     if missing:
         raise SkipwiseError(f"{model} has no weights for {len(missing)} tensors, e.g. {missing[0]}")
+    _check_all_used(model, loaded, info["unexpected_keys"])
     return loaded
+
+
+def _check_all_used(model: str, loaded: Any, unexpected: Iterable[str]) -> None:
+    """Refuse weights of the decoder that a wrong config leaves out without a word."""
+    names = [name for name in sorted(unexpected) if not _UNUSED.search(name)]
+    unused = [name for name in names if _OF_LAYER.search(name)]
+    if unused and not any(map(_SECOND.search, names)):
+        raise SkipwiseError(
+            f"{model} has {len(unused)} tensors that its config.json does not use, e.g. {unused[0]}"
+            "\nrestore the config.json that belongs to the weights"
+        )
+    around = [loaded.get_input_embeddings(), loaded.get_output_embeddings()]
+    tensors = [getattr(layer, "weight", None) for layer in around]
+    known = all(tensor is not None and not tensor.is_meta for tensor in tensors)
+    ties = loaded.config.get_text_config(decoder=True).tie_word_embeddings
+    ties = ties and known and bool(getattr(loaded, "_tied_weights_keys", None))
+    if ties and tensors[0] is not tensors[1]:
+        raise SkipwiseError(
+            f"{model} has an output layer of its own, and its config.json ties it to the "
+            "embeddings\nset tie_word_embeddings to false in config.json"
+        )
 
 
 def build_without_weights(config: Any, settings: ModelSettings) -> Any:
@@ -104,9 +133,14 @@ def build_without_weights(config: Any, settings: ModelSettings) -> Any:
                 attn_implementation=attention,
                 trust_remote_code=settings.trust_remote_code,
             )
-    except (ImportError, ValueError) as error:
-        if attention is None:
+    except Exception as error:  # what a wrong value of the config leads to
+        if is_no_memory(error):
             raise
+        if attention is None:
+            raise SkipwiseError(
+                f"no model can be built from this config.json: {type(error).__name__}: "
+                f"{first_line(error)}\ncompare it with the one that was published"
+            ) from error
         raise SkipwiseError(
             f"load.attn_implementation={asked}: {first_line(error)}\nleave it out, or install it"
         ) from error

@@ -10,6 +10,23 @@ from skipwise.errors import SkipwiseError
 from skipwise.report.rows import Rows
 
 _KEYS = ("model", "task", "metric", "value")  # that every row has
+_NUMBER = int | float | None
+_RUN = {  # keys of run.json that are read again
+    **dict.fromkeys(("checks", "files", "card_files", "reproduce"), list),
+    **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
+    **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
+    **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
+    **dict.fromkeys(("target_length", "original_length"), int),
+    "train_length_choice": dict,
+}
+_INSIDE: dict[str, Any] = {"files": str, "card_files": str, "checks": dict, "stages": _NUMBER}
+_ROW = {
+    **dict.fromkeys(("model", "task", "metric"), str),
+    **dict.fromkeys(("value", "low", "high", "stderr", "depth", "floor"), _NUMBER),
+    **dict.fromkeys(("num_samples", "context_length"), int | None),
+    **dict.fromkeys(("text", "targets", "title", "about", "group", "kind"), str | None),
+    **dict.fromkeys(("samples", "documents"), list | None),
+}
 
 
 def read_json(file: Path) -> Any:
@@ -24,6 +41,39 @@ def read_json(file: Path) -> Any:
         return None
     except ValueError as error:
         raise SkipwiseError(f"{file} is not JSON: {error}") from error
+
+
+def run_fault(run: dict[str, Any]) -> str:
+    """The key of run.json whose value has another type than what is written; empty if none."""
+    for key, value in run.items():
+        if value is not None and not isinstance(value, _RUN.get(key, object)):
+            return key
+        if key not in _INSIDE:
+            continue
+        inside = list(value.values() if isinstance(value, dict) else value or [])
+        fits = all(isinstance(item, _INSIDE[key]) for item in inside)
+        if not fits or (key == "checks" and not all({"name", "passed"} <= set(c) for c in inside)):
+            return key
+    return ""
+
+
+def row_fault(row: Any) -> str:
+    """The same of a row of results.json."""
+    if not isinstance(row, dict):
+        return "row"
+    return next((key for key, kind in _ROW.items() if not isinstance(row.get(key), kind)), "")
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json; None if there is no file.
+
+    Raises:
+        SkipwiseError: it is not JSON, or a value has the wrong type.
+    """
+    run = read_json(folder / "run.json")
+    if isinstance(run, dict) and (key := run_fault(run)):
+        raise SkipwiseError(f"{folder / 'run.json'} has {key}: {str(run[key])[:60]!r}")
+    return run if isinstance(run, dict) else None
 
 
 def read_rows(folder: Path) -> Rows | None:
@@ -44,8 +94,9 @@ def read_rows(folder: Path) -> Rows | None:
             raise SkipwiseError(
                 f"{file} has a row without {', '.join(missing)}: measure again with skipwise eval"
             )
-        if not isinstance(row["value"], int | float | None):
-            raise SkipwiseError(f"{file} has a value that is not a number: {row['value']!r}")
+        if key := row_fault(row):
+            wrong = "value that is not a number" if key == "value" else f"wrong {key}"
+            raise SkipwiseError(f"{file} has a {wrong}: {str(row.get(key))[:60]!r}")
     return rows
 
 

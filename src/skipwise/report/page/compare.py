@@ -21,7 +21,7 @@ from skipwise.report.differences import differences
 from skipwise.report.figures.style import shorten
 from skipwise.report.format import duration, short_count
 from skipwise.report.headline import evaluation_headline
-from skipwise.report.load import all_training, count, is_evaluation, nested, read_json, read_rows
+from skipwise.report.load import all_training, count, is_evaluation, nested, read_rows, read_run
 from skipwise.report.page.html import Section, definitions, note, page, table, tile_list
 from skipwise.report.page.results import (
     area_section,
@@ -103,8 +103,7 @@ def read_compared(folders: Sequence[Path]) -> list[Compared]:
             reason = "no results.json" if rows is None else "nothing in its results.json"
             advice = "give the folder of a finished run or evaluation"
             raise SkipwiseError(f"{folder} has {reason}: {advice}")
-        run = read_json(folder / "run.json")
-        found.append((folder, run if isinstance(run, dict) else {}, rows))
+        found.append((folder, read_run(folder) or {}, rows))
     names = [str(run.get("name") or folder.resolve().name) for folder, run, _ in found]
     labels = _labels(names, paths)
     return [

@@ -16,7 +16,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.report.area import ends_of
 from skipwise.report.format import length_names, listed, short_value
 from skipwise.report.headline import evaluation_headline, headline
-from skipwise.report.load import count, is_evaluation, nested, read_json, read_lines, read_rows
+from skipwise.report.load import count, is_evaluation, nested, read_lines, read_rows, read_run
 from skipwise.report.page import training
 from skipwise.report.page.choices import choices_section
 from skipwise.report.page.html import Section, definitions, note, page, tile_list
@@ -46,7 +46,7 @@ def write_report(run_folder: str | Path, out_file: Path | None = None) -> Path:
         SkipwiseError: the folder has no run.json, or a broken file.
     """
     folder = Path(run_folder)
-    run = read_json(folder / "run.json")
+    run = read_run(folder)
     if not isinstance(run, dict):
         advice = "give the folder of a run, as runs/quickstart"
         raise SkipwiseError(f"{folder} has no run.json: {advice}")
@@ -82,7 +82,7 @@ def write_report(run_folder: str | Path, out_file: Path | None = None) -> Path:
 def verdict(run_folder: str | Path) -> str:
     """The headline of a folder's page, which the terminal shows as well."""
     folder = Path(run_folder)
-    run, rows = read_json(folder / "run.json") or {}, read_rows(folder) or []
+    run, rows = read_run(folder) or {}, read_rows(folder) or []
     if is_evaluation(run):
         rows = _baseline_first(run, rows)
         return evaluation_headline({**run, "name": run.get("name") or folder.name}, rows)
