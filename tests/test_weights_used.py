@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from skipwise.config.recipe import ModelSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
+from skipwise.models.hf_config import load_config
 from skipwise.models.load import build_without_weights, load_model
 from skipwise.report.load import read_rows, read_run
 
@@ -45,6 +46,19 @@ def test_so_is_a_bias_but_no_old_buffer_and_no_other_modality(model):
     add_weights(model, **{f"{place}.q_proj.bias": torch.ones(32)})
     with pytest.raises(SkipwiseError, match=r"1 tensors .*q_proj\.bias"):
         load(model)
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 2000}, {"intermediate_size": 32}])
+def test_shapes_that_are_not_the_configs_are_told(model, changes):
+    with pytest.raises(SkipwiseError, match="their shapes are not those of its"):
+        load(model, **changes)
+
+
+def test_why_a_config_is_refused_is_told_to_the_end(model):
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": [1]}))
+    with pytest.raises(SkipwiseError, match=r"'rms_norm_eps': \S+"):
+        load_config(str(model), ModelSettings())
 
 
 def test_an_output_layer_that_the_config_ties_is_named(model):

@@ -172,7 +172,9 @@ def config_of(
                 trust_remote_code=settings.trust_remote_code,
             )
     except Exception as error:  # transformers raises many types
-        raise SkipwiseError(f"{model} could not be read\n{first_line(error)}") from error
+        lines = str(error).split("\n")[1:2] if first_line(error).endswith(":") else []
+        why = " ".join([first_line(error), *map(str.strip, lines)])
+        raise SkipwiseError(f"{model} could not be read\n{why}") from error
     return without_kernels(config)
 
 

@@ -88,9 +88,10 @@ def load_model(
     except Exception as error:  # a broken file, a missing kernel, a wrong shape
         if is_no_memory(error):
             raise
-        raise SkipwiseError(
-            f"the weights of {model} could not be loaded\n{first_line(error)}"
-        ) from error
+        reason = first_line(error)
+        if "mismatched" in str(error):  # it refers to a report that is not shown
+            reason = "their shapes are not those of its config.json: restore the one they belong to"
+        raise SkipwiseError(f"the weights of {model} could not be loaded\n{reason}") from error
     loaded, info = result
     missing = sorted(info["missing_keys"])
     if missing:
