@@ -89,7 +89,7 @@ def test_a_longer_training_never_measures_less(large):
 
 def test_what_no_reduction_makes_cheap_enough_is_not_measured(large, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(search.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(search, "num_cores", lambda: 2)
     assert flops_per_second() * 120 < cost((4096, 8192), 2, 2, 3, 1.25)
     for steps, candidates in ((20, None), (30, 2), (40, 3), (50, 4)):
         found = fit_search(large(steps), CONTEXTS, 8, num_candidates=4, passes=3, trials=1.25)
@@ -99,7 +99,7 @@ def test_what_no_reduction_makes_cheap_enough_is_not_measured(large, monkeypatch
 
 
 def test_a_tiny_models_searches_are_whole_on_one_core(tiny, monkeypatch):
-    monkeypatch.setattr(search.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(search, "num_cores", lambda: 1)
     tree = {"model": str(tiny), "target_length": 256, "method": "none"}
     prepared = prepare_model(parse_recipe(tree))
     assert flops_per_second() == 5e10

@@ -397,7 +397,7 @@ while not (run.path / "go").exists():
 for i in range(150):
     run.update(**{f"{name}{i}": i})
     run.update_entry("stages", **{f"{name}{i}": i})
-    run.update(checks=lambda old: [*(old or []), f"{name}{i}"])
+    run.update(reproduce=lambda old: [*(old or []), f"{name}{i}"])
 """
 
 
@@ -410,8 +410,8 @@ def test_two_processes_that_write_run_json_at_once_lose_nothing(tmp_path):
         assert (writer.wait(), writer.stderr.read()) == (0, b"")
     facts = RunFolder(tmp_path).metadata()
     expected = {f"{name}{i}": i for name in "ab" for i in range(150)}
-    assert {k: v for k, v in facts.items() if k not in ("stages", "checks")} == expected
-    assert facts["stages"] == expected and sorted(facts["checks"]) == sorted(expected)
+    assert {k: v for k, v in facts.items() if k not in ("stages", "reproduce")} == expected
+    assert facts["stages"] == expected and sorted(facts["reproduce"]) == sorted(expected)
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and the checks that find them before a run.
+"""Errors that a user can fix, and the checks that find them before a run and in its JSON.
 
 `system_error` is the boundary to the operating system: what it or a library says of disks, rights,
 files and memory becomes two lines with the path and the fix.
@@ -46,6 +46,23 @@ _NO_MEMORY = re.compile(  # of torch, oneDNN, Rust, Arrow and the dynamic linker
     re.IGNORECASE,
 )
 _DAMAGED = re.compile(r"PytorchStreamReader|deserializing|failed finding central directory")
+_NUMBER = int | float | None
+_RUN = {  # keys of run.json that are read again
+    **dict.fromkeys(("checks", "files", "card_files", "reproduce"), list),
+    **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
+    **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
+    **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
+    **dict.fromkeys(("target_length", "original_length"), int),
+    "train_length_choice": dict,
+}
+_INSIDE: dict[str, Any] = {"files": str, "card_files": str, "checks": dict, "stages": _NUMBER}
+_ROW = {
+    **dict.fromkeys(("model", "task", "metric"), str),
+    **dict.fromkeys(("value", "low", "high", "stderr", "depth", "floor"), _NUMBER),
+    **dict.fromkeys(("num_samples", "context_length"), int | None),
+    **dict.fromkeys(("text", "targets", "title", "about", "group", "kind"), str | None),
+    **dict.fromkeys(("samples", "documents"), list | None),
+}
 
 
 class SkipwiseError(Exception):
@@ -197,3 +214,24 @@ def require(checks: list[Check]) -> None:
     if failed:
         lines = "\n".join(f"{check.name}: {check.detail}" for check in failed)
         raise SkipwiseError(f"the preflight failed\n{lines}")
+
+
+def run_fault(run: dict[str, Any]) -> str:
+    """The key of run.json whose value has another type than what is written; empty if none."""
+    for key, value in run.items():
+        if value is not None and not isinstance(value, _RUN.get(key, object)):
+            return key
+        if key not in _INSIDE:
+            continue
+        inside = list(value.values() if isinstance(value, dict) else value or [])
+        fits = all(isinstance(item, _INSIDE[key]) for item in inside)
+        if not fits or (key == "checks" and not all({"name", "passed"} <= set(c) for c in inside)):
+            return key
+    return ""
+
+
+def row_fault(row: Any) -> str:
+    """The same of a row of results.json."""
+    if not isinstance(row, dict):
+        return "row"
+    return next((key for key, kind in _ROW.items() if not isinstance(row.get(key), kind)), "")

@@ -37,8 +37,7 @@ except ImportError:
 from skipwise.config.parse import describe_changes, dump_recipe, load_run_recipe
 from skipwise.config.recipe import Recipe
 from skipwise.config.trust import consent_to_code
-from skipwise.errors import READ_ONLY, SkipwiseError
-from skipwise.report.load import row_fault, run_fault
+from skipwise.errors import READ_ONLY, SkipwiseError, row_fault, run_fault
 
 _OLD_PART = 60.0  # seconds after which the part of a process that is gone is removed
 _LEFTOVERS = re.compile(r"\.(run|train)?\.?lock|(recipe\.yaml|run\.json)(\.\d+)?\.part")

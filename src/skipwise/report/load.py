@@ -6,27 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, row_fault, run_fault
 from skipwise.report.rows import Rows
 
 _KEYS = ("model", "task", "metric", "value")  # that every row has
-_NUMBER = int | float | None
-_RUN = {  # keys of run.json that are read again
-    **dict.fromkeys(("checks", "files", "card_files", "reproduce"), list),
-    **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
-    **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
-    **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
-    **dict.fromkeys(("target_length", "original_length"), int),
-    "train_length_choice": dict,
-}
-_INSIDE: dict[str, Any] = {"files": str, "card_files": str, "checks": dict, "stages": _NUMBER}
-_ROW = {
-    **dict.fromkeys(("model", "task", "metric"), str),
-    **dict.fromkeys(("value", "low", "high", "stderr", "depth", "floor"), _NUMBER),
-    **dict.fromkeys(("num_samples", "context_length"), int | None),
-    **dict.fromkeys(("text", "targets", "title", "about", "group", "kind"), str | None),
-    **dict.fromkeys(("samples", "documents"), list | None),
-}
 
 
 def read_json(file: Path) -> Any:
@@ -41,27 +24,6 @@ def read_json(file: Path) -> Any:
         return None
     except ValueError as error:
         raise SkipwiseError(f"{file} is not JSON: {error}") from error
-
-
-def run_fault(run: dict[str, Any]) -> str:
-    """The key of run.json whose value has another type than what is written; empty if none."""
-    for key, value in run.items():
-        if value is not None and not isinstance(value, _RUN.get(key, object)):
-            return key
-        if key not in _INSIDE:
-            continue
-        inside = list(value.values() if isinstance(value, dict) else value or [])
-        fits = all(isinstance(item, _INSIDE[key]) for item in inside)
-        if not fits or (key == "checks" and not all({"name", "passed"} <= set(c) for c in inside)):
-            return key
-    return ""
-
-
-def row_fault(row: Any) -> str:
-    """The same of a row of results.json."""
-    if not isinstance(row, dict):
-        return "row"
-    return next((key for key, kind in _ROW.items() if not isinstance(row.get(key), kind)), "")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
