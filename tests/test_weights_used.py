@@ -28,9 +28,10 @@ def load(folder, **changes):
     return load_model(str(folder), config, ModelSettings(), dtype=torch.float32)
 
 
-def add_weights(folder, **tensors):
+def add_weights(folder, without=(), **tensors):
     file = folder / "model.safetensors"
-    save_file({**load_file(file), **tensors}, file, metadata={"format": "pt"})
+    kept = {name: tensor for name, tensor in load_file(file).items() if name not in without}
+    save_file({**kept, **tensors}, file, metadata={"format": "pt"})
 
 
 def test_layers_that_the_config_leaves_out_are_named(model):
@@ -43,7 +44,11 @@ def test_so_is_a_bias_but_no_old_buffer_and_no_other_modality(model):
     add_weights(model, **{f"{place}.rotary_emb.inv_freq": torch.ones(8)})
     add_weights(model, **{"vision_tower.layers.0.fc.weight": torch.ones(8)})
     load(model)
-    add_weights(model, **{f"{place}.q_proj.bias": torch.ones(32)})
+    second = {"model.layers.2.enorm.weight": torch.ones(32)}
+    second |= {"model.layers.2.mlp.up_proj.weight": torch.ones(64, 32)}
+    add_weights(model, **second)  # a layer that predicts a second token
+    load(model)
+    add_weights(model, without=second, **{f"{place}.q_proj.bias": torch.ones(32)})
     with pytest.raises(SkipwiseError, match=r"1 tensors .*q_proj\.bias"):
         load(model)
 
@@ -73,6 +78,8 @@ def test_a_config_that_no_model_can_be_built_from_is_an_error(model, changes):
         setattr(config, key, value)
     with pytest.raises(SkipwiseError, match="no model can be built from this"):
         build_without_weights(config, ModelSettings())
+    with pytest.raises(SkipwiseError, match="no model can be built from this"):
+        build_without_weights(config, ModelSettings(attn_implementation="eager"))
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:
             )
         if is_main_process():
             remove_parts(run.path)
+            remove_parts(run.model)
         _describe_start(run, recipe, command)
         return run
     if run.path.exists() and (not run.path.is_dir() or _holds_something(run.path)):

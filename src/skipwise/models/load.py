@@ -26,8 +26,8 @@ from skipwise.models.hf_config import READ_BIN, is_local
 
 _OF_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 # Buffers of older versions, other modalities, and layers that predict a second token
-_UNUSED = re.compile(r"inv_freq|masked_bias|attn\.bias$|vision|visual|audio|image|talker")
-_SECOND = re.compile(r"mtp|eh_proj|enorm|hnorm|shared_head")
+_UNUSED = re.compile(r"inv_freq|masked_bias|\.attn\.bias$|vision|visual|audio|image|talker")
+_SECOND = re.compile(r"mtp|\.(eh_proj|enorm|hnorm|shared_head)\.")
 
 
 def load_tokenizer(model: str, settings: ModelSettings) -> Any:
@@ -135,16 +135,14 @@ def build_without_weights(config: Any, settings: ModelSettings) -> Any:
                 trust_remote_code=settings.trust_remote_code,
             )
     except Exception as error:  # what a wrong value of the config leads to
-        if is_no_memory(error):
+        missing = isinstance(error, ImportError)
+        if is_no_memory(error) or (missing and attention is None):
             raise
-        if attention is None:
-            raise SkipwiseError(
-                f"no model can be built from this config.json: {type(error).__name__}: "
-                f"{first_line(error)}\ncompare it with the one that was published"
-            ) from error
-        raise SkipwiseError(
-            f"load.attn_implementation={asked}: {first_line(error)}\nleave it out, or install it"
-        ) from error
+        what = f"load.attn_implementation={asked}: {first_line(error)}\nleave it out, or install it"
+        if attention is None or not isinstance(error, ImportError | ValueError):
+            what = f"no model can be built from this config.json: {type(error).__name__}: "
+            what += f"{first_line(error)}\ncompare it with the one that was published"
+        raise SkipwiseError(what) from error
 
 
 def has_persistent_buffers(config: Any, settings: ModelSettings) -> bool:

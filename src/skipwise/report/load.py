@@ -34,7 +34,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """
     run = read_json(folder / "run.json")
     if isinstance(run, dict) and (key := run_fault(run)):
-        raise SkipwiseError(f"{folder / 'run.json'} has {key}: {str(run[key])[:60]!r}")
+        raise SkipwiseError(f"{folder / 'run.json'} has {key}: {str(run[key])[:60]!r}\nrestore it")
     return run if isinstance(run, dict) else None
 
 
