@@ -34,10 +34,10 @@ test-gguf: $(STAMP) # builds llama.cpp once, about ten minutes on two cores
 	$(BIN)/python tools/fetch_converter.py
 	LLAMA_CPP_TESTS=1 $(BIN)/python -m pytest tests/test_gguf.py tests/test_gguf_llama_cpp.py
 
-torture: $(STAMP) # about twenty minutes: kills, full disks, damaged files; benchmarks/results/
+torture: $(STAMP) # up to four hours: kills, full disks, damaged files; benchmarks/results/
 	$(BIN)/python benchmarks/torture.py
 
-study: $(STAMP) # hours on two cores; type it again to go on
+study: $(STAMP) # days on two cores; type it again to go on
 	$(BIN)/python research/study/run.py
 	$(BIN)/python research/study/run.py --collect
 	$(BIN)/python research/study/efficiency.py

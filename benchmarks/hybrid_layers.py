@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if args.smoke:
             args.steps, args.target = 1, 512
-            args.bases = [Path(scratch, family) for family in ("gemma3_text", "qwen3_next")]
+            args.bases = [Path(scratch, family) for family in ("gemma3_text", "lfm2")]
             args.sources, args.eval_sources = make_smoke_inputs(args.bases, Path(scratch))
         else:
             data = make_recipe().data
@@ -88,7 +88,7 @@ def make_smoke_inputs(bases: list[Path], folder: Path) -> tuple[list[str], list[
     """Random hybrid models of two layers; files to train on and to evaluate."""
     own = {
         "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention"]},
-        "qwen3_next": {"num_experts": 0, "layer_types": ["linear_attention"]},
+        "lfm2": {"layer_types": ["conv"]},
     }
     for base in bases:
         own[base.name]["layer_types"].append("full_attention")

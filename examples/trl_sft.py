@@ -2,7 +2,7 @@
 
 python examples/trl_sft.py MODEL CHATS.jsonl --to 2048 --steps 20 [--lora]
 
-Needs `pip install 'skipwise[trl]'`.
+Needs `pip install '.[trl]'`.
 """
 
 import argparse

@@ -12,8 +12,10 @@ from skipwise.cli import main
 from skipwise.config.parse import dump_recipe, load_recipe, load_run_recipe, parse_recipe
 from skipwise.config.recipe import Range
 from skipwise.data.files import list_folder
-from skipwise.data.readers import list_files, parse_sources
+from skipwise.data.readers import parse_sources
 from skipwise.errors import SkipwiseError
+
+TOKEN = "hf_" + "Q" * 34
 
 BASE = {"model": "m", "target_length": "32k"}
 
@@ -232,6 +234,13 @@ def test_a_pipe_in_a_folder_of_texts_is_left_out_and_as_a_source_refused(tmp_pat
     listing = list_folder(tmp_path)
     assert [p.name for p in listing.files] == ["a.txt"]
     assert [p.name for p in listing.left_out] == ["pipe.txt"]
-    (source,) = parse_sources([str(tmp_path / "pipe.txt")])
-    with pytest.raises(SkipwiseError, match="cannot be opened"):
-        list_files(source)
+    for name in (str(tmp_path / "pipe.txt"), "/dev/zero"):
+        with pytest.raises(SkipwiseError, match=r"is a pipe or a device, .*\n.*to a file first"):
+            parse_sources([name])
+
+
+def test_a_token_that_was_typed_is_not_repeated(tiny, capsys):
+    for thing in (f"https://me:{TOKEN}@host/x.txt", f"https://host/x?token={TOKEN}"):
+        assert main(["eval", str(tiny), "--lengths", "128", "--data", thing]) == 2
+        said = capsys.readouterr().err
+        assert "no such file or folder" in said and "***" in said and TOKEN not in said

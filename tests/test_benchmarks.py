@@ -30,7 +30,7 @@ from skipwise.evaluation.harness.benchmarks import (
 from skipwise.evaluation.tasks.prompts import ChatPrompts
 from skipwise.evaluation.tasks.task import TaskInputs
 
-pytest.importorskip("lm_eval", reason="pip install 'skipwise[bench]'")
+pytest.importorskip("lm_eval", reason="pip install '.[bench]'")
 pytestmark = pytest.mark.extended
 
 NUM_QUESTIONS = 6

@@ -1,13 +1,21 @@
 """The command line: light to start, and short about what a user can mend."""
 
+import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import skipwise
 from skipwise.cli import build_parser, main
+from skipwise.commands import _out_folder
+from skipwise.config.machine import cache_folder
+from skipwise.config.parse import parse_recipe
+from skipwise.config.run_folder import RunFolder
+from skipwise.config.trust import seal
+from skipwise.errors import SkipwiseError
 
 
 def run(*arguments):
@@ -128,3 +136,38 @@ def test_what_was_left_out_of_the_data_is_said(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 shorter ones dropped" in out and "1 unreadable records" in out
     assert "x.jsonl:3: not JSON" in out
+
+
+def test_a_launcher_variable_that_is_no_number_is_named(monkeypatch, tiny, capsys):
+    for name, value in (("WORLD_SIZE", ""), ("RANK", "abc"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+        assert main(["check", str(tiny), "--to", "256"]) == 2
+        said = capsys.readouterr().err
+        assert f"{name}={value} in the environment" in said and f"unset {name}" in said
+        monkeypatch.delenv(name)
+
+
+def test_a_home_folder_that_the_shell_left_and_a_dot_are_resolved(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert RunFolder("~/runs/x").path == tmp_path / "runs/x"
+    recipe = parse_recipe({"model": ".", "target_length": "1k"})
+    assert recipe.run_name == f"{tmp_path.name}-1k"
+    assert _out_folder(recipe, argparse.Namespace(out="~/a")) == tmp_path / "a"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text("model: base\ntarget_length: 1k\n")
+    typed = argparse.Namespace(out=None, thing="~/run")
+    assert _out_folder(recipe, typed) == tmp_path / "run"
+
+
+def test_a_cache_that_is_named_needs_no_home(monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("SKIPWISE_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    with pytest.raises(SkipwiseError, match="set XDG_STATE_HOME"):
+        seal("x")

@@ -53,6 +53,10 @@ REFUSED = {  # what is wrong: (config, words of the error)
         llama(max_position_embeddings=8192, rope_scaling=YARN),
         "type original_length=8192, or original_length=131072",
     ),
+    "heads": (
+        llama(num_attention_heads=2, num_key_value_heads=3),
+        "config.json has 2 num_attention_heads and 3 num_key_value_heads: give a divisor",
+    ),
     "share text": (of("stablelm", partial_rotary_factor="0.25"), "partial_rotary_factor in config"),
     "share 0": (
         of("stablelm", partial_rotary_factor=0.0),

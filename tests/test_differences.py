@@ -7,7 +7,7 @@ import pytest
 
 from skipwise.report.differences import describe_training, difference
 from skipwise.report.headline import headline
-from skipwise.report.intervals import paired_difference
+from skipwise.report.intervals import mean_interval, paired_difference
 from skipwise.report.tables import format_table
 
 L, T = 256, 2048
@@ -106,6 +106,52 @@ def test_training_that_adds_nothing_is_said():
     said = headline(RUN, rows_of([1] * 50, [1] * 48 + [0] * 2, [1] * 49 + [0]))
     assert "falls short: training added nothing beyond error to rescaling alone: passkey +2" in said
     assert describe_training(rows_of([1] * 50, [0] * 50, [1] * 50), T)[1]
+
+
+def needle(model, scores, **more):
+    return {**passkey(model, T, scores), "task": "needle", **more}
+
+
+def test_what_training_made_worse_is_a_shortfall_and_not_added():
+    rows = rows_of([1] * 50, [0] * 50, [1] * 50)
+    rows += [needle("untrained", [1] * 45 + [0] * 5), needle("after", [1] * 20 + [0] * 30)]
+    added, anything, harm = describe_training(rows, T)
+    assert anything and "passkey +100 points" in added and "needle" not in added
+    assert harm.startswith("training made worse than rescaling alone: needle −50 points [")
+    said = headline(RUN, rows)
+    assert "falls short: training made worse than rescaling alone: needle" in said
+    assert "now reads" not in said
+
+
+def test_other_questions_are_not_paired_and_are_named():
+    rows = rows_of([1] * 50, [0] * 50, [1] * 50)
+    for row, asked in zip(rows, ("a", "b", "b", "a", "c"), strict=True):
+        row["asked"] = asked
+    assert describe_training(rows, T) == ("", True, "")
+    assert "Not with the same questions everywhere: passkey." in format_table(rows)
+    for row in rows:
+        row["asked"] = f"at {row['context_length']}"
+    assert "same questions" not in format_table(rows)
+    assert describe_training(rows, T)[0]
+
+
+def test_trials_of_one_haystack_are_not_independent():
+    rng = np.random.default_rng(0)
+    haystacks = np.repeat(np.arange(7), 8)
+    outside = {True: 0, False: 0}
+    for _ in range(400):
+        ease = np.clip(0.5 + 0.3 * rng.standard_normal(7), 0, 1)[haystacks]
+        own = (rng.random(56) < ease).astype(int)
+        other = (rng.random(56) < np.clip(1 - ease, 0, 1)).astype(int)  # the same on average
+        for clustered in outside:
+            more = {"documents": haystacks.tolist()} if clustered else {}
+            one = difference(needle("a", own, **more), needle("b", other, **more))
+            outside[clustered] += one.better or one.worse
+    assert outside[False] > 0.2 * 400 and outside[True] < 0.09 * 400
+    wide = mean_interval(own.tolist(), haystacks.tolist())
+    narrow = mean_interval(own.tolist())
+    assert wide[1] < narrow[1] < narrow[2] < wide[2]
+    assert mean_interval(own.tolist(), list(range(56))) == narrow
 
 
 def test_a_base_that_cannot_do_it_is_named_and_not_the_extension():

@@ -325,7 +325,7 @@ def test_a_launcher_that_chose_another_engine_is_an_error(monkeypatch):
 def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SkipwiseError, match=r"skipwise\[deepspeed\]"):
+    with pytest.raises(SkipwiseError, match=r"\.\[deepspeed\]"):
         engine_of(make("zero3"))
 
 

@@ -346,6 +346,8 @@ def test_no_file_of_the_export_names_a_folder_of_this_machine(finished, tiny, te
         content = file.read_bytes()
         for name in (str(tiny), tiny.name, str(text_folder), str(finished.path)):
             assert name.encode() not in content, (file.name, name)
-    assert set(finished.metadata()["files"]) <= {file.name for file in finished.model.iterdir()}
+    assert set(finished.metadata()["exported_files"]) <= {
+        file.name for file in finished.model.iterdir()
+    }
     upload = plan_upload(finished, "me/long")
     assert upload.left_out == [] and len(upload.files) == len(list(finished.model.iterdir()))

@@ -61,7 +61,7 @@ KNOWN = [
     ("CUDA error: device-side assert triggered", "CUDA_LAUNCH_BLOCKING=1"),
     ("CUDA_HOME does not exist, unable to compile CUDA op(s)", "--engine fsdp2"),
     ("Error building extension 'cpu_adam'", "CUDA toolkit"),
-    ("Using `bitsandbytes` 4-bit quantization requires bitsandbytes", "skipwise[qlora]"),
+    ("Using `bitsandbytes` 4-bit quantization requires bitsandbytes", "'.[qlora]'"),
     ("FlashAttention2 has been toggled on, but flash_attn is not installed", "=sdpa"),
     ("CUDA error: no kernel image is available for execution on the device", "pytorch.org"),
     ("LoweringException: RuntimeError: Failed to find C compiler", "load.attn_implementation"),

@@ -14,7 +14,7 @@ from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model, find
 from skipwise.evaluation.harness import benchmarks, long_tasks
 from skipwise.pipeline.quickstart import MODEL
 
-pytest.importorskip("lm_eval", reason="pip install 'skipwise[bench]'")
+pytest.importorskip("lm_eval", reason="pip install '.[bench]'")
 pytestmark = pytest.mark.extended
 
 # in the manner of lm-eval's RULER: lengths and tokenizer come from metadata, metrics are lengths

@@ -1,5 +1,6 @@
 """Publishing: shown, asked, uploaded; against a stand-in of the Hub on this machine."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from safetensors.numpy import save_file
 from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import SkipwiseError
+from skipwise.export import model_card
 from skipwise.export.hub import confirm, describe_upload, plan_upload
 from skipwise.export.model_card import base_metadata, hub_results, relation, write_card
+from skipwise.models.identity import digests
 
 
 def row(model, task, metric, length, value, **more):
@@ -212,9 +215,33 @@ def test_a_base_without_a_card_gives_no_licence(tmp_path):
     assert base_metadata(str(tmp_path)) == {}
 
 
+def test_a_local_base_that_is_gone_is_not_looked_for_on_the_hub(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model_card, "base_metadata", lambda name: asked.append(name) or {})
+    for base in ("me/gone", "gone.gguf"):
+        run.write_recipe(dataclasses.replace(run.recipe(), model=base))
+        run.update(model={"hub": False, "family": "llama"})
+        write_card(run)
+        assert asked == []
+    run.update(model={"hub": True, "family": "llama"})
+    run.write_recipe(dataclasses.replace(run.recipe(), model="me/base"))
+    write_card(run)
+    assert asked == ["me/base"]
+
+
+def test_a_card_names_the_method_that_trained(run):
+    run.update_entry("training", method="full")  # as train_length: auto may choose
+    text = write_card(run).read_text()
+    assert "with training at full length and" in text and "[PoSE]" not in text.split("##")[0]
+    assert "- full\n" in text and "- pose\n" not in text
+
+
 def test_what_is_uploaded_is_what_was_shown(run):
     (run.path / "gguf").mkdir()
-    (run.path / "gguf/model-f16.gguf").write_bytes(b"GGUF" * 100)
+    file = run.path / "gguf/model-f16.gguf"
+    file.write_bytes(b"GGUF" * 100)
+    (run.path / "gguf/other.gguf").write_bytes(b"GGUF")  # nobody exported it
+    run.update(gguf_files=digests({file.name: file}))
     hub = Hub()
     code, out, err = publish(run, hub, "me/long", "--yes", "--private")
     assert code == 0, err
@@ -222,7 +249,7 @@ def test_what_is_uploaded_is_what_was_shown(run):
     stored = hub.repositories["me/long"]
     for name in ("model.safetensors", "config.json", "README.md", "LICENSE"):
         assert stored[name] == (run.model / name).read_bytes() and name in err
-    assert stored["model-f16.gguf"] == b"GGUF" * 100
+    assert stored["model-f16.gguf"] == b"GGUF" * 100 and "other.gguf" not in stored
     assert "private" in err and TOKEN not in out + err
     assert ("POST", "/api/validate-yaml") in hub.requests
     uploads = sum(method == "PUT" for method, _ in hub.requests)

@@ -1,4 +1,4 @@
-"""Every script of benchmarks/ and research/ runs in its smallest setting."""
+"""Every script of benchmarks/ runs in its smallest setting; research/: test_research_scripts."""
 
 import json
 import os
@@ -34,6 +34,7 @@ SMALLEST = {
     "benchmarks/loss_memory.py": ("--smoke", "loss_memory"),
     "benchmarks/old_transformers.py": ("--smoke", "old_transformers"),
     "benchmarks/plan_accuracy.py": ("--smoke", "plan_accuracy"),
+    "benchmarks/quickstart.py": ("--smoke", "quickstart"),
     "benchmarks/short_documents.py": ("--smoke", "short_documents"),
     "benchmarks/step_overhead.py": ("--smoke", "step_overhead"),
     "benchmarks/torture.py": ("--smoke", "torture"),
@@ -86,6 +87,7 @@ NOT_FORKED = {
     "benchmarks/evaluation_memory.py",
     "benchmarks/extend_parts.py",
     "benchmarks/plan_accuracy.py",
+    "benchmarks/quickstart.py",
     "benchmarks/torture.py",
 }
 SLOW = {
@@ -100,6 +102,7 @@ SLOW = {
     "research/study/compare.py",
     "research/study/dial.py",
     "research/study/efficiency.py",
+    "research/study/figures.py",
     "research/study/run.py",
     "research/study/temperatures.py",
     "research/tasks/compare_tasks.py",
@@ -124,11 +127,18 @@ def run(script, arguments, out):
     return forked.training.run(command, env=environment)
 
 
-@pytest.mark.parametrize(
-    "script",
-    [pytest.param(s, marks=pytest.mark.extended if s in SLOW else ()) for s in SCRIPTS],
-)
+def scripts_of(place):
+    """The scripts of benchmarks/ or research/; those that take long are for `make test-all`."""
+    own = [script for script in SCRIPTS if script.startswith(place)]
+    return [pytest.param(s, marks=pytest.mark.extended if s in SLOW else ()) for s in own]
+
+
+@pytest.mark.parametrize("script", scripts_of("benchmarks/"))
 def test_a_script_runs_in_its_smallest_setting(script, folder, tmp_path):
+    check_smallest(script, folder, tmp_path)
+
+
+def check_smallest(script, folder, tmp_path):
     if script in NOT_HERE:
         _, arguments, said = NOT_HERE[script]
         done = run(script, arguments.format(tmp_path).split(), tmp_path)

@@ -1,6 +1,7 @@
 """Evaluating anything: nothing is measured twice, nothing is lost, mistakes show first."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from skipwise.cli import main
 from skipwise.config import progress
 from skipwise.config.lengths import parse_lengths
-from skipwise.config.recipe import EvalSettings
+from skipwise.config.parse import parse_recipe
+from skipwise.config.recipe import EvalSettings, with_known_revision
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
+from skipwise.evaluation.run import _check_base, _labels
 from skipwise.evaluation.tasks import ruler
 from skipwise.evaluation.tasks.prompts import token_ids
+from skipwise.models.identity import base_identity
 from skipwise.pipeline.quickstart import MODEL
 
 SMALL = ["eval.passkey_samples=4", "eval.needle_samples=4", "eval.num_depths=2"]
@@ -197,6 +201,32 @@ def test_eval_of_a_model_with_a_baseline_writes_a_folder_and_goes_on(
     assert rows == [row for row in before if row["model"] == "tiny-llama"]
     assert run.results() == before
     assert main(["report", str(out)]) == 0
+    command[command.index("128..256")] = "64"  # other targets, which would replace these
+    assert main(command) == 2
+    assert "type --lengths 64,128,256" in capsys.readouterr().err
+    assert run.results() == before
+
+
+def test_a_baseline_takes_the_label_of_no_model_of_the_run(tiny, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    recipe = parse_recipe({"model": str(tiny), "target_length": 256})
+    for name in ("before", "untrained", "after"):
+        labels = _labels(recipe, run, True, str(tmp_path / name))
+        assert list(labels) == [str(tmp_path / name), "after"]
+
+
+def test_a_base_that_has_changed_is_not_measured_as_the_one_before(tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path / "base")
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    recipe = parse_recipe({"model": str(base), "target_length": 256})
+    run.update(identity={"base": base_identity(str(base), None)})
+    _check_base(recipe, run)
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    with pytest.raises(SkipwiseError, match=r"has changed since .*: config.json differs"):
+        _check_base(recipe, run)
+    revision = {"base": {"revision": "abc"}}
+    assert with_known_revision(recipe, revision).load.revision == "abc"
 
 
 def test_a_task_asked_for_that_needs_text_is_an_error_without(tiny, tmp_path, capsys):

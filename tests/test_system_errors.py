@@ -18,6 +18,7 @@ from skipwise import commands
 from skipwise.cli import build_parser, main
 from skipwise.config import machine, run_folder
 from skipwise.config.machine import check_disk_space, give_umask_mode
+from skipwise.config.parse import parse_recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError, is_no_memory, is_no_space, system_error, system_errors
 
@@ -426,6 +427,20 @@ def test_a_part_of_a_process_that_was_killed_is_removed_and_of_one_that_lives_is
         os.utime(part, (1, 1))
     run_folder.remove_parts(tmp_path)
     assert {part.name for part in tmp_path.iterdir()} == {live.name, young.name}
+
+
+def test_a_run_that_goes_on_removes_old_parts_of_its_folder_and_of_its_model(tmp_path):
+    recipe = parse_recipe({"model": "base", "target_length": "1k"})
+    run = run_folder.open_run(tmp_path / "run", recipe, "x")
+    run.model.mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    parts = [folder / f"README.md.{ended.pid}.part" for folder in (run.path, run.model)]
+    for part in parts:
+        part.write_text("half")
+        os.utime(part, (1, 1))
+    run_folder.open_run(run.path, recipe, "x")
+    assert not any(part.exists() for part in parts)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from skipwise.evaluation.harness.benchmarks import (
     check_benchmarks,
 )
 
-pytest.importorskip("lm_eval", reason="pip install 'skipwise[bench]'")
+pytest.importorskip("lm_eval", reason="pip install '.[bench]'")
 pytestmark = pytest.mark.extended
 
 
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.extended
         ("task: x\nclass: evil.run\n", "has class, and code from a task folder is not run"),
         ("task: x\nuse_prompt: 'evil.yaml:p'\n", "has use_prompt"),
         ("group: x\ntask: [{task: y, unsafe_code: true}]\n", "has unsafe_code"),
+        ("include: cruxeval_output\ntask: x\nunsafe_code: false\n", "has unsafe_code"),
         ("include: boolq\ndataset_kwargs: {trust_remote_code: true}\n", "has trust_remote_code"),
         ("include: boolq\ntask: x\ndataset_path: evil.py\n", "scripts are not run"),
         ("include: boolq\ntask: x\ndataset_path: owner/evil.py\n", "scripts are not run"),

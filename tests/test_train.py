@@ -13,6 +13,7 @@ import pytest
 import torch
 from additive_mask import additive_mask
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from skipwise.cli import main
 from skipwise.config.parse import parse_recipe
@@ -208,6 +209,14 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_weights(
             run_training(recipe, tmp_path / "run")
     assert last_checkpoint(RunFolder(tmp_path / "run")).name == "checkpoint-5"
     assert equal(weights(run_training(recipe, tmp_path / "run")), weights(straight))
+
+
+def test_one_process_trains_on_one_gpu_of_many(tiny, text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
+    recipe = make_recipe(tiny, text_folder)
+    made = training_arguments(recipe, RunFolder(tmp_path), torch.float32)
+    assert made.n_gpu == 1 and made.train_batch_size == made.per_device_train_batch_size
 
 
 def test_accumulation_gives_the_weights_of_one_large_batch(straight, tiny, text_folder, tmp_path):

@@ -330,6 +330,14 @@ def test_the_share_of_the_text_that_longer_examples_keep(length, share):
     assert chosen.kept_share(lengths, length) == pytest.approx(share)
 
 
+def test_packed_text_loses_nothing_at_a_longer_length(tiny, text_folder):
+    recipe = make_recipe(tiny, text_folder, "train_length=auto", "data.short_documents=pack")
+    run = RunFolder(text_folder.parent / "packed")
+    run.path.mkdir()
+    entry = chosen._choose(prepare_model(recipe), run, 1)
+    assert set(entry["text"].values()) == {1.0}
+
+
 def test_auto_is_chosen_once_and_a_run_keeps_it(tiny, text_folder, tmp_path, monkeypatch, capsys):
     recipe = make_recipe(tiny, text_folder, "train_length=auto", "training.global_batch_size=4")
     run = RunFolder(tmp_path / "run")

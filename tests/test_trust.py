@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import metadata_load
@@ -14,10 +17,13 @@ from skipwise.config.recipe import ModelSettings
 from skipwise.config.run_folder import RunFolder, open_run, write_json
 from skipwise.config.trust import secret_in, without_secrets
 from skipwise.errors import SkipwiseError
+from skipwise.export.gguf import find_converter
+from skipwise.export.hf import _RELOAD, without_local_names
 from skipwise.export.hub import describe_upload, plan_upload
 from skipwise.export.model_card import public_name, write_card
 from skipwise.models.compatibility import save_tokenizer
 from skipwise.models.hf_config import read_config, stays_inside
+from skipwise.models.identity import changed_note, folder_digests
 
 BASE = {"model": "me/base", "target_length": "32k"}
 TOKEN = "hf_" + "Q" * 34
@@ -110,12 +116,47 @@ def test_remote_code_in_a_file_is_not_consent_and_a_typed_word_is_kept_for_the_r
         load_run_recipe(own.recipe_file)
 
 
+def test_no_path_inside_a_trainer_setting_is_published():
+    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": "/home/me/nvme"}}
+    trainer = {"deepspeed": {"zero_optimization": offload, "list": ["/a/b", 1]}}
+    public = without_local_names(parse_recipe({**BASE, "trainer": trainer}), {})
+    assert "/" not in json.dumps(public.trainer) and "nvme" in json.dumps(public.trainer)
+
+
+def test_a_check_in_a_new_process_imports_nothing_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("numpy", "torch", "random"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    program = "\n".join(_RELOAD.splitlines()[:4])  # to the first imports
+    assert "import numpy, torch" in program
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setattr(sys, "argv", ["skipwise", "recipes"])
+    assert main() == 0 and os.environ["PYTHONSAFEPATH"]
+    command = [sys.executable, "-c", "import numpy"]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_converter_of_the_current_folder_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("SKIPWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    (tmp_path / "a/llama.cpp").mkdir(parents=True)
+    (tmp_path / "a/llama.cpp/convert_hf_to_gguf.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(SkipwiseError, match="was not found"):
+        find_converter()
+    found = find_converter("llama.cpp")
+    assert found == tmp_path / "a/llama.cpp/convert_hf_to_gguf.py"
+
+
 def test_only_what_export_wrote_is_uploaded_and_the_rest_is_shown(run, tmp_path):  # noqa: F811
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "more").mkdir()
     (tmp_path / "more/config.json").write_text("{}")
     write_card(run)
-    run.update(files=["config.json", "model.safetensors"])
+    run.update(exported_files={"config.json": [], "model.safetensors": []})
     left = (".env", "optimizer.pt", "notes.txt", "model-2.safetensors", "LICENSE-mine", "a\nb.json")
     for name in left:
         (run.model / name).write_text("x")
@@ -134,8 +175,23 @@ def test_only_what_export_wrote_is_uploaded_and_the_rest_is_shown(run, tmp_path)
     names = (*left, ".git/config", "link.txt", "tokenizer.json", "x.gguf")
     assert all(repr(name) in shown.split("left out")[1] for name in names)
     assert len(shown.splitlines()) < 30
-    run.update(files=["config.json", "model.safetensors", ".env", "link.txt"])  # a planted list
+    names = ("config.json", "model.safetensors", ".env", "link.txt")  # a planted list
+    run.update(exported_files={name: [] for name in names})
     assert len(plan_upload(run, "me/long").files) == 5
+
+
+def test_a_file_that_changed_since_the_export_is_named(run):  # noqa: F811
+    write_card(run)
+    run.update(exported_files=folder_digests(run.model))
+    assert not plan_upload(run, "me/long").changed
+    write_card(run, "me/long")  # its own files may change
+    config = run.model / "config.json"
+    config.write_text("[]")  # valid JSON of the same size
+    upload = plan_upload(run, "me/long")
+    assert upload.changed.startswith("changed since the export: config.json\n")
+    assert upload.changed in describe_upload(upload)
+    config.unlink()
+    assert "config.json" in changed_note(run.model, run.metadata())
 
 
 def test_an_older_run_uploads_by_the_names_that_export_writes(run):  # noqa: F811

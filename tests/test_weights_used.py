@@ -87,7 +87,7 @@ def test_a_config_that_no_model_can_be_built_from_is_an_error(model, changes):
     [
         ("checks", [-1]),
         ("checks", [{"name": "x"}]),
-        ("files", [[]]),
+        ("exported_files", {"a": 1}),
         ("card_files", [None]),
         ("target_length", "1"),
         ("target_length", [1]),
@@ -95,7 +95,9 @@ def test_a_config_that_no_model_can_be_built_from_is_an_error(model, changes):
     ],
 )
 def test_an_odd_value_of_run_json_is_named(tmp_path, key, value):
-    (tmp_path / "run.json").write_text(json.dumps({"files": ["a"], "checks": None, key: value}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"exported_files": {"a": [1, ""]}, "checks": None, key: value})
+    )
     for read in (read_run, lambda folder: RunFolder(folder).metadata()):
         with pytest.raises(SkipwiseError, match=f"has {key}: "):
             read(tmp_path)

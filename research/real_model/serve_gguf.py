@@ -4,7 +4,7 @@
 
 f16 and q8_0 are written as `skipwise export --to gguf` does; Q4_K_M is llama.cpp's quantize of the
 f16 file. The questions are those of `skipwise eval --tasks passkey`. It needs llama-cpp-python
-(`skipwise[gguf,llama-cpp]`) and the converter (tools/fetch_converter.py).
+(the extras `gguf` and `llama-cpp`) and the converter (tools/fetch_converter.py).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     try:
         import llama_cpp
     except ImportError:
-        parser.error("no llama-cpp-python: pip install 'skipwise[gguf,llama-cpp]'")
+        parser.error("no llama-cpp-python: pip install '.[gguf,llama-cpp]'")
     from transformers import AutoTokenizer
 
     from skipwise.evaluation.tasks.passkey import passkey_trials

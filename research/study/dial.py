@@ -7,6 +7,7 @@ M = L/2 .. T at f = 8 and 32: `dial` in settings.py. Each setting is trained and
 in a process of its own, so that its peak memory is its own, and adds a row to OUT/rows.jsonl; type
 the command again to go on. The result has one line a setting: perplexity by context length and
 passkeys, both at the temperature found, seconds of training, and the memory that training added.
+Rows of the newest result that were not run again are kept in it.
 """
 
 from __future__ import annotations
@@ -80,9 +81,19 @@ def main() -> None:
                 print(summary(row), flush=True)
     wanted = {setting.key: setting for setting in settings}
     found = [line(row) for row in read_rows([file]) if row["key"] in wanted]
+    print(f"{len(found)} of {len(wanted)} settings")
+    if not args.smoke:
+        found += earlier(found)
     figures = {"windows": args.windows, "trials": args.trials, "rows": found}
     write_result("study_dial", figures, folder=SMOKE if args.smoke else RESEARCH, show=False)
-    print(f"{len(found)} of {len(wanted)} settings")
+
+
+def earlier(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the newest result that these do not replace."""
+    keys = ("target_length", "train_length", "distilled", "seed")
+    here = {tuple(row[key] for key in keys) for row in found}
+    kept = (newest("study_dial") or {"rows": []})["rows"]
+    return [row for row in kept if tuple(row[key] for key in keys) not in here]
 
 
 def alone(job: Any) -> dict[str, Any] | None:

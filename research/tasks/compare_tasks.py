@@ -1,6 +1,6 @@
 """Which evaluation tasks tell extensions of one base apart, and what each costs.
 
-    python research/tasks/compare_tasks.py [--seeds 0 1] [--out runs/tasks]
+    python research/tasks/compare_tasks.py [--seeds 0 1] [--workers 2] [--out runs/tasks]
     python research/tasks/compare_tasks.py --results RUN/results.json EVAL/results.json ...
 
 Without --results the bundled model (256 tokens) is extended to 2,048 in the ways of ARMS, at equal
@@ -26,6 +26,8 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,11 @@ def make_arm(arm: str, seed: int, out: Path, smoke: bool) -> Path:
     if not (folder / "model" / "config.json").exists():
         extend(make_recipe(recipe_keys(arm, seed, smoke)), folder)
     return folder / "model"
+
+
+def _make_and_measure(job: tuple[Any, ...]) -> tuple[str, Rows, dict[str, float]]:
+    name, arm, seed, text, out, smoke = job
+    return name, *measure(name, make_arm(arm, seed, out, smoke), text, out, smoke)
 
 
 def measure(name: str, model: Path, text: Path, out: Path, smoke: bool) -> tuple[Rows, dict]:
@@ -229,6 +236,7 @@ def main() -> None:
     parser.add_argument("--results", nargs="+", type=Path, help="results.json of the arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--out", type=Path, help="runs/tasks")
+    parser.add_argument("--workers", type=int, default=1, help="arms at a time")
     args = parser.parse_args()
     rows: Rows = []
     seconds: dict[str, dict[str, float]] = {}
@@ -243,12 +251,14 @@ def main() -> None:
         (out / "eval").mkdir(parents=True, exist_ok=True)
         text = Path(os.path.expanduser(make_recipe().data.eval_sources[0]))
         arms = ("base", "defaults") if args.smoke else ARMS
+        jobs = []
         for arm in arms:
             trained = arm != "base" and "method=none" not in ARMS[arm]
             for seed in args.seeds if trained else args.seeds[:1]:
-                name = f"{arm}-{seed}" if trained else arm
-                model = make_arm(arm, seed, out, args.smoke)
-                found, seconds[name] = measure(name, model, text, out, args.smoke)
+                jobs.append((f"{arm}-{seed}" if trained else arm, arm, seed, text, out, args.smoke))
+        with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+            for name, found, taken in pool.map(_make_and_measure, jobs):
+                seconds[name] = taken
                 rows += found
     figures = compare(rows, seconds)
     write_result("compare_tasks", figures, folder=SMOKE if args.smoke else RESEARCH, show=False)

@@ -56,7 +56,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # a child imports nothing from the current folder, which may be a stranger's
+        os.environ.setdefault("PYTHONSAFEPATH", "1")  # of Python 3.11
+        argv = sys.argv[1:]
     with on_signals(_interrupt, signal.SIGTERM):
         try:
             args = _parse(argv)
@@ -90,8 +92,10 @@ def _interrupt(number: int) -> None:
 
 
 def _say(message: object) -> None:
+    from skipwise.config.trust import without_secrets
+
     with suppress(OSError, ValueError):  # a log on a full disk, a closed stderr
-        print(message, file=sys.stderr, flush=True)
+        print(without_secrets(str(message)), file=sys.stderr, flush=True)
 
 
 def _drop_output() -> None:
@@ -289,7 +293,9 @@ def _add_output_verbs(verbs: Any) -> None:
 
 
 def _add_recipe_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("thing", metavar="MODEL|RECIPE|RUN", help="folder, hub name or recipe")
+    sub.add_argument(
+        "thing", metavar="MODEL|RECIPE|RUN", help="folder, GGUF file, hub name or recipe"
+    )
     sub.add_argument("--to", metavar="T", help="target length, e.g. 32k")
     length = "tokens per example, e.g. 16k, or auto (original length)"
     sub.add_argument("--train-length", metavar="M", help=length)

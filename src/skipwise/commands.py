@@ -76,9 +76,10 @@ def _out_folder(recipe: Recipe, args: argparse.Namespace) -> Path:
     if args.out:
         if "\0" in args.out or any(len(os.fsencode(p)) > 255 for p in Path(args.out).parts):
             raise SkipwiseError(f"--out {args.out[:80]!r}: give the name of a folder")
-        return Path(args.out)
-    if (Path(getattr(args, "thing", "")) / "recipe.yaml").exists():
-        return Path(args.thing)
+        return Path(args.out).expanduser()  # a shell leaves --out=~/runs as it is
+    thing = Path(getattr(args, "thing", "")).expanduser()
+    if (thing / "recipe.yaml").exists():
+        return thing
     return Path("runs") / recipe.run_name
 
 
@@ -97,7 +98,7 @@ def quickstart_verb(args: argparse.Namespace) -> None:
     from skipwise.pipeline.extend import extend
     from skipwise.pipeline.quickstart import make_recipe
 
-    out = Path(args.out or "runs/quickstart")
+    out = Path(args.out or "runs/quickstart").expanduser()
     print_summary(extend(make_recipe(args.overrides), out, command=_command_line(args)))
 
 
@@ -291,14 +292,14 @@ def report_verb(args: argparse.Namespace) -> None:
     from skipwise.report.area import ends_of
 
     if len(args.things) > 1:
-        page = Path(args.out or "comparison.html")
-        table = compare_runs([Path(thing) for thing in args.things], page)
+        page = Path(args.out or "comparison.html").expanduser()
+        table = compare_runs([Path(thing).expanduser() for thing in args.things], page)
         print(f"{table}\n\nreport  {page}")
         return
     run = RunFolder(args.things[0])
     if run.metadata().get("kind") != "evaluation":
         run.recipe()
-    page = write_report(run.path, Path(args.out)) if args.out else _write_report(run)
+    page = write_report(run.path, Path(args.out).expanduser()) if args.out else _write_report(run)
     print(format_table(run.results(), ends=ends_of(run.metadata())))
     print(f"\nreport  {page}\n\n{verdict(run.path)}")
 
@@ -338,6 +339,7 @@ def export_verb(args: argparse.Namespace) -> int:
 def _verify_folder(args: argparse.Namespace) -> int:
     from skipwise.config.run_folder import RunFolder
     from skipwise.export.runtimes import as_json, format_verdict, verify_folder
+    from skipwise.models.identity import changed_note
 
     folder = Path(args.thing).expanduser()
     run = RunFolder(folder)
@@ -345,6 +347,8 @@ def _verify_folder(args: argparse.Namespace) -> int:
     if run.recipe_file.exists():
         folder = run.model
         files = sorted(run.gguf.glob("*.gguf"))
+        if note := changed_note(run.model, run.metadata()):
+            print(note, file=sys.stderr)
     verdict = verify_folder(folder)
     checks = []
     for file in files:

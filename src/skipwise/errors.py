@@ -48,19 +48,24 @@ _NO_MEMORY = re.compile(  # of torch, oneDNN, Rust, Arrow and the dynamic linker
 _DAMAGED = re.compile(r"PytorchStreamReader|deserializing|failed finding central directory")
 _NUMBER = int | float | None
 _RUN = {  # keys of run.json that are read again
-    **dict.fromkeys(("checks", "files", "card_files", "reproduce"), list),
+    **dict.fromkeys(("checks", "card_files", "reproduce"), list),
     **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
     **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
     **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
     **dict.fromkeys(("target_length", "original_length"), int),
-    "train_length_choice": dict,
+    **dict.fromkeys(("train_length_choice", "exported_files"), dict),
 }
-_INSIDE: dict[str, Any] = {"files": str, "card_files": str, "checks": dict, "stages": _NUMBER}
+_INSIDE: dict[str, Any] = {
+    "card_files": str,
+    "exported_files": list,
+    "checks": dict,
+    "stages": _NUMBER,
+}
 _ROW = {
     **dict.fromkeys(("model", "task", "metric"), str),
     **dict.fromkeys(("value", "low", "high", "stderr", "depth", "floor"), _NUMBER),
     **dict.fromkeys(("num_samples", "context_length"), int | None),
-    **dict.fromkeys(("text", "targets", "title", "about", "group", "kind"), str | None),
+    **dict.fromkeys(("text", "targets", "asked", "title", "about", "group", "kind"), str | None),
     **dict.fromkeys(("samples", "documents"), list | None),
 }
 
@@ -202,6 +207,11 @@ def did_you_mean(given: object, choices: Iterable[str]) -> str:
     """The last line of an error: the names that are spelled nearly so. Empty if there are none."""
     near = difflib.get_close_matches(str(given), list(choices), 2)
     return f"\ndid you mean {' or '.join(near)}?" if near else ""
+
+
+def install(extra: str) -> str:
+    """How to install an extra, as long as Skipwise is on no package index."""
+    return f"pip install '.[{extra}]' in a clone of Skipwise"
 
 
 def require(checks: list[Check]) -> None:

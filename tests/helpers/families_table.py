@@ -36,7 +36,8 @@ Written by `make families` from the outcome of `tests/test_families.py`: each fa
 model and went through all of it, for each scaling named: facts read from its config and compared with what the model
 computes; preflight passed, and failed with the mask dropped (where the family cuts at skips) and with the scaling not
 applied; two steps of full training and of LoRA by the Trainer; export; reload by plain transformers in another process;
-logits up to the target length equal to 1e-5; evaluation in pieces equal to one forward pass.
+logits up to the target length equal to 1e-5; evaluation in pieces equal to one forward pass. Llama 3's
+scaling (`llama3`), which `rope.type: auto` measures as well, was not part of it.
 
 A family is found by what its config holds, not by this list: any other decoder with RoPE settings is tried, and the
 preflight says what does not hold. `ntk` is the default RoPE with a larger theta.

@@ -22,12 +22,21 @@ _HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows ha
 
 def world_size() -> int:
     """Number of training processes, as set by the launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _of_launcher("WORLD_SIZE", 1)
 
 
 def is_main_process() -> bool:
     """Whether this is rank 0, the only process that writes the run folder."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _of_launcher("RANK", 0) == 0
+
+
+def _of_launcher(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or (name == "RANK" and int(value) and "WORLD_SIZE" not in os.environ):
+        raise SkipwiseError(
+            f"{name}={value} in the environment is not what a launcher sets\ntype unset {name}"
+        )
+    return int(value)
 
 
 def versions() -> dict[str, str]:
@@ -84,8 +93,9 @@ def available_memory() -> int:
 def cache_folder() -> Path:
     """Where tokens, unpacked models and the quickstart's text are kept."""
     given = os.environ.get("SKIPWISE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given).expanduser() if given else Path(base) / "skipwise"
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipwise"
 
 
 def cpu_has_bf16() -> bool:

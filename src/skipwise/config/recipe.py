@@ -111,7 +111,7 @@ class LoRASettings:
     train_embeddings: bool = True
     """Also train the input embeddings in full. LongLoRA (arXiv 2309.12307), section 3.3."""
     quantization: Literal["none", "nf4"] = "none"
-    """Precision of the frozen weights: `nf4` is QLoRA and needs `skipwise[qlora]`."""
+    """Precision of the frozen weights: `nf4` is QLoRA and needs the extra `qlora`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +233,9 @@ class DistillationSettings:
     """Self-distillation: the model learns from its base on the first chunk of each example."""
 
     weight: Annotated[Literal["auto"] | float, Range(0, 1000)] = "auto"
-    """Weight w of KL(base || model) per token; 0 is off. `auto` is 3 for pose and 0 for other
-    methods or where it is not possible, with the reason. Measured: research/study."""
+    """Weight w of KL(base || model) per token; 0 is off. `auto` is 3 for pose, and 0 for other
+    methods, for examples of 2 L tokens or more, or where it is not possible, with the reason.
+    Measured: research/study."""
     every: Annotated[int, Range(1, 1000)] = 1
     """One in this many examples learns from the base, with as many times the weight. 4 takes a
     sixth of the step's time off and costs 1 % of perplexity. Measured: docs/method.md."""
@@ -343,8 +344,23 @@ class Recipe:
 
     @property
     def run_name(self) -> str:
-        name = Path(self.model).name.removesuffix(".gguf")
-        return self.name or f"{name}-{format_length(self.target_length)}"
+        return (
+            self.name
+            or f"{model_name(self.model).removesuffix('.gguf')}-{format_length(self.target_length)}"
+        )
+
+
+def model_name(model: str) -> str:
+    """The last part of a path or hub name; of `.` and `..` the folder's own name."""
+    path = Path(model).expanduser()
+    return (path.resolve() if path.name in ("", "..") else path).name
+
+
+def with_known_revision(recipe: Recipe, identity: dict[str, Any]) -> Recipe:
+    """The recipe with the commit that its model's name led to when the run began."""
+    revision = identity.get("base", {}).get("revision")
+    load = dataclasses.replace(recipe.load, revision=revision or recipe.load.revision)
+    return dataclasses.replace(recipe, load=load)
 
 
 def context_lengths(recipe: Recipe, original_length: int) -> tuple[int, ...]:

@@ -72,7 +72,10 @@ def _code_of(model: str, revision: str | None) -> list[Any]:
 
 
 def _key() -> bytes:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise SkipwiseError("no home folder: set XDG_STATE_HOME to a folder of yours") from error
     file = Path(state) / "skipwise" / "key"
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

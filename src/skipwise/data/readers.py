@@ -33,7 +33,7 @@ from skipwise.data.files import (
     too_large,
 )
 from skipwise.data.records import read_structured, text_in
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, install
 from skipwise.models.hf_config import unreachable_hub
 
 _SHOWN = 5  # most names of files that are left out
@@ -128,13 +128,19 @@ def parse_sources(values: Iterable[Any], text_field: str = "text") -> list[Sourc
         if os.path.islink(source.path) and not source.is_local:
             target = os.readlink(source.path)
             raise SkipwiseError(f"{source.path} is a broken link: {target} does not exist")
+        local = Path(source.path).expanduser()
+        if source.is_local and not (local.is_file() or local.is_dir()):
+            raise SkipwiseError(
+                f"{source.path} is a pipe or a device, and text is read several times\n"
+                "write it to a file first"
+            )
         if not source.is_local and not _is_hub_name(source.path):
             raise SkipwiseError(
                 f"{source.path}: no such file or folder\n"
                 "give a file or folder of text (docs/data.md), or the name of a hub dataset"
             )
         if not source.is_local and importlib.util.find_spec("datasets") is None:
-            fix = "to read hub datasets: pip install 'skipwise[hub]'"
+            fix = f"to read hub datasets: {install('hub')}"
             raise SkipwiseError(f"{source.path} is not a local file or folder\n{fix}")
         sources.append(source)
     if sources and all(source.weight == 0 for source in sources):

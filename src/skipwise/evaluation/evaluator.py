@@ -77,6 +77,7 @@ class _Unit:
     task: Task
     lengths: tuple[int, ...]
     key: str
+    asked: str  # digest of the settings that decide the questions, whatever the model
     tokens: int  # about how many go through the model, for the progress bar
 
     @property
@@ -114,6 +115,7 @@ def evaluate_model(
     units = list(_units(tasks, eval_model, texts, lengths, settings, evaluator))
     known = {row.get("key") for row in rows if row["model"] == label}
     missing = [unit for unit in units if unit.key not in known]
+    _refuse_losses(rows, label, missing)
     check_tasks([unit.task for unit in missing], settings)
     tokenizer = eval_model.tokenizer
     asks_chat = settings.chat_template is True
@@ -147,7 +149,8 @@ def evaluate_model(
             if not found:
                 left_out.append(f"{unit.name} (it does not fit)")
                 continue
-            marks = {"key": unit.key} | ({} if unit.task.text == "unused" else {"text": digest})
+            marks = {"key": unit.key, "asked": unit.asked}
+            marks |= {} if unit.task.text == "unused" else {"text": digest}
             rows = [row for row in rows if not _replaced(row, found, label, unit.task)]
             rows += [{"model": label, **row, **unit.task.display(), **marks} for row in found]
             if save is not None:
@@ -237,15 +240,20 @@ def _units(
         for group in groups:
             decides = [_VERSION, eval_model.identity, settings.seed, task.name]
             decides += [group] if task.lengths == "together" else group
-            decides += [*task.cache_key(settings), *([] if task.text == "unused" else [text])]
+            decides += [*task.cache_key(settings), *([task.version] if task.version else [])]
+            asked = _digest([*decides[2:], settings.chat_template is True])
+            decides += [] if task.text == "unused" else [text]
             if evaluator is not None and task.name == "perplexity":
                 decides += evaluator.key(group)
             if settings.chat_template is True:
                 decides.append(eval_model.tokenizer.chat_template)
-            encoded = json.dumps(decides, default=str).encode()
-            digest = hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
-            tokens = sum(group) * (count or 0)
-            yield _Unit(task=task, lengths=group, key=digest[:12], tokens=tokens)
+            tokens, key = sum(group) * (count or 0), _digest(decides)
+            yield _Unit(task=task, lengths=group, key=key, asked=asked, tokens=tokens)
+
+
+def _digest(facts: list[Any]) -> str:
+    encoded = json.dumps(facts, default=str).encode()
+    return hashlib.sha1(encoded, usedforsecurity=False).hexdigest()[:12]
 
 
 def check_tasks(tasks: Sequence[Task], settings: EvalSettings, *, load: bool = True) -> None:
@@ -278,6 +286,20 @@ def _without_text(tasks: Sequence[Task], texts: Texts, lengths: Sequence[int]) -
             if long := [f"{length:,}" for length in lengths if length not in fitting]:
                 out.append(f"{task.name} at {', '.join(long)} (no document is that long)")
     return out
+
+
+def _refuse_losses(rows: Rows, label: str, missing: list[_Unit]) -> None:
+    """SkipwiseError if perplexity at other lengths, with other targets, would replace results."""
+    for unit in (unit for unit in missing if unit.task.lengths == "together"):
+        old = [r for r in rows if r["model"] == label and r["task"] == unit.task.name]
+        known = {row["context_length"] for row in old}
+        if lost := sorted(known - set(unit.lengths)):
+            every = ",".join(map(str, sorted(known | set(unit.lengths))))
+            raise SkipwiseError(
+                f"{label} has {unit.task.name} at {', '.join(f'{n:,}' for n in lost)} already; at "
+                "other lengths it has other target tokens, and would replace these results\n"
+                f"type --lengths {every}, or other --tasks, or evaluate the model folder itself"
+            )
 
 
 def _replaced(row: Row, found: Rows, label: str, task: Task) -> bool:

@@ -18,7 +18,13 @@ import numpy as np
 
 from skipwise.config.machine import machine, versions
 from skipwise.config.parse import parse_recipe, with_typed_kernel
-from skipwise.config.recipe import EvalSettings, ModelSettings, Recipe, context_lengths
+from skipwise.config.recipe import (
+    EvalSettings,
+    ModelSettings,
+    Recipe,
+    context_lengths,
+    with_known_revision,
+)
 from skipwise.config.run_folder import RunFolder, read_json, write_json
 from skipwise.data.chat import ChatSpans, check_template
 from skipwise.data.corpus import build_corpus
@@ -31,6 +37,7 @@ from skipwise.evaluation.fingerprint import files_identity
 from skipwise.evaluation.tasks.key_tokens import Evaluator, vocabulary
 from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import load_config
+from skipwise.models.identity import base_identity, difference
 from skipwise.models.load import (
     build_without_weights,
     check_memory,
@@ -46,7 +53,7 @@ from skipwise.models.separator import (
     separator_of,
     with_begin,
 )
-from skipwise.report.rows import Rows
+from skipwise.report.rows import RUN_MODELS, Rows
 
 # keys of `data.` that decide how the text of a model as it is becomes tokens
 _TEXT_KEYS = ("data.text_field", "data.separator", "data.special_tokens")
@@ -87,6 +94,8 @@ def evaluate(
     if not lengths and any(t.lengths != "none" for t in evaluator.find_tasks(recipe.eval.tasks)):
         raise SkipwiseError("at which context lengths? type --lengths 4k..32k")
     labels = _labels(recipe, run, is_run, baseline)
+    if is_run and baseline == "base":
+        _check_base(recipe, run)
     eval_models = _eval_models(recipe, own_run, labels, lengths)  # before a folder is made
     settings = eval_settings(recipe, own_run)
     evaluator.check_tasks(evaluator.find_tasks(settings.tasks), settings, load=not run.results())
@@ -142,7 +151,7 @@ def _recipe_and_folder(
     run = RunFolder(model_or_run)
     is_run = run.recipe_file.exists()
     if is_run:
-        recipe = run.recipe()
+        recipe = with_known_revision(run.recipe(), run.metadata().get("identity") or {})
         if not run.model.is_dir():
             trained = recipe.method == "none" or run.metadata().get("training")
             verb = "export" if trained else "extend"
@@ -162,6 +171,17 @@ def _recipe_and_folder(
     if tasks:
         tree["eval"] = {**tree.get("eval", {}), "tasks": tasks}
     return with_typed_kernel(parse_recipe(tree, overrides), overrides), run, is_run
+
+
+def _check_base(recipe: Recipe, run: RunFolder) -> None:
+    """SkipwiseError if the base is another model than the one that the run began with."""
+    known = run.metadata().get("identity", {}).get("base")
+    now = base_identity(recipe.model, recipe.load.revision) if known else {}
+    if known and (what := difference(known, now)):
+        raise SkipwiseError(
+            f"the base model {recipe.model} has changed since {run.path} began: {what}\n"
+            "restore the old one, or leave --baseline out"
+        )
 
 
 def _eval_models(
@@ -431,7 +451,7 @@ def _labels(recipe: Recipe, run: RunFolder, is_run: bool, baseline: str | None) 
             first = {"before": base}
         elif baseline:  # another model than the run's base
             name = _name(baseline)
-            first = {baseline if name in ("before", "after") else name: baseline}
+            first = {baseline if name in RUN_MODELS else name: baseline}
         return {**first, "after": str(run.model)}
     if baseline == "base":
         raise SkipwiseError("which baseline? type --baseline MODEL (a run knows its own)")

@@ -39,7 +39,9 @@ _TOLERANCE = 1e-4
 _SHARD = "5GB"
 _PROBE = 64  # tokens of the reload check: half at the start of the window, half at the end
 _RELOAD = """
-import sys, numpy, torch
+import sys
+sys.path = [folder for folder in sys.path if folder]  # not the current one
+import numpy, torch
 from transformers import AutoModelForCausalLM
 folder, probe, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -222,15 +224,19 @@ def without_local_names(recipe: Recipe, metadata: dict[str, Any]) -> Recipe:
         sources=tuple(map(name, recipe.data.sources)),
         eval_sources=tuple(map(name, recipe.data.eval_sources)),
     )
-    trainer = {
-        key: "local" if isinstance(value, str) and re.search(r"[/\\]", value) else value
-        for key, value in recipe.trainer.items()
-    }
+
+    def without_paths(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_paths(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [without_paths(item) for item in value]
+        return "local" if isinstance(value, str) and re.search(r"[/\\]", value) else value
+
     return dataclasses.replace(
         recipe,
         model=name(recipe.model),
         data=data,
-        trainer=trainer,
+        trainer=without_paths(recipe.trainer),
         eval=dataclasses.replace(
             recipe.eval,
             task_folder=recipe.eval.task_folder and "local",

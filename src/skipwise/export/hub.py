@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError, first_line
+from skipwise.models.identity import changed_note, digests
 
 _EXPORTED = re.compile(  # names that `skipwise export` writes
     r"(model|pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
@@ -37,6 +38,7 @@ class Upload:
     private: bool
     files: list[tuple[Path, str]]  # (local file, its name in the repository)
     left_out: list[str]  # what else lies in the folder
+    changed: str  # note on the files that were changed since the export
 
     @property
     def num_bytes(self) -> int:
@@ -64,20 +66,23 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
             f"see {run.report / 'index.html'}"
         )
     metadata, files, left_out = run.metadata(), [], []
-    exported = {*(metadata.get("files") or []), *(metadata.get("card_files") or ["README.md"])}
+    listed = metadata.get("exported_files") or {}
+    exported = {*listed, *(metadata.get("card_files") or ["README.md"])}
     for file in sorted(run.model.rglob("*")):
         name = file.relative_to(run.model).as_posix()
-        written = name in exported or "files" not in metadata  # exported by an older version
+        written = name in exported or not listed  # exported by an older version
         if _is_own(file, run.model) and _EXPORTED.fullmatch(name) and written:
             files.append((file, name))
         elif not file.is_dir() or file.is_symlink():
             left_out.append(name)
+    known = metadata.get("gguf_files") or {}
     for file in sorted(run.gguf.glob("*.gguf")):
-        if _is_own(file, run.gguf):
+        if _is_own(file, run.gguf) and digests({"": file})[""] == known.get(file.name):
             files.append((file, file.name))
         else:
             left_out.append(file.name)
-    return Upload(repo_id=repo_id, private=private, files=files, left_out=left_out)
+    changed = changed_note(run.model, metadata)
+    return Upload(repo_id=repo_id, private=private, files=files, left_out=left_out, changed=changed)
 
 
 def _is_own(file: Path, folder: Path) -> bool:
@@ -97,6 +102,7 @@ def describe_upload(upload: Upload) -> str:
         lines.append("left out, because skipwise export did not write it:")
         lines += [f"  {name!r}"[:200] for name in upload.left_out[:20]]
         lines += [f"  and {len(upload.left_out) - 20} more"] * (len(upload.left_out) > 20)
+    lines += [upload.changed] * bool(upload.changed)
     return "\n".join(lines)
 
 

@@ -37,6 +37,11 @@ _HUB_BENCHMARKS = {
 }
 _PICTURE = "passkey.png"
 _COPIED_KEYS = ("license", "license_name", "license_link", "language")
+_HOW = {
+    "pose": "with [PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training)",
+    "full": "with training at full length",
+    "none": "without training,",
+}
 _PAPERS = {  # BibTeX of the methods
     "pose": """@inproceedings{zhu2024pose,
   title={PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training},
@@ -70,7 +75,9 @@ def write_card(run: RunFolder, place: str = "FOLDER") -> Path:
     """
     recipe, metadata = run.recipe(), _plain(run.metadata())
     base = Path(recipe.model).expanduser()
-    copied, written = base_metadata(local_source(recipe.model)), ["README.md"]
+    on_hub, written = (metadata.get("model") or {}).get("hub"), ["README.md"]
+    known = recipe.model if on_hub else local_source(recipe.model) if base.exists() else None
+    copied = base_metadata(known) if known else {}  # a local name that is gone is not the Hub's
     if base.is_dir():
         for file in sorted(base.iterdir()):
             is_text = file.name.lower().startswith(("license", "licence", "notice"))
@@ -187,7 +194,7 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
         datasets=_hub_datasets(metadata) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["long-context", "pose", "skipwise", recipe.method],
+        tags=["long-context", "skipwise", _method(recipe, metadata)],
         model_name=public_name(run) if results else None,
         eval_results=results or None,
         **relation(recipe.model, "finetune", metadata),
@@ -207,9 +214,8 @@ def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], plac
     license_id = copied.get("license")
     return f"""# {_plain(public_name(run))}
 
-{base} with its context window extended from {L:,} to {T:,} tokens by Skipwise, with
-[PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training) and `{scaling}` RoPE
-scaling.
+{base} with its context window extended from {L:,} to {T:,} tokens by Skipwise,
+{_HOW.get(_method(recipe, metadata), _HOW["pose"])} and `{scaling}` RoPE scaling.
 
 {headline(metadata, rows)}
 
@@ -312,7 +318,7 @@ def _training_summary(recipe: Any, metadata: dict[str, Any]) -> str:
         return "\n\n".join([known, *temperature])
     mode = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}[training["mode"]]
     lines = [
-        f"- method `{recipe.method}`, {mode}, {training['num_steps']:,} steps of "
+        f"- method `{_method(recipe, metadata)}`, {mode}, {training['num_steps']:,} steps of "
         f"{training['tokens_per_step']:,} tokens ({training['num_tokens']:,} in all), learning "
         f"rate {recipe.training.learning_rate:g}",
         f"- trained on examples of {L:,} tokens with position ids up to {recipe.target_length:,}",
@@ -326,6 +332,11 @@ def _training_summary(recipe: Any, metadata: dict[str, Any]) -> str:
     versions = metadata.get("versions", {})
     used = [f"{k} {versions[k]}" for k in ("skipwise", "transformers", "torch") if k in versions]
     return "\n".join([*lines, f"- {', '.join(used)}"])
+
+
+def _method(recipe: Any, metadata: dict[str, Any]) -> str:
+    """The method that trained; `train_length: auto` may have chosen full length."""
+    return (metadata.get("training") or {}).get("method", recipe.method)
 
 
 def _full_length_lines(recipe: Any, finish: dict[str, Any]) -> list[str]:

@@ -297,6 +297,10 @@ def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> Non
     if layers and len(layers) != config.get("num_hidden_layers", len(layers)):
         num = f"{config['num_hidden_layers']} num_hidden_layers and {len(layers)} layer_types"
         raise SkipwiseError(f"{inside} has {num}: give a layer type for each layer")
+    heads, shared = (config.get(key) for key in _HEADS[:2])
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        num = f"{heads} num_attention_heads and {shared} num_key_value_heads"
+        raise SkipwiseError(f"{inside} has {num}: give a divisor of the first as the second")
     default = defaults().get(family, {}).get("rope_parameters") or {}
     flat = default and "full_attention" not in default
     if "full_attention" in (config.get("rope_scaling") or (flat and config.get(_OBJECTS[0])) or {}):

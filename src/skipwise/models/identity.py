@@ -55,6 +55,22 @@ def base_identity(model: str, revision: str | None) -> dict[str, Any]:
     return {"files": known_digests({file.name: file for file in found if file.is_file()})}
 
 
+def folder_digests(folder: Path) -> dict[str, list[Any]]:
+    """`digests` of all files of an exported model."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return digests({file.relative_to(folder).as_posix(): file for file in files})
+
+
+def changed_note(folder: Path, run: dict[str, Any]) -> str:
+    """Which files of an exported model are not those that run.json knows; empty if all are."""
+    known, ours = run.get("exported_files") or {}, run.get("card_files") or []
+    known = {name: one for name, one in known.items() if name not in ours}
+    now = digests({name: folder / name for name in known if (folder / name).is_file()})
+    names = [name for name, one in known.items() if now.get(name) != one]
+    again = "\nto have them as they were, type skipwise export RUN"
+    return f"changed since the export: {', '.join(names)}{again}" if names else ""
+
+
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What of two identities differs, for a message; empty if nothing does."""
     if before.get("revision") != now.get("revision"):

@@ -43,7 +43,8 @@ def load_tokenizer(model: str, settings: ModelSettings) -> Any:
         if is_no_memory(error):
             raise
         raise SkipwiseError(
-            f"the tokenizer of {model} could not be loaded\n{first_line(error)}"
+            f"the tokenizer of {model} could not be loaded: {first_line(error)}\n"
+            "copy its tokenizer files again from where the model came from"
         ) from error
 
 

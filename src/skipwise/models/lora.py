@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from skipwise.config.recipe import LoRASettings
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, install
 
 
 def quantization_for(lora: LoRASettings | None, dtype: torch.dtype, engine: str) -> Any:
@@ -30,7 +30,7 @@ def quantization_for(lora: LoRASettings | None, dtype: torch.dtype, engine: str)
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         what = f"lora.quantization: {lora.quantization} needs bitsandbytes"
-        raise SkipwiseError(f"{what}\npip install 'skipwise[qlora]'")
+        raise SkipwiseError(f"{what}\n{install('qlora')}")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

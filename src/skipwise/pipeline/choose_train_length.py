@@ -75,7 +75,9 @@ def _choose(
         return {**found, "detail": f"{L:,} tokens: {first_line(error)}"}
     lengths = np.array([recipe.target_length])
     if run is not None:
-        lengths = np.concatenate(load_training_data(prepared, run).corpus.lengths)
+        corpus = load_training_data(prepared, run).corpus
+        packs = corpus.short_documents == "pack"  # at any length: nothing is dropped
+        lengths = np.array([corpus.num_tokens]) if packs else np.concatenate(corpus.lengths)
     shares = {option.length: kept_share(lengths, option.length) for option in options}
 
     def obstacle(length: int) -> str:

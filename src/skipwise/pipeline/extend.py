@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from skipwise.config.recipe import Recipe
+from skipwise.config.recipe import Recipe, with_known_revision
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.models.prepared import convert_weights
 from skipwise.pipeline.checks import check_run, check_texts, validate
@@ -31,9 +31,9 @@ from skipwise.pipeline.stages import (
     train_run,
 )
 from skipwise.training.checkpoints import (
+    known_identity,
     resume_decisions,
     trained_checkpoint,
-    with_known_revision,
 )
 from skipwise.training.inputs import load_training_data
 
@@ -59,7 +59,7 @@ def extend(
     trained = trained_checkpoint(RunFolder(out), recipe) is not None
     num_processes = 0 if trained else num_processes  # the rest is work for one process
     unmeasured = not RunFolder(out).results()
-    asked, recipe = recipe, with_known_revision(recipe, RunFolder(out))
+    asked, recipe = recipe, with_known_revision(recipe, known_identity(RunFolder(out)))
     prepared = validate(recipe, num_processes or 1, trained=trained, load=unmeasured)
     if recipe.export.checkpoint == "passkey":
         check_selection(recipe, [], prepared.prompt_tokenizer, prepared.info.original_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.progress import Progress
-from skipwise.config.recipe import Recipe, context_lengths
+from skipwise.config.recipe import Recipe, context_lengths, model_name, with_known_revision
 from skipwise.config.run_folder import RunFolder, open_run
 from skipwise.errors import Check, SkipwiseError, require
 from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
@@ -26,6 +27,7 @@ from skipwise.export.model_card import public_name, write_card
 from skipwise.export.runtimes import check_export
 from skipwise.models.attention.temperature import fold_temperature
 from skipwise.models.hf_config import is_local
+from skipwise.models.identity import changed_note, digests, folder_digests
 from skipwise.models.load import free_memory
 from skipwise.models.prepared import PreparedModel, convert_weights, prepare_model, rescale
 from skipwise.models.scaled_config import auto_scalings
@@ -41,9 +43,9 @@ from skipwise.report.area import ends_of
 from skipwise.training.checkpoints import (
     check_decisions,
     finished_checkpoint,
+    known_identity,
     resume_decisions,
     trained_checkpoint,
-    with_known_revision,
 )
 from skipwise.training.distributed.launcher import launch
 from skipwise.training.full_length_stage import (
@@ -73,7 +75,7 @@ def prepare_run(
         num_processes: number of training processes. Defaults to those that run now.
     """
     recipe = prepared.recipe
-    model: dict[str, Any] = {"name": Path(recipe.model).name, "family": prepared.info.family}
+    model: dict[str, Any] = {"name": model_name(recipe.model), "family": prepared.info.family}
     before = run.metadata()  # what is local is decided when the run begins, and kept
     model["hub"] = before.get("model", {}).get("hub", not is_local(recipe.model))
     if prepared.conversion is not None:
@@ -140,7 +142,7 @@ def prepare_training(
     recipe: Recipe, out: str | Path, command: str
 ) -> tuple[PreparedModel, RunInputs, RunFolder]:
     """What the train verb needs, in each of its processes."""
-    prepared = validate(with_known_revision(recipe, RunFolder(out)), world_size())
+    prepared = validate(with_known_revision(recipe, known_identity(RunFolder(out))), world_size())
     if recipe.method == "none":
         raise SkipwiseError("method: none trains nothing: type skipwise extend or export")
     run = open_run(out, recipe, command)
@@ -277,15 +279,17 @@ def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | Non
         SkipwiseError: plain transformers computes other logits from the folder, or a runtime would
             load another window or other frequencies. The folder is kept, and checked again.
     """
-    if not (run.metadata().get("exported") and run.model.is_dir()):
+    if run.metadata().get("exported") and run.model.is_dir():
+        if note := changed_note(run.model, run.metadata()):
+            print(f"  {note}", file=sys.stderr, flush=True)
+    else:
         checkpoint = chosen_checkpoint(prepared, run)
         temperature = chosen_temperature(prepared, run, checkpoint, data)
         with Progress("export", None):
             checks = export_model(prepared, run, checkpoint, temperature)
         record_checks(run, checks)
         require(checks)
-        files = [f.relative_to(run.model).as_posix() for f in run.model.rglob("*") if f.is_file()]
-        run.update(exported=True, files=sorted(files))
+        run.update(exported=True, exported_files=folder_digests(run.model), gguf_files={})
     check = check_export(run.model, prepared.scaling, prepared.recipe.target_length)
     record_checks(run, [check])
     if not check.passed:
@@ -312,7 +316,7 @@ def export_again(
     recipe, written = run.recipe(), []
     model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
     if model_too or "adapter" in kinds:
-        prepared = prepare_model(with_known_revision(recipe, run))
+        prepared = prepare_model(with_known_revision(recipe, known_identity(run)))
         resume_decisions(prepared, run)
         prepared = convert_weights(prepared, run.converted)
         prepared = with_chosen_length(with_chosen_separator(prepared, run), run)
@@ -337,6 +341,7 @@ def export_again(
             to_gguf(run.model, file, outtype, converter=converter, name=name)
             checks = check_gguf(file, run.model)
         record_checks(run, checks)
+        run.update_entry("gguf_files", **digests({file.name: file}))
         written.append(file)
     return written
 

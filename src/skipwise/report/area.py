@@ -83,8 +83,10 @@ class Area:
             losses = [(w, _losses(row) - _losses(old)) for w, row, old in pairs]
             found, unit = _loss(losses, first[0][1]), "nats"
         else:
-            parts = [(w, paired_difference(a["samples"], b["samples"])) for w, a, b in pairs]
-            scaled = [(100 * w, x) for w, x in parts]
+            scaled = [
+                (100 * w, paired_difference(a["samples"], b["samples"], a.get("documents")))
+                for w, a, b in pairs
+            ]
             found, unit = linear_interval(scaled), "points"
         name, (value, low, high) = f"{self.name} area", found
         return PairedDifference(
@@ -196,7 +198,7 @@ def ends_of(run: dict[str, Any]) -> tuple[int, int] | None:
 def _takes_part(row: Row) -> bool:
     if row["task"] == "perplexity":
         return row["metric"] == "perplexity"
-    return is_share(row) and higher_is_better(row)
+    return is_share(row) and higher_is_better(row) and "part_of" not in row
 
 
 def _losses(row: Row) -> np.ndarray:

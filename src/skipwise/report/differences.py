@@ -63,7 +63,8 @@ def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
             low = high = None
         unit = "%"
     elif is_share(row):
-        value, low, high = (100 * x for x in paired_difference(values.tolist(), others.tolist()))
+        change = paired_difference(values.tolist(), others.tolist(), row.get("documents"))
+        value, low, high = (100 * x for x in change)
         unit = "points"
     else:
         return None
@@ -76,9 +77,10 @@ def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
 def same_trials(row: Row, other: Row) -> bool:
     """Whether both have scores, one for one of the same trials or of the same target tokens."""
     same = all(row.get(key) == other.get(key) for key in ("documents", "text"))
-    targets = {row.get("targets"), other.get("targets")} - {None}
+    for key in ("targets", "asked"):
+        same = same and len({row.get(key), other.get(key)} - {None}) < 2
     found = [row.get("samples") or [], other.get("samples") or []]
-    return same and len(targets) < 2 and len(found[0]) == len(found[1]) > 0
+    return same and len(found[0]) == len(found[1]) > 0
 
 
 def differences(rows: Rows, model: str, other: str, length: int) -> list[PairedDifference]:
@@ -91,16 +93,26 @@ def differences(rows: Rows, model: str, other: str, length: int) -> list[PairedD
     return found
 
 
-def describe_training(rows: Rows, length: int) -> tuple[str, bool]:
-    """What training added to rescaling alone at a context length, and whether it added anything.
+def describe_training(rows: Rows, length: int) -> tuple[str, bool, str]:
+    """What training added to rescaling alone at a context length, and what it took away.
 
     Returns:
-        an empty text where the untrained model was not measured.
+        text that is empty where the untrained model was not measured; whether anything was added;
+        what got worse beyond error.
     """
     found = differences(rows, "after", "untrained", length)
     if not found:
-        return "", True
-    listed = ", ".join(map(str, found))
-    if any(one.better for one in found):
-        return f"Training added to rescaling alone at {length:,} tokens: {listed}", True
-    return f"Training added nothing beyond error to rescaling alone: {listed}", False
+        return "", True, ""
+    better, worse = ([d for d in found if getattr(d, name)] for name in ("better", "worse"))
+    same = [one for one in found if one not in better + worse]
+    harm = f"training made worse than rescaling alone: {_listed(worse)}" if worse else ""
+    within = f"{'; ' if better else ''}within error: {_listed(same)}" if same else ""
+    if better:
+        text = f"Training added to rescaling alone at {length:,} tokens: {_listed(better)}"
+        return text + within, True, harm
+    text = f"Training added nothing beyond error to rescaling alone: {_listed(same or worse)}"
+    return text, False, harm
+
+
+def _listed(found: list[PairedDifference]) -> str:
+    return ", ".join(map(str, found))

@@ -9,7 +9,8 @@ An extension from L to T "reads" T tokens when none of these holds:
   perplexity  not finite at T; higher with T tokens of context than with L; higher than the base
               model's with L; or risen by more than 5 % at L
   benchmarks  one got worse by more than the error of the difference
-  training    nothing got better, beyond error, than in the base rescaled without training
+  training    nothing got better, beyond error, than in the base rescaled without training, or
+              something got worse
   checks      one failed
 It "did not work" when the passkey is found in less than half the trials at T, or the perplexity at
 T is not finite or more than 1.5 times that at L. The sentence also names what was not measured.
@@ -54,9 +55,10 @@ def headline(run: dict[str, Any], rows: Rows) -> str:
     broken = any(failed for _, _, failed in judged)
     if worse := worse_benchmarks(rows, "before", "after"):
         shortfalls.append(f"worse beyond error on short contexts: {listed(worse)}")
-    added, anything = describe_training(rows, T)
+    added, anything, harm = describe_training(rows, T)
     if added and not anything:
         shortfalls.append(added[0].lower() + added[1:])
+    shortfalls += [harm] if harm else []
     failed = [c.get("name", "?") for c in run.get("checks") or [] if not c.get("passed")]
     shortfalls += [f"the check “{check}” failed" for check in failed]
     tasks = ("passkey", "perplexity", *other_tasks(rows))

@@ -30,18 +30,31 @@ def wilson(num_hits: float, num_samples: int) -> tuple[float, float]:
 
 
 def paired_difference(
-    values: Sequence[float], others: Sequence[float]
+    values: Sequence[float], others: Sequence[float], clusters: Sequence[int] | None = None
 ) -> tuple[float, float, float]:
     """Mean difference of paired shares in 0 .. 1 and its interval, which never collapses.
 
     Agresti and Min add half a trial to each of the four outcomes of hits and misses.
+
+    Args:
+        clusters: the haystack of each trial; where trials share one, the interval is at least that
+            of `clustered_mean`.
     """
     change = np.asarray(values, float) - np.asarray(others, float)
     num = len(change) + 2
     centre = float(change.sum()) / num
     spread = math.sqrt((float((change**2).sum()) + 1) / num - centre**2)
     half = Z * spread / math.sqrt(num)
-    return float(change.mean()), max(-1.0, centre - half), min(1.0, centre + half)
+    mean, low, high = _shared(change, clusters)
+    return mean, max(-1.0, min(low, centre - half)), min(1.0, max(high, centre + half))
+
+
+def _shared(values: np.ndarray, clusters: Sequence[int] | None) -> tuple[float, float, float]:
+    """`clustered_mean` where values share a cluster; else the mean alone."""
+    mean = float(values.mean())
+    if not clusters or len(set(clusters)) == len(values):
+        return mean, mean, mean
+    return clustered_mean(values, np.array(clusters))
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
@@ -81,11 +94,16 @@ def t_quantile(degrees: int) -> float:
     )
 
 
-def mean_interval(shares: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(
+    shares: Sequence[float], clusters: Sequence[int] | None = None
+) -> tuple[float, float, float]:
     """Mean of shares and its Wilson interval, which never collapses at 0 and 1.
+
+    `clusters` as in `paired_difference`.
 
     Shares of several answers vary less than hits and misses of the same mean; for those the
     interval is wider than needed.
     """
-    value = float(np.mean(shares))
-    return value, *wilson(value * len(shares), len(shares))
+    value, below, above = _shared(np.asarray(shares, float), clusters)
+    low, high = wilson(value * len(shares), len(shares))
+    return value, max(0.0, min(below, low)), min(1.0, max(above, high))

@@ -3,8 +3,9 @@
 Rows:    {"model", "task", "metric", "context_length", ["depth"], "value", "low", "high",
          "num_samples"}; a value that is null or not finite was measured, but cannot be shown.
          "samples" are the scores of its trials, in the order that is the same for every model; of
-         perplexity the losses of its windows, with "documents", the document of each, and
-         "targets", a digest of the tokens that were predicted.
+         perplexity the losses of its windows. "documents" is the document of each window, or the
+         haystack of each trial where trials share one; "targets" a digest of the tokens that were
+         predicted, "asked" one of the settings that decide a task's questions.
          A benchmark's row has "kind": "benchmark", no context length, "num_fewshot", "stderr".
          A row may say how it is shown: "title", "about", "higher_is_better", "is_share".
 """
@@ -15,7 +16,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from skipwise.report.intervals import wilson
+from skipwise.report.intervals import mean_interval, wilson
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -103,10 +104,13 @@ def pooled(rows: Rows) -> Rows:
             hits = round(sum(r["value"] * r["num_samples"] for r in counted))
             low, high = wilson(hits, count) if count else (None, None)
             value = hits / count if count else None
+            by_depth = sorted(group, key=lambda r: r["depth"])
+            for key in ("samples", "documents"):
+                if all(r.get(key) for r in group):
+                    row[key] = [one for r in by_depth for one in r[key]]
+            if row.get("documents"):
+                value, low, high = mean_interval(row["samples"], row["documents"])
             row.update(value=value, low=low, high=high, num_samples=count)
-            if all("samples" in r for r in group):
-                by_depth = sorted(group, key=lambda r: r["depth"])
-                row["samples"] = [score for r in by_depth for score in r["samples"]]
         out.append(row)
     return out
 
@@ -120,13 +124,16 @@ def find(rows: Rows, model: str, task: str, length: int) -> Row | None:
 
 
 def describe_mixed_texts(rows: Rows) -> str:
-    """A warning that names the tasks measured on different texts, whose columns do not compare."""
-    texts: dict[str, set[str]] = {}
-    for row in rows:
-        if row.get("text"):
-            texts.setdefault(row["task"], set()).add(row["text"])
-    mixed = sorted(task for task, digests in texts.items() if len(digests) > 1)
-    return f"Not on the same text everywhere: {', '.join(mixed)}." if mixed else ""
+    """A warning that names the tasks measured on different texts, or with different questions."""
+    said = []
+    for key, what in (("text", "on the same text"), ("asked", "with the same questions")):
+        found: dict[tuple[str, int], set[str]] = {}
+        for row in (row for row in rows if row.get(key)):
+            place = row["task"], row.get("context_length") if key == "asked" else 0
+            found.setdefault(place, set()).add(row[key])
+        mixed = sorted({task for (task, _), digests in found.items() if len(digests) > 1})
+        said += [f"Not {what} everywhere: {', '.join(mixed)}."] if mixed else []
+    return " ".join(said)
 
 
 def describe_key_tokens(rows: Rows) -> str:

@@ -19,7 +19,7 @@ from skipwise.config.machine import available_memory, world_size
 from skipwise.config.parse import scalar
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe
 from skipwise.config.run_folder import RunFolder
-from skipwise.errors import SkipwiseError, did_you_mean
+from skipwise.errors import SkipwiseError, did_you_mean, install
 from skipwise.models.load import best_device, compute_dtype
 from skipwise.models.lora import quantization_for
 from skipwise.models.prepared import PreparedModel
@@ -111,9 +111,9 @@ def _check_trackers(names: list[str]) -> None:
                 + did_you_mean(name, known)
             )
         if name not in installed and name != "flyte":  # which transformers does not look for
-            package = {"tensorboard": "'skipwise[tensorboard]'", "azure_ml": "azureml-sdk"}
-            what = f"trainer.report_to: {name} is not installed"
-            raise SkipwiseError(f"{what}: pip install {package.get(name, name)}")
+            package = {"azure_ml": "azureml-sdk"}.get(name, name)
+            fix = install(name) if name == "tensorboard" else f"pip install {package}"
+            raise SkipwiseError(f"trainer.report_to: {name} is not installed: {fix}")
 
 
 def _refused(error: Exception) -> SkipwiseError:
@@ -145,9 +145,12 @@ def training_arguments(
         **engine_arguments(engine, on_cpu(), **(engine_options or {})),
     }
     try:
-        return TrainingArguments(**{**values, **_trainer_values(recipe, engine)})
+        made = TrainingArguments(**{**values, **_trainer_values(recipe, engine)})
     except _REFUSALS as error:
         raise _refused(error) from error
+    if made.n_gpu > 1:  # one process of many GPUs: the Trainer would take all, by DataParallel
+        made._n_gpu = 1
+    return made
 
 
 def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ here; where it says something else, the run does not go on.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -134,7 +133,7 @@ def damage(folder: Path) -> str:
 def _find_damage(metadata: dict[str, Any] | None, files: dict[str, Path]) -> str:
     if metadata is None:
         return f"{_COMPLETE} cannot be read"
-    listed = metadata.get("files", {})  # an older version wrote none
+    listed = metadata.get("files", {})
     if missing := [name for name in listed if name not in files]:
         return f"{missing[0]} is missing"
     full = bool(metadata.get("full"))
@@ -261,12 +260,9 @@ def known_decisions(run: RunFolder) -> tuple[str, dict[str, Any]]:
     return (last.name, decided) if last and isinstance(decided, dict) else ("", {})
 
 
-def with_known_revision(recipe: Recipe, run: RunFolder) -> Recipe:
-    """The recipe with the commit that its model's name led to when the run began."""
-    decided = run.metadata().get("identity") or known_decisions(run)[1].get("identity", {})
-    revision = decided.get("base", {}).get("revision")
-    load = dataclasses.replace(recipe.load, revision=revision or recipe.load.revision)
-    return dataclasses.replace(recipe, load=load)
+def known_identity(run: RunFolder) -> dict[str, Any]:
+    """What the base and the text of a run are, of run.json or else of its newest checkpoint."""
+    return run.metadata().get("identity") or known_decisions(run)[1].get("identity", {})
 
 
 def resume_decisions(prepared: PreparedModel, run: RunFolder) -> None:

@@ -17,7 +17,7 @@ from skipwise.config.machine import world_size
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.stages import is_full_length_stage
-from skipwise.errors import SkipwiseError, is_no_memory, is_no_space, system_error
+from skipwise.errors import SkipwiseError, install, is_no_memory, is_no_space, system_error
 from skipwise.planning import next_change
 from skipwise.training.checkpoints import resume_point
 
@@ -52,7 +52,7 @@ _KNOWN = (  # (regex, meaning, fix)
     (
         r"\bbitsandbytes\b",
         "bitsandbytes is not installed, or does not support this device",
-        "pip install 'skipwise[qlora]', or remove lora.quantization and 8-bit optimizers",
+        f"{install('qlora')}, or remove lora.quantization and 8-bit optimizers",
     ),
     (
         r"flash.?attn|flashattention|flash_attention",

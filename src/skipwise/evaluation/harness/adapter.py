@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipwise.errors import SkipwiseError, first_line
+from skipwise.errors import SkipwiseError, first_line, install
 
 
 def wrap(
@@ -90,7 +90,7 @@ def guarded(model: Any = None) -> Iterator[list[str]]:
         import lm_eval.utils
     except ImportError as error:
         raise SkipwiseError(
-            f"benchmarks need lm-eval ({first_line(error)}): pip install 'skipwise[bench]'"
+            f"benchmarks need lm-eval ({first_line(error)}): {install('bench')}"
         ) from error
     from jinja2.sandbox import SandboxedEnvironment
 

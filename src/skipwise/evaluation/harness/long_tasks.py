@@ -59,7 +59,8 @@ def rows_at(length: int, rows: Rows, name: str) -> Rows:
     if not (name == "ruler" or name in RULER):
         return [_at(length, row, row["metric"]) for row in rows]
     found = [_at(length, row, "string_match") for row in rows if row["metric"] == str(length)]
-    return [_mean(found), *found] if name == "ruler" and found else found
+    parts = [{**row, "part_of": "ruler"} for row in found]  # the area counts their mean alone
+    return [_mean(found), *parts] if name == "ruler" and found else found
 
 
 def _at(length: int, row: Row, metric: str) -> Row:

@@ -97,7 +97,7 @@ def _check(config: dict[str, Any], path: Path) -> None:
     of_hub = "/" in str(config.get("dataset_path", ""))
     for some in _dicts(config):
         for key in _RUNS_CODE:
-            if some.get(key):
+            if key in some:  # `unsafe_code: false` would hide that an included task runs code
                 raise SkipwiseError(f"{path} has {key}, and code from a task folder is not run")
         data = some.get("dataset_path", "json")
         hub_name = isinstance(data, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.py)", data)

@@ -38,7 +38,6 @@ INTRO = (
 _WAYS = ("cycled", "drove", "hurried", "walked")
 _NUM_PEOPLE = 4  # in one world
 _PER_HAYSTACK = 5
-_VERSION = 1  # of the prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +143,7 @@ def _pick(rng: np.random.Generator, among: Sequence[str], count: int) -> list[st
 
 
 def make_trials(
-    kind: str,
-    tokenizer: Any,
-    length: int,
-    *,
-    num_samples: int,
-    words: Sequence[str],
-    seed: int = 0,
+    kind: str, tokenizer: Any, length: int, *, num_samples: int, words: Sequence[str], seed: int = 0
 ) -> list[Trial]:
     """Prompts with answers that fill `length` tokens, haystack by haystack; empty if none fits.
 
@@ -184,22 +177,16 @@ def make_trials(
 
 
 def _measure(kind: str, inputs: TaskInputs) -> Rows:
-    settings, words = inputs.settings, inputs.words
+    settings, length, words = inputs.settings, inputs.length, inputs.words
     if not words:
         return []
-    trials = make_trials(
-        kind,
-        inputs.tokenizer,
-        inputs.length,
-        num_samples=settings.samples,
-        words=words,
-        seed=settings.seed,
-    )
+    num, seed = settings.samples, settings.seed
+    trials = make_trials(kind, inputs.tokenizer, length, num_samples=num, words=words, seed=seed)
     if not trials:
         return []
     correct = exact_match(inputs.model, trials, settings.batch_tokens, inputs.tick)
-    row = mean_row(f"babilong_{kind}", "exact_match", inputs.length, correct)
-    return [{**row, "group": "babilong"}]
+    more = {"group": "babilong", "documents": [trial.haystack for trial in trials]}
+    return [mean_row(f"babilong_{kind}", "exact_match", length, correct, **more)]
 
 
 _ABOUT = {
@@ -211,8 +198,7 @@ TASKS = {
     f"babilong_{kind}": Task(
         name=f"babilong_{kind}",
         measure=functools.partial(_measure, kind),
-        num_samples=lambda settings: settings.samples,
-        cache_key=lambda settings: (settings.samples, _VERSION),
+        version=1,
         text="required",
         group="babilong",
         title=f"BABILong-like {kind}",

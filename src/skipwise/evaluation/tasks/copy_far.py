@@ -38,18 +38,12 @@ CUE_TOKENS, SCORED_TOKENS = 8, 24  # at least; both are whole words
 QUESTION = "How does the passage go on that begins with these words?"
 _PER_HAYSTACK = 5
 _TRIES = 20  # places in a haystack for each passage
-_VERSION = 1  # of the prompts
 
 _Span = tuple[int, int, int]  # words: start, end of the cue, end
 
 
 def make_trials(
-    tokenizer: Any,
-    length: int,
-    *,
-    num_samples: int,
-    words: Sequence[str],
-    seed: int = 0,
+    tokenizer: Any, length: int, *, num_samples: int, words: Sequence[str], seed: int = 0
 ) -> tuple[list[Trial], list[Trial]]:
     """Prompts that fill `length` tokens with their answers, and their controls.
 
@@ -185,6 +179,7 @@ def _rows(length: int, copied: _Tokens, control: _Tokens, haystacks: Sequence[in
         )
         samples = [round(score, 4) for score in scores]
         values = {"value": mean, "low": low, "high": high, "samples": samples}
+        values["documents"] = list(haystacks)
         common = {"task": "copy_far", "metric": metric, "context_length": length}
         return {**common, **values, "num_samples": len(scores)}
 
@@ -199,8 +194,7 @@ TASKS = {
     "copy_far": Task(
         name="copy_far",
         measure=_measure,
-        num_samples=lambda settings: settings.samples,
-        cache_key=lambda settings: (settings.samples, _VERSION),
+        version=1,
         text="required",
         title="Copying from afar",
         about="A passage that occurs once, in the first half of the context, is continued at its "

@@ -164,19 +164,13 @@ def _names(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def _measure(name: str, inputs: TaskInputs) -> Rows:
-    settings = inputs.settings
-    items = make_items(
-        inputs.tokenizer,
-        inputs.length,
-        depth=DEPTHS[name],
-        num_samples=settings.samples,
-        seed=settings.seed,
-    )
+    length, num, seed = inputs.length, inputs.settings.samples, inputs.settings.seed
+    items = make_items(inputs.tokenizer, length, depth=DEPTHS[name], num_samples=num, seed=seed)
     if not items:
         return []
     scores = text_scores(inputs, items)
     floor = round(sum(item.floor for item in items) / len(items), 4)
-    return [{**mean_row(name, "f1", inputs.length, scores), "group": "graphwalks", "floor": floor}]
+    return [mean_row(name, "f1", length, scores, group="graphwalks", floor=floor)]
 
 
 DEPTHS = {
@@ -190,8 +184,6 @@ TASKS = {
     name: Task(
         name=name,
         measure=functools.partial(_measure, name),
-        num_samples=lambda settings: settings.samples,
-        cache_key=lambda settings: (settings.samples,),
         group="graphwalks" if depth < 2 else "",  # the others by their own name alone
         title=f"Graphwalks: nodes {_ASKED[depth]}{' from a node' if depth else ''}",
         about="F1 of the set of nodes in the answer. As many nodes drawn at random would have "

@@ -101,15 +101,14 @@ def _measure(inputs: TaskInputs) -> Rows:
     if not trials:
         return []
     right = exact_match(inputs.model, trials, settings.batch_tokens, inputs.tick, among=labels)
-    return [{**mean_row("icl", "accuracy", inputs.length, right), "floor": FLOOR}]
+    more = {"floor": FLOOR, "documents": [trial.haystack for trial in trials]}
+    return [mean_row("icl", "accuracy", inputs.length, right, **more)]
 
 
 TASKS = {
     "icl": Task(
         name="icl",
         measure=_measure,
-        num_samples=lambda settings: settings.samples,
-        cache_key=lambda settings: (settings.samples,),
         title="Many-shot classification",
         about="Share of words whose letter is right, of 8, with as many examples as fit. "
         f"A letter drawn at random would be right in {100 * FLOOR:.1f} %.",

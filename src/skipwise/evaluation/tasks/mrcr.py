@@ -169,27 +169,20 @@ def _count(tokenizer: Any, text: str) -> int:
 
 
 def _measure(num_needles: int, inputs: TaskInputs) -> Rows:
-    settings = inputs.settings
+    length, num, seed = inputs.length, inputs.settings.samples, inputs.settings.seed
     items = make_items(
-        inputs.tokenizer,
-        inputs.length,
-        num_needles=num_needles,
-        num_samples=settings.samples,
-        seed=settings.seed,
+        inputs.tokenizer, length, num_needles=num_needles, num_samples=num, seed=seed
     )
     if not items:
         return []
-    scores = text_scores(inputs, items)
-    row = mean_row(f"mrcr_{num_needles}", "ratio", inputs.length, scores)
-    return [{**row, "group": "mrcr", "floor": FLOORS[num_needles]}]
+    scores, more = text_scores(inputs, items), {"group": "mrcr", "floor": FLOORS[num_needles]}
+    return [mean_row(f"mrcr_{num_needles}", "ratio", length, scores, **more)]
 
 
 TASKS = {
     f"mrcr_{n}": Task(
         name=f"mrcr_{n}",
         measure=functools.partial(_measure, n),
-        num_samples=lambda settings: settings.samples,
-        cache_key=lambda settings: (settings.samples,),
         group="mrcr",
         title=f"MRCR, {n} needles",
         about=f"Share of equal words with the one of {n} answers that is asked for by its number. "

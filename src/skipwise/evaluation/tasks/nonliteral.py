@@ -91,7 +91,6 @@ NUM_PEOPLE = 5  # in a haystack
 _FUNCTION_WORDS = frozenset(
     ("a", "and", "by", "de", "has", "been", "in", "is", "of", "on", "one", "s", "the", "to", "who")
 )
-_VERSION = 1  # of the prompts
 # of one evaluation, which loads one model: results by length and settings
 _MEASURED: WeakKeyDictionary[Any, dict[Any, list[bool]]] = WeakKeyDictionary()
 
@@ -118,12 +117,7 @@ def shared_words(text: str, other: str) -> set[str]:
 
 
 def make_trials(
-    tokenizer: Any,
-    length: int,
-    *,
-    num_samples: int,
-    words: Sequence[str],
-    seed: int = 0,
+    tokenizer: Any, length: int, *, num_samples: int, words: Sequence[str], seed: int = 0
 ) -> list[Trial]:
     """Prompts with answers that fill `length` tokens, haystack by haystack; empty if none fits.
 
@@ -195,7 +189,8 @@ def _measure(inputs: TaskInputs) -> Rows:
     correct = _results(inputs, inputs.length, inputs.tick)
     if not correct:
         return []
-    row = mean_row(NAME, "exact_match", inputs.length, correct)
+    haystacks = [i // NUM_PEOPLE for i in range(len(correct))]
+    row = mean_row(NAME, "exact_match", inputs.length, correct, documents=haystacks)
     base = _base_score(inputs)
     if base is None:
         return [row]
@@ -209,8 +204,7 @@ TASKS = {
     NAME: Task(
         name=NAME,
         measure=_measure,
-        num_samples=lambda settings: settings.samples,
-        cache_key=lambda settings: (settings.samples, _VERSION),
+        version=1,
         text="required",
         title="Needles without shared words",
         about="The question shares no content word with the needle. Naming any of the "

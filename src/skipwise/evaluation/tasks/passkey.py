@@ -164,8 +164,11 @@ def rows_by_depth(
     """One row of results per depth."""
     rows = []
     for depth in sorted({trial.depth or 0.0 for trial in trials}):
-        hits = [hit for trial, hit in zip(trials, right, strict=True) if trial.depth == depth]
+        pairs = zip(trials, right, strict=True)
+        here = [(hit, trial.haystack) for trial, hit in pairs if trial.depth == depth]
+        hits = [hit for hit, _ in here]
         low, high = wilson(sum(hits), len(hits))
+        shared = {"documents": [haystack for _, haystack in here]} if trials[-1].haystack else {}
         rows.append(
             {
                 "task": task,
@@ -177,6 +180,7 @@ def rows_by_depth(
                 "high": high,
                 "num_samples": len(hits),
                 "samples": [int(hit) for hit in hits],
+                **shared,
             }
         )
     return rows

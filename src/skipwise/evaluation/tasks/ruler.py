@@ -228,7 +228,7 @@ def _measure(task: str, inputs: TaskInputs) -> Rows:
     if not samples:
         return []
     scores = recall(inputs.model, inputs.tokenizer, samples, settings.batch_tokens, inputs.tick)
-    return [{**mean_row(task, "recall", inputs.length, scores), "group": "ruler"}]
+    return [mean_row(task, "recall", inputs.length, scores, group="ruler")]
 
 
 TASKS = {

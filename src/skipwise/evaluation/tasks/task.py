@@ -50,8 +50,11 @@ class Task:
 
     name: str
     measure: Callable[[TaskInputs], Rows]  # no rows where no prompt fits
-    num_samples: Callable[[EvalSettings], int | None]  # at each length; 0 leaves the task out
-    cache_key: Callable[[EvalSettings], tuple[Any, ...]]  # the settings that decide its rows
+    # at each length; 0 leaves the task out
+    num_samples: Callable[[EvalSettings], int | None] = lambda settings: settings.samples
+    # the settings that decide its rows
+    cache_key: Callable[[EvalSettings], tuple[Any, ...]] = lambda settings: (settings.samples,)
+    version: int = 0  # of its prompts: another one has other rows
     lengths: Literal["each", "together", "none"] = "each"  # what one call of `measure` covers
     text: Literal["unused", "optional", "required"] = "unused"
     group: str = ""  # a name for several tasks, as `ruler`
@@ -77,9 +80,13 @@ def text_scores(inputs: TaskInputs, items: Sequence[Any]) -> list[float]:
     return [item.score(text) for item, text in zip(items, said, strict=True)]
 
 
-def mean_row(task: str, metric: str, length: int, scores: Sequence[float]) -> Row:
-    """The row of scores in 0 .. 1 at a context length: their mean with its 95 % interval."""
-    value, low, high = mean_interval(scores)
+def mean_row(task: str, metric: str, length: int, scores: Sequence[float], **more: Any) -> Row:
+    """The row of scores in 0 .. 1 at a context length: their mean with its 95 % interval.
+
+    Args:
+        more: further keys; `documents` is the haystack of each score, where questions share one.
+    """
+    value, low, high = mean_interval(scores, more.get("documents"))
     return {
         "task": task,
         "metric": metric,
@@ -89,4 +96,5 @@ def mean_row(task: str, metric: str, length: int, scores: Sequence[float]) -> Ro
         "high": high,
         "num_samples": len(scores),
         "samples": [round(float(score), 4) for score in scores],
+        **more,
     }

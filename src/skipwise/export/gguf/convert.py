@@ -60,8 +60,7 @@ def find_converter(given: str | None = None) -> Path:
             raise SkipwiseError(
                 f"{source}{place} has no {_SCRIPT}\ngive a checkout of llama.cpp, or the script"
             )
-    usual = [Path("llama.cpp"), Path("..") / "llama.cpp", Path.home() / "llama.cpp"]
-    usual.append(cache_folder() / "llama.cpp")
+    usual = [Path.home() / "llama.cpp", cache_folder() / "llama.cpp"]  # no folder of strangers
     on_path = shutil.which(_SCRIPT)
     for script in [*([Path(on_path)] if on_path else []), *(folder / _SCRIPT for folder in usual)]:
         if script.is_file():
@@ -167,7 +166,8 @@ def _run(arguments: list[str]) -> str | None:
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        # the converter imports what lies beside it
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": ""},
     )
     return (done.stderr or "no message") if done.returncode else None
 

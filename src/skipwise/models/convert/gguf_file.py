@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, install
 from skipwise.pose.rope import Linear, Llama3, LongRoPE, Scaling, Unscaled, YaRN
 
 TABLE = "rope_freqs.weight"
@@ -49,9 +49,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise SkipwiseError(
-            'the gguf package is missing\ntype pip install "skipwise[gguf]"'
-        ) from error
+        raise SkipwiseError(f"the gguf package is missing\n{install('gguf')}") from error
     return gguf
 
 

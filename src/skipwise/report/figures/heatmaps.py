@@ -46,10 +46,11 @@ def plot_grid(rows: Rows, task: str, width: float = WIDE) -> Figure | None:
                 square = Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, lw=0)
                 square.set_clip_on(False)
                 square.set_gid(f"cell-{i}-{y}-{x}")
-                axes.add_patch(square)
                 text = f"{100 * row['value']:.0f}{' %' if cell > 34 else ''}"
                 size = 9 if cell > 26 else 7
-                axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=size)
+                named = axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=size)
+                for part in (axes.add_artist(square), named):
+                    part.set_in_layout(False)  # inside of the axes; to measure each takes seconds
             axes.set_xlim(-0.5, len(lengths) - 0.5)
             axes.set_ylim(len(depths) - 0.5, -0.5)
             axes.set_xticks(range(len(lengths)), length_names(lengths))

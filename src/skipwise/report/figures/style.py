@@ -88,6 +88,7 @@ def to_svg(figure: Figure, name: str, kind: str) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.set_layout_engine(None)  # it is laid out: the next file takes half the time
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
@@ -107,6 +108,7 @@ def to_svg(figure: Figure, name: str, kind: str) -> str:
 def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144, facecolor="white")
+    figure.set_layout_engine(None)
     return buffer.getvalue()
 
 

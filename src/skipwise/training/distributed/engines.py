@@ -27,7 +27,7 @@ import torch
 
 from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.recipe import SHARDED_ENGINES, LoRASettings, Recipe
-from skipwise.errors import Check, SkipwiseError
+from skipwise.errors import Check, SkipwiseError, install
 
 _OURS = "SKIPWISE_DEEPSPEED"  # set if init_cpu_backend, not a launcher, chose DeepSpeed
 _KINDS = {"fsdp2": "fsdp", "zero3": "deepspeed", "zero3-offload": "deepspeed"}
@@ -64,7 +64,7 @@ def engine_of(recipe: Recipe) -> str:
 def check_deepspeed(what: str) -> None:
     """Raise a SkipwiseError if DeepSpeed, which `what` needs, is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
-        fix = "pip install 'skipwise[deepspeed]', or pass --engine fsdp2"
+        fix = f"{install('deepspeed')}, or pass --engine fsdp2"
         raise SkipwiseError(f"{what} needs DeepSpeed\n{fix}")
 
 
