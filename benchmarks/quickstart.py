@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import BENCHMARKS, SMOKE, make_parser, write_result
 
-SMALL = ["target_length=512", "training.num_steps=1", "training.warmup_steps=1"]
+SMALL = ["target_length=1024", "training.num_steps=1", "training.warmup_steps=1"]
 SMALL += ["eval.perplexity_windows=1", "eval.passkey_samples=1", "eval.num_depths=1"]
 SMALL += ["attention_temperature=1.0"]
 

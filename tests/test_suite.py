@@ -201,10 +201,6 @@ def test_eval_of_a_model_with_a_baseline_writes_a_folder_and_goes_on(
     assert rows == [row for row in before if row["model"] == "tiny-llama"]
     assert run.results() == before
     assert main(["report", str(out)]) == 0
-    command[command.index("128..256")] = "64"  # other targets, which would replace these
-    assert main(command) == 2
-    assert "type --lengths 64,128,256" in capsys.readouterr().err
-    assert run.results() == before
 
 
 def test_a_baseline_takes_the_label_of_no_model_of_the_run(tiny, tmp_path):

@@ -22,8 +22,8 @@ from common import RESEARCH, SMOKE, make_parser, write_result  # noqa: E402
 
 COMMON = ("eval.untrained=false", "eval.perplexity_windows=32", "training.save_steps=100000")
 SMALL = ("training.num_steps=1", "training.warmup_steps=1", "eval.perplexity_windows=1")
-SMALL += ("eval.passkey_samples=1", "eval.context_lengths=[256,512]", "eval.num_depths=1")
-SMALL += ("target_length=512", "attention_temperature=1.0")
+SMALL += ("eval.passkey_samples=1", "eval.context_lengths=[256,1024]", "eval.num_depths=1")
+SMALL += ("target_length=1024", "attention_temperature=1.0")
 
 
 def run(folder: Path, keys: list[str]) -> dict:

@@ -112,10 +112,11 @@ def evaluate_model(
     tasks, lengths = find_tasks(settings.tasks), sorted(set(context_lengths))
     if evaluator is not None and evaluator.vocabulary != vocabulary(eval_model.tokenizer):
         evaluator = None
-    units = list(_units(tasks, eval_model, texts, lengths, settings, evaluator))
+    own = [row for row in rows if row["model"] == label]
+    units = list(_units(tasks, eval_model, texts, lengths, settings, evaluator, own))
     known = {row.get("key") for row in rows if row["model"] == label}
     missing = [unit for unit in units if unit.key not in known]
-    _refuse_losses(rows, label, missing)
+    _refuse_losses(own, label, missing)
     check_tasks([unit.task for unit in missing], settings)
     tokenizer = eval_model.tokenizer
     asks_chat = settings.chat_template is True
@@ -225,7 +226,12 @@ def _units(
     lengths: Sequence[int],
     settings: EvalSettings,
     evaluator: Evaluator | None,
+    done: Sequence[Row] = (),
 ) -> Iterator[_Unit]:
+    """What has to be measured; the lengths of a task that fix its targets include those of `done`.
+
+    Other lengths would have other targets, and replace the results that there are.
+    """
     text = texts.identity()
     for task in tasks:
         count = task.num_samples(settings)
@@ -233,7 +239,8 @@ def _units(
             continue
         groups: list[tuple[int, ...]] = [(length,) for length in lengths]
         if task.lengths == "together":
-            fitting = fitting_lengths(texts.documents, lengths)
+            earlier = {row["context_length"] for row in done if row["task"] == task.name}
+            fitting = fitting_lengths(texts.documents, sorted({*lengths, *earlier}))
             groups = [fitting] if fitting else []
         elif task.lengths == "none":
             groups = [()]
@@ -288,17 +295,15 @@ def _without_text(tasks: Sequence[Task], texts: Texts, lengths: Sequence[int]) -
     return out
 
 
-def _refuse_losses(rows: Rows, label: str, missing: list[_Unit]) -> None:
-    """SkipwiseError if perplexity at other lengths, with other targets, would replace results."""
+def _refuse_losses(own: Rows, label: str, missing: list[_Unit]) -> None:
+    """SkipwiseError if perplexity on shorter documents would replace results at longer lengths."""
     for unit in (unit for unit in missing if unit.task.lengths == "together"):
-        old = [r for r in rows if r["model"] == label and r["task"] == unit.task.name]
-        known = {row["context_length"] for row in old}
+        known = {row["context_length"] for row in own if row["task"] == unit.task.name}
         if lost := sorted(known - set(unit.lengths)):
-            every = ",".join(map(str, sorted(known | set(unit.lengths))))
             raise SkipwiseError(
-                f"{label} has {unit.task.name} at {', '.join(f'{n:,}' for n in lost)} already; at "
-                "other lengths it has other target tokens, and would replace these results\n"
-                f"type --lengths {every}, or other --tasks, or evaluate the model folder itself"
+                f"{label} has {unit.task.name} at {', '.join(f'{n:,}' for n in lost)} tokens, and "
+                "this text has no document that long, so these results would be lost\n"
+                "give longer documents, or evaluate the model folder itself, with another --out"
             )
 
 

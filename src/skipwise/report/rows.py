@@ -127,7 +127,7 @@ def describe_mixed_texts(rows: Rows) -> str:
     """A warning that names the tasks measured on different texts, or with different questions."""
     said = []
     for key, what in (("text", "on the same text"), ("asked", "with the same questions")):
-        found: dict[tuple[str, int], set[str]] = {}
+        found: dict[tuple[str, Any], set[str]] = {}
         for row in (row for row in rows if row.get(key)):
             place = row["task"], row.get("context_length") if key == "asked" else 0
             found.setdefault(place, set()).add(row[key])
