@@ -1,6 +1,6 @@
 """Which evaluation tasks tell extensions of one base apart, and what each costs.
 
-    python research/tasks/compare_tasks.py [--seeds 0 1] [--workers 2] [--out runs/tasks]
+    python research/tasks/compare_tasks.py [--tasks passkey ...] [--seeds 0 1] [--workers 2]
     python research/tasks/compare_tasks.py --results RUN/results.json EVAL/results.json ...
 
 Without --results the bundled model (256 tokens) is extended to 2,048 in the ways of ARMS, at equal
@@ -85,18 +85,20 @@ def make_arm(arm: str, seed: int, out: Path, smoke: bool) -> Path:
 
 
 def _make_and_measure(job: tuple[Any, ...]) -> tuple[str, Rows, dict[str, float]]:
-    name, arm, seed, text, out, smoke = job
-    return name, *measure(name, make_arm(arm, seed, out, smoke), text, out, smoke)
+    name, arm, seed, tasks, text, out, smoke = job
+    return name, *measure(name, make_arm(arm, seed, out, smoke), tasks, text, out, smoke)
 
 
-def measure(name: str, model: Path, text: Path, out: Path, smoke: bool) -> tuple[Rows, dict]:
+def measure(
+    name: str, model: Path, tasks: list[str], text: Path, out: Path, smoke: bool
+) -> tuple[Rows, dict[str, float]]:
     """The rows of all tasks, and processor seconds by task; kept in a file."""
     from skipwise.evaluation.run import evaluate
 
     file = out / f"{name.replace(' ', '-')}.json"
     kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     lengths = [256, 512] if smoke else list(LENGTHS)
-    for task in TASKS[:3] if smoke else TASKS:
+    for task in tasks[:3] if smoke else tasks:
         if task in kept:
             continue
         counts = ("perplexity_windows", "passkey_samples", "needle_samples", "samples")
@@ -113,6 +115,7 @@ def measure(name: str, model: Path, text: Path, out: Path, smoke: bool) -> tuple
         seconds = time.process_time() - started
         kept[task] = {"seconds": round(seconds, 1), "rows": rows}
         file.write_text(json.dumps(kept))
+    kept = {task: part for task, part in kept.items() if task in tasks}
     rows = [{**row, "model": name} for part in kept.values() for row in part["rows"]]
     return rows, {task: part["seconds"] for task, part in kept.items()}
 
@@ -234,6 +237,7 @@ def table(figures: dict[str, Any]) -> str:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--results", nargs="+", type=Path, help="results.json of the arms")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--out", type=Path, help="runs/tasks")
     parser.add_argument("--workers", type=int, default=1, help="arms at a time")
@@ -255,7 +259,8 @@ def main() -> None:
         for arm in arms:
             trained = arm != "base" and "method=none" not in ARMS[arm]
             for seed in args.seeds if trained else args.seeds[:1]:
-                jobs.append((f"{arm}-{seed}" if trained else arm, arm, seed, text, out, args.smoke))
+                name = f"{arm}-{seed}" if trained else arm
+                jobs.append((name, arm, seed, args.tasks, text, out, args.smoke))
         with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
             for name, found, taken in pool.map(_make_and_measure, jobs):
                 seconds[name] = taken
