@@ -419,7 +419,7 @@ def test_all_is_checked_before_anything_is_run(folder: str, tmp_path: Path) -> N
 
 def test_a_missing_harness_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(SkipwiseError, match=r"pip install 'skipwise\[bench\]'"):
+    with pytest.raises(SkipwiseError, match=r"pip install '\.\[bench\]'"):
         check_benchmarks(["boolq"])
 
 

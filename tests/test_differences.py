@@ -121,6 +121,17 @@ def test_what_training_made_worse_is_a_shortfall_and_not_added():
     said = headline(RUN, rows)
     assert "falls short: training made worse than rescaling alone: needle" in said
     assert "now reads" not in said
+    rows = [row for row in rows if row["task"] == "needle"]
+    added, anything, harm = describe_training(rows, T)
+    assert (added, anything) == ("Training added nothing beyond error to rescaling alone", False)
+    assert harm
+
+
+def test_of_many_comparisons_one_beyond_its_own_interval_is_no_finding():
+    one = difference(needle("a", [1] * 8 + [0] * 42), needle("b", [1] * 2 + [0] * 48))
+    assert one.better and one.direction(1) == 1 and one.direction(20) == 0
+    worse = difference(needle("b", [1] * 2 + [0] * 48), needle("a", [1] * 8 + [0] * 42))
+    assert worse.worse and worse.direction(20) == 0
 
 
 def test_other_questions_are_not_paired_and_are_named():
@@ -148,6 +159,9 @@ def test_trials_of_one_haystack_are_not_independent():
             one = difference(needle("a", own, **more), needle("b", other, **more))
             outside[clustered] += one.better or one.worse
     assert outside[False] > 0.2 * 400 and outside[True] < 0.09 * 400
+    assert mean_interval([1, 0] * 4, [0, 1, 2, 3] * 2) == (0.5, None, None)  # of 4 haystacks
+    few = needle("a", [1] * 8, documents=[0, 1] * 4), needle("b", [0] * 8)  # an older row
+    assert (difference(*few).value, difference(*few).low) == (100, None)
     wide = mean_interval(own.tolist(), haystacks.tolist())
     narrow = mean_interval(own.tolist())
     assert wide[1] < narrow[1] < narrow[2] < wide[2]

@@ -13,6 +13,7 @@ from skipwise.errors import SkipwiseError
 from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model, find_tasks
 from skipwise.evaluation.harness import benchmarks, long_tasks
 from skipwise.pipeline.quickstart import MODEL
+from skipwise.report.area import find_areas
 
 pytest.importorskip("lm_eval", reason="pip install '.[bench]'")
 pytestmark = pytest.mark.extended
@@ -179,7 +180,21 @@ def test_rulers_mean_counts_each_task_the_same():
     assert {r["metric"] for r in (mean, a, b)} == {"string_match"}
     unknown = [{**r, "low": None, "high": None} for r in rows]
     assert long_tasks.rows_at(512, unknown, "ruler")[0]["low"] is None
-    assert long_tasks.rows_at(512, rows, "niah_single_1") == [a, b]
+    alone = long_tasks.rows_at(512, rows, "niah_single_1")
+    assert [{**row, "part_of": "ruler"} for row in alone] == [a, b]
+
+
+def test_the_area_counts_the_harness_ruler_once():
+    def row(task, length, value, **more):
+        keys = {"model": "m", "task": task, "metric": "string_match", "context_length": length}
+        ends = {"value": value, "low": value, "high": value, "num_samples": 9, "is_share": True}
+        return {**keys, **ends, **more}
+
+    rows = [row("passkey", n, 1.0, metric="exact_match") for n in (256, 512)]
+    rows += [row("ruler", n, 0.5) for n in (256, 512)]
+    parts = [row(f"niah_{i}", n, 0.5, part_of="ruler") for i in range(5) for n in (256, 512)]
+    (whole,) = [a for a in find_areas(rows + parts)[0] if a.is_main]
+    assert whole.row("m")["value"] == pytest.approx(0.75)
 
 
 def test_babilong_has_lengths_of_its_own_and_others_are_left_out():

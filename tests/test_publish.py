@@ -18,9 +18,9 @@ from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.run_folder import RunFolder, write_json, write_text
 from skipwise.errors import SkipwiseError
 from skipwise.export import model_card
-from skipwise.export.hub import confirm, describe_upload, plan_upload
+from skipwise.export.hub import confirm, describe_upload, gguf_model, plan_upload
 from skipwise.export.model_card import base_metadata, hub_results, relation, write_card
-from skipwise.models.identity import digests
+from skipwise.models.identity import digests, folder_digests
 
 
 def row(model, task, metric, length, value, **more):
@@ -232,8 +232,11 @@ def test_a_local_base_that_is_gone_is_not_looked_for_on_the_hub(run, monkeypatch
 def test_a_card_names_the_method_that_trained(run):
     run.update_entry("training", method="full")  # as train_length: auto may choose
     text = write_card(run).read_text()
-    assert "with training at full length and" in text and "[PoSE]" not in text.split("##")[0]
-    assert "- full\n" in text and "- pose\n" not in text
+    head = text.split("##")[0]
+    assert "RoPE scaling and with training at full length." in head and "[PoSE]" not in head
+    assert "- full\n" in text and "- pose\n" not in text and "zhu2024pose" not in text
+    run.update_entry("training", method="cream")
+    assert "RoPE scaling and with method `cream`." in write_card(run).read_text()
 
 
 def test_what_is_uploaded_is_what_was_shown(run):
@@ -241,7 +244,12 @@ def test_what_is_uploaded_is_what_was_shown(run):
     file = run.path / "gguf/model-f16.gguf"
     file.write_bytes(b"GGUF" * 100)
     (run.path / "gguf/other.gguf").write_bytes(b"GGUF")  # nobody exported it
-    run.update(gguf_files=digests({file.name: file}))
+    run.update(exported_files=folder_digests(run.model))
+    about = {"file": digests({"": file})[""], "model": "of an earlier export"}
+    run.update(gguf_files={file.name: about})
+    with pytest.raises(SkipwiseError, match=r"from an earlier export of the model\n.*--to gguf"):
+        plan_upload(run, "me/long")
+    run.update(gguf_files={file.name: {**about, "model": gguf_model(run.metadata())}})
     hub = Hub()
     code, out, err = publish(run, hub, "me/long", "--yes", "--private")
     assert code == 0, err

@@ -15,6 +15,7 @@ from skipwise.config.parse import parse_recipe
 from skipwise.config.recipe import EvalSettings, with_known_revision
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
+from skipwise.evaluation import run as evaluate_module
 from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
 from skipwise.evaluation.run import _check_base, _labels
 from skipwise.evaluation.tasks import ruler
@@ -211,13 +212,19 @@ def test_a_baseline_takes_the_label_of_no_model_of_the_run(tiny, tmp_path):
         assert list(labels) == [str(tmp_path / name), "after"]
 
 
-def test_a_base_that_has_changed_is_not_measured_as_the_one_before(tiny, tmp_path):
+def test_a_base_that_has_changed_is_not_measured_as_the_one_before(tiny, tmp_path, monkeypatch):
     base = shutil.copytree(tiny, tmp_path / "base")
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     recipe = parse_recipe({"model": str(base), "target_length": 256})
     run.update(identity={"base": base_identity(str(base), None)})
     _check_base(recipe, run)
+    labels = {"other": str(tiny), "before": str(base)}
+    hub = with_known_revision(recipe, {"base": {"revision": "abc"}})
+    asked = []
+    monkeypatch.setattr(evaluate_module, "make_eval_model", lambda *a, **k: asked.append(a))
+    evaluate_module._eval_models(hub, run, labels, [128])
+    assert [a[2].revision for a in asked] == [None, "abc"]  # the commit is the base's alone
     (base / "config.json").write_text((base / "config.json").read_text() + " ")
     with pytest.raises(SkipwiseError, match=r"has changed since .*: config.json differs"):
         _check_base(recipe, run)

@@ -81,7 +81,9 @@ def test_other_settings_seeds_texts_or_weights_are_measured_and_replace_the_old(
     assert len(places) == len(set(places)) == sum(r["model"] == "it" for r in saved[-1])
 
 
-def test_perplexity_at_other_lengths_is_measured_again_at_those_that_there_are(counted, tokenizer):
+def test_perplexity_at_other_lengths_is_measured_again_at_those_that_there_are(
+    counted, tokenizer, capsys
+):
     """Its targets follow from the lengths: two calls have not the same ones."""
     eval_model, _ = counted
     texts, asked, saved = texts_of(tokenizer, "one"), settings("perplexity"), []
@@ -91,11 +93,13 @@ def test_perplexity_at_other_lengths_is_measured_again_at_those_that_there_are(c
     assert {row["context_length"] for row in saved[-1]} == {128, 256, 512}
     assert len({row["targets"] for row in saved[-1] if row["metric"] == "perplexity"}) == 1
     more["done"] = saved.pop()
-    evaluate_model(eval_model, texts, [128], asked, **more)
+    evaluate_model(eval_model, texts, [512], asked, **more)
     assert not saved  # all is there
     short = Texts(documents=[document[:300] for document in texts.documents])
-    with pytest.raises(SkipwiseError, match="perplexity at 512 tokens, and this text has no"):
-        evaluate_model(eval_model, short, [128], asked, **more)
+    for other, lengths in ((texts, [128]), (short, [512])):  # results at 512 would be lost
+        evaluate_model(eval_model, other, lengths, asked, **{**more, "progress": True})
+        said = capsys.readouterr().err
+        assert not saved and "perplexity (its results at" in said and "512 tokens would" in said
 
 
 def test_the_seed_reaches_the_questions_and_other_lengths_do_not(counted, tokenizer, monkeypatch):

@@ -24,7 +24,10 @@ pytestmark = pytest.mark.extended
         ("task: x\ndoc_to_text: !function evil.run\n", "Python from a task folder is not run"),
         ("task: x\ninclude: part_yaml\n", "part_yaml has !function"),
         ("task: x\ndoc_to_text: !!python/name:os.system\n", "is not plain YAML"),
-        ("task: x\nclass: evil.run\n", "has class, and code from a task folder is not run"),
+        (
+            "task: x\nclass: evil.run\n",
+            "has class, which decides whether code is run: leave it out",
+        ),
         ("task: x\nuse_prompt: 'evil.yaml:p'\n", "has use_prompt"),
         ("group: x\ntask: [{task: y, unsafe_code: true}]\n", "has unsafe_code"),
         ("include: cruxeval_output\ntask: x\nunsafe_code: false\n", "has unsafe_code"),

@@ -130,12 +130,15 @@ def test_a_check_in_a_new_process_imports_nothing_from_the_current_folder(tmp_pa
     program = "\n".join(_RELOAD.splitlines()[:4])  # to the first imports
     assert "import numpy, torch" in program
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONSAFEPATH", "x")  # so that it is undone
+    monkeypatch.delenv("PYTHONSAFEPATH")
     monkeypatch.setattr(sys, "argv", ["skipwise", "recipes"])
     assert main() == 0 and os.environ["PYTHONSAFEPATH"]
-    command = [sys.executable, "-c", "import numpy"]
-    assert subprocess.run(command, check=False).returncode == 0
     assert not (tmp_path / "ran").exists()
+    if sys.version_info >= (3, 11):
+        command = [sys.executable, "-c", "import numpy"]
+        assert subprocess.run(command, check=False).returncode == 0
+        assert not (tmp_path / "ran").exists()
 
 
 def test_a_converter_of_the_current_folder_is_not_run(tmp_path, monkeypatch):
@@ -192,6 +195,10 @@ def test_a_file_that_changed_since_the_export_is_named(run):  # noqa: F811
     assert upload.changed in describe_upload(upload)
     config.unlink()
     assert "config.json" in changed_note(run.model, run.metadata())
+    names = ["../secret", "/etc/passwd", "a\nb", *(f"{i}.json" for i in range(9))]
+    run.update(exported_files={name: [] for name in names})
+    said = changed_note(run.model, run.metadata())
+    assert "0.json, 1.json, 2.json, 3.json, 4.json and 4 more\n" in said and "secret" not in said
 
 
 def test_an_older_run_uploads_by_the_names_that_export_writes(run):  # noqa: F811

@@ -233,7 +233,7 @@ class Driver:
         settings = parse_recipe({"model": "-", "target_length": 1}, keys).eval
         names = ("passkey", "needle") if part == CHAT else (part,)
         tasks = [] if part == BENCHMARK else find_tasks(names)
-        asked = [(task.name, task.version, task.cache_key(settings)) for task in tasks]
+        asked = [(t.name, [*t.cache_key(settings), *filter(None, [t.version])]) for t in tasks]
         facts = [_VERSION, asked, settings.chat_template, command[command.index("--tasks") :]]
         text = json.dumps([facts, self.digest[1]])
         return text.replace(str(self.out), "").replace(str(self.texts), "")

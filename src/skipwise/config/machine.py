@@ -32,10 +32,10 @@ def is_main_process() -> bool:
 
 def _of_launcher(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
-    if not value.isdecimal() or (name == "RANK" and int(value) and "WORLD_SIZE" not in os.environ):
-        raise SkipwiseError(
-            f"{name}={value} in the environment is not what a launcher sets\ntype unset {name}"
-        )
+    alone = name == "RANK" and value != "0" and "WORLD_SIZE" not in os.environ
+    if not value.isdecimal() or alone or (name == "WORLD_SIZE" and int(value) < 1):
+        fix = f"unset {name}" + ", or export WORLD_SIZE as well" * alone
+        raise SkipwiseError(f"{name}={value} in the environment is not what launchers set\n{fix}")
     return int(value)
 
 

@@ -50,7 +50,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, parent: RunFolder | None = None) -> None:
-        self.path, self.parent = Path(path).expanduser(), parent
+        self.path, self.parent = Path(os.path.expanduser(path)), parent
         main = self.path if parent is None else parent.path
         self.metrics_file = main / "metrics.jsonl"  # a stage writes both to the main folder
         self.candidates = main / "candidates"

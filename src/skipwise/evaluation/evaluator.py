@@ -116,7 +116,8 @@ def evaluate_model(
     units = list(_units(tasks, eval_model, texts, lengths, settings, evaluator, own))
     known = {row.get("key") for row in rows if row["model"] == label}
     missing = [unit for unit in units if unit.key not in known]
-    _refuse_losses(own, label, missing)
+    kept = {unit.key: why for unit in missing if (why := _would_lose(own, unit))}
+    missing = [unit for unit in missing if unit.key not in kept]
     check_tasks([unit.task for unit in missing], settings)
     tokenizer = eval_model.tokenizer
     asks_chat = settings.chat_template is True
@@ -125,7 +126,7 @@ def evaluate_model(
     load_model = functools.cache(lambda: eval_model.load().eval())
     haystack = functools.cache(lambda n: haystack_words(tokenizer, texts.documents, n))
     digest = texts.digest(tokenizer)
-    left_out = _without_text(tasks, texts, lengths)
+    left_out = _without_text(tasks, texts, lengths) + list(kept.values())
     reference = None
     for unit in missing if evaluator is not None else ():
         if unit.task.name == "perplexity" and evaluator is not None:
@@ -240,15 +241,20 @@ def _units(
         groups: list[tuple[int, ...]] = [(length,) for length in lengths]
         if task.lengths == "together":
             earlier = {row["context_length"] for row in done if row["task"] == task.name}
-            fitting = fitting_lengths(texts.documents, sorted({*lengths, *earlier}))
+            within = {n for n in earlier if n <= lengths[-1]}
+            fitting = fitting_lengths(texts.documents, sorted({*lengths, *within}))
             groups = [fitting] if fitting else []
         elif task.lengths == "none":
             groups = [()]
         for group in groups:
+            of_task = [*task.cache_key(settings), *([task.version] if task.version else [])]
             decides = [_VERSION, eval_model.identity, settings.seed, task.name]
             decides += [group] if task.lengths == "together" else group
-            decides += [*task.cache_key(settings), *([task.version] if task.version else [])]
-            asked = _digest([*decides[2:], settings.chat_template is True])
+            decides += of_task
+            place = () if task.lengths == "together" else group  # there, targets tell
+            asked = _digest(
+                [task.name, settings.seed, place, of_task, settings.chat_template is True]
+            )
             decides += [] if task.text == "unused" else [text]
             if evaluator is not None and task.name == "perplexity":
                 decides += evaluator.key(group)
@@ -295,16 +301,12 @@ def _without_text(tasks: Sequence[Task], texts: Texts, lengths: Sequence[int]) -
     return out
 
 
-def _refuse_losses(own: Rows, label: str, missing: list[_Unit]) -> None:
-    """SkipwiseError if perplexity on shorter documents would replace results at longer lengths."""
-    for unit in (unit for unit in missing if unit.task.lengths == "together"):
-        known = {row["context_length"] for row in own if row["task"] == unit.task.name}
-        if lost := sorted(known - set(unit.lengths)):
-            raise SkipwiseError(
-                f"{label} has {unit.task.name} at {', '.join(f'{n:,}' for n in lost)} tokens, and "
-                "this text has no document that long, so these results would be lost\n"
-                "give longer documents, or evaluate the model folder itself, with another --out"
-            )
+def _would_lose(own: Rows, unit: _Unit) -> str:
+    """Why perplexity is not measured: it would replace results at longer lengths. Else empty."""
+    known = {row["context_length"] for row in own if row["task"] == unit.task.name}
+    lost = sorted(known - set(unit.lengths)) if unit.task.lengths == "together" else []
+    listed = ", ".join(f"{n:,}" for n in lost)
+    return f"{unit.task.name} (its results at {listed} tokens would be lost)" if lost else ""
 
 
 def _replaced(row: Row, found: Rows, label: str, task: Task) -> bool:

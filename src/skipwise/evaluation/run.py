@@ -175,9 +175,10 @@ def _recipe_and_folder(
 
 def _check_base(recipe: Recipe, run: RunFolder) -> None:
     """SkipwiseError if the base is another model than the one that the run began with."""
-    known = run.metadata().get("identity", {}).get("base")
-    now = base_identity(recipe.model, recipe.load.revision) if known else {}
-    if known and (what := difference(known, now)):
+    known = (run.metadata().get("identity") or {}).get("base")
+    if not known or run.converted.is_dir():  # which is what is measured
+        return
+    if what := difference(known, base_identity(recipe.model, recipe.load.revision)):
         raise SkipwiseError(
             f"the base model {recipe.model} has changed since {run.path} began: {what}\n"
             "restore the old one, or leave --baseline out"
@@ -189,6 +190,7 @@ def _eval_models(
 ) -> list[evaluator.EvalModel]:
     own_folders = (str(run.model), str(run.converted)) if run else ()
     load, load_own = recipe.load, recipe.load.of_own_folder()
+    other = dataclasses.replace(load, revision=None) if run else load  # the commit is the base's
     chosen = run.metadata().get("separator") if run else None
     separator = separator_of(chosen) if chosen else recipe.data.separator
     known = (recipe.model, *own_folders) if run else labels.values()
@@ -196,7 +198,7 @@ def _eval_models(
         make_eval_model(
             label,
             model,
-            load_own if model in own_folders else load,
+            load_own if model in own_folders else load if model == recipe.model else other,
             lengths,
             separator=separator if model in known else "auto",
         )

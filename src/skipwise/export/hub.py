@@ -6,6 +6,8 @@ file. A run with a failed check is not uploaded.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -75,14 +77,27 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
             files.append((file, name))
         elif not file.is_dir() or file.is_symlink():
             left_out.append(name)
-    known = metadata.get("gguf_files") or {}
+    known, model = metadata.get("gguf_files") or {}, gguf_model(metadata)
     for file in sorted(run.gguf.glob("*.gguf")):
-        if _is_own(file, run.gguf) and digests({"": file})[""] == known.get(file.name):
+        entry = known.get(file.name) or {}
+        if entry and entry.get("model") != model:
+            raise SkipwiseError(
+                f"{file} was made from an earlier export of the model\n"
+                f"type skipwise export {run.path} --to gguf, or remove it"
+            )
+        own = not listed or digests({"": file})[""] == entry.get("file")
+        if own and _is_own(file, run.gguf):
             files.append((file, file.name))
         else:
             left_out.append(file.name)
     changed = changed_note(run.model, metadata)
     return Upload(repo_id=repo_id, private=private, files=files, left_out=left_out, changed=changed)
+
+
+def gguf_model(metadata: dict[str, Any]) -> str:
+    """Which export of the model there is: a digest that a GGUF file of it is listed with."""
+    known = json.dumps(metadata.get("exported_files"), sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def _is_own(file: Path, folder: Path) -> bool:

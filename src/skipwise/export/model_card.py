@@ -40,7 +40,7 @@ _COPIED_KEYS = ("license", "license_name", "license_link", "language")
 _HOW = {
     "pose": "with [PoSE](https://arxiv.org/abs/2309.10400) (positional skip-wise training)",
     "full": "with training at full length",
-    "none": "without training,",
+    "none": "without training",
 }
 _PAPERS = {  # BibTeX of the methods
     "pose": """@inproceedings{zhu2024pose,
@@ -194,7 +194,7 @@ def card_metadata(run: RunFolder, copied: dict[str, Any]) -> str:
         datasets=_hub_datasets(metadata) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["long-context", "skipwise", _method(recipe, metadata)],
+        tags=["long-context", "skipwise", *({_plain(_method(recipe, metadata))} - {"none"})],
         model_name=public_name(run) if results else None,
         eval_results=results or None,
         **relation(recipe.model, "finetune", metadata),
@@ -210,12 +210,14 @@ def _body(run: RunFolder, metadata: dict[str, Any], copied: dict[str, Any], plac
     base = f"A {model.get('family', 'RoPE')} model"  # the name of a folder is private
     base = f"`{_plain(recipe.model)}`" if model.get("hub") else base
     metadata = {**metadata, "model": {**model, "name": base.strip("`")}}
-    papers = [_PAPERS["pose"], *([_PAPERS[scaling]] if scaling in _PAPERS else [])]
+    method = _method(recipe, metadata)
+    own = [] if method in ("full", "none") else [_PAPERS["pose"]]
+    papers = [*own, *([_PAPERS[scaling]] if scaling in _PAPERS else [])]
     license_id = copied.get("license")
     return f"""# {_plain(public_name(run))}
 
-{base} with its context window extended from {L:,} to {T:,} tokens by Skipwise,
-{_HOW.get(_method(recipe, metadata), _HOW["pose"])} and `{scaling}` RoPE scaling.
+{base} with its context window extended from {L:,} to {T:,} tokens by Skipwise, with `{scaling}`
+RoPE scaling and {_HOW.get(method, f"with method `{method}`")}.
 
 {headline(metadata, rows)}
 

@@ -6,6 +6,7 @@ A file is known by its size and SHA-256; of large files, blocks spread over them
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from skipwise.models.hf_config import is_local
 
 _BLOCK, _BLOCKS = 1 << 16, 1024  # larger files than 64 MiB are sampled
 _OF_BASE = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer*.json", "tokenizer.model")
+_NAME = re.compile(r"(\w[\w-]*/)?[\w.-]{1,100}")  # of a file that an export writes
 _Stats = tuple[tuple[str, int, int, int], ...]
 _known: dict[_Stats, dict[str, list[Any]]] = {}
 
@@ -64,11 +66,12 @@ def folder_digests(folder: Path) -> dict[str, list[Any]]:
 def changed_note(folder: Path, run: dict[str, Any]) -> str:
     """Which files of an exported model are not those that run.json knows; empty if all are."""
     known, ours = run.get("exported_files") or {}, run.get("card_files") or []
-    known = {name: one for name, one in known.items() if name not in ours}
+    known = {name: one for name, one in known.items() if name not in ours and _NAME.fullmatch(name)}
     now = digests({name: folder / name for name in known if (folder / name).is_file()})
     names = [name for name, one in known.items() if now.get(name) != one]
-    again = "\nto have them as they were, type skipwise export RUN"
-    return f"changed since the export: {', '.join(names)}{again}" if names else ""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    again = f"\nto have them as they were, type skipwise export {folder.parent}"
+    return f"changed since the export: {', '.join(names[:5])}{more}{again}" if names else ""
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

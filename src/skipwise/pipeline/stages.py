@@ -23,6 +23,7 @@ from skipwise.evaluation.run import (
 )
 from skipwise.export.gguf import OUTTYPES, check_gguf, find_converter, to_gguf
 from skipwise.export.hf import export_adapter, export_model, load_for_scoring
+from skipwise.export.hub import gguf_model
 from skipwise.export.model_card import public_name, write_card
 from skipwise.export.runtimes import check_export
 from skipwise.models.attention.temperature import fold_temperature
@@ -289,7 +290,7 @@ def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | Non
             checks = export_model(prepared, run, checkpoint, temperature)
         record_checks(run, checks)
         require(checks)
-        run.update(exported=True, exported_files=folder_digests(run.model), gguf_files={})
+        run.update(exported=True, exported_files={})
     check = check_export(run.model, prepared.scaling, prepared.recipe.target_length)
     record_checks(run, [check])
     if not check.passed:
@@ -297,6 +298,8 @@ def export_run(prepared: PreparedModel, run: RunFolder, data: TrainingData | Non
             f"{run.model} is written, but not every runtime would load it as it was trained\n"
             f"{check.detail}\ncorrect {run.model / 'config.json'}, and type the command again"
         )
+    if not run.metadata().get("exported_files"):  # once it is as the user has it, if corrected
+        run.update(exported_files=folder_digests(run.model))
 
 
 def export_again(
@@ -341,7 +344,8 @@ def export_again(
             to_gguf(run.model, file, outtype, converter=converter, name=name)
             checks = check_gguf(file, run.model)
         record_checks(run, checks)
-        run.update_entry("gguf_files", **digests({file.name: file}))
+        about = {"file": digests({"": file})[""], "model": gguf_model(run.metadata())}
+        run.update_entry("gguf_files", **{file.name: about})
         written.append(file)
     return written
 

@@ -27,12 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.report.differences import PairedDifference, same_trials
+from skipwise.report.differences import PairedDifference, haystacks, same_trials
 from skipwise.report.format import higher_is_better, is_share, listed
-from skipwise.report.intervals import clustered_mean, paired_difference
+from skipwise.report.intervals import Interval, clustered_mean, paired_difference
 from skipwise.report.rows import Row, Rows, by_context, is_ruler, models_of, pooled
 
-Interval = tuple[float, float | None, float | None]
 ALL_TASKS = "all tasks"
 
 
@@ -84,7 +83,7 @@ class Area:
             found, unit = _loss(losses, first[0][1]), "nats"
         else:
             scaled = [
-                (100 * w, paired_difference(a["samples"], b["samples"], a.get("documents")))
+                (100 * w, paired_difference(a["samples"], b["samples"], haystacks(a, b)))
                 for w, a, b in pairs
             ]
             found, unit = linear_interval(scaled), "points"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from skipwise.report.format import higher_is_better, is_share, metric_name, signed
-from skipwise.report.intervals import clustered_mean, paired_difference
+from skipwise.report.intervals import Z, clustered_mean, paired_difference
 from skipwise.report.rows import Row, Rows, find, other_tasks
 
 
@@ -29,15 +30,24 @@ class PairedDifference:
     @property
     def better(self) -> bool:
         """Whether it is an improvement beyond its interval."""
-        if self.low is None or self.high is None:
-            return False
-        return self.low > 0 if self.higher_is_better else self.high < 0
+        return self.direction() > 0
 
     @property
     def worse(self) -> bool:
+        return self.direction() < 0
+
+    def direction(self, among: int = 1) -> int:
+        """1 for an improvement beyond error, -1 for a loss, else 0.
+
+        Args:
+            among: so many comparisons together are wrong in 5 % (Bonferroni).
+        """
         if self.low is None or self.high is None:
-            return False
-        return self.high < 0 if self.higher_is_better else self.low > 0
+            return 0
+        wider = NormalDist().inv_cdf(1 - 0.025 / among) / Z
+        low, high = (self.value + wider * (x - self.value) for x in (self.low, self.high))
+        sign = int(low > 0) - int(high < 0)
+        return sign if self.higher_is_better else -sign
 
     def __str__(self) -> str:
         """`passkey +61 points [51, 70]`, `perplexity −19 % [−21, −17]`."""
@@ -55,7 +65,7 @@ def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
     values, others = (np.array(r["samples"], float) for r in (row, other))
     better = higher_is_better(row)
     if row["task"] == "perplexity":
-        bounds = clustered_mean(values - others, np.array(row["documents"]))
+        bounds = clustered_mean(values - others, np.array(haystacks(row, other)))
         if not math.isfinite(bounds[0]):
             return None
         value, low, high = (100 * math.expm1(min(x, 700.0)) for x in bounds)
@@ -63,8 +73,8 @@ def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
             low = high = None
         unit = "%"
     elif is_share(row):
-        change = paired_difference(values.tolist(), others.tolist(), row.get("documents"))
-        value, low, high = (100 * x for x in change)
+        change = paired_difference(values.tolist(), others.tolist(), haystacks(row, other))
+        value, low, high = (None if x is None else 100 * x for x in change)
         unit = "points"
     else:
         return None
@@ -76,11 +86,17 @@ def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
 
 def same_trials(row: Row, other: Row) -> bool:
     """Whether both have scores, one for one of the same trials or of the same target tokens."""
-    same = all(row.get(key) == other.get(key) for key in ("documents", "text"))
-    for key in ("targets", "asked"):
-        same = same and len({row.get(key), other.get(key)} - {None}) < 2
+    same = row.get("text") == other.get("text")
+    for key in ("targets", "asked", "documents"):  # older rows have fewer of them
+        pair = row.get(key), other.get(key)
+        same = same and (None in pair or pair[0] == pair[1])
     found = [row.get("samples") or [], other.get("samples") or []]
     return same and len(found[0]) == len(found[1]) > 0
+
+
+def haystacks(row: Row, other: Row) -> list[int] | None:
+    """The haystack of each trial, as either of two rows of the same trials knows it."""
+    return row.get("documents") or other.get("documents")
 
 
 def differences(rows: Rows, model: str, other: str, length: int) -> list[PairedDifference]:
@@ -103,15 +119,13 @@ def describe_training(rows: Rows, length: int) -> tuple[str, bool, str]:
     found = differences(rows, "after", "untrained", length)
     if not found:
         return "", True, ""
-    better, worse = ([d for d in found if getattr(d, name)] for name in ("better", "worse"))
-    same = [one for one in found if one not in better + worse]
+    worse, same, better = ([d for d in found if d.direction(len(found)) == i] for i in (-1, 0, 1))
     harm = f"training made worse than rescaling alone: {_listed(worse)}" if worse else ""
-    within = f"{'; ' if better else ''}within error: {_listed(same)}" if same else ""
     if better:
         text = f"Training added to rescaling alone at {length:,} tokens: {_listed(better)}"
-        return text + within, True, harm
-    text = f"Training added nothing beyond error to rescaling alone: {_listed(same or worse)}"
-    return text, False, harm
+        return text + (f"; within error: {_listed(same)}" if same else ""), True, harm
+    within = f": {_listed(same)}" if same else ""
+    return f"Training added nothing beyond error to rescaling alone{within}", False, harm
 
 
 def _listed(found: list[PairedDifference]) -> str:

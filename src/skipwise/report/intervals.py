@@ -17,6 +17,7 @@ import numpy as np
 
 Z = 1.959963984540054  # 97.5 % point of the normal distribution
 FEWEST_DOCUMENTS = 5  # with an interval
+Interval = tuple[float, float | None, float | None]  # value, low, high
 
 
 def wilson(num_hits: float, num_samples: int) -> tuple[float, float]:
@@ -31,30 +32,33 @@ def wilson(num_hits: float, num_samples: int) -> tuple[float, float]:
 
 def paired_difference(
     values: Sequence[float], others: Sequence[float], clusters: Sequence[int] | None = None
-) -> tuple[float, float, float]:
+) -> Interval:
     """Mean difference of paired shares in 0 .. 1 and its interval, which never collapses.
 
     Agresti and Min add half a trial to each of the four outcomes of hits and misses.
 
     Args:
         clusters: the haystack of each trial; where trials share one, the interval is at least that
-            of `clustered_mean`.
+            of `clustered_mean`, and there is none with fewer than 5 haystacks.
     """
     change = np.asarray(values, float) - np.asarray(others, float)
     num = len(change) + 2
     centre = float(change.sum()) / num
     spread = math.sqrt((float((change**2).sum()) + 1) / num - centre**2)
     half = Z * spread / math.sqrt(num)
-    mean, low, high = _shared(change, clusters)
-    return mean, max(-1.0, min(low, centre - half)), min(1.0, max(high, centre + half))
+    return _at_least(change, clusters, (max(-1.0, centre - half), min(1.0, centre + half)), -1.0)
 
 
-def _shared(values: np.ndarray, clusters: Sequence[int] | None) -> tuple[float, float, float]:
-    """`clustered_mean` where values share a cluster; else the mean alone."""
-    mean = float(values.mean())
+def _at_least(
+    values: np.ndarray, clusters: Sequence[int] | None, bounds: tuple[float, float], lowest: float
+) -> Interval:
+    """The mean of values and these bounds, or wider ones where values share a cluster."""
     if not clusters or len(set(clusters)) == len(values):
-        return mean, mean, mean
-    return clustered_mean(values, np.array(clusters))
+        return float(values.mean()), *bounds
+    mean, low, high = clustered_mean(values, np.array(clusters))
+    if not math.isfinite(low):
+        return mean, None, None
+    return mean, max(lowest, min(low, bounds[0])), min(1.0, max(high, bounds[1]))
 
 
 def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float]:
@@ -94,9 +98,7 @@ def t_quantile(degrees: int) -> float:
     )
 
 
-def mean_interval(
-    shares: Sequence[float], clusters: Sequence[int] | None = None
-) -> tuple[float, float, float]:
+def mean_interval(shares: Sequence[float], clusters: Sequence[int] | None = None) -> Interval:
     """Mean of shares and its Wilson interval, which never collapses at 0 and 1.
 
     `clusters` as in `paired_difference`.
@@ -104,6 +106,5 @@ def mean_interval(
     Shares of several answers vary less than hits and misses of the same mean; for those the
     interval is wider than needed.
     """
-    value, below, above = _shared(np.asarray(shares, float), clusters)
-    low, high = wilson(value * len(shares), len(shares))
-    return value, max(0.0, min(below, low)), min(1.0, max(above, high))
+    values = np.asarray(shares, float)
+    return _at_least(values, clusters, wilson(float(values.sum()), len(shares)), 0.0)

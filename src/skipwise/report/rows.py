@@ -89,7 +89,8 @@ def heading(model: str) -> str:
 def pooled(rows: Rows) -> Rows:
     """One row for each model, task and length; scores at several depths are pooled.
 
-    The pooled share is weighted by samples and has Wilson's interval of the pooled counts.
+    The pooled share is weighted by samples. Its interval is Wilson's of the pooled counts, or where
+    trials share haystacks that of `mean_interval`.
     """
     groups: dict[tuple[Any, ...], Rows] = {}
     for row in finite(by_context(rows)):
@@ -106,8 +107,9 @@ def pooled(rows: Rows) -> Rows:
             value = hits / count if count else None
             by_depth = sorted(group, key=lambda r: r["depth"])
             for key in ("samples", "documents"):
-                if all(r.get(key) for r in group):
-                    row[key] = [one for r in by_depth for one in r[key]]
+                row[key] = [one for r in by_depth for one in r.get(key) or ()]
+                if not all(r.get(key) for r in group):
+                    del row[key]
             if row.get("documents"):
                 value, low, high = mean_interval(row["samples"], row["documents"])
             row.update(value=value, low=low, high=high, num_samples=count)

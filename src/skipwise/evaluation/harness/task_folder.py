@@ -98,7 +98,10 @@ def _check(config: dict[str, Any], path: Path) -> None:
     for some in _dicts(config):
         for key in _RUNS_CODE:
             if key in some:  # `unsafe_code: false` would hide that an included task runs code
-                raise SkipwiseError(f"{path} has {key}, and code from a task folder is not run")
+                raise SkipwiseError(
+                    f"{path} has {key}, which decides whether code is run: leave it out, as code "
+                    "from a task folder is not run"
+                )
         data = some.get("dataset_path", "json")
         hub_name = isinstance(data, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.py)", data)
         if data not in _FORMATS and (not hub_name or Path(data).exists()):

@@ -196,7 +196,7 @@ def _measure(inputs: TaskInputs) -> Rows:
         return [row]
     share = {"value": min(1.0, row["value"] / base), "low": None, "high": None}
     relative = {**row, **share, "metric": "share of the base score"}
-    del relative["samples"]
+    del relative["samples"], relative["documents"]
     return [row, relative]
 
 

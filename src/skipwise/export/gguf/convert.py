@@ -67,7 +67,7 @@ def find_converter(given: str | None = None) -> Path:
             return script.resolve()
     raise SkipwiseError(
         f"llama.cpp's {_SCRIPT} was not found, and it writes the GGUF file\n"
-        "type git clone --depth 1 https://github.com/ggml-org/llama.cpp, "
+        "type git clone --depth 1 https://github.com/ggml-org/llama.cpp ~/llama.cpp, "
         "or give yours: --llama-cpp FOLDER, or $LLAMA_CPP"
     )
 
