@@ -174,7 +174,9 @@ def config_of(
     except Exception as error:  # transformers raises many types
         lines = str(error).split("\n")[1:2] if first_line(error).endswith(":") else []
         why = " ".join([first_line(error), *map(str.strip, lines)])
-        raise SkipwiseError(f"{model} could not be read\n{why}") from error
+        if not isinstance(error, ImportError | OSError):  # those say what to do
+            why = f"{why[:300]}\ncompare its config.json with the one that was published"
+        raise SkipwiseError(f"{model} could not be read: {why}") from error
     return without_kernels(config)
 
 
