@@ -19,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 from common import make_parser, write_result  # noqa: E402
 
+from skipwise.config.machine import num_cores  # noqa: E402
+
 TYPES = ("f16", "q8_0", "Q4_K_M")
 
 
@@ -38,7 +40,15 @@ def ask(file: Path, tokenizer: Any, trials: list[Any], length: int) -> list[int]
     """1 for each passkey that is found."""
     import llama_cpp
 
-    model = llama_cpp.Llama(str(file), n_ctx=length, n_batch=512, verbose=False)
+    threads = num_cores()
+    model = llama_cpp.Llama(
+        str(file),
+        n_ctx=length,
+        n_batch=512,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
     found = []
     for trial in trials:
         text, answer = (
