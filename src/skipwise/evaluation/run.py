@@ -175,10 +175,9 @@ def _recipe_and_folder(
 
 def _check_base(recipe: Recipe, run: RunFolder) -> None:
     """SkipwiseError if the base is another model than the one that the run began with."""
-    known = (run.metadata().get("identity") or {}).get("base")
-    if not known or run.converted.is_dir():  # which is what is measured
-        return
-    if what := difference(known, base_identity(recipe.model, recipe.load.revision)):
+    known = {} if run.converted.is_dir() else run.metadata().get("identity") or {}
+    now = base_identity(recipe.model, recipe.load.revision) if "base" in known else {}
+    if what := difference(known.get("base", {}), now):
         raise SkipwiseError(
             f"the base model {recipe.model} has changed since {run.path} began: {what}\n"
             "restore the old one, or leave --baseline out"
