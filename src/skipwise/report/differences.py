@@ -74,7 +74,8 @@ def difference(row: Row | None, other: Row | None) -> PairedDifference | None:
         unit = "%"
     elif is_share(row):
         change = paired_difference(values.tolist(), others.tolist(), haystacks(row, other))
-        value, low, high = (None if x is None else 100 * x for x in change)
+        value = 100 * change[0]
+        low, high = (None if x is None else 100 * x for x in change[1:])
         unit = "points"
     else:
         return None
