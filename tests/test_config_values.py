@@ -55,7 +55,7 @@ REFUSED = {  # what is wrong: (config, words of the error)
     ),
     "heads": (
         llama(num_attention_heads=2, num_key_value_heads=3),
-        "config.json has 2 num_attention_heads and 3 num_key_value_heads: give a divisor",
+        "config.json has 2 num_attention_heads and 3 num_key_value_heads: the second must divide",
     ),
     "share text": (of("stablelm", partial_rotary_factor="0.25"), "partial_rotary_factor in config"),
     "share 0": (

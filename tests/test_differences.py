@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from skipwise.report.differences import describe_training, difference
+from skipwise.report.differences import PairedDifference, describe_training, difference
 from skipwise.report.headline import headline
 from skipwise.report.intervals import mean_interval, paired_difference
 from skipwise.report.tables import format_table
@@ -125,6 +125,14 @@ def test_what_training_made_worse_is_a_shortfall_and_not_added():
     added, anything, harm = describe_training(rows, T)
     assert (added, anything) == ("Training added nothing beyond error to rescaling alone", False)
     assert harm
+
+
+def test_an_interval_that_ends_at_0_is_within_error():
+    for value in (0.1, 3.7, 6.1, 100 / 3, 41.3):
+        for low, high in ((0.0, 2 * value), (-2 * value, 0.0)):
+            keys = {"task": "x", "unit": "points", "higher_is_better": True}
+            one = PairedDifference(value=value if high else -value, low=low, high=high, **keys)
+            assert not one.better and not one.worse
 
 
 def test_of_many_comparisons_one_beyond_its_own_interval_is_no_finding():

@@ -1,5 +1,6 @@
 """What an evaluation keeps, and what makes it measure again: nothing old passes for new."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from skipwise.config.parse import dump_recipe, parse_recipe
 from skipwise.config.recipe import EvalSettings
 from skipwise.config.run_folder import RunFolder
 from skipwise.errors import SkipwiseError
-from skipwise.evaluation.evaluator import EvalModel, Texts, evaluate_model
+from skipwise.evaluation.evaluator import EvalModel, Texts, _units, evaluate_model, find_tasks
 from skipwise.evaluation.tasks.prompts import token_ids
 from skipwise.pipeline.quickstart import MODEL
 
@@ -100,6 +101,26 @@ def test_perplexity_at_other_lengths_is_measured_again_at_those_that_there_are(
         evaluate_model(eval_model, other, lengths, asked, **{**more, "progress": True})
         said = capsys.readouterr().err
         assert not saved and "perplexity (its results at" in said and "512 tokens would" in said
+
+
+def test_what_was_asked_is_told_apart_whatever_the_model(counted, tokenizer):
+    eval_model, _ = counted
+    other = dataclasses.replace(eval_model, identity=["other weights"])
+    texts = texts_of(tokenizer, "one")
+
+    def asked(model, lengths=(128,), **keys):
+        tasks = find_tasks(["passkey", "icl", "perplexity"])
+        units = _units(tasks, model, texts, lengths, settings("passkey", **keys), None)
+        return {(unit.task.name, unit.lengths[0]): unit.asked for unit in units}
+
+    same = asked(eval_model)
+    assert asked(other) == same and len(set(same.values())) == 3
+    for keys in ({"seed": 7}, {"chat_template": True}):
+        assert not set(asked(eval_model, **keys).values()) & set(same.values())
+    assert asked(eval_model, passkey_samples=9)["passkey", 128] != same["passkey", 128]
+    longer = asked(eval_model, lengths=(128, 256))
+    assert longer["passkey", 256] != longer["passkey", 128] == same["passkey", 128]
+    assert longer["perplexity", 128] == same["perplexity", 128]  # targets tell these apart
 
 
 def test_the_seed_reaches_the_questions_and_other_lengths_do_not(counted, tokenizer, monkeypatch):

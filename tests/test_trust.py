@@ -181,6 +181,9 @@ def test_only_what_export_wrote_is_uploaded_and_the_rest_is_shown(run, tmp_path)
     names = ("config.json", "model.safetensors", ".env", "link.txt")  # a planted list
     run.update(exported_files={name: [] for name in names})
     assert len(plan_upload(run, "me/long").files) == 5
+    (run.model / "vocab.json").write_text("{}")  # of an earlier version: names without digests
+    run.update(exported_files=None, files=["config.json", "model.safetensors"])
+    assert len(plan_upload(run, "me/long").files) == 5
 
 
 def test_a_file_that_changed_since_the_export_is_named(run):  # noqa: F811

@@ -48,17 +48,17 @@ _NO_MEMORY = re.compile(  # of torch, oneDNN, Rust, Arrow and the dynamic linker
 _DAMAGED = re.compile(r"PytorchStreamReader|deserializing|failed finding central directory")
 _NUMBER = int | float | None
 _RUN = {  # keys of run.json that are read again
-    **dict.fromkeys(("checks", "card_files", "reproduce"), list),
+    **dict.fromkeys(("checks", "files", "card_files", "reproduce"), list),
     **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
     **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
     **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
     **dict.fromkeys(("target_length", "original_length"), int),
-    **dict.fromkeys(("train_length_choice", "exported_files"), dict),
+    **dict.fromkeys(("train_length_choice", "exported_files", "gguf_files"), dict),
 }
-_INSIDE: dict[str, Any] = {
-    "card_files": str,
+_INSIDE: dict[str, Any] = {  # what their items are
+    **dict.fromkeys(("files", "card_files"), str),
+    **dict.fromkeys(("checks", "gguf_files", "identity"), dict),
     "exported_files": list,
-    "checks": dict,
     "stages": _NUMBER,
 }
 _ROW = {

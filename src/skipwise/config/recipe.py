@@ -344,10 +344,8 @@ class Recipe:
 
     @property
     def run_name(self) -> str:
-        return (
-            self.name
-            or f"{model_name(self.model).removesuffix('.gguf')}-{format_length(self.target_length)}"
-        )
+        name = model_name(self.model).removesuffix(".gguf")
+        return self.name or f"{name}-{format_length(self.target_length)}"
 
 
 def model_name(model: str) -> str:
@@ -358,7 +356,7 @@ def model_name(model: str) -> str:
 
 def with_known_revision(recipe: Recipe, identity: dict[str, Any]) -> Recipe:
     """The recipe with the commit that its model's name led to when the run began."""
-    revision = identity.get("base", {}).get("revision")
+    revision = (identity.get("base") or {}).get("revision")
     load = dataclasses.replace(recipe.load, revision=revision or recipe.load.revision)
     return dataclasses.replace(recipe, load=load)
 

@@ -37,7 +37,7 @@ from skipwise.evaluation.fingerprint import files_identity
 from skipwise.evaluation.tasks.key_tokens import Evaluator, vocabulary
 from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import load_config
-from skipwise.models.identity import base_identity, difference
+from skipwise.models.identity import base_identity, check_same_base
 from skipwise.models.load import (
     build_without_weights,
     check_memory,
@@ -176,12 +176,9 @@ def _recipe_and_folder(
 def _check_base(recipe: Recipe, run: RunFolder) -> None:
     """SkipwiseError if the base is another model than the one that the run began with."""
     known = {} if run.converted.is_dir() else run.metadata().get("identity") or {}
-    now = base_identity(recipe.model, recipe.load.revision) if "base" in known else {}
-    if what := difference(known.get("base", {}), now):
-        raise SkipwiseError(
-            f"the base model {recipe.model} has changed since {run.path} began: {what}\n"
-            "restore the old one, or leave --baseline out"
-        )
+    if "base" in known:
+        now = base_identity(recipe.model, recipe.load.revision)
+        check_same_base(recipe.model, known["base"], now, run.path, "leave --baseline out")
 
 
 def _eval_models(

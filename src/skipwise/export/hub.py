@@ -68,7 +68,7 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
             f"see {run.report / 'index.html'}"
         )
     metadata, files, left_out = run.metadata(), [], []
-    listed = metadata.get("exported_files") or {}
+    listed = metadata.get("exported_files") or metadata.get("files") or ()  # names alone, before
     exported = {*listed, *(metadata.get("card_files") or ["README.md"])}
     for file in sorted(run.model.rglob("*")):
         name = file.relative_to(run.model).as_posix()
@@ -85,7 +85,7 @@ def plan_upload(run: RunFolder, repo_id: str, private: bool = False) -> Upload:
                 f"{file} was made from an earlier export of the model\n"
                 f"type skipwise export {run.path} --to gguf, or remove it"
             )
-        own = not listed or digests({"": file})[""] == entry.get("file")
+        own = not metadata.get("exported_files") or digests({"": file})[""] == entry.get("file")
         if own and _is_own(file, run.gguf):
             files.append((file, file.name))
         else:

@@ -302,7 +302,7 @@ def _check_values(config: Mapping[str, Any], inside: str = "config.json") -> Non
     heads, shared = (config.get(key) for key in _HEADS[:2])
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         num = f"{heads} num_attention_heads and {shared} num_key_value_heads"
-        raise SkipwiseError(f"{inside} has {num}: give a divisor of the first as the second")
+        raise SkipwiseError(f"{inside} has {num}: the second must divide the first")
     default = defaults().get(family, {}).get("rope_parameters") or {}
     flat = default and "full_attention" not in default
     if "full_attention" in (config.get("rope_scaling") or (flat and config.get(_OBJECTS[0])) or {}):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skipwise.config.machine import num_cores
+from skipwise.errors import SkipwiseError
 from skipwise.models.hf_config import is_local
 
 _BLOCK, _BLOCKS = 1 << 16, 1024  # larger files than 64 MiB are sampled
@@ -85,6 +86,17 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     what = "was added" if names[0] not in old else "is gone" if names[0] not in new else "differs"
     more = f", and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]} {what}{more}"
+
+
+def check_same_base(
+    model: str, known: dict[str, Any], now: dict[str, Any], path: Path, fix: str
+) -> None:
+    """SkipwiseError if a base model is not the one that the run at `path` began with."""
+    if what := difference(known, now):
+        raise SkipwiseError(
+            f"the base model {model} has changed since {path} began: {what}\n"
+            f"restore the old one, or {fix}"
+        )
 
 
 def _digest(path: Path, sampled: bool) -> str:

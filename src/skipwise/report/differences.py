@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 
 from skipwise.report.format import higher_is_better, is_share, metric_name, signed
-from skipwise.report.intervals import Z, clustered_mean, paired_difference
+from skipwise.report.intervals import clustered_mean, paired_difference
 from skipwise.report.rows import Row, Rows, find, other_tasks
 
 
@@ -44,7 +44,7 @@ class PairedDifference:
         """
         if self.low is None or self.high is None:
             return 0
-        wider = NormalDist().inv_cdf(1 - 0.025 / among) / Z
+        wider = _quantile(0.025 / among) / _quantile(0.025)  # of one comparison exactly 1
         low, high = (self.value + wider * (x - self.value) for x in (self.low, self.high))
         sign = int(low > 0) - int(high < 0)
         return sign if self.higher_is_better else -sign
@@ -127,6 +127,10 @@ def describe_training(rows: Rows, length: int) -> tuple[str, bool, str]:
         return text + (f"; within error: {_listed(same)}" if same else ""), True, harm
     within = f": {_listed(same)}" if same else ""
     return f"Training added nothing beyond error to rescaling alone{within}", False, harm
+
+
+def _quantile(tail: float) -> float:
+    return NormalDist().inv_cdf(1 - tail)
 
 
 def _listed(found: list[PairedDifference]) -> str:

@@ -28,7 +28,7 @@ from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder
 from skipwise.config.trust import is_sealed, seal
 from skipwise.errors import SkipwiseError
-from skipwise.models.identity import base_identity, difference, digests
+from skipwise.models.identity import base_identity, check_same_base, digests
 from skipwise.models.prepared import PreparedModel
 
 _COMPLETE = "complete"
@@ -274,11 +274,9 @@ def resume_decisions(prepared: PreparedModel, run: RunFolder) -> None:
     name, decided = known_decisions(run)
     base = base_identity(prepared.recipe.model, prepared.recipe.load.revision)
     for known in (run.metadata().get("identity") or {}, decided.get("identity", {})):
-        if "base" in known and (what := difference(known["base"], base)):
-            raise SkipwiseError(
-                f"the base model {prepared.recipe.model} has changed since {run.path} began: {what}"
-                "\nrestore the old one, or type another --out to start again"
-            )
+        if "base" in known:
+            fix = "type another --out to start again"
+            check_same_base(prepared.recipe.model, known["base"], base, run.path, fix)
     metadata = run.metadata()
     lost = {key: value for key, value in decided.items() if key not in metadata}
     if is_main_process() and lost:
