@@ -259,6 +259,7 @@ def _add_eval_verb(verbs: Any) -> None:
     baseline = "also evaluate this model, first (a run: its base model)"
     sub.add_argument("--baseline", nargs="?", const="base", metavar="MODEL", help=baseline)
     sub.add_argument("--limit", type=int, metavar="N", help="documents per lm-eval task (all)")
+    sub.add_argument("--gpus", type=int, metavar="N", help="number of GPUs to share trials out (1)")
     sub.add_argument("--out", metavar="FOLDER", help="results folder of a model (runs/eval-NAME)")
     sub.add_argument("--json", action="store_true", help="print the rows as JSON")
 

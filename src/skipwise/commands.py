@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from skipwise.config.machine import is_main_process, world_size
 from skipwise.errors import READ_ONLY, SkipwiseError, did_you_mean
-from skipwise.training.distributed.launcher import FAILED, launched, num_gpus
+from skipwise.training.distributed.launcher import FAILED, launch, launched, num_gpus
 
 if TYPE_CHECKING:
     from skipwise.config.recipe import Recipe
@@ -125,15 +125,21 @@ def _num_processes(args: argparse.Namespace, recipe: Recipe) -> int:
                 "remove --gpus, or run skipwise without the launcher"
             )
         return 0
-    if args.gpus is not None and args.gpus < 1:
-        raise SkipwiseError("--gpus must be 1 or more; the default is all GPUs of this machine")
     from skipwise.config.recipe import SHARDED_ENGINES
 
-    found = num_gpus()
-    if args.gpus is not None and 0 < found < args.gpus:
-        raise SkipwiseError(f"--gpus {args.gpus}: this machine has {found} GPUs")
+    found = _found_gpus(args.gpus)
     wanted = args.gpus or max(1, found)
     return wanted if wanted > 1 or recipe.engine in SHARDED_ENGINES else 0
+
+
+def _found_gpus(asked: int | None) -> int:
+    """The GPUs of this machine; SkipwiseError if there are fewer than are asked for."""
+    found = num_gpus()
+    if asked is not None and asked < 1:
+        raise SkipwiseError("--gpus must be 1 or more")
+    if asked is not None and 0 < found < asked:
+        raise SkipwiseError(f"--gpus {asked}: this machine has {found} GPUs")
+    return found
 
 
 def check_verb(args: argparse.Namespace) -> int:
@@ -260,21 +266,29 @@ def eval_verb(args: argparse.Namespace) -> None:
     limit = [f"eval.limit={args.limit}"] if args.limit is not None else []
     if args.limit is not None and args.limit < 1:
         raise SkipwiseError("--limit must be 1 or more; the default is all documents")
+    if args.gpus is not None and not launched():
+        _found_gpus(args.gpus)
+        if args.gpus > 1:  # what they measure is known below
+            launch(args.argv, args.gpus)
     _silence_libraries()
+    from skipwise.evaluation.processes import joined
     from skipwise.evaluation.run import evaluate
     from skipwise.report import format_table, verdict
     from skipwise.report.area import ends_of
 
-    rows, run = evaluate(
-        args.thing,
-        lengths=lengths,
-        tasks=tasks,
-        data=args.data or [],
-        baseline=args.baseline,
-        overrides=limit + args.overrides,
-        out=args.out,
-        command=_command_line(args),
-    )
+    with joined():
+        rows, run = evaluate(
+            args.thing,
+            lengths=lengths,
+            tasks=tasks,
+            data=args.data or [],
+            baseline=args.baseline,
+            overrides=limit + args.overrides,
+            out=args.out,
+            command=_command_line(args),
+        )
+    if not is_main_process():
+        return
     page = _write_report(run)
     print(
         json.dumps(rows, indent=1)

@@ -121,8 +121,8 @@ class RunFolder:
         return rows
 
     def lock(self) -> AbstractContextManager[None]:
-        """Lock the results: two writers would overwrite each other's rows."""
-        return self._locked(".lock", "measuring")
+        """Lock the results on rank 0: two writers would overwrite each other's rows."""
+        return self._locked(".lock", "measuring") if is_main_process() else nullcontext()
 
     def training_lock(self) -> AbstractContextManager[None]:
         """Lock the checkpoints on rank 0; the other ranks do nothing."""
@@ -145,7 +145,8 @@ class RunFolder:
             yield
 
     def write_results(self, rows: list[dict[str, Any]]) -> None:
-        write_json(self.path / "results.json", rows)
+        if is_main_process():
+            write_json(self.path / "results.json", rows)
 
 
 def open_run(path: str | Path, recipe: Recipe, command: str) -> RunFolder:

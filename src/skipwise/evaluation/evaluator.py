@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from skipwise.config.machine import is_main_process, world_size
 from skipwise.config.progress import Progress
 from skipwise.config.recipe import EvalSettings
 from skipwise.data.chat import ChatTokens, check_template
@@ -108,6 +109,7 @@ def evaluate_model(
         SkipwiseError: unknown task, benchmark that cannot be loaded.
     """
     check_settings(settings)
+    progress = progress and is_main_process()
     rows, label = list(done or []), eval_model.label
     tasks, lengths = find_tasks(settings.tasks), sorted(set(context_lengths))
     if evaluator is not None and evaluator.vocabulary != vocabulary(eval_model.tokenizer):
@@ -143,7 +145,7 @@ def evaluate_model(
                 haystack=haystack,
                 lengths=unit.lengths,
                 settings=settings,
-                tick=bar.tick,
+                tick=lambda tokens: bar.tick(tokens * world_size()),  # the others do as much
                 reference=reference,
             )
             found = unit.task.measure(inputs)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from skipwise.config.machine import machine, versions
+from skipwise.config.machine import is_main_process, machine, versions, world_size
 from skipwise.config.parse import parse_recipe, with_typed_kernel
 from skipwise.config.recipe import (
     EvalSettings,
@@ -34,6 +34,7 @@ from skipwise.data.tokenize import encode, tokenize_source, tokenizer_fingerprin
 from skipwise.errors import SkipwiseError
 from skipwise.evaluation import evaluator
 from skipwise.evaluation.fingerprint import files_identity
+from skipwise.evaluation.processes import of_main_process
 from skipwise.evaluation.tasks.key_tokens import Evaluator, vocabulary
 from skipwise.models.convert.gguf import local_source
 from skipwise.models.hf_config import load_config
@@ -132,7 +133,7 @@ def evaluate(
                 texts,
                 lengths,
                 settings,
-                done=run.results(),
+                done=of_main_process(run.results()),
                 save=save,
                 evaluator=chooser,
             )
@@ -184,6 +185,8 @@ def _check_base(recipe: Recipe, run: RunFolder) -> None:
 def _eval_models(
     recipe: Recipe, run: RunFolder | None, labels: dict[str, str], lengths: list[int]
 ) -> list[evaluator.EvalModel]:
+    if recipe.load.device_map and world_size() > 1:
+        raise SkipwiseError("each process has a whole model: leave load.device_map out")
     own_folders = (str(run.model), str(run.converted)) if run else ()
     load, load_own = recipe.load, recipe.load.of_own_folder()
     other = dataclasses.replace(load, revision=None) if run else load  # the commit is the base's
@@ -281,8 +284,8 @@ def make_evaluator(
         vocabulary=vocabulary(found.tokenizer),
         original_length=run.metadata().get("original_length") if run else None,
         is_base=not named,
-        chosen=read_json(run.key_tokens, {}) if run else {},
-        save=functools.partial(write_json, run.key_tokens) if run else None,
+        chosen=of_main_process(read_json(run.key_tokens, {}) if run else {}),
+        save=functools.partial(write_json, run.key_tokens) if run and is_main_process() else None,
     )
 
 
@@ -396,10 +399,8 @@ def _documents(
     stores = [tokenize_source(s, tokenizer, **options, progress=False) for s in parsed]
     bad = [record for store in stores for record in store.bad_records]
     count = sum(store.num_bad_records for store in stores)
-    left_out = [
-        describe_left_out(parsed),
-        *(f"{count:,} unreadable records ({x})" for x in bad[:1]),
-    ]
+    left_out = [describe_left_out(parsed)]
+    left_out += [f"{count:,} unreadable records ({record})" for record in bad[:1]]
     if any(left_out):
         print(f"left out of the text: {', '.join(filter(None, left_out))}", file=sys.stderr)
     between, length = separator.between if separator else (), recipe.target_length
@@ -472,7 +473,9 @@ def _resolved(model: str) -> str:
 def _open_evaluation(
     run: RunFolder, labels: dict[str, str], baseline: str | None, command: str
 ) -> None:
-    """Create the evaluation folder, or add to an existing one."""
+    """On rank 0, create the evaluation folder, or add to an existing one."""
+    if not is_main_process():
+        return
     metadata = run.metadata()
     if not metadata and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise SkipwiseError(f"{run.path} exists and holds something else: type another --out")

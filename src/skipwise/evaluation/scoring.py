@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skipwise.evaluation import prefill
+from skipwise.evaluation import prefill, processes
 
 _MIN_PREFIX = 64  # tokens; a shorter prefix is not worth a cache
 _PREFIX_SLACK = 32  # prefix tokens that a row may give up to join a batch
@@ -74,7 +74,6 @@ def exact_match(
     return [all(hit for hit, _ in answer) for answer in tokens]
 
 
-@torch.inference_mode()
 def answer_tokens(
     model: Any,
     trials: Sequence[Trial],
@@ -90,6 +89,21 @@ def answer_tokens(
     Returns:
         whether it is the likeliest token, and its log-probability in nats.
     """
+
+    def measure(own: Sequence[Trial]) -> list[list[tuple[bool, float]]]:
+        return _answer_tokens(model, own, batch_tokens, tick, among)
+
+    return processes.shared(trials, measure, [trial.haystack for trial in trials])
+
+
+@torch.inference_mode()
+def _answer_tokens(
+    model: Any,
+    trials: Sequence[Trial],
+    batch_tokens: int,
+    tick: Tick | None,
+    among: Sequence[int] | None,
+) -> list[list[tuple[bool, float]]]:
     out: dict[int, list[tuple[bool, float]]] = {}
     batches = _batches(model, trials, batch_tokens, lambda trial: trial.input_ids[:-1])
     for indices, suffixes, cache in batches:
@@ -175,14 +189,19 @@ def greedy(
 
     Penalties and minimal lengths of a generation_config are ignored. `done` ends a row early.
     """
-    out: dict[int, list[int]] = {}
-    for indices, suffixes, cache in _batches(model, trials, batch_tokens, lambda t: t.input_ids):
-        batch, stop_ids = [trials[i] for i in indices], end_tokens(model, tokenizer)
-        generated = _greedy(model, suffixes, batch, stop_ids, cache, done)
-        out.update(zip(indices, generated, strict=True))
-        if tick is not None:
-            tick(sum(trial.reach for trial in batch))
-    return [out[i] for i in range(len(trials))]
+    stop_ids = end_tokens(model, tokenizer)
+
+    def measure(own: Sequence[Trial]) -> list[list[int]]:
+        out: dict[int, list[int]] = {}
+        for indices, suffixes, cache in _batches(model, own, batch_tokens, lambda t: t.input_ids):
+            batch = [own[i] for i in indices]
+            generated = _greedy(model, suffixes, batch, stop_ids, cache, done)
+            out.update(zip(indices, generated, strict=True))
+            if tick is not None:
+                tick(sum(trial.reach for trial in batch))
+        return [out[i] for i in range(len(own))]
+
+    return processes.shared(trials, measure, [trial.haystack for trial in trials])
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from skipwise.errors import SkipwiseError, first_line, install
+from skipwise.evaluation import processes
 
 
 def wrap(
@@ -44,7 +45,14 @@ def wrap(
                 why = f"an answer of {longest} tokens does not fit into {self.max_length}"
                 raise SkipwiseError(f"{why}\nleave this benchmark out, or give a longer window")
             quiet = disable_tqdm or not sys.stderr.isatty()
-            return super()._loglikelihood_tokens(requests, quiet, override_bs)
+            score = super()._loglikelihood_tokens
+            indices = range(len(requests))
+            return processes.shared(requests, lambda own: score(own, quiet, override_bs), indices)
+
+        def generate_until(self, requests, disable_tqdm=False):
+            generate = super().generate_until
+            indices = range(len(requests))
+            return processes.shared(requests, lambda own: generate(own, disable_tqdm), indices)
 
         def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, **other):
             if left_truncate_len:

@@ -22,6 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from skipwise.data.chat import ChatTokens
+from skipwise.evaluation import processes
 from skipwise.evaluation.prefill import logits_in_slices
 from skipwise.evaluation.scoring import Tick
 from skipwise.evaluation.tasks.key_tokens import (
@@ -175,18 +176,35 @@ def _windows(
     return np.stack(windows), np.array(owners), np.stack(labels)
 
 
-@torch.inference_mode()
 def _losses(
     model: Any, windows: np.ndarray, labels: np.ndarray, batch_tokens: int, tick: Tick | None
 ) -> np.ndarray:
     """(W, S) loss of each label in nats; 0 where there is none."""
+
+    def measure(own: Sequence[int]) -> list[np.ndarray]:
+        return list(_own_losses(model, windows, labels, own, batch_tokens, tick))
+
+    indices = range(len(windows))
+    return np.stack(processes.shared(indices, measure, indices))
+
+
+@torch.inference_mode()
+def _own_losses(
+    model: Any,
+    windows: np.ndarray,
+    labels: np.ndarray,
+    own: Sequence[int],
+    batch_tokens: int,
+    tick: Tick | None,
+) -> np.ndarray:
     length, num_targets = windows.shape[1], labels.shape[1]
     rows = max(1, batch_tokens // length)
     positions = torch.arange(length - num_targets - 1, length - 1)
     losses = []
-    for start in range(0, len(windows), rows):
-        ids = torch.from_numpy(windows[start : start + rows]).to(model.device)
-        targets = torch.from_numpy(labels[start : start + rows])
+    for start in range(0, len(own), rows):
+        here = list(own[start : start + rows])
+        ids = torch.from_numpy(windows[here]).to(model.device)
+        targets = torch.from_numpy(labels[here])
         done, total = 0, torch.zeros(targets.shape, dtype=torch.float64)
         for logits in logits_in_slices(model, ids, positions):  # (B, k, V)
             size = logits.shape[1]

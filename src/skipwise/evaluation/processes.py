@@ -1,0 +1,79 @@
+"""Evaluation by several processes: each scores its share of the trials, and all get all scores.
+
+Every process does the same steps in the same order, and only rank 0 writes. Scores are small, so
+that they travel by gloo, whatever the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from skipwise.config.machine import world_size
+from skipwise.errors import SkipwiseError, first_line
+
+_WAIT = timedelta(days=7)  # for the process that has the longest share
+_joined = False  # training has processes too, of which only the first measures
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Meet the processes that the launcher started; those of one process alone do nothing."""
+    global _joined
+    if world_size() == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group("gloo", timeout=_WAIT)
+    except (ValueError, RuntimeError) as error:  # half of a launcher's variables, a taken port
+        raise SkipwiseError(f"the processes cannot meet: {first_line(error)}") from error
+    _joined = True
+    try:
+        yield
+        dist.barrier()  # one that leaves takes its connections with it
+    finally:
+        _joined = False
+        dist.destroy_process_group()
+
+
+def of_main_process(value: Any) -> Any:
+    """The value of rank 0, on every rank."""
+    values = [value]
+    if _joined:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def shared(
+    items: Sequence[Any], measure: Callable[[Sequence[Any]], Sequence[Any]], groups: Sequence[int]
+) -> list[Any]:
+    """`measure(items)`, one result an item, with the items shared out among the processes.
+
+    Args:
+        groups: of each item. Items of a group share work, and stay in one process where there are
+            enough groups.
+
+    Raises:
+        SkipwiseError: the processes do not measure the same.
+    """
+    if not _joined:
+        return list(measure(items))
+    order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    enough = len(order) >= world_size()
+    turns = [order[group] for group in groups] if enough else range(len(items))
+    own = [i for i, turn in enumerate(turns) if turn % world_size() == dist.get_rank()]
+    found = measure([items[i] for i in own]) if own else []
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, dict(zip(own, found, strict=True)))
+    results = {i: result for part in parts for i, result in part.items()}
+    if sorted(results) != list(range(len(items))):
+        raise SkipwiseError("the processes measure different things: start them all at once again")
+    return [results[i] for i in range(len(items))]
