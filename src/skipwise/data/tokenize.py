@@ -143,7 +143,7 @@ class _EncodedShard:
 
     tokens: np.ndarray  # (sum L_x,)
     lengths: np.ndarray  # (n,) L_x
-    bad: list[BadRecord]
+    bad: list[tuple[int, BadRecord]]  # with the number of documents before each
     num_special: int  # control tokens that the texts spell
     chat: list[Spans | None]  # (n,) of the conversations among the documents
 
@@ -211,8 +211,6 @@ def _append(
     max_tokens: int | None,
 ) -> StoreProgress:
     """Write a shard's documents, up to the one that reaches `max_tokens`."""
-    for record in encoded.bad:
-        bad.add(record)
     tokens, lengths = encoded.tokens, encoded.lengths
     is_complete = False
     if max_tokens is not None:
@@ -220,6 +218,9 @@ def _append(
         is_complete = bool(len(ends)) and bool(ends[-1] >= max_tokens)
         lengths = lengths[: int(np.searchsorted(ends, max_tokens)) + 1]
         tokens = tokens[: int(lengths.sum())]
+    for before, record in encoded.bad:
+        if not is_complete or before < len(lengths):  # what follows is not needed
+            bad.add(record)
     chat = spans_in_store(encoded.chat[: len(lengths)], lengths, now.num_tokens)
     writer.append(tokens, lengths, chat)
     return dataclasses.replace(
@@ -292,15 +293,15 @@ def _encode_shard(encoder: _Encoder, shard: Shard) -> _EncodedShard:
     outcomes = list(shard.read())
     texts = [text for text in outcomes if isinstance(text, str) and text.strip()]
     encoded, documents = iter(_encode_batch(encoder, texts)), []
-    bad: list[BadRecord] = []
+    bad: list[tuple[int, BadRecord]] = []
     for outcome in outcomes:
         if isinstance(outcome, BadRecord):
-            bad.append(outcome)
+            bad.append((len(documents), outcome))
         elif isinstance(outcome, Conversation):
             try:
                 documents.append(encode_conversation(encoder.tokenizer, outcome))
             except ConversationError as error:
-                bad.append(dataclasses.replace(outcome.place, why=str(error)))
+                bad.append((len(documents), dataclasses.replace(outcome.place, why=str(error))))
         elif outcome.strip():
             documents.append(next(encoded))
     dtype, separator = _dtype(encoder.tokenizer), encoder.separator

@@ -134,6 +134,9 @@ def convert_to_universal_checkpoint(checkpoint: Path) -> None:
     Raises:
         SkipwiseError: the converter failed. Quotes the last line of stderr.
     """
+    group: Any = None
+    if world_size() > 1:  # of its own, as it may take longer than the training's timeout
+        group = torch.distributed.new_group(backend="gloo", timeout=_WAIT)
     if is_main_process() and not (checkpoint / "latest_universal").exists():
         step = (checkpoint / "latest").read_text(encoding="utf-8").strip()
         done = subprocess.run(
@@ -152,8 +155,8 @@ def convert_to_universal_checkpoint(checkpoint: Path) -> None:
                 f"{checkpoint} cannot be converted for {world_size()} processes: {last}\n"
                 "resume with as many processes as wrote it"
             )
-    if world_size() > 1:
-        torch.distributed.barrier()
+    if group is not None:
+        torch.distributed.barrier(group=group)
 
 
 def unshare_step_counters(trainer: Any) -> None:
