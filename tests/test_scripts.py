@@ -23,6 +23,7 @@ SCRIPTS = [file for file in FILES if '__name__ == "__main__"' in (ROOT / file).r
 
 # Arguments of the smallest setting, {} being a folder that the test makes; and its result file.
 SMALLEST = {
+    "benchmarks/corpus_beside_map.py": ("--smoke", "corpus_beside_map"),
     "benchmarks/evaluation_memory.py": ("--smoke", "evaluation_memory"),
     "benchmarks/evaluation_speed.py": ("--smoke", "evaluation_speed"),
     "benchmarks/extend_parts.py": ("--smoke", "extend_parts"),
@@ -92,6 +93,7 @@ NOT_FORKED = {
 }
 SLOW = {
     *NOT_FORKED,
+    "benchmarks/corpus_beside_map.py",
     "benchmarks/evaluation_speed.py",
     "benchmarks/hybrid_layers.py",
     "benchmarks/kill_and_resume.py",
