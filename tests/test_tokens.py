@@ -201,7 +201,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(
     cache = tmp_path / "killed"
     rng = random.Random(num_proc)
     reached = []
-    for _ in range(3):
+    for _ in range(2):
         wanted = num_saved(cache) + rng.randrange(20, store.num_documents // 4)
         process = start(tmp_path, mixed, cache, num_proc, 0.03)
         while num_saved(cache) < wanted and process.poll() is None:
@@ -210,7 +210,7 @@ def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(
         process.send_signal(signal.SIGKILL)
         process.wait()
         reached.append(num_saved(cache))
-    assert reached == sorted(reached) and reached[0] > 0 and reached[2] < store.num_documents
+    assert reached == sorted(reached) and reached[0] > 0 and reached[1] < store.num_documents
     assert start(tmp_path, mixed, cache, num_proc, 0).wait() == 0
     assert files_of(cache) == files_of(tmp_path / "whole")
     workers = {int(pid) for pid in (tmp_path / "killed.log").read_text().split()}

@@ -89,7 +89,7 @@ class RunFolder:
 
     def metadata(self) -> dict[str, Any]:
         file = self.path / "run.json"
-        fix = "remove it: what decided the run is in its checkpoints, the rest is measured again"
+        fix = "remove it: what decided the run is in its checkpoints; the page loses its checks"
         found = read_json(file, {}, fix)
         if not isinstance(found, dict):
             raise SkipwiseError(f"{file} is not a JSON object\n{fix}")
