@@ -160,7 +160,8 @@ def main():
         expected, figures = outcome(straight), {"operations": operations}
         places = Places(bench, (1, 6) if given.smoke else range(1, 7))
         for i, (kind, wanted) in enumerate(counts.items()):
-            share = time.monotonic() + (until - time.monotonic()) / (len(counts) - i)
+            part = wanted / max(1, sum(list(counts.values())[i:]))  # of the time that is left
+            share = time.monotonic() + (until - time.monotonic()) * part
             share = until if given.smoke else share
             figures[kind] = Torture(places, kind, rng, expected).run(wanted, share)
     finally:
