@@ -83,6 +83,16 @@ def test_processes_that_measure_different_things_say_so(monkeypatch):
         processes.shared([4, 5], lambda own: own, [0, 0])
 
 
+def test_a_process_that_has_ended_is_told_in_a_line(monkeypatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer\nat a place in gloo")
+
+    monkeypatch.setattr(processes, "dist", SimpleNamespace(broadcast_object_list=fail))
+    monkeypatch.setattr(processes, "_joined", True)
+    with pytest.raises(SkipwiseError, match=r"cannot meet: Connection closed by peer$"):
+        processes.of_main_process(1)
+
+
 def test_training_processes_do_not_share_out_what_the_first_one_measures(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert processes.shared([1, 2, 3], lambda own: [-item for item in own], [0] * 3) == [-1, -2, -3]

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from skipwise.config.machine import world_size
 from skipwise.errors import SkipwiseError, first_line
 
-_WAIT = timedelta(days=7)  # for the process that has the longest share
 _joined = False  # training has processes too, of which only the first measures
 
 
@@ -31,14 +30,11 @@ def joined() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        dist.init_process_group("gloo", timeout=_WAIT)
-    except (ValueError, RuntimeError) as error:  # half of a launcher's variables, a taken port
-        raise SkipwiseError(f"the processes cannot meet: {first_line(error)}") from error
+    _meet(dist.init_process_group, "gloo", timeout=timedelta(days=7))  # for the longest share
     _joined = True
     try:
         yield
-        dist.barrier()  # one that leaves takes its connections with it
+        _meet(dist.barrier)  # one that leaves takes its connections with it
     finally:
         _joined = False
         dist.destroy_process_group()
@@ -48,7 +44,7 @@ def of_main_process(value: Any) -> Any:
     """The value of rank 0, on every rank."""
     values = [value]
     if _joined:
-        dist.broadcast_object_list(values)
+        _meet(dist.broadcast_object_list, values)
     return values[0]
 
 
@@ -67,13 +63,20 @@ def shared(
     if not _joined:
         return list(measure(items))
     order = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    enough = len(order) >= world_size()
-    turns = [order[group] for group in groups] if enough else range(len(items))
+    turns = [order[group] for group in groups] if len(order) >= world_size() else range(len(items))
     own = [i for i, turn in enumerate(turns) if turn % world_size() == dist.get_rank()]
     found = measure([items[i] for i in own]) if own else []
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, dict(zip(own, found, strict=True)))
+    _meet(dist.all_gather_object, parts, dict(zip(own, found, strict=True)))
     results = {i: result for part in parts for i, result in part.items()}
     if sorted(results) != list(range(len(items))):
         raise SkipwiseError("the processes measure different things: start them all at once again")
     return [results[i] for i in range(len(items))]
+
+
+def _meet(call: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Of a launcher's variables half may be there; of the processes one may have ended."""
+    try:
+        call(*args, **options)
+    except (ValueError, RuntimeError) as error:
+        raise SkipwiseError(f"the processes cannot meet: {first_line(error)}") from error
