@@ -128,10 +128,9 @@ class Torture:
             self.found["same end"] += 1
 
     def complain(self, what, hit, code, said):
-        end = " | ".join(said.strip().splitlines()[-4:])[-600:]
-        text = f"{self.kind}: {what} ({hit}, exit code {code}): {end}".replace(
-            f"{self.bench.folder}/", ""
-        )
+        end = " | ".join(said.strip().splitlines()[-4:]).replace(f"{self.bench.folder}/", "")
+        hit = hit.replace(f"{self.bench.folder}/", "")
+        text = f"{self.kind}: {what} ({hit}, exit code {code}): {end[-600:]}"
         print(text, file=sys.stderr, flush=True)
         self.found["complaints"].append(text)
 

@@ -442,3 +442,27 @@ def test_the_evaluation_of_a_run_reads_texts_and_prompts_as_its_training_did(
     alone = {**options, "overrides": ["data.separator=bos"]}
     evaluate(str(tmp_path / "other"), **alone, out=tmp_path / "out")
     assert seen["other"] == [BOS, last, BOS]
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [((), ()), ((1,), ()), ((), (2,)), ((1,), (1,)), ((1, 2), (2, 1)), ((3,), (1,))],
+)
+def test_many_documents_get_what_each_alone_would(begin, end):
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(1, 4, rng.integers(0, 5)).tolist() for _ in range(300)]
+    wanted = [
+        [
+            *([] if tuple(text[: len(begin)]) == begin else begin),
+            *text,
+            *([] if tuple(text[max(0, len(text) - len(end)) :]) == end else end),
+        ]
+        for text in texts
+    ]
+    flat = np.array([token for text in texts for token in text], np.uint32)
+    separator = Separator(name="any", begin=begin, end=end)
+    tokens, lengths = separator.documents(flat, np.array([len(text) for text in texts]))
+    assert tokens.dtype == np.uint32 and lengths.tolist() == [len(text) for text in wanted]
+    assert tokens.tolist() == [token for text in wanted for token in text]
+    nothing = separator.documents(flat[:0], np.zeros(0, np.int64))
+    assert [len(part) for part in nothing] == [0, 0]

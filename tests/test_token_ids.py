@@ -56,7 +56,8 @@ def test_the_ids_are_those_of_the_tokenizer_whatever_it_was_used_for_before(
     tokenizer(texts, truncation=True, max_length=2)
     tokenizer(texts, padding=True, split_special_tokens=special_tokens != "text")
     assert [encode(tokenizer, x, special_tokens=special_tokens) for x in texts] == [
-        own_separator(tokenizer).document(np.array(ids)).tolist() for ids in wanted
+        own_separator(tokenizer).documents(np.array(ids), np.array([len(ids)]))[0].tolist()
+        for ids in wanted
     ]
 
 

@@ -102,7 +102,7 @@ def spans_in_store(spans: Sequence[Spans | None], lengths: np.ndarray, start: in
         masked=np.concatenate([none, *(x[0] + begin for x, begin in chats)]),
         markers=np.concatenate([none, *(x[1] + begin for x, begin in chats)]),
         num_conversations=len(chats),
-        num_tokens=int(sum(n for n, x in zip(lengths, spans, strict=True) if x is not None)),
+        num_tokens=int(lengths[[x is not None for x in spans]].sum()),
     )
 
 

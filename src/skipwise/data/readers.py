@@ -37,6 +37,7 @@ from skipwise.errors import SkipwiseError, install
 from skipwise.models.hf_config import unreachable_hub
 
 _SHOWN = 5  # most names of files that are left out
+_parse = json.JSONDecoder().raw_decode
 _READING = 4  # raise it when a file gives other documents than before: caches are then made again
 
 
@@ -246,14 +247,24 @@ def read_json_lines(
             text, why = "", ""
         else:
             try:
-                plain = line[:1] == b"{" and line[1:2] != b"\0"  # else json finds the encoding
-                text, why = _text_of(json.loads(line.decode() if plain else line), text_field)
+                text, why = _text_of(_parsed(line), text_field)
             except (ValueError, RecursionError) as error:
                 text, why = None, f"not JSON ({error})"
         if isinstance(text, str):  # without the cost of a place, which it does not need
             yield text
         else:
             yield _outcome(text, BadRecord(where=str(path), why=why, line=number, start=start))
+
+
+def _parsed(line: bytes) -> Any:
+    """`json.loads`, faster for a plain object; it finds the encoding of others, and says errors."""
+    if line[:1] == b"{" and line[1:2] != b"\0":
+        text = line.decode()
+        record, end = _parse(text)
+        if not text[end:].strip():
+            return record
+        return json.loads(text)
+    return json.loads(line)
 
 
 def read_records(
@@ -338,12 +349,15 @@ def _text_of(record: Any, text_field: str) -> tuple[str | Conversation | None, s
 
 def _lines(file: Any, stop: int | None) -> Iterator[bytes | None]:
     """Lines that start before `stop`; None for a line that does not fit in memory."""
-    while (stop is None or file.tell() < stop) and (line := file.readline(LARGEST)):
+    at = 0 if stop is None else file.tell()
+    while (stop is None or at < stop) and (line := file.readline(LARGEST)):
+        at += len(line)
         if len(line) < LARGEST or line.endswith(b"\n"):
             yield line
             continue
         while line and not line.endswith(b"\n"):
             line = file.readline(LARGEST)
+            at += len(line)
         yield None
 
 

@@ -292,67 +292,75 @@ def _work(shard: Shard) -> _EncodedShard:
 def _encode_shard(encoder: _Encoder, shard: Shard) -> _EncodedShard:
     outcomes = list(shard.read())
     texts = [text for text in outcomes if isinstance(text, str) and text.strip()]
-    encoded, documents = iter(_encode_batch(encoder, texts)), []
+    tokens, lengths = _encode_batch(encoder, texts)
     bad: list[tuple[int, BadRecord]] = []
-    for outcome in outcomes:
+    conversations: dict[int, np.ndarray] = {}  # by number among the documents
+    count = 0
+    for outcome in outcomes if len(texts) < len(outcomes) else ():
         if isinstance(outcome, BadRecord):
-            bad.append((len(documents), outcome))
+            bad.append((count, outcome))
         elif isinstance(outcome, Conversation):
             try:
-                documents.append(encode_conversation(encoder.tokenizer, outcome))
+                conversations[count] = encode_conversation(encoder.tokenizer, outcome)
+                count += 1
             except ConversationError as error:
-                bad.append((len(documents), dataclasses.replace(outcome.place, why=str(error))))
-        elif outcome.strip():
-            documents.append(next(encoded))
+                bad.append((count, dataclasses.replace(outcome.place, why=str(error))))
+        else:
+            count += bool(outcome.strip())
     dtype, separator = _dtype(encoder.tokenizer), encoder.separator
     special = special_ids(encoder.tokenizer)
-    chat = [spans_of(tokens) for tokens in documents]
-    of_text = [tokens for tokens, spans in zip(documents, chat, strict=True) if spans is None]
-    spelled = int(np.isin(_joined(of_text, dtype), special).sum())
-    around = len(of_text) * int(np.isin(separator.begin + separator.end, special).sum())
+    spelled = int(np.isin(tokens, special).sum())
+    around = len(texts) * int(np.isin(separator.begin + separator.end, special).sum())
+    chat: list[Spans | None] = [None] * len(texts)
+    if conversations:
+        rest = iter(np.split(tokens, np.cumsum(lengths)[:-1]))
+        documents = [conversations[i] if i in conversations else next(rest) for i in range(count)]
+        tokens, lengths = np.concatenate(documents), np.array([len(one) for one in documents])
+        chat = [spans_of(one) for one in documents]
     return _EncodedShard(
-        tokens=_joined(documents, dtype),
-        lengths=np.array([len(tokens) for tokens in documents], np.int64),
+        tokens=tokens.astype(dtype),
+        lengths=lengths,
         bad=bad,
         num_special=spelled - around,
         chat=chat,
     )
 
 
-def _joined(documents: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    return np.concatenate(documents).astype(dtype) if documents else np.zeros(0, dtype)
+def _encode_batch(encoder: _Encoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the texts as documents, and the (n,) lengths of these.
 
-
-def _encode_batch(encoder: _Encoder, texts: list[str]) -> list[np.ndarray]:
-    """The tokens of each text as a document. Long texts are tokenized in pieces, split at lines."""
-    split = [_split(text) for text in texts]
+    Long texts are tokenized in pieces, split at lines.
+    """
     options: dict[str, Any] = {"add_special_tokens": False}
     if encoder.special_tokens == "text":
         options["split_special_tokens"] = True
-    ids = _ids(encoder.tokenizer, list(itertools.chain(*split)), **options)
-    joined = (np.concatenate(list(itertools.islice(ids, len(pieces)))) for pieces in split)
-    joined = joined if len(split) < sum(map(len, split)) else ids  # most texts are one piece
-    return [encoder.separator.document(text) for text in joined]
+    if max(map(len, texts), default=0) <= _PIECE:
+        tokens, lengths = _ids(encoder.tokenizer, texts, **options)
+    else:
+        split = [_split(text) for text in texts]
+        tokens, lengths = _ids(encoder.tokenizer, list(itertools.chain(*split)), **options)
+        counts = np.array([len(pieces) for pieces in split])
+        lengths = np.add.reduceat(lengths, np.cumsum(counts) - counts)
+    return encoder.separator.documents(tokens, lengths)
 
 
-def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> Iterator[np.ndarray]:
-    """The ids of each piece, from large but bounded calls of the tokenizer."""
+def _ids(tokenizer: Any, pieces: list[str], **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all pieces and the length of each, from large but bounded calls."""
     options["verbose"] = False
     backend = _whole_backend(tokenizer)
     if backend is not None:
         tokenizer("a", **options)  # truncation, padding and control tokens of the backend
-    begin = size = 0
-    for i, piece in enumerate(pieces):
-        size += len(piece)
-        if size >= _BATCH or i + 1 == len(pieces):
-            texts = pieces[begin : i + 1]
-            if backend is not None:
-                ids = [x.ids for x in backend.encode_batch_fast(texts, add_special_tokens=False)]
-            else:
-                ids = tokenizer(texts, **options)["input_ids"]
-            flat = np.fromiter(itertools.chain.from_iterable(ids), np.uint32)
-            yield from np.split(flat, np.cumsum([len(one) for one in ids])[:-1])
-            begin, size = i + 1, 0
+    flat, lengths = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
+    calls = np.cumsum([len(piece) for piece in pieces]) // _BATCH
+    begins = np.flatnonzero(np.diff(calls, prepend=-1)).tolist()
+    for texts in (pieces[a:b] for a, b in itertools.pairwise([*begins, len(pieces)])):
+        if backend is not None:
+            ids = [x.ids for x in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        else:
+            ids = tokenizer(texts, **options)["input_ids"]
+        flat.append(np.fromiter(itertools.chain.from_iterable(ids), np.uint32))
+        lengths.append(np.fromiter(map(len, ids), np.int64))
+    return np.concatenate(flat), np.concatenate(lengths)
 
 
 def _whole_backend(tokenizer: Any) -> Any:

@@ -25,14 +25,21 @@ class Separator:
     end: tuple[int, ...] = ()  # after the text of each document
     between: tuple[int, ...] = ()  # only between documents that are packed
 
-    def document(self, text: np.ndarray) -> np.ndarray:
-        """The tokens of a document; a beginning or end that its text has already is not added."""
-        first, last = text[: len(self.begin)], text[max(0, len(text) - len(self.end)) :]
-        begin = () if tuple(first.tolist()) == self.begin else self.begin
-        end = () if tuple(last.tolist()) == self.end else self.end
-        if not begin and not end:
-            return text
-        return np.concatenate([np.array(begin, text.dtype), text, np.array(end, text.dtype)])
+    def documents(self, texts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of documents and their lengths, of (n,) texts that follow each other.
+
+        A beginning or end that a text has already is not added.
+        """
+        own = lengths
+        for added, at_end in ((self.begin, False), (self.end, True)):
+            places = np.cumsum(lengths) - (0 if at_end else lengths)
+            first, lacks = places - len(added) * at_end, own < len(added)
+            for i, token in enumerate(added):
+                lacks[~lacks] = texts[first[~lacks] + i] != token
+            tokens = np.tile(np.array(added, texts.dtype), lacks.sum())
+            texts = np.insert(texts, np.repeat(places[lacks], len(added)), tokens)
+            lengths = lengths + len(added) * lacks
+        return texts, lengths
 
 
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
