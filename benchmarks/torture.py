@@ -111,9 +111,13 @@ class Torture:
             if "changed since the export" in said:  # it says: export again, which this does
                 shutil.rmtree(self.out / "model")
                 continue
+            if "copy its tokenizer files again" in said:
+                for file in (self.bench.folder / "model").glob("tokenizer*"):
+                    shutil.copy(file, self.out / "model")
+                continue
             if code == 0:
                 break
-            named = re.search(r"skipwise: (\S*/(?:run|results)\.json|\S*\.jsonl)", said)
+            named = re.search(r"skipwise: (\S*/(?:run|results|key_tokens)\.json|\S*\.jsonl)", said)
             if code != 2 or not named or self.kind not in ("damage", "cut"):
                 break
             Path(named[1].rstrip(":")).unlink()
