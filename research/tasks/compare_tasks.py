@@ -1,11 +1,13 @@
 """Which evaluation tasks tell extensions of one base apart, and what each costs.
 
     python research/tasks/compare_tasks.py [--tasks passkey ...] [--seeds 0 1] [--workers 2]
+    python research/tasks/compare_tasks.py --seeds 1 --beside FILE
     python research/tasks/compare_tasks.py --results RUN/results.json EVAL/results.json ...
 
 Without --results the bundled model (256 tokens) is extended to 2,048 in the ways of ARMS, at equal
 tokens, and each is measured by every task of Skipwise that generates its prompts, and by
-perplexity. What is there is not made again. With --results these are the arms, in any files of
+perplexity. What is there is not made again. With --beside these are only the trained arms, compared
+with those of another seed in that result. With --results these are the arms, in any files of
 `skipwise eval` with the same lengths, texts and counts.
 
 By task, from the areas over log2 of the context length (docs/evaluation.md):
@@ -159,7 +161,9 @@ def tau(first: list[float], second: list[float]) -> float | None:
     return round(float((a * b).sum() / size), 2) if size else None
 
 
-def compare(rows: Rows, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
+def compare(
+    rows: Rows, seconds: dict[str, dict[str, float]], before: dict[str, Any] | None = None
+) -> dict[str, Any]:
     scores, halves = scores_of(rows), [scores_of(half(rows, i)) for i in (0, 1)]
     areas = {area.name: area for area in find_areas(rows)[0]}
     names = list(dict.fromkeys(row["model"] for row in rows))
@@ -176,7 +180,7 @@ def compare(rows: Rows, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
             "area": {name: round(own[name], 4) for name in names},
             "pairs": len(apart[task]),
             "halves": None if None in split[0] + split[1] else tau(*split),
-            "seeds": _seeds(own),
+            "seeds": _seeds({**(before or {}).get(task, {}).get("area", {}), **own}),
             "others": tau([own[n] for n in names], [-float(r) for r in ranks]) if others else None,
             "seconds": _seconds(task, seconds),
         }
@@ -239,6 +243,7 @@ def main() -> None:
     parser.add_argument("--results", nargs="+", type=Path, help="results.json of the arms")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--beside", type=Path, help="a result of the other seed")
     parser.add_argument("--out", type=Path, help="runs/tasks")
     parser.add_argument("--workers", type=int, default=1, help="arms at a time")
     args = parser.parse_args()
@@ -258,15 +263,17 @@ def main() -> None:
         jobs = []
         for arm in arms:
             trained = arm != "base" and "method=none" not in ARMS[arm]
-            for seed in args.seeds if trained else args.seeds[:1]:
+            for seed in args.seeds if trained else args.seeds[:1] if not args.beside else ():
                 name = f"{arm}-{seed}" if trained else arm
                 jobs.append((name, arm, seed, args.tasks, text, out, args.smoke))
         with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
             for name, found, taken in pool.map(_make_and_measure, jobs):
                 seconds[name] = taken
                 rows += found
-    figures = compare(rows, seconds)
-    write_result("compare_tasks", figures, folder=SMOKE if args.smoke else RESEARCH, show=False)
+    before = json.loads(args.beside.read_text())["tasks"] if args.beside else {}
+    figures = compare(rows, seconds, before)
+    name = "compare_tasks_seeds" if args.beside else "compare_tasks"
+    write_result(name, figures, folder=SMOKE if args.smoke else RESEARCH, show=False)
     print(table(figures))
 
 
