@@ -89,7 +89,7 @@ def test_a_process_that_has_ended_is_told_in_a_line(monkeypatch):
 
     monkeypatch.setattr(processes, "dist", SimpleNamespace(broadcast_object_list=fail))
     monkeypatch.setattr(processes, "_joined", True)
-    with pytest.raises(SkipwiseError, match=r"cannot meet: Connection closed by peer$"):
+    with pytest.raises(SkipwiseError, match=r"cannot meet: Connection closed by peer\nstart"):
         processes.of_main_process(1)
 
 

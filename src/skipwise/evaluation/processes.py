@@ -79,4 +79,5 @@ def _meet(call: Callable[..., Any], *args: Any, **options: Any) -> None:
     try:
         call(*args, **options)
     except (ValueError, RuntimeError) as error:
-        raise SkipwiseError(f"the processes cannot meet: {first_line(error)}") from error
+        fix = "start them all at once again, or unset WORLD_SIZE for one process"
+        raise SkipwiseError(f"the processes cannot meet: {first_line(error)}\n{fix}") from error
