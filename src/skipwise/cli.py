@@ -15,7 +15,6 @@ import shlex
 import signal
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from skipwise import __version__, commands
@@ -63,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args = _parse(argv)
             status = args.run(args) or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed, as by >&-
+                sys.stdout.flush()
             return status
         except RunStopped as stopped:
             if is_main_process():
@@ -94,7 +94,7 @@ def _interrupt(number: int) -> None:
 def _say(message: object) -> None:
     from skipwise.config.trust import without_secrets
 
-    with suppress(OSError, ValueError):  # a log on a full disk, a closed stderr
+    with suppress(OSError, ValueError, AttributeError):  # a log on a full disk, a closed stderr
         print(without_secrets(str(message)), file=sys.stderr, flush=True)
 
 
@@ -316,4 +316,4 @@ def _add_out(sub: argparse.ArgumentParser, default: str) -> None:
 
 def _is_override(argument: str) -> bool:
     """Whether an argument is key=value, e.g. `training.num_steps=200`, and not an existing file."""
-    return bool(re.match(r"[A-Za-z_][\w.]*=", argument)) and not Path(argument).exists()
+    return bool(re.match(r"[A-Za-z_][\w.]*=", argument)) and not os.path.exists(argument)

@@ -74,7 +74,8 @@ def _next_command(args: argparse.Namespace, verb: str, *, without: str = "") -> 
 
 def _out_folder(recipe: Recipe, args: argparse.Namespace) -> Path:
     if args.out:
-        if "\0" in args.out or any(len(os.fsencode(p)) > 255 for p in Path(args.out).parts):
+        parts = Path(args.out).parts
+        if not args.out.isprintable() or any(len(os.fsencode(part)) > 255 for part in parts):
             raise SkipwiseError(f"--out {args.out[:80]!r}: give the name of a folder")
         return Path(args.out).expanduser()  # a shell leaves --out=~/runs as it is
     thing = Path(getattr(args, "thing", "")).expanduser()

@@ -47,12 +47,14 @@ _NO_MEMORY = re.compile(  # of torch, oneDNN, Rust, Arrow and the dynamic linker
 )
 _DAMAGED = re.compile(r"PytorchStreamReader|deserializing|failed finding central directory")
 _NUMBER = int | float | None
+_NUMBERS = ("memory_gib", "seconds", "num_tokens", "peak_memory_gib", "num_documents", "chosen")
 _RUN = {  # keys of run.json that are read again
     **dict.fromkeys(("checks", "files", "card_files", "reproduce"), list),
     **dict.fromkeys(("model", "data", "identity", "rope", "rope_choice", "separator"), dict),
     **dict.fromkeys(("batch", "training", "finish", "selection", "stages"), dict),
     **dict.fromkeys(("temperature", "untrained", "models", "versions", "machine"), dict),
     **dict.fromkeys(("target_length", "original_length"), int),
+    **dict.fromkeys(("status", "name", "kind", "command"), str),
     **dict.fromkeys(("train_length_choice", "exported_files", "gguf_files"), dict),
 }
 _INSIDE: dict[str, Any] = {  # what their items are
@@ -231,6 +233,10 @@ def run_fault(run: dict[str, Any]) -> str:
     for key, value in run.items():
         if value is not None and not isinstance(value, _RUN.get(key, object)):
             return key
+        if isinstance(value, dict):
+            names = (*_NUMBERS, *(("value",) if key in ("temperature", "untrained") else ()))
+            if not all(is_number(value.get(name)) for name in names):
+                return key
         if key not in _INSIDE:
             continue
         inside = list(value.values() if isinstance(value, dict) else value or [])
@@ -244,4 +250,11 @@ def row_fault(row: Any) -> str:
     """The same of a row of results.json."""
     if not isinstance(row, dict):
         return "row"
-    return next((key for key, kind in _ROW.items() if not isinstance(row.get(key), kind)), "")
+    numbers = (key for key, kind in _ROW.items() if kind == _NUMBER and not is_number(row.get(key)))
+    wrong = (key for key, kind in _ROW.items() if not isinstance(row.get(key), kind))
+    return next((key for keys in (wrong, numbers) for key in keys), "")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is none, or a number that arithmetic can take."""
+    return value is None or (isinstance(value, int | float) and not abs(value) > 1e300)

@@ -22,18 +22,19 @@ _HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows ha
 
 def world_size() -> int:
     """Number of training processes, as set by the launcher."""
-    return _of_launcher("WORLD_SIZE", 1)
+    return of_launcher("WORLD_SIZE", 1)
 
 
 def is_main_process() -> bool:
     """Whether this is rank 0, the only process that writes the run folder."""
-    return _of_launcher("RANK", 0) == 0
+    return of_launcher("RANK", 0) == 0
 
 
-def _of_launcher(name: str, default: int) -> int:
+def of_launcher(name: str, default: int) -> int:
+    """A number that a launcher sets in the environment; SkipwiseError if it is none."""
     value = os.environ.get(name, str(default))
     alone = name == "RANK" and value != "0" and "WORLD_SIZE" not in os.environ
-    if not value.isdecimal() or alone or (name == "WORLD_SIZE" and int(value) < 1):
+    if not value.isdecimal() or alone or int(value) < name.endswith("WORLD_SIZE"):
         fix = f"unset {name}" + ", or export WORLD_SIZE as well" * alone
         raise SkipwiseError(f"{name}={value} in the environment is not what launchers set\n{fix}")
     return int(value)

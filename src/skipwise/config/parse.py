@@ -87,6 +87,14 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
+    def integer(self, node: yaml.ScalarNode) -> Any:
+        """Of YAML 1.1, 010 would be 8 and 1:30 would be 90: they stay texts."""
+        odd = re.match(r"[-+]?0[0-7_]|.*:", node.value)
+        return node.value if odd else self.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
+
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
@@ -200,7 +208,10 @@ def _parse_file(
 def parse_recipe(tree: dict[str, Any], overrides: list[str] | None = None) -> Recipe:
     """Make a recipe from nested mappings and `key=value` overrides."""
     tree = _copied(tree)
-    for override in overrides or []:
+    for i, override in enumerate(overrides or []):
+        below = override.partition("=")[0] + "."
+        if lost := [one for one in (overrides or [])[:i] if one.startswith(below)]:
+            raise SkipwiseError(f"{shown(override)} replaces {shown(lost[0])}: type the keys alone")
         _override(tree, override)
     for key in ("model", "target_length"):
         if tree.get(key) is None:

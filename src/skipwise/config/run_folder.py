@@ -241,7 +241,8 @@ def write_json(path: Path, value: Any) -> None:
 def _lock_file(path: Path) -> Iterator[Any]:
     """An open file to lock; None where there are no locks, or in a folder that is only read."""
     try:
-        file = None if fcntl is None else path.open("a")
+        special = path.exists() and not path.is_file()  # a pipe would be waited for
+        file = None if fcntl is None or special else path.open("a")
     except OSError as error:
         if error.errno not in READ_ONLY:
             raise
@@ -265,6 +266,8 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 def read_json(path: Path, default: Any, fix: str = "remove it: it is made again") -> Any:
     """The content of a JSON file, or the default where there is none."""
+    if path.exists() and not path.is_file():
+        raise SkipwiseError(f"{path} is not a regular file\n{fix}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -265,7 +265,10 @@ def _saved_files(folder: Path, split: str) -> list[Path] | None:
             f"{folder} was saved with a selection of rows by an old version of datasets\n"
             "load it with datasets.load_from_disk and save it again with to_parquet"
         )
-    return [folder / str(entry["filename"]) for entry in state["_data_files"]]
+    names = [str(entry["filename"]) for entry in state["_data_files"]]
+    if outside := [name for name in names if Path(name).name != name]:
+        raise SkipwiseError(f"{folder / 'state.json'} names {outside[0][:80]!r}, no file beside it")
+    return [folder / name for name in names]
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -318,7 +318,10 @@ def hub_errors(source: Source) -> Iterator[None]:
 def read_record(where: str, record: Any, text_field: str) -> Outcome:
     if isinstance(record, Unreadable):
         return BadRecord(where=where, why=str(record))
-    text, why = _text_of(record, text_field)
+    try:
+        text, why = _text_of(record, text_field)
+    except RecursionError:
+        text, why = None, "nested too deep"
     return _outcome(text, BadRecord(where=where, why=why))
 
 

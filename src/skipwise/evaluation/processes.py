@@ -6,7 +6,6 @@ that they travel by gloo, whatever the device.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from skipwise.config.machine import world_size
+from skipwise.config.machine import of_launcher, world_size
 from skipwise.errors import SkipwiseError, first_line
 
 _joined = False  # training has processes too, of which only the first measures
@@ -29,7 +28,7 @@ def joined() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(of_launcher("LOCAL_RANK", 0))
     _meet(dist.init_process_group, "gloo", timeout=timedelta(days=7))  # for the longest share
     _joined = True
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from skipwise.config.machine import give_umask_mode
 from skipwise.config.run_folder import write_json
+from skipwise.config.trust import secret_in
 from skipwise.models.hf_config import stays_inside
 from skipwise.pose.rope_config import with_legacy_rope_keys
 
@@ -21,6 +22,7 @@ LENGTH_KEYS = (  # other names of the window: vLLM takes the smallest, SGLang th
     *("max_target_positions", "max_seq_length", "seq_len"),
 )
 _LOADING = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash")
+_LOADING += ("token", "use_auth_token", "hub_token")
 
 
 def make_portable(folder: Path, target_length: int | None = None) -> None:
@@ -70,6 +72,7 @@ def _without_paths(value: Any) -> Any:
         key: _without_paths(item)
         for key, item in value.items()
         if key not in _LOADING
+        and not secret_in(item)
         and (key.endswith(own) or not (isinstance(item, str) and Path(item).is_absolute()))
     }
 

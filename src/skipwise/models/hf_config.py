@@ -60,7 +60,7 @@ _KINDS: tuple[tuple[str, Any, float, float, tuple[str, ...]], ...] = (
 )
 _CONNECT_SECONDS = 4.0
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors.index.json")
-_COPIED = (".jinja", ".txt", ".model")  # files whose text goes into an export
+_COPIED = (".jinja", ".json", ".txt", ".model")  # files whose text goes into an export
 
 
 def is_local(model: str) -> bool:
@@ -123,9 +123,12 @@ def unreachable_hub() -> str:
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return ""
     url, opened = urllib.parse.urlsplit(constants.ENDPOINT), []
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+    except ValueError as error:
+        raise SkipwiseError(f"HF_ENDPOINT={constants.ENDPOINT} is no address: {error}") from error
 
     def connect() -> None:
-        port = url.port or (80 if url.scheme == "http" else 443)
         with contextlib.suppress(OSError):
             opened.append(socket.create_connection((url.hostname, port), _CONNECT_SECONDS))
 
@@ -323,9 +326,9 @@ def read_json(file: Path) -> Any:
         raise SkipwiseError(f"{file} is not JSON: {why}\nfix or remove it") from error
 
 
-def stays_inside(file: Path) -> bool:
+def stays_inside(file: Path, model: Path | None = None) -> bool:
     """Whether a file is no link out of its folder, or one of the Hub's cache into its blobs."""
-    folder, target = file.parent.resolve(), file.resolve()
+    folder, target = (model or file.parent).resolve(), file.resolve()
     cache = folder.parent.parent if folder.parent.name == "snapshots" else folder
     return target.is_relative_to(folder) or target.is_relative_to(cache / "blobs")
 
@@ -354,7 +357,7 @@ def check_inside(folder: Path) -> None:
     for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise SkipwiseError(f"{file} is not a regular file\nremove it from the model folder")
-        if file.suffix in _COPIED and not stays_inside(file):
+        if file.suffix in _COPIED and not stays_inside(file, folder):
             raise SkipwiseError(
                 f"{file} is a link out of its folder, and its text would be exported\n"
                 "copy the file there if it belongs to the model, or remove the link"

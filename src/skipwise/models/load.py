@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from skipwise.config.machine import cpu_has_bf16, is_main_process
+from skipwise.config.machine import cpu_has_bf16, is_main_process, of_launcher
 from skipwise.config.progress import Progress
 from skipwise.config.recipe import ModelSettings
 from skipwise.errors import Check, SkipwiseError, first_line, is_no_memory
@@ -243,7 +243,7 @@ def free_memory() -> None:
 
 def best_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", of_launcher("LOCAL_RANK", 0))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

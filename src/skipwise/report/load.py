@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from skipwise.errors import SkipwiseError, row_fault, run_fault
+from skipwise.errors import SkipwiseError, is_number, row_fault, run_fault
 from skipwise.report.rows import Rows
 
 _KEYS = ("model", "task", "metric", "value")  # that every row has
@@ -18,6 +18,8 @@ def read_json(file: Path) -> Any:
     Raises:
         SkipwiseError: the file is not JSON.
     """
+    if file.exists() and not file.is_file():
+        raise SkipwiseError(f"{file} is not a regular file: remove it")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -63,16 +65,17 @@ def read_rows(folder: Path) -> Rows | None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """JSON lines; incomplete ones are skipped."""
-    if not file.exists():
+    """JSON lines of numbers; incomplete ones are skipped."""
+    if not file.is_file():
         return []
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):  # the last line of a killed run
             continue
-        lines += [found] if isinstance(found, dict) else []
+        fits = isinstance(found, dict) and all(is_number(found.get(k)) for k in ("step", "loss"))
+        lines += [found] if fits else []
     return lines
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import typing
 from dataclasses import fields, replace
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
+from transformers.training_args import trainer_log_levels
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from skipwise.config.batch import accumulation, micro_batch, micro_batches
-from skipwise.config.machine import available_memory, world_size
+from skipwise.config.machine import available_memory, of_launcher, world_size
 from skipwise.config.parse import scalar
 from skipwise.config.recipe import SHARDED_ENGINES, Recipe
 from skipwise.config.run_folder import RunFolder
@@ -60,8 +60,13 @@ _OWNED = {
     "eval_strategy": "nothing: eval.tasks are measured before and after training",
     "load_best_model_at_end": "export.checkpoint",
     "resume_from_checkpoint": "nothing: the same command resumes a run",
+    "save_only_model": "nothing: a checkpoint without its optimizer resumes to other weights",
+    "ignore_data_skip": "nothing: a resumed run goes on where it was in the data",
+    "logging_nan_inf_filter": "nothing: a loss that is not finite stops the run",
+    "eval_on_start": "nothing: eval.tasks are measured before and after training",
 }
-_REFUSALS = (ValueError, ImportError, TypeError)
+_MOST = {"adam_epsilon": 0.1, "dataloader_num_workers": 4096, "neftune_noise_alpha": 1e4}
+_REFUSALS = (ValueError, ImportError, TypeError, KeyError, AttributeError)
 
 
 class _Unstarted(TrainingArguments):
@@ -84,6 +89,8 @@ def check_trainer(recipe: Recipe) -> None:
         check_deepspeed("trainer.deepspeed" if config else f"engine: {recipe.engine}")
     try:
         arguments: Any = _Unstarted(**values)
+        if arguments.log_level not in trainer_log_levels:
+            raise ValueError(f"log_level is {arguments.log_level}: {', '.join(trainer_log_levels)}")
     except _REFUSALS as error:
         raise _refused(error) from error
     _check_trackers(arguments.report_to)
@@ -167,6 +174,8 @@ def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:
         kinds = {*(typing.get_args(hints[key]) or [hints[key]])} - {type(None)}
         if value is not None and len(kinds) == 1 and kinds <= {int, float, bool}:
             values[key] = scalar(kinds.pop(), value, f"trainer.{key}")
+            if not 0 <= values[key] <= _MOST.get(key, values[key]):
+                raise SkipwiseError(f"trainer.{key} is {value}: give 0 to {_MOST[key]:g}")
     names = values.get("report_to")
     if isinstance(names, str) and "," in names:
         values["report_to"] = [name.strip() for name in names.split(",")]
@@ -258,7 +267,7 @@ def device_memory() -> float:
         return (free - torch.cuda.memory_allocated(device)) / GIB
     if torch.backends.mps.is_available():
         return torch.mps.recommended_max_memory() / GIB
-    return available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / GIB
+    return available_memory() / of_launcher("LOCAL_WORLD_SIZE", 1) / GIB
 
 
 def training_dtype(recipe: Recipe, engine: str) -> torch.dtype:

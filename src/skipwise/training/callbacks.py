@@ -26,7 +26,7 @@ from skipwise.config.progress import Progress
 from skipwise.config.recipe import Recipe
 from skipwise.config.run_folder import RunFolder, write_text
 from skipwise.config.stages import is_full_length_stage
-from skipwise.errors import SkipwiseError
+from skipwise.errors import SkipwiseError, is_number
 from skipwise.models.compatibility import make_portable
 from skipwise.training.checkpoints import (
     decisions,
@@ -224,14 +224,15 @@ def tensorboard_in(folder: Path) -> Iterator[None]:
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without those that are none: a kill cuts off the last."""
-    if not run.metrics_file.exists():
+    if not run.metrics_file.is_file():
         return []
     metrics = []
-    for line in run.metrics_file.read_text(encoding="utf-8").splitlines():
+    for line in run.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, RecursionError):
             found = json.loads(line)
             found = found if isinstance(found, dict) else {}
-            if isinstance(found.get("step"), int) and isinstance(found.get("seconds"), float | int):
+            given = all(found.get(key) is not None for key in ("step", "seconds"))
+            if given and all(is_number(found.get(key)) for key in ("step", "seconds", "loss")):
                 metrics.append(found)
     return metrics
 

@@ -161,6 +161,8 @@ def remove_incomplete(run: RunFolder) -> None:
     Not safe while another run writes into the folder.
     """
     for folder in sorted(run.checkpoints.glob("checkpoint-*")) if is_main_process() else []:
+        if _step(folder) is None:  # of the user
+            continue
         if not (folder / _COMPLETE).exists():
             shutil.rmtree(folder, ignore_errors=True)
         elif damage(folder):

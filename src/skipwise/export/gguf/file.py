@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from skipwise.models.convert.gguf_file import gguf_package
+from skipwise.models.convert.gguf_file import gguf_package, open_gguf
 
 
 def set_numbers(file: Path, values: dict[str, int | float]) -> None:
     """Set numbers of existing keys in place."""
-    reader = gguf_package().GGUFReader(file, "r+")
+    reader = open_gguf(file, "r+")
     for key, value in values.items():
         field = reader.fields[key]
         field.parts[field.data[0]][0] = value
@@ -27,7 +27,7 @@ def rewrite(
     A new key cannot be added to a GGUF file in place.
     """
     gguf = gguf_package()
-    reader = gguf.GGUFReader(file)
+    reader = open_gguf(file)
     copy = file.with_name(file.name + ".fixed")
     writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
     types = gguf.GGUFValueType

@@ -94,7 +94,7 @@ def _save_model(file: Path, keys: dict[str, Any], tables: dict[str, np.ndarray],
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    tensors = gguf_file.gguf_package().GGUFReader(file).tensors
+    tensors = gguf_file.open_gguf(file).tensors
     exact = all(t.tensor_type in (0, 1) for t in tensors if len(t.shape) > 1)  # F32, F16
     options: dict[str, Any] = {
         "gguf_file": file.name,

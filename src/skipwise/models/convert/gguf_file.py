@@ -23,7 +23,7 @@ def read_file(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         SkipwiseError: not a GGUF file.
     """
     try:
-        reader = gguf_package().GGUFReader(file)
+        reader = open_gguf(file)
     except (OSError, ValueError, IndexError) as error:
         raise SkipwiseError(f"{file} is not a complete GGUF file: {error}") from error
     arrays = gguf_package().GGUFValueType.ARRAY
@@ -38,6 +38,18 @@ def read_file(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if t.name.startswith(("rope_freqs", "rope_factors"))
     }
     return keys, tables
+
+
+def open_gguf(file: Path, mode: str = "r") -> Any:
+    """A reader of the file that ends where the file does, whatever length a list claims."""
+
+    class Reader(gguf_package().GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
+            if count and offset >= len(self.data):
+                raise ValueError("it ends before its keys do")
+            return super()._get(offset, dtype, count, *order, **named)
+
+    return Reader(file, mode)
 
 
 def gguf_package() -> Any:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from skipwise.config.machine import is_main_process, world_size
+from skipwise.config.machine import is_main_process, of_launcher, world_size
 from skipwise.config.recipe import SHARDED_ENGINES, LoRASettings, Recipe
 from skipwise.errors import Check, SkipwiseError, install
 
@@ -277,7 +277,7 @@ def _waiting_group(recipe: Recipe) -> Any:
     init_cpu_backend(engine_of(recipe), on_cpu())
     if not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(of_launcher("LOCAL_RANK", 0))
         seconds = int(recipe.trainer.get("ddp_timeout", 1800))  # the Trainer will use this group
         dist.init_process_group("gloo" if on_cpu() else "nccl", timeout=timedelta(seconds=seconds))
     return dist.new_group(backend="gloo", timeout=_WAIT)
