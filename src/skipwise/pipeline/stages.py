@@ -317,11 +317,11 @@ def export_again(
         raise SkipwiseError(f"--outtype {outtype}: choose from {', '.join(OUTTYPES)}")
     converter = find_converter(llama_cpp) if "gguf" in kinds else None  # before anything is written
     recipe, written = run.recipe(), []
-    if recipe.load.is_hub_kernel:  # whose code nobody typed here, and which writes no file
-        load = dataclasses.replace(recipe.load, attn_implementation="auto")
-        recipe = dataclasses.replace(recipe, load=load)
     model_too = "hf" in kinds or (converter is not None and not run.model.is_dir())
     if model_too or "adapter" in kinds:
+        if recipe.load.is_hub_kernel:  # whose code nobody typed here, and which writes no file
+            load = dataclasses.replace(recipe.load, attn_implementation="auto")
+            recipe = dataclasses.replace(recipe, load=load)
         prepared = prepare_model(with_known_revision(recipe, known_identity(run)))
         resume_decisions(prepared, run)
         prepared = convert_weights(prepared, run.converted)
