@@ -131,9 +131,9 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def evidence() -> str:
-    """distances.json: of each f the rows of this script, or the study's defaults at M = L.
+    """distances.json: of each f the rows of this script, and the study's defaults at M = L else.
 
-    The study's full length has YaRN, this script's Llama 3's scaling: rows of both are not mixed.
+    The study's full length has YaRN, this script's Llama 3's scaling: each row is against its own.
     """
     found: list[dict[str, Any]] = []
     study, dialled = Rows(), newest("study_dial")
@@ -150,7 +150,8 @@ def evidence() -> str:
                     _distance(T, M, sum(over) / len(over), len(over), "study_dial", dialled)
                 )
         ours, best = study.mean(at(DISTILLED, T), T, tempered=True), study.mean(at(FULL, T), T)
-        if not full and ours and best:
+        known = {(row["factor"], row["lengths"]) for row in found}
+        if (T / L, 1.0) not in known and ours and best:
             seeds = min(len(study.of(at(s, T))) for s in (DISTILLED, FULL))
             found.append(_distance(T, L, ours / best - 1, seeds, "study", newest("study")))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in found)
