@@ -1,4 +1,4 @@
-"""Neighbours of faults that were mended: the same in another key, file, verb or system call."""
+"""Neighbours of known faults: the same in another key, file, verb or system call."""
 
 import json
 import os
@@ -89,6 +89,10 @@ def test_an_export_runs_no_kernel_that_nobody_typed(tmp_path, monkeypatch):
 def test_trainer_keys_that_void_or_stop_a_run_are_told_before_it(trainer, words):
     with pytest.raises(SkipwiseError, match=words):
         check_trainer(parse_recipe({**BASE, "trainer": trainer}))
+
+
+def test_a_negative_number_that_a_trainer_key_takes_is_no_fault():
+    check_trainer(parse_recipe({**BASE, "trainer": {"local_rank": -1}}))
 
 
 @pytest.mark.parametrize("value", ["010", "1:30", "-1:30", "0_7"])
@@ -211,4 +215,10 @@ def test_a_closed_stdout_is_no_traceback(monkeypatch):
     args = SimpleNamespace(run=lambda _: 0)
     monkeypatch.setattr("skipwise.cli._parse", lambda _: args)
     monkeypatch.setattr("sys.stdout", None)
+    assert main(["recipes"]) == 0
+
+    def fail(_):
+        raise BrokenPipeError
+
+    args.run = fail
     assert main(["recipes"]) == 0

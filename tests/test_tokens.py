@@ -363,18 +363,15 @@ def test_max_tokens_takes_whole_documents_until_they_hold_so_many(
     assert tokenize_source(more, tokenizer, cache=cache).offsets[-1] == whole.offsets[-1]
 
 
-def test_bad_records_behind_the_last_document_that_max_tokens_takes_are_not_its(
-    tmp_path, tokenizer
-):
-    good = json.dumps({"text": "one two three four five six"})
+def test_bad_records_behind_what_max_tokens_takes_are_not_counted(tmp_path, tokenizer):
+    good, file = json.dumps({"text": "one two three four five six"}), tmp_path / "x.jsonl"
     lines = [good, "{broken", good, good, "{broken", '{"text": 7}', good]
-    file = tmp_path / "x.jsonl"
     file.write_text("\n".join(lines) + "\n")
     each = int(tokenize_source(source_of(file), tokenizer, cache=tmp_path / "all").offsets[1])
-    for num_documents, num_bad in ((1, 0), (2, 1), (3, 1), (4, 3)):
-        source = source_of(file, max_tokens=num_documents * each)
-        store = tokenize_source(source, tokenizer, cache=tmp_path / str(num_documents))
-        assert (store.num_documents, store.num_bad_records) == (num_documents, num_bad)
+    for count, num_bad in ((1, 0), (2, 1), (3, 1), (4, 3)):
+        source = source_of(file, max_tokens=count * each)
+        store = tokenize_source(source, tokenizer, cache=tmp_path / str(count))
+        assert (store.num_documents, store.num_bad_records) == (count, num_bad)
     stop = {"on_bad_record": "stop", "cache": tmp_path / "stop"}
     assert tokenize_source(source_of(file, max_tokens=each), tokenizer, **stop).num_documents == 1
     with pytest.raises(SkipwiseError, match=r"x\.jsonl:2: not JSON"):

@@ -102,9 +102,9 @@ def _drop_output() -> None:
     """Drop what stdout does not take; Python would fail on it at its end."""
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        with suppress(OSError, ValueError):  # not a file, in a test
+        with suppress(OSError, ValueError, AttributeError):  # not a file, in a test; closed
             os.dup2(nowhere, sys.stdout.fileno())
 
 

@@ -174,7 +174,7 @@ def _trainer_values(recipe: Recipe, engine: str) -> dict[str, Any]:
         kinds = {*(typing.get_args(hints[key]) or [hints[key]])} - {type(None)}
         if value is not None and len(kinds) == 1 and kinds <= {int, float, bool}:
             values[key] = scalar(kinds.pop(), value, f"trainer.{key}")
-            if not 0 <= values[key] <= _MOST.get(key, values[key]):
+            if key in _MOST and not 0 <= values[key] <= _MOST[key]:
                 raise SkipwiseError(f"trainer.{key} is {value}: give 0 to {_MOST[key]:g}")
     names = values.get("report_to")
     if isinstance(names, str) and "," in names:
